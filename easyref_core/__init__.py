@@ -1,0 +1,24 @@
+"""EasyRef (arXiv 2412.09618): SDXL guided by a group of reference images.
+
+The flow, in reading order (K references, S about 145 K + 60 tokens of context, D = 1536):
+
+    preprocess.py        images, any sizes        -> patches (sum, 1176), grid (K, 3)
+    instructions.py      instruction and prompt   -> input_ids (1, S)
+    qwen2_vl.py          the vision tower and the decoder layer
+    group_encoder.py     patches and ids          -> context states (1, S, D)         the MLLM body
+    reference_tokens.py  64 learned tokens appended, last layer, projector -> reference tokens (1, 64, 2048)
+    attention.py         K, V (1, 64, C) for each of the 70 cross-attentions, computed once; the reference term
+    unet_layout.py       where those 70 are in a UNet
+
+    model.py             load() and EasyRef: encode, aggregate, unconditional
+    formats.py           checkpoint formats as data; checkpoint.py opens one, from tensor_files.py, with the sizes of config.py
+    diffusers_unet.py    the same attention on a diffusers UNet
+"""
+
+from . import diffusers_unet
+from .instructions import INSTRUCTION
+from .model import EasyRef, load
+from .preprocess import SIZE
+from .reference_tokens import ContextStates, ReferenceTokens
+
+__all__ = ["INSTRUCTION", "SIZE", "ContextStates", "EasyRef", "ReferenceTokens", "diffusers_unet", "load"]

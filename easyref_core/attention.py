@@ -1,0 +1,50 @@
+"""Decoupled cross-attention: the UNet attends to the reference tokens beside the text (IP-Adapter, arXiv 2308.06721)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from einops import rearrange
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KeyValue = tuple[
+    "Tensor", "Tensor"
+]  # keys and values of the reference tokens at one site, each (rows, T, inner)
+
+
+class KVProjections(nn.Module):
+    """The checkpoint's to_k_ip and to_v_ip of every cross-attention site, in the order of the layout."""
+
+    def __init__(self, inner: Sequence[int], token_width: int, operations: Any = nn, **factory: Any) -> None:
+        """inner: width of each site's attention (640 or 1280 in SDXL)."""
+        super().__init__()
+
+        def linears() -> nn.ModuleList:
+            return nn.ModuleList(
+                operations.Linear(token_width, width, bias=False, **factory) for width in inner
+            )
+
+        self.to_k_ip, self.to_v_ip = linears(), linears()
+
+    def forward(self, tokens: Tensor) -> list[KeyValue]:
+        """tokens (rows, T, C) -> per site K and V (rows, T, inner)."""
+        return [(to_k(tokens), to_v(tokens)) for to_k, to_v in zip(self.to_k_ip, self.to_v_ip, strict=True)]
+
+
+def reference_attention(q: Tensor, key_value: KeyValue, heads: int, weight: float) -> Tensor:
+    """The reference term, weight * softmax(Q K^T) V, to be added to the text's attention before the output projection.
+
+    q: (batch, tokens, inner), the query the text attention uses too (LoRA included). key_value: rows (chunks, T, inner)
+    where the batch is `chunks` equal runs of rows that share their references; the runs become longer sequences
+    (a view), so nothing is repeated along the batch. -> (batch, tokens, inner), in q's dtype.
+    """
+    k, v = (rearrange(t, "c t (h d) -> c h t d", h=heads) for t in key_value)
+    chunks, batch = k.shape[0], q.shape[0]
+    queries = rearrange(q, "(c b) n (h d) -> c h (b n) d", c=chunks, h=heads)
+    out = scaled_dot_product_attention(queries, k, v)
+    return rearrange(out, "c h (b n) d -> (c b) n (h d)", b=batch // chunks) * weight

@@ -1,0 +1,237 @@
+"""A checkpoint, opened: recognised and translated by formats.py, every tensor compared with the model's own shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .attention import KVProjections
+from .config import EasyRefConfig, Shapes
+from .formats import (
+    EASYREF_NAMES,
+    METADATA_KEY,
+    MLLM_NAMES,
+    RELEASE,
+    by_processor_path,
+    number_sites,
+    require_easyref,
+    stored_name,
+    translate,
+)
+from .group_encoder import GroupEncoder
+from .reference_tokens import ReferenceAggregator
+from .tensor_files import Source, open_tensors, read_sources
+from .unet_layout import Site
+
+# (name in the model, tensor as stored) -> tensor as it stays loaded
+Cast = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: what it holds and where, nothing loaded yet."""
+
+    path: Path
+    config: EasyRefConfig
+    sites: tuple[Site, ...]  # the UNet's cross-attention sites, in processor order
+    inner: tuple[int, ...]  # width of each site's attention
+    sources: Mapping[str, Source]  # by name in the model: encoder.*, aggregator.*, kv.*, unet.*_lora.*
+
+    @property
+    def widths(self) -> dict[Site, int]:
+        """The UNet this checkpoint was made for: width of the attention at each cross-attention site."""
+        return dict(zip(self.sites, self.inner, strict=True))
+
+    def state(self, prefix: str, cast: Cast) -> dict[str, torch.Tensor]:
+        """State dict of the module whose tensors start with `prefix`, each read from its mapping and cast once."""
+        wanted = {name: source for name, source in self.sources.items() if name.startswith(prefix)}
+        state = {}
+        for name, tensor in read_sources(wanted):
+            if name == "encoder.visual.patch_embed.weight":
+                tensor = tensor.flatten(1)  # stored as a Conv3d of stride = kernel
+            state[name.removeprefix(prefix)] = cast(name, tensor)
+        return state
+
+    def lora(self) -> dict[str, torch.Tensor]:
+        """The attention LoRA, mapped, by diffusers path: <path>.processor.to_q_lora.down.weight."""
+        return self.state("unet.", lambda _, tensor: tensor) if self.config.lora_rank else {}
+
+    def fingerprint(self) -> str:
+        """Hash of the weights that identify a checkpoint, the same from any file format of the same dtype."""
+        identity = re.compile(
+            r"aggregator\.(reference_tokens|norm|projector\..*)\.(weight|bias)|encoder\.norm\.weight|kv\.to_k_ip\.0\.weight"
+        )
+        sources = {name: source for name, source in self.sources.items() if identity.fullmatch(name)}
+        tensors = dict(read_sources(sources))
+        digest = hashlib.sha256()
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def open_checkpoint(path: Path, mllm: Path | None = None, causal: bool | None = None) -> Checkpoint:
+    """Recognise, translate and check a checkpoint.
+
+    mllm: folder of the base MLLM: its config.json, and its weights where the checkpoint has none.
+    causal: overrides the checkpoint's own word on the final layer's attention.
+    Raises FileNotFoundError, or ValueError naming what was found, what was wanted and what to do.
+    """
+    file = open_tensors(path)
+    names = {name.removeprefix("module."): name for name in file.shapes}
+    require_easyref(path, names)
+    sources = {new: Source(file, names[name]) for name, new in translate(names, EASYREF_NAMES).items()}
+    if not any(name.startswith("kv.") for name in sources):
+        paths = by_processor_path(names)
+        new = translate(paths.values(), EASYREF_NAMES)
+        sources |= {new[path]: Source(file, names[name]) for name, path in paths.items() if path in new}
+    settings = read_config(mllm) if mllm else None
+    if not any(name.startswith("encoder.") for name in sources):
+        sources |= _base_mllm(path, mllm, final_layers=1 + _last_layer(sources))
+    sites, sources = number_sites(sources)
+    shapes = {name: _shape(name, source) for name, source in sources.items()}
+    _require_layers(path, shapes)
+    config = EasyRefConfig.read(shapes, settings, json.loads(file.metadata.get(METADATA_KEY, "{}")))
+    if causal is not None:
+        config = dataclasses.replace(config, causal=causal)
+    inner = tuple(shapes.get(f"kv.to_k_ip.{i}.weight", (0,))[0] for i in range(len(sites)))
+    checkpoint = Checkpoint(path, config, tuple(sites), inner, sources)
+    _compare(path, shapes, expected_shapes(checkpoint))
+    return checkpoint
+
+
+def read_config(mllm: Path) -> dict[str, Any]:
+    """config.json of an MLLM folder; raises where it is missing or describes another kind of model."""
+    file = mllm / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{mllm} has no config.json: it is not an MLLM folder. Put all files of Qwen2-VL there."
+        )
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("model_type") != "qwen2_vl":
+        raise ValueError(
+            f"{file} describes a model of type {config.get('model_type')!r}; EasyRef needs 'qwen2_vl' "
+            "(Qwen/Qwen2-VL-2B-Instruct; Qwen2.5-VL is another architecture)."
+        )
+    return config
+
+
+def expected_shapes(checkpoint: Checkpoint) -> Shapes:
+    """Shapes of every tensor that a model of these sizes has."""
+    config = checkpoint.config
+    with torch.device("meta"):
+        modules = {
+            "encoder.": GroupEncoder(config),
+            "aggregator.": ReferenceAggregator(config),
+            "kv.": KVProjections(checkpoint.inner, config.token_width),
+        }
+    shapes = {
+        prefix + name: tuple(tensor.shape)
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    if config.lora_rank:
+        for site, inner in zip(checkpoint.sites, checkpoint.inner, strict=True):
+            for attention, context in (("attn1", inner), ("attn2", config.token_width)):
+                for part in ("q", "k", "v", "out"):
+                    name = f"unet.{site.diffusers}.{attention}.processor.to_{part}_lora"
+                    shapes[f"{name}.down.weight"] = (config.lora_rank, context if part in "kv" else inner)
+                    shapes[f"{name}.up.weight"] = (inner, config.lora_rank)
+    return shapes
+
+
+def save(
+    path: Path, config: EasyRefConfig, sites: Iterable[Site], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Write a model (tensors under the names of its modules) as safetensors: released keys, sizes as metadata.
+
+    The file appears whole or not at all.
+    """
+    from safetensors.torch import save_file
+
+    sites = list(sites)
+    stored = {
+        stored_name(name, sites): _stored_tensor(name, tensor, config) for name, tensor in tensors.items()
+    }
+    metadata = {METADATA_KEY: json.dumps(dataclasses.asdict(config)), "format": "pt"}
+    partial = path.with_name(path.name + ".partial")
+    save_file(stored, partial, metadata)
+    os.replace(partial, path)
+
+
+def _base_mllm(path: Path, mllm: Path | None, final_layers: int) -> dict[str, Source]:
+    """Body of the base MLLM, for checkpoints of the alignment stage, which froze and did not save it."""
+    if mllm is None:
+        raise ValueError(
+            f"{path} holds no MLLM weights (a checkpoint of the alignment stage, in which the MLLM is frozen). "
+            "Choose a folder with the base MLLM, Qwen/Qwen2-VL-2B-Instruct."
+        )
+    file = open_tensors(mllm)
+    sources = {new: Source(file, name) for name, new in translate(file.shapes, MLLM_NAMES).items()}
+    layer = re.compile(r"encoder\.layers\.(\d+)\.")
+    numbers = {name: int(match[1]) for name in sources if (match := layer.match(name))}
+    body = max(numbers.values(), default=-1) + 1 - final_layers
+    return {name: source for name, source in sources.items() if numbers.get(name, -1) < body}
+
+
+def _last_layer(names: Iterable[str]) -> int:
+    return max(
+        (int(m[1]) for name in names if (m := re.match(r"aggregator\.layers\.(\d+)\.", name))), default=0
+    )
+
+
+def _shape(name: str, source: Source) -> tuple[int, ...]:
+    shape = source.file.shapes[source.name]
+    if name == "encoder.visual.patch_embed.weight":
+        return shape[0], int(torch.Size(shape[1:]).numel())
+    return shape
+
+
+def _stored_tensor(name: str, tensor: torch.Tensor, config: EasyRefConfig) -> torch.Tensor:
+    if name == "encoder.visual.patch_embed.weight":
+        tensor = tensor.unflatten(1, (3, config.temporal_patch_size, config.patch_size, config.patch_size))
+    return tensor.detach().cpu().contiguous()
+
+
+def _require_layers(path: Path, shapes: Shapes) -> None:
+    """The tensors from which the sizes are read; without them there is nothing to compare the others with."""
+    wanted = [
+        "encoder.embed_tokens.weight",
+        "encoder.visual.patch_embed.weight",
+        "encoder.visual.blocks.0.mlp.fc1.weight",
+        "aggregator.reference_tokens.weight",
+        "aggregator.layers.0.mlp.gate_proj.weight",
+        "aggregator.layers.0.self_attn.k_proj.weight",
+        "aggregator.projector.0.weight",
+        "aggregator.projector.2.weight",
+    ]
+    _raise_missing(path, [name for name in wanted if name not in shapes])
+
+
+def _compare(path: Path, found: Shapes, wanted: Shapes) -> None:
+    _raise_missing(path, sorted(wanted.keys() - found.keys()))
+    wrong = [
+        f"{name}: found {tuple(found[name])}, wanted {tuple(shape)}"
+        for name, shape in wanted.items()
+        if tuple(found[name]) != tuple(shape)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path}: {len(wrong)} tensors do not have the size the others ask for, first {'; '.join(wrong[:10])}. "
+            "The checkpoint and the MLLM folder do not belong together, or the file is damaged."
+        )
+
+
+def _raise_missing(path: Path, missing: list[str]) -> None:
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} tensors of an EasyRef model, first {', '.join(missing[:10])}. "
+            f"The file is incomplete; download or export it again ({RELEASE})."
+        )

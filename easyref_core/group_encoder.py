@@ -1,0 +1,56 @@
+"""The MLLM body: a group of references and a text -> context states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .qwen2_vl import DecoderLayer, VisionTower, text_rotation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, dtype
+
+    from .config import EasyRefConfig
+
+
+class GroupEncoder(nn.Module):
+    """All layers of the MLLM but the last: patches and ids in, context states (1, S, D) out."""
+
+    def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config, operations, **factory)
+        self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, operations, **factory) for _ in range(config.body_layers)
+        )
+        # The MLLM's own final norm stays, although its last layer is cut off: the authors replaced it by an identity
+        # on the wrong object (multimodal_llm.norm instead of multimodal_llm.model.norm) and trained with it in place.
+        self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks one pass runs through, for progress: vision blocks and decoder layers."""
+        return len(self.visual.blocks) + len(self.layers)
+
+    def forward(
+        self,
+        patches: Tensor,
+        grid: Tensor,
+        input_ids: Tensor,
+        image_token: int,
+        dtype: dtype,
+        after_block: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """patches (sum, 1176), grid (K, 3), input_ids (1, S) -> context states (1, S, D) in `dtype`."""
+        features = self.visual(patches.to(dtype), grid, after_block)
+        x = self.embed_tokens(input_ids).to(dtype)
+        x = x.masked_scatter((input_ids == image_token)[..., None], features)
+        turn = text_rotation(x.shape[1], self.config, x.device)
+        for layer in self.layers:
+            x = layer(x, turn)
+            after_block()
+        return self.norm(x)

@@ -1,0 +1,93 @@
+"""What the MLLM is asked: the instruction, Qwen2-VL's chat template, and the token ids they become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+# The instruction the released model was trained with (the authors' finetune_sdxl.py); the prompt follows it directly.
+INSTRUCTION = (
+    "Visualize a scene that closely resembles the provided images, "
+    "capturing the essence and details described in this prompt:\n"
+)
+IMAGE_TOKEN = "<|image_pad|>"
+
+
+def chat(text: str, image_tokens: Sequence[int]) -> list[tuple[str, bool]]:
+    """Qwen2-VL's chat template as pieces (text, is it a special token?): all images first, in order, then the text.
+
+    Only pieces marked special become special tokens, so `<|image_pad|>` typed into a prompt stays text.
+    image_tokens: how many image tokens each reference has.
+    """
+    images = [
+        piece
+        for count in image_tokens
+        for piece in [("<|vision_start|>", True), *[(IMAGE_TOKEN, True)] * count, ("<|vision_end|>", True)]
+    ]
+    return [
+        *[
+            ("<|im_start|>", True),
+            ("system\nYou are a helpful assistant.", False),
+            ("<|im_end|>", True),
+            ("\n", False),
+        ],
+        *[
+            ("<|im_start|>", True),
+            ("user\n", False),
+            *images,
+            (text, False),
+            ("<|im_end|>", True),
+            ("\n", False),
+        ],
+        *[("<|im_start|>", True), ("assistant\n", False)],
+    ]
+
+
+def tokenize(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int]) -> Tensor:
+    """input_ids (1, S) of `text` asked about references of so many image tokens each."""
+    ids: list[int] = []
+    for piece, special in chat(text, image_tokens):
+        ids += (
+            [_special_id(tokenizer, piece)]
+            if special
+            else tokenizer.encode(piece, add_special_tokens=False).ids
+        )
+    return torch.tensor([ids])
+
+
+def image_token_id(tokenizer: Tokenizer) -> int:
+    """Id of the placeholder that image features replace."""
+    return _special_id(tokenizer, IMAGE_TOKEN)
+
+
+@cache
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The Qwen2-VL tokenizer in `folder` (any layout transformers reads: tokenizer.json, or vocab.json + merges.txt)."""
+    from transformers import AutoTokenizer  # here, because importing transformers takes seconds
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"No Qwen2-VL tokenizer could be read from {folder} ({error}). "
+            "The folder needs tokenizer.json, or vocab.json and merges.txt, beside tokenizer_config.json."
+        ) from error
+    tokenizer.encode_special_tokens = True  # special tokens inside ordinary text are text
+    return tokenizer
+
+
+def _special_id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(
+            f"The tokenizer has no token {token!r}: it is not Qwen2-VL's. Choose a Qwen2-VL folder."
+        )
+    return found

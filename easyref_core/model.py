@@ -1,0 +1,213 @@
+"""EasyRef, loaded: a group of references and a prompt in, reference tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .attention import KeyValue, KVProjections
+from .checkpoint import Cast, Checkpoint, open_checkpoint, save
+from .group_encoder import GroupEncoder
+from .instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
+from .preprocess import SIZE, black_image, preprocess
+from .reference_tokens import ContextStates, Provenance, ReferenceAggregator, ReferenceTokens
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+    from .config import EasyRefConfig
+
+
+class MLLM(nn.Module):
+    """The parts that run to make tokens: the MLLM body, and the last layer with the projector."""
+
+    def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
+        super().__init__()
+        self.encoder = GroupEncoder(config, operations, **factory)
+        self.aggregator = ReferenceAggregator(config, operations, **factory)
+
+
+class EasyRef:
+    """A loaded checkpoint. It holds one copy of its weights; what it computes carries the checkpoint's fingerprint.
+
+    A host may own the modules' placement: `device` is where inputs go, `dtype` what they are computed in, whatever
+    the weights are stored in.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        mllm: MLLM,
+        kv: KVProjections,
+        tokenizer: Tokenizer,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.checkpoint, self.config, self.fingerprint = (
+            checkpoint,
+            checkpoint.config,
+            checkpoint.fingerprint(),
+        )
+        self.mllm, self.kv, self.tokenizer = mllm, kv, tokenizer
+        self.device, self.dtype = torch.device(device), dtype
+        self.image_token = image_token_id(tokenizer)
+        self._unconditional: dict[tuple[str, int], ReferenceTokens] = {}
+        if self.image_token >= self.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer does not belong to the MLLM: its <|image_pad|> is token {self.image_token}, the MLLM "
+                f"knows {self.config.vocab_size}. Choose the MLLM folder the checkpoint was trained with."
+            )
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        images: Sequence[Image.Image | Tensor],
+        prompt: str = "",
+        instruction: str = INSTRUCTION,
+        size: int = SIZE,
+        after_block: Callable[[], None] = lambda: None,
+    ) -> ContextStates:
+        """Context states (1, S, D) of a group: all references and the text read together by the MLLM body.
+
+        images: PIL images or (H, W, C) float tensors in 0..1, of any sizes, in order. size: pixels, see preprocess.
+        after_block: called after each of `mllm.encoder.blocks` blocks; may raise to stop at once.
+        Raises ValueError for images that hold no picture and for a group longer than the MLLM's context.
+        """
+        patches, grid = preprocess(images, self.config, size)
+        counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
+        input_ids = tokenize(self.tokenizer, instruction + prompt, counts)
+        self._check_length(input_ids.shape[1], counts)
+        states = self.mllm.encoder(
+            patches.to(self.device),
+            grid,
+            input_ids.to(self.device),
+            self.image_token,
+            self.dtype,
+            after_block,
+        )
+        provenance = Provenance(self.fingerprint, instruction, prompt, len(counts), size)
+        return ContextStates(states, provenance)
+
+    @torch.inference_mode()
+    def aggregate(self, context: ContextStates) -> ReferenceTokens:
+        """Reference tokens (1, T, C) of a group, float32.
+
+        Raises ValueError for a context of another checkpoint and where the arithmetic overflowed.
+        """
+        self.require_own(context, "context")
+        tokens = self.mllm.aggregator(context.states.to(self.device, self.dtype)).float()
+        if not torch.isfinite(tokens).all():
+            raise ValueError(
+                f"The reference tokens are not finite (computed in {self.dtype}). Load EasyRef with precision fp32."
+            )
+        return ReferenceTokens.of(tokens, context.provenance)
+
+    def unconditional(self, instruction: str = INSTRUCTION, size: int = SIZE) -> ReferenceTokens:
+        """Tokens (1, T, C) of the unconditional side: one black image and the bare instruction. Computed once."""
+        key = instruction, size
+        if key not in self._unconditional:
+            self._unconditional[key] = self.aggregate(self.encode([black_image()], "", instruction, size))
+        return self._unconditional[key]
+
+    def key_values(self, tokens: Tensor, dtype: torch.dtype | None = None) -> list[KeyValue]:
+        """K and V (rows, T, inner) of reference tokens (rows, T, C) at every cross-attention site, in processor order.
+
+        dtype: what to compute in, the model's own by default.
+        """
+        return self.kv(tokens.to(self.device, dtype or self.dtype))
+
+    def require_own(self, made: ContextStates | ReferenceTokens, what: str) -> None:
+        """Refuse what another checkpoint made: its numbers mean nothing to this one."""
+        if made.provenance.checkpoint != self.fingerprint:
+            raise ValueError(
+                f"This {what} was made by another EasyRef checkpoint ({made.provenance.checkpoint}; this one is "
+                f"{self.fingerprint}, {self.checkpoint.path.name}). Encode the group with this checkpoint."
+            )
+
+    def save(self, path: Path | str) -> None:
+        """Write this model as one safetensors file that `load` and the nodes read."""
+        modules = {"encoder.": self.mllm.encoder, "aggregator.": self.mllm.aggregator, "kv.": self.kv}
+        tensors = {
+            prefix + name: t for prefix, module in modules.items() for name, t in module.state_dict().items()
+        }
+        tensors |= {f"unet.{name}": tensor for name, tensor in self.checkpoint.lora().items()}
+        save(Path(path), self.config, self.checkpoint.sites, tensors)
+
+    def _check_length(self, length: int, image_tokens: list[int]) -> None:
+        limit = self.config.max_positions - self.config.num_tokens
+        if length <= limit:
+            return
+        room = limit - (length - sum(image_tokens) - 2 * len(image_tokens))  # 2: the marks around each image
+        fit, used = 0, 0
+        for count in image_tokens:
+            used += count + 2
+            fit += used <= room
+        raise ValueError(
+            f"The group is too long for the MLLM: {len(image_tokens)} references and the text make {length:,} tokens, "
+            f"{limit:,} fit beside the reference tokens. "
+            + (
+                f"The first {fit} references fit; remove the others or encode at a smaller size."
+                if fit
+                else "Shorten the prompt."
+            )
+        )
+
+
+def load(
+    checkpoint: Path | str,
+    mllm: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    tokenizer: Path | str | None = None,
+    causal: bool | None = None,
+) -> EasyRef:
+    """Load an EasyRef checkpoint.
+
+    checkpoint: .safetensors, or DeepSpeed's .pt. mllm: folder with config.json and tokenizer, and with the base weights
+    where the checkpoint has none. tokenizer: folder of the tokenizer, if there is no mllm folder.
+    causal: the final layer's attention; None takes the checkpoint's own word, causal if it has none.
+    Raises FileNotFoundError and ValueError, see open_checkpoint.
+    """
+    opened = open_checkpoint(Path(checkpoint), Path(mllm) if mllm else None, causal)
+    device = torch.device(device)
+    return build(
+        opened, _tokenizer_folder(mllm, tokenizer), device, dtype, lambda _, tensor: tensor.to(device, dtype)
+    )
+
+
+def build(
+    checkpoint: Checkpoint,
+    tokenizer: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    cast: Cast,
+    operations: Any = nn,
+) -> EasyRef:
+    """The model of an opened checkpoint: modules of `operations`, every weight passed through `cast` once.
+
+    Modules are made without memory and take the tensors themselves, so a weight that `cast` leaves alone stays the
+    file's mapping.
+    """
+    config = checkpoint.config
+    mllm = MLLM(config, operations, device="meta").eval()
+    kv = KVProjections(checkpoint.inner, config.token_width, operations, device="meta").eval()
+    mllm.encoder.load_state_dict(checkpoint.state("encoder.", cast), assign=True)
+    mllm.aggregator.load_state_dict(checkpoint.state("aggregator.", cast), assign=True)
+    kv.load_state_dict(checkpoint.state("kv.", cast), assign=True)
+    return EasyRef(checkpoint, mllm, kv, load_tokenizer(tokenizer), device, dtype)
+
+
+def _tokenizer_folder(mllm: Path | str | None, tokenizer: Path | str | None) -> Path:
+    folder = tokenizer or mllm
+    if folder is None:
+        raise ValueError(
+            "A tokenizer is needed. Pass mllm, the folder of Qwen2-VL-2B-Instruct, or tokenizer."
+        )
+    return Path(folder)

@@ -1,0 +1,128 @@
+"""References -> flattened patches and their grid, pixel for pixel as the authors' code feeds Qwen2-VL.
+
+The arithmetic runs on the CPU in uint8 and float32 whatever the device, so every machine encodes the same pixels.
+Sources: qwen_vl_utils 0.0.8 `fetch_image`, transformers 4.45.2 `Qwen2VLImageProcessor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from PIL import Image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .config import EasyRefConfig
+
+SIZE = (
+    336  # pixels: the authors' cond_image_size; each reference becomes about (336 / 28)^2 = 144 image tokens
+)
+MAX_ASPECT_RATIO = 200  # qwen_vl_utils refuses more
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+
+def preprocess(
+    images: Sequence[Image.Image | Tensor], config: EasyRefConfig, size: int = SIZE
+) -> tuple[Tensor, Tensor]:
+    """The group's patches (sum of patches, 1176) in float32, and its grid (K, 3): frames, rows, columns in patches.
+
+    images: PIL images of any mode, or (H, W, C) float tensors in 0..1; sizes may differ, alpha is dropped.
+    Raises ValueError on an empty group and on an image that holds no picture.
+    """
+    if not len(images):
+        raise ValueError(
+            "The group holds no reference. Give it at least one image (EasyRef works best with 3 or more)."
+        )
+    resized = [resize(to_rgb(image, f"reference {i + 1}"), config, size) for i, image in enumerate(images)]
+    patches = torch.cat([patchify(image, config) for image in resized])
+    grid = [(1, image.height // config.patch_size, image.width // config.patch_size) for image in resized]
+    return patches, torch.tensor(grid)
+
+
+def black_image() -> Image.Image:
+    """The authors' unconditional reference (inference.py: a black 512x512 image)."""
+    return Image.new("RGB", (512, 512))
+
+
+def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
+    """One reference as an RGB image. Alpha is dropped, not composited, as PIL's convert does in the authors' code."""
+    if isinstance(image, Image.Image):
+        return _check_sides(image.convert("RGB"), name)
+    if image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"{name} has shape {tuple(image.shape)}; wanted (height, width, channels) with 1, 3 or 4 channels. "
+            "Pass the images of a batch one by one."
+        )
+    pixels = image.detach().to("cpu", torch.float32)
+    if not torch.isfinite(pixels).all():
+        broken = int((~torch.isfinite(pixels)).sum())
+        raise ValueError(
+            f"{name} holds {broken} values that are NaN or infinite. Check the node that made it."
+        )
+    # Rounding (not truncating) gives back the exact bytes of a picture that was divided by 255.
+    pixels = (pixels[..., :3].clamp(0, 1) * 255).round().to(torch.uint8)
+    return _check_sides(Image.fromarray(pixels.expand(-1, -1, 3).numpy()), name)
+
+
+def resize(image: Image.Image, config: EasyRefConfig, size: int = SIZE) -> Image.Image:
+    """Both resizes of the authors' pipeline: to Qwen2-VL's widest bounds, then to `size`'s. Each rounds to bytes."""
+    unit = config.pixels_per_token
+    limits = [(4 * unit**2, 16384 * unit**2), pixel_limits(size, unit)]
+    for low, high in limits:
+        height, width = target_size(image.height, image.width, unit, low, high)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return image
+
+
+def pixel_limits(size: int, unit: int = 28) -> tuple[int, int]:
+    """Least and most pixels of a resized reference. At 336: 94,864 and 113,680, that is 121 to 145 image tokens."""
+    return (size // unit - 1) ** 2 * unit**2, ((size // unit) ** 2 + 1) * unit**2
+
+
+def target_size(height: int, width: int, unit: int, low: int, high: int) -> tuple[int, int]:
+    """Sides in multiples of `unit` with low <= area <= high, the aspect kept as nearly as that allows."""
+    h, w = (max(unit, round(side / unit) * unit) for side in (height, width))
+    if h * w > high:
+        shrink = math.sqrt(height * width / high)
+        # Never below one unit: a long thin image would otherwise vanish (the authors' code fails there).
+        h, w = (max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width))
+    elif h * w < low:
+        grow = math.sqrt(low / (height * width))
+        h, w = (math.ceil(side * grow / unit) * unit for side in (height, width))
+    return h, w
+
+
+def patchify(image: Image.Image, config: EasyRefConfig) -> Tensor:
+    """(patches, 1176): the four patches of one image token lie together; the still image is doubled into two frames."""
+    pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)
+    pixels = (pixels - CLIP_MEAN) / CLIP_STD
+    frames = repeat(torch.from_numpy(pixels), "h w c -> t h w c", t=config.temporal_patch_size)
+    return rearrange(
+        frames,
+        "t (h mh ph) (w mw pw) c -> (h w mh mw) (c t ph pw)",
+        mh=config.merge_size,
+        mw=config.merge_size,
+        ph=config.patch_size,
+        pw=config.patch_size,
+    )
+
+
+def _check_sides(image: Image.Image, name: str) -> Image.Image:
+    width, height = image.size
+    if min(width, height) < 14:
+        raise ValueError(
+            f"{name} is {width}x{height} pixels, smaller than one patch of the vision tower (14x14). "
+            "Use a picture with something to see in it."
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(
+            f"{name} is {width}x{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other. Crop it."
+        )
+    return image

@@ -1,0 +1,224 @@
+"""Our own Qwen2-VL: the vision tower and the decoder layer, small, built from an `operations` namespace.
+
+`operations` is torch.nn by default; a host passes its own Linear, LayerNorm, RMSNorm and Embedding, so that it can
+stream, cast and evict the weights. Qwen2-VL: arXiv 2409.12191; reference: transformers 4.45.2 modeling_qwen2_vl.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange, repeat
+from torch import nn
+from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from .config import EasyRefConfig
+
+Rotation = tuple["Tensor", "Tensor"]  # cosines and sines, each (tokens, head_dim), float32
+
+VISION_LAYER_NORM_EPS = 1e-6
+VISION_ROPE_THETA = 10_000.0
+
+
+def rotation(positions: Tensor, dim: int, theta: float) -> Tensor:
+    """Angles (tokens, dim / 2) of rotary position embedding, float32."""
+    frequencies = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    return positions.float()[:, None] * frequencies
+
+
+def text_rotation(length: int, config: EasyRefConfig, device: torch.device, start: int = 0) -> Rotation:
+    """Plain RoPE for positions start .. start + length - 1.
+
+    The authors never pass position_ids, so image tokens too have the positions 0, 1, 2, ... on all three axes of
+    M-RoPE, which is then ordinary RoPE. Qwen2-VL's 2-D image positions would land 11 % away (see parity tests).
+    """
+    angles = rotation(torch.arange(start, start + length, device=device), config.head_dim, config.rope_theta)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def image_rotation(grid: Tensor, config: EasyRefConfig, device: torch.device) -> Rotation:
+    """2-D RoPE of the vision tower: half of each head turns with the patch's row, half with its column.
+
+    grid: (K, 3) frames, rows, columns in patches, patches ordered as preprocess.patchify orders them.
+    """
+    places = []
+    for _, rows, columns in grid.tolist():
+        place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        m = config.merge_size
+        places.append(rearrange(place, "(h mh w mw) yx -> (h w mh mw) yx", mh=m, mw=m, h=rows // m))
+    place = torch.cat(places).to(device)
+    dim = config.vision_width // config.vision_heads // 2
+    angles = torch.cat([rotation(place[:, axis], dim, VISION_ROPE_THETA) for axis in (0, 1)], dim=-1)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """Apply rotary position embedding to x (..., tokens, head_dim), in float32."""
+    cos, sin = by
+    first, second = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class VisionAttention(nn.Module):
+    """Self-attention of the vision tower: every patch sees the patches of its own image."""
+
+    def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.heads = config.vision_heads
+        self.qkv = operations.Linear(config.vision_width, 3 * config.vision_width, **factory)
+        self.proj = operations.Linear(config.vision_width, config.vision_width, **factory)
+
+    def forward(self, x: Tensor, turn: Rotation, lengths: list[int]) -> Tensor:
+        """x: (patches of the whole group, width); lengths: patches of each image."""
+        q, k, v = rearrange(self.qkv(x), "n (qkv h d) -> qkv h n d", qkv=3, h=self.heads)
+        q, k = rotate(q, turn), rotate(k, turn)
+        per_image = zip(*(part.split(lengths, dim=1) for part in (q, k, v)), strict=True)
+        out = torch.cat(
+            [scaled_dot_product_attention(*(t[None] for t in image)) for image in per_image], dim=2
+        )
+        return self.proj(rearrange(out, "1 h n d -> n (h d)"))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.fc1 = operations.Linear(config.vision_width, config.vision_mlp_width, **factory)
+        self.fc2 = operations.Linear(config.vision_mlp_width, config.vision_width, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))  # QuickGELU
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.norm1 = operations.LayerNorm(config.vision_width, eps=VISION_LAYER_NORM_EPS, **factory)
+        self.attn = VisionAttention(config, operations, **factory)
+        self.norm2 = operations.LayerNorm(config.vision_width, eps=VISION_LAYER_NORM_EPS, **factory)
+        self.mlp = VisionMLP(config, operations, **factory)
+
+    def forward(self, x: Tensor, turn: Rotation, lengths: list[int]) -> Tensor:
+        x = x + self.attn(self.norm1(x), turn, lengths)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nn.Module):
+    """Four neighbouring patches -> one image token in the MLLM's width."""
+
+    def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        merged = config.vision_width * config.merge_size**2
+        self.ln_q = operations.LayerNorm(config.vision_width, eps=VISION_LAYER_NORM_EPS, **factory)
+        self.mlp = nn.ModuleList(
+            [
+                operations.Linear(merged, merged, **factory),
+                nn.Identity(),
+                operations.Linear(merged, config.hidden_size, **factory),
+            ]
+        )
+        self.patches_per_token = config.merge_size**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = rearrange(self.ln_q(x), "(n m) d -> n (m d)", m=self.patches_per_token)
+        return self.mlp[2](gelu(self.mlp[0](x)))
+
+
+class VisionTower(nn.Module):
+    """Patches of a whole group -> image tokens, in one pass with no attention between images."""
+
+    def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        # The reference's Conv3d has stride = kernel: on flattened patches it is a matrix product.
+        self.patch_embed = operations.Linear(config.patch_values, config.vision_width, bias=False, **factory)
+        self.blocks = nn.ModuleList(
+            VisionBlock(config, operations, **factory) for _ in range(config.vision_depth)
+        )
+        self.merger = PatchMerger(config, operations, **factory)
+
+    def forward(
+        self, patches: Tensor, grid: Tensor, after_block: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """patches (sum of patches, 1176), grid (K, 3) -> image tokens (sum of patches / 4, D)."""
+        x = self.patch_embed(patches)
+        turn = image_rotation(grid, self.config, x.device)
+        lengths = grid.prod(dim=1).tolist()
+        for block in self.blocks:
+            x = block(x, turn, lengths)
+            after_block()
+        return self.merger(x)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention of the Qwen2 decoder: biases on q, k, v only."""
+
+    def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.q_proj = operations.Linear(config.hidden_size, self.heads * self.head_dim, **factory)
+        self.k_proj = operations.Linear(config.hidden_size, self.kv_heads * self.head_dim, **factory)
+        self.v_proj = operations.Linear(config.hidden_size, self.kv_heads * self.head_dim, **factory)
+        self.o_proj = operations.Linear(self.heads * self.head_dim, config.hidden_size, bias=False, **factory)
+
+    def forward(self, x: Tensor, turn: Rotation, causal: bool, queries: int | None) -> Tensor:
+        """x (1, S, D) -> (1, queries, D): attention output of the last `queries` positions (None: of all)."""
+        length = x.shape[1]
+        queries = queries or length
+        cos, sin = turn
+        q = rearrange(self.q_proj(x[:, -queries:]), "b n (h d) -> b h n d", h=self.heads)
+        k = rearrange(self.k_proj(x), "b n (h d) -> b h n d", h=self.kv_heads)
+        v = rearrange(self.v_proj(x), "b n (h d) -> b h n d", h=self.kv_heads)
+        q = rotate(q, (cos[-queries:], sin[-queries:]))
+        k, v = (
+            repeat(t, "b h n d -> b (h g) n d", g=self.heads // self.kv_heads) for t in (rotate(k, turn), v)
+        )
+        mask = None
+        if (
+            causal and queries < length
+        ):  # is_causal aligns the mask to the first key; here queries are the last
+            mask = torch.ones(queries, length, dtype=torch.bool, device=x.device).tril(length - queries)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
+        return self.o_proj(rearrange(out, "b h n d -> b n (h d)"))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.gate_proj = operations.Linear(
+            config.hidden_size, config.intermediate_size, bias=False, **factory
+        )
+        self.up_proj = operations.Linear(config.hidden_size, config.intermediate_size, bias=False, **factory)
+        self.down_proj = operations.Linear(
+            config.intermediate_size, config.hidden_size, bias=False, **factory
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """One layer of the Qwen2 decoder."""
+
+    def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
+        super().__init__()
+        self.input_layernorm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
+        self.self_attn = SelfAttention(config, operations, **factory)
+        self.post_attention_layernorm = operations.RMSNorm(
+            config.hidden_size, eps=config.rms_norm_eps, **factory
+        )
+        self.mlp = GatedMLP(config, operations, **factory)
+
+    def forward(self, x: Tensor, turn: Rotation, causal: bool = True, queries: int | None = None) -> Tensor:
+        """x (1, S, D) -> (1, queries, D): the layer's output at the last `queries` positions (None: at all)."""
+        attended = self.self_attn(self.input_layernorm(x), turn, causal, queries)
+        x = x[:, -attended.shape[1] :] + attended
+        return x + self.mlp(self.post_attention_layernorm(x))

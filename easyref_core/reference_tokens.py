@@ -1,0 +1,94 @@
+"""Aggregation: the learned reference tokens, appended to the context, gather what the references have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.functional import gelu
+
+from .qwen2_vl import DecoderLayer, text_rotation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .config import EasyRefConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """What made a context or tokens: they are worth something only to the checkpoint that made them."""
+
+    checkpoint: str  # fingerprint of the checkpoint (checkpoint.fingerprint)
+    instruction: str
+    prompt: str
+    references: int  # how many images the group held
+    size: int  # the images' nominal size in pixels (preprocess.SIZE)
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextStates:
+    """Output of the MLLM body for one group: states (1, S, D), and what made them."""
+
+    states: Tensor
+    provenance: Provenance
+
+
+class ReferenceTokens(torch.Tensor):
+    """Reference tokens (1, T, C) that remember what made them; any operation on them gives a plain tensor."""
+
+    provenance: Provenance
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def of(cls, values: Tensor, provenance: Provenance) -> ReferenceTokens:
+        tokens = values.as_subclass(cls)
+        tokens.provenance = provenance
+        return tokens
+
+
+class ReferenceAggregator(nn.Module):
+    """Context states (1, S, D) -> reference tokens (1, T, C), through the MLLM's last layer and the projector."""
+
+    def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        # An embedding read at every index is a parameter that a host can stream like any other weight.
+        self.reference_tokens = operations.Embedding(config.num_tokens, config.hidden_size, **factory)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, operations, **factory) for _ in range(config.final_layers)
+        )
+        self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
+        self.projector = nn.ModuleList(
+            [
+                operations.Linear(config.hidden_size, config.projector_width, **factory),
+                nn.Identity(),
+                operations.Linear(config.projector_width, config.token_width, **factory),
+                operations.LayerNorm(config.token_width, **factory),
+            ]
+        )
+
+    def forward(self, context: Tensor) -> Tensor:
+        return self.project(self.gather(context))
+
+    def gather(self, context: Tensor) -> Tensor:
+        """Context states (1, S, D) -> hidden states at the reference tokens (1, T, D).
+
+        The attention is causal in the released model: the authors set is_causal = False, but transformers 4.45.2
+        never reads that flag under sdpa. Positions continue after the context; they do not start again at 0.
+        """
+        count = self.config.num_tokens
+        tokens = self.reference_tokens(torch.arange(count, device=context.device)).to(context.dtype)
+        x = torch.cat([context, tokens[None]], dim=1)
+        turn = text_rotation(x.shape[1], self.config, x.device)
+        for layer in self.layers[:-1]:
+            x = layer(x, turn, causal=self.config.causal)
+        # Of the last layer only the reference tokens' rows are used, so only those are computed.
+        return self.norm(self.layers[-1](x, turn, causal=self.config.causal, queries=count))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Hidden states (1, T, D) -> reference tokens (1, T, C)."""
+        first, _, second, norm = self.projector
+        return norm(second(gelu(first(hidden))))

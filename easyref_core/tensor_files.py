@@ -1,0 +1,160 @@
+"""Where tensors come from: safetensors, PyTorch .pt / .bin, folders of them. Shapes first, values memory-mapped."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+MAPPED_AT_ONCE = (
+    256 * 2**20
+)  # bytes: a fresh mapping after so many lets go of the pages that were already cast
+
+
+class TensorFile(Protocol):
+    """A file (or folder of files) of named tensors."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, str]
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The named tensors, memory-mapped where the file allows it."""
+        ...
+
+
+class Source(NamedTuple):
+    """Where one tensor of the model lies: a file and the tensor's name in it."""
+
+    file: TensorFile
+    name: str
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Open a checkpoint file, or a folder of a transformers model, by what is in it.
+
+    Raises FileNotFoundError, or ValueError for a damaged file and for a pickle that holds more than tensors.
+    """
+    if path.is_dir():
+        return FolderOfTensors(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    return PickledTensors(path) if _is_pickle(path) else SafetensorsFile(path)
+
+
+def read_sources(sources: Mapping[str, Source]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in the model, tensor) for every source, file by file."""
+    by_file: dict[Path, dict[str, list[str]]] = {}
+    files = {}
+    for name, source in sources.items():
+        files[source.file.path] = source.file
+        by_file.setdefault(source.file.path, {}).setdefault(source.name, []).append(name)
+    for path, wanted in by_file.items():
+        for stored, tensor in files[path].read(wanted):
+            for name in wanted[stored]:
+                yield name, tensor
+
+
+class SafetensorsFile:
+    """One safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.metadata: Mapping[str, str] = file.metadata() or {}
+                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a complete safetensors file: {error} ({path.stat().st_size:,} bytes on disk). "
+                "It was cut short or is of another format; download it again."
+            ) from error
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        names = list(names)
+        while names:
+            mapped = 0
+            with safe_open(self.path, framework="pt") as file:
+                while names and mapped < MAPPED_AT_ONCE:
+                    tensor = file.get_tensor(names[0])
+                    mapped += tensor.nbytes
+                    yield names.pop(0), tensor
+
+
+class PickledTensors:
+    """A PyTorch file, loaded with weights_only: nothing but tensors and plain containers is ever unpickled.
+
+    DeepSpeed's mp_rank_00_model_states.pt keeps the model under "module", beside the trainer's own state.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        try:
+            content = _load_weights_only(path)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{path} is damaged or holds Python objects other than tensors, which could run code when loaded, "
+                f"so it was not opened ({str(error).splitlines()[0]}). Use the .safetensors file, or save plain tensors."
+            ) from error
+        if isinstance(content, dict) and isinstance(content.get("module"), dict):
+            content = content["module"]
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{path} holds a {type(content).__name__}; wanted a dictionary of named tensors."
+            )
+        self._tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, self._tensors[name]) for name in names)
+
+
+class FolderOfTensors:
+    """A transformers model folder: one weights file, or several that an index file lists."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        self._where = {name: part for part in map(open_tensors, _weight_files(path)) for name in part.shapes}
+        self.shapes = {name: part.shapes[name] for name, part in self._where.items()}
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        return read_sources({name: Source(self._where[name], name) for name in names})
+
+
+def _is_pickle(path: Path) -> bool:
+    """By content: a zip archive (PyTorch since 1.6) or a bare pickle. The name is not asked."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start == b"PK\x03\x04" or start[:1] == b"\x80"
+
+
+def _load_weights_only(path: Path) -> object:
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    return torch.load(
+        path, map_location="cpu", weights_only=True, mmap=zipped
+    )  # only zip archives can be mapped
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
+        if index.is_file():
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [folder / name for name in sorted(set(names))]
+    found = sorted(
+        file for suffix in (*SAFETENSORS_SUFFIXES, *PICKLE_SUFFIXES) for file in folder.glob(f"*{suffix}")
+    )
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} holds no weights (no *.safetensors, no *.bin). Put the MLLM's weight files there."
+        )
+    return found

@@ -1,0 +1,31 @@
+"""The ComfyUI side: five nodes, from files to a conditioned MODEL.
+
+    load.py        Load EasyRef               files -> EASYREF_MODEL
+    references.py  Reference Group            images -> EASYREF_GROUP
+    encode.py      Encode Reference Group     group + prompt -> EASYREF_CONTEXT
+    aggregate.py   Aggregate Reference Tokens context -> EASYREF_TOKENS
+    apply.py       Apply EasyRef              MODEL + tokens -> MODEL
+
+files.py finds checkpoints and MLLM folders, mllm_patcher.py gives the weights to the host, unet_patch.py patches the UNet.
+"""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .aggregate import EasyRefAggregate
+from .apply import EasyRefApply
+from .encode import EasyRefEncodeGroup
+from .files import register_folders
+from .load import EasyRefLoader
+from .references import EasyRefGroup
+
+
+class EasyRefExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [EasyRefLoader, EasyRefGroup, EasyRefEncodeGroup, EasyRefAggregate, EasyRefApply]
+
+
+async def comfy_entrypoint() -> EasyRefExtension:
+    return EasyRefExtension()

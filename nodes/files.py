@@ -1,0 +1,98 @@
+"""Where EasyRef's files are: checkpoints in models/easyref, MLLM folders there, in text_encoders and in LLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import comfy.text_encoders
+import folder_paths
+
+from ..easyref_core.formats import RELEASE
+
+FOLDER = "easyref"
+MLLM_KINDS = (FOLDER, "text_encoders", "LLM")
+FROM_CHECKPOINT = "from the checkpoint"
+NOTHING_FOUND = "no file in models/easyref"
+BASE_MLLM = "https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct"
+
+
+def register_folders() -> None:
+    """Add models/easyref, and models/LLM as other packs know it, beside what extra_model_paths.yaml already named."""
+    for kind, extensions in ((FOLDER, folder_paths.supported_pt_extensions), ("LLM", set())):
+        paths, known = folder_paths.folder_names_and_paths.get(kind, ([], set()))
+        default = str(Path(folder_paths.models_dir) / kind)
+        paths = list(paths) if default in paths else [*paths, default]
+        folder_paths.folder_names_and_paths[kind] = (paths, known or extensions)
+
+
+def checkpoints() -> list[str]:
+    """Names of the weight files in the EasyRef folders, those inside MLLM folders left out."""
+    names = folder_paths.get_filename_list(FOLDER)
+    return [name for name in names if not _inside_mllm(name)] or [NOTHING_FOUND]
+
+
+def find_checkpoint(name: str) -> Path:
+    """Full path of a listed checkpoint. Raises FileNotFoundError saying where it was looked for and what is there."""
+    path = None if name == NOTHING_FOUND else folder_paths.get_full_path(FOLDER, name)
+    if path is not None and _is_inside(Path(path), folder_paths.get_folder_paths(FOLDER)):
+        return Path(path)
+    present = [file for file in checkpoints() if file != NOTHING_FOUND]
+    raise FileNotFoundError(
+        f"EasyRef checkpoint {name!r} was not found. Searched: {', '.join(folder_paths.get_folder_paths(FOLDER))}; "
+        f"there: {', '.join(present) or 'no weight files'}. Download the checkpoint (.safetensors) from {RELEASE} "
+        "into models/easyref."
+    )
+
+
+def mllm_folders() -> dict[str, Path]:
+    """{shown name: folder} of every Qwen2-VL folder, told by the config.json in it."""
+    found = {}
+    for kind in MLLM_KINDS:
+        for base in folder_paths.get_folder_paths(kind):
+            for config in sorted((*Path(base).glob("*/config.json"), *Path(base).glob("*/*/config.json"))):
+                if _is_qwen2_vl(config):
+                    found.setdefault(f"{kind}/{config.parent.relative_to(base).as_posix()}", config.parent)
+    return found
+
+
+def find_mllm(name: str) -> Path | None:
+    """Folder of a listed MLLM; None for FROM_CHECKPOINT. Raises FileNotFoundError like find_checkpoint."""
+    if name == FROM_CHECKPOINT:
+        return None
+    folders = mllm_folders()
+    if name in folders:
+        return folders[name]
+    searched = [base for kind in MLLM_KINDS for base in folder_paths.get_folder_paths(kind)]
+    raise FileNotFoundError(
+        f"MLLM folder {name!r} was not found. Searched: {', '.join(searched)}; "
+        f"Qwen2-VL folders there: {', '.join(folders) or 'none'}. Put all files of {BASE_MLLM} into a folder of "
+        "their own in models/easyref, models/text_encoders or models/LLM."
+    )
+
+
+def host_tokenizer() -> Path:
+    """The tokenizer ComfyUI ships for Qwen2.5-VL: the same vocabulary and merges as Qwen2-VL's."""
+    return Path(comfy.text_encoders.__path__[0]) / "qwen25_tokenizer"
+
+
+def _inside_mllm(name: str) -> bool:
+    folder = Path(name).parent
+    return folder != Path(".") and any(
+        (Path(base) / folder / "config.json").is_file() for base in folder_paths.get_folder_paths(FOLDER)
+    )
+
+
+def _is_inside(path: Path, folders: list[str]) -> bool:
+    """A link may point elsewhere on purpose; `..` in the name may not."""
+    absolute = Path(path).absolute()
+    return ".." not in absolute.parts and any(
+        absolute.is_relative_to(Path(base).absolute()) for base in folders
+    )
+
+
+def _is_qwen2_vl(config: Path) -> bool:
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == "qwen2_vl"
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,85 @@
+"""Load EasyRef."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from . import files
+from .mllm_patcher import PRECISIONS, load_hosted
+from .sockets import EasyRefModel
+
+ATTENTION = {files.FROM_CHECKPOINT: None, "causal": True, "bidirectional": False}
+
+
+class EasyRefLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EasyRefLoader",
+            display_name="Load EasyRef",
+            category="EasyRef",
+            description="Loads an EasyRef checkpoint: the multimodal LLM that reads a group of references, and the "
+            "layers through which SDXL attends to what it read.",
+            search_aliases=["ip adapter", "reference", "multimodal llm", "qwen2-vl"],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=files.checkpoints(),
+                    tooltip="EasyRef checkpoint in models/easyref (.safetensors, or DeepSpeed's .pt). "
+                    "The file name does not matter; the tensors in it do.",
+                ),
+                io.Combo.Input(
+                    "mllm",
+                    options=[files.FROM_CHECKPOINT, *files.mllm_folders()],
+                    default=files.FROM_CHECKPOINT,
+                    tooltip="The released checkpoint contains its fine-tuned Qwen2-VL-2B: leave this at 'from the "
+                    "checkpoint'. A checkpoint without one needs a Qwen2-VL-2B-Instruct folder in models/easyref, "
+                    "models/text_encoders or models/LLM.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="auto",
+                    tooltip="How the weights are kept. auto: as in the file, computed in bfloat16 where the device "
+                    "does it, else float32. fp8_e4m3fn: about half the memory of bf16, slightly different tokens.",
+                ),
+                io.Combo.Input(
+                    "last_layer_attention",
+                    options=list(ATTENTION),
+                    default=files.FROM_CHECKPOINT,
+                    advanced=True,
+                    tooltip="Attention of the layer that gathers the reference tokens. The released model was trained "
+                    "causal. Only for checkpoints trained otherwise whose file does not say so.",
+                ),
+            ],
+            outputs=[EasyRefModel.Output(display_name="easyref", tooltip="The loaded EasyRef model.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str, mllm: str) -> bool | str:
+        """In place of the host's own check, whose 'value not in list' does not say where the file belongs."""
+        try:
+            files.find_checkpoint(checkpoint)
+            files.find_mllm(mllm)
+        except FileNotFoundError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, **_: str) -> str:
+        """A file replaced under the same name is another checkpoint."""
+        status = files.find_checkpoint(checkpoint).stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, checkpoint: str, mllm: str, precision: str, last_layer_attention: str) -> io.NodeOutput:
+        folder = files.find_mllm(mllm)
+        return io.NodeOutput(
+            load_hosted(
+                files.find_checkpoint(checkpoint),
+                folder,
+                folder or files.host_tokenizer(),
+                precision,
+                ATTENTION[last_layer_attention],
+            )
+        )

@@ -1,0 +1,131 @@
+"""An EasyRef model whose weights belong to the host: it streams, pages, counts and evicts them like any model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import comfy.model_management as mm
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.model_patcher import CoreModelPatcher, ModelPatcher
+
+from ..easyref_core.checkpoint import Cast, open_checkpoint
+from ..easyref_core.model import EasyRef, build
+from ..easyref_core.preprocess import pixel_limits
+from ..easyref_core.reference_tokens import ContextStates, ReferenceTokens
+from .sockets import TokenPair
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..easyref_core.attention import KeyValue
+
+PRECISIONS = ("auto", "bf16", "fp32", "fp8_e4m3fn")
+
+
+class HostedEasyRef:
+    """What EASYREF_MODEL carries. `patcher` and `get_models` are how the host finds the weights it may evict."""
+
+    def __init__(self, model: EasyRef) -> None:
+        self.model = model
+        self.patcher = _hosted(model.mllm, model.device)
+        self._kv_patcher = _hosted(model.kv, model.device)
+        self._key_values: WeakKeyDictionary[TokenPair, list[KeyValue]] = WeakKeyDictionary()
+
+    def get_models(self) -> list[ModelPatcher]:
+        return [self.patcher, self._kv_patcher]
+
+    def encode(self, images: Sequence[Tensor], prompt: str, instruction: str, size: int) -> ContextStates:
+        """Context states of a group, on the host's intermediate device. Counts one step per reference; can be stopped."""
+        self._load_for(len(images), len(prompt) + len(instruction), size)
+        progress = _Progress(len(images), self.model.mllm.encoder.blocks)
+        context = self.model.encode(images, prompt, instruction, size, progress.step)
+        return ContextStates(context.states.to(mm.intermediate_device()), context.provenance)
+
+    def aggregate(self, context: ContextStates) -> TokenPair:
+        """Tokens for both sides; the unconditional ones read the same instruction, at the same size, of a black image."""
+        self.model.require_own(context, "context")
+        made = context.provenance
+        self._load_for(1, len(made.instruction), made.size)
+        tokens = self.model.aggregate(context), self.model.unconditional(made.instruction, made.size)
+        return TokenPair(*(ReferenceTokens.of(t.to(mm.intermediate_device()), t.provenance) for t in tokens))
+
+    def key_values(self, tokens: TokenPair) -> list[KeyValue]:
+        """K and V per site, rows [unconditional, conditional], float32 on the intermediate device; once per tokens."""
+        if tokens not in self._key_values:
+            for side in (tokens.unconditional, tokens.conditional):
+                self.model.require_own(side, "set of reference tokens")
+            mm.load_models_gpu([self._kv_patcher])
+            rows = torch.cat([tokens.unconditional, tokens.conditional])
+            projected = self.model.key_values(rows, torch.float32)
+            device = mm.intermediate_device()
+            self._key_values[tokens] = [(k.to(device), v.to(device)) for k, v in projected]
+        return self._key_values[tokens]
+
+    def _load_for(self, references: int, characters: int, size: int) -> None:
+        """Bring the MLLM to its device with room for the activations; a text token has at least one character."""
+        config = self.model.config
+        patches = references * (pixel_limits(size, config.pixels_per_token)[1] // config.patch_size**2)
+        tokens = patches // config.merge_size**2 + characters + config.num_tokens
+        tokens = min(tokens, config.max_positions)
+        mm.load_models_gpu(
+            [self.patcher], config.activation_bytes(patches, tokens, self.model.dtype.itemsize)
+        )
+
+
+def load_hosted(
+    checkpoint: Path, mllm: Path | None, tokenizer: Path, precision: str, causal: bool | None
+) -> HostedEasyRef:
+    """Load a checkpoint for the host. precision: one of PRECISIONS, how the MLLM's weights are stored."""
+    device = mm.get_torch_device()
+    compute = compute_dtype(device, precision)
+    opened = open_checkpoint(checkpoint, mllm, causal)
+    model = build(opened, tokenizer, device, compute, storage(precision, compute), comfy.ops.manual_cast)
+    return HostedEasyRef(model)
+
+
+def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """bfloat16 where the device does it, else float32. Never float16: Qwen2's activations overflow it."""
+    return torch.bfloat16 if precision != "fp32" and mm.should_use_bf16(device) else torch.float32
+
+
+def storage(precision: str, compute: torch.dtype) -> Cast:
+    """How each weight is kept. `auto` keeps the file's own bytes mapped, unless they are wider than the arithmetic."""
+
+    def cast(name: str, tensor: Tensor) -> Tensor:
+        if precision == "bf16":
+            return tensor.to(torch.bfloat16)
+        if precision == "fp32":
+            return tensor.to(torch.float32)
+        if precision == "fp8_e4m3fn" and _is_body_matrix(name, tensor):
+            return tensor.to(torch.float8_e4m3fn)
+        return tensor.to(compute) if tensor.dtype.itemsize > compute.itemsize else tensor
+
+    return cast
+
+
+def _is_body_matrix(name: str, tensor: Tensor) -> bool:
+    """The matrices of the MLLM body, which are most of the model; looking up rows of fp8 embeddings is not portable."""
+    return name.startswith("encoder.") and tensor.ndim == 2 and "embed_tokens" not in name
+
+
+def _hosted(module: nn.Module, device: torch.device) -> ModelPatcher:
+    mm.archive_model_dtypes(module)
+    return CoreModelPatcher(module, load_device=device, offload_device=mm.text_encoder_offload_device())
+
+
+class _Progress:
+    """All references advance together, block by block; shown as that many of them done."""
+
+    def __init__(self, references: int, blocks: int) -> None:
+        self.references, self.blocks, self.done = references, blocks, 0
+        self.bar = comfy.utils.ProgressBar(references)
+
+    def step(self) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        self.done += 1
+        self.bar.update_absolute(self.references * self.done // self.blocks, self.references)

@@ -1,0 +1,26 @@
+"""What travels between the nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io
+
+if TYPE_CHECKING:
+    from ..easyref_core import ReferenceTokens
+
+EasyRefModel = io.Custom("EASYREF_MODEL")  # mllm_patcher.HostedEasyRef
+EasyRefGroupSocket = io.Custom(
+    "EASYREF_GROUP"
+)  # tuple of references, each (1, height, width, channels), in order
+EasyRefContext = io.Custom("EASYREF_CONTEXT")  # easyref_core.ContextStates
+EasyRefTokens = io.Custom("EASYREF_TOKENS")  # TokenPair
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenPair:
+    """Reference tokens (1, T, C) for the conditional and for the unconditional rows of a batch."""
+
+    conditional: ReferenceTokens
+    unconditional: ReferenceTokens
