@@ -24,11 +24,6 @@ class EasyRefGroup(io.ComfyNode):
             search_aliases=["references", "image batch", "reference images"],
             is_input_list=True,  # lists of images of different sizes are one group, not one group each
             inputs=[
-                EasyRefGroupSocket.Input(
-                    "group",
-                    optional=True,
-                    tooltip="A group to extend: the images below come after its references.",
-                ),
                 io.Autogrow.Input(
                     "images",
                     template=io.Autogrow.TemplatePrefix(
@@ -38,6 +33,11 @@ class EasyRefGroup(io.ComfyNode):
                         max=100,
                     ),
                     tooltip="References in order. A new socket appears when the last one is connected.",
+                ),
+                EasyRefGroupSocket.Input(
+                    "group",
+                    optional=True,
+                    tooltip="A group to extend: the images here come after its references.",
                 ),
             ],
             outputs=[EasyRefGroupSocket.Output(display_name="group", tooltip="The references, in order.")],

@@ -1,0 +1,45 @@
+"""Puts a real ComfyUI on sys.path for the tests of this folder; where there is none, each module is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ..hosts import find_hosts
+from .in_process import enter_host, load_pack
+
+HOST: Path | None = next(iter(find_hosts()), None)
+NO_HOST = "no ComfyUI found: set COMFYUI_PATH to a checkout, or put one at ~/comfy/ComfyUI"
+
+
+class NeedsHost(pytest.Module):
+    """A test module that is not even imported, as its imports are the host's."""
+
+    def collect(self) -> list[pytest.Item]:
+        pytest.skip(NO_HOST, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return None if HOST else NeedsHost.from_parent(parent, path=module_path)
+
+
+if HOST:
+    enter_host(HOST)
+
+
+@pytest.fixture(scope="session")
+def pack() -> ModuleType:
+    """This pack, loaded from its folder as ComfyUI loads it."""
+    return load_pack()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[object]:
+    """A running ComfyServer (server.py) that all tests of the session share."""
+    from .server import ComfyServer
+
+    with ComfyServer(HOST) as running:
+        yield running

@@ -1,0 +1,46 @@
+"""A test-only node pack for ComfyUI: everything KSampler needs, tiny and random, with no file to download."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .tiny_sdxl import TinyVAE, load_tiny_sdxl, random_conditioning
+
+
+class TinySDXL(io.ComfyNode):
+    """What a checkpoint loader and two text encoders give, at a millionth of the size."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TinySDXL",
+            category="testing",
+            inputs=[
+                io.Int.Input("seed", default=0, min=0, max=2**31),
+                io.Int.Input("prompt_tokens", default=77, min=1, max=77 * 4),
+            ],
+            outputs=[
+                io.Model.Output(),
+                io.Conditioning.Output("positive"),
+                io.Conditioning.Output("negative"),
+                io.Vae.Output(),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, seed: int, prompt_tokens: int) -> io.NodeOutput:
+        model = load_tiny_sdxl()
+        positive = random_conditioning(2 * seed, prompt_tokens)
+        negative = random_conditioning(2 * seed + 1, 77)
+        return io.NodeOutput(model, positive, negative, TinyVAE(model.model.latent_format))
+
+
+class TinyNodes(ComfyExtension):
+    """The pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [TinySDXL]
+
+
+async def comfy_entrypoint() -> TinyNodes:
+    return TinyNodes()

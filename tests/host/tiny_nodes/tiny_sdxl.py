@@ -1,0 +1,89 @@
+"""The tiny UNet of tests/golden/unet inside ComfyUI's own SDXL class, with conditionings and a VAE to match."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
+
+UNET = Path(__file__).resolve().parents[2] / "golden" / "unet" / "diffusion_pytorch_model.safetensors"
+CONTEXT_WIDTH = 32
+POOLED_WIDTH = 32
+TIME_ID_WIDTH = 8  # per time id, of which SDXL has six: 32 + 6 * 8 = 80 = adm_in_channels
+SPREAD = 64  # how widely the colours of what the random UNet samples scatter: no pixel should saturate
+
+UNET_CONFIG = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "channel_mult": [1, 1, 1],
+    "num_res_blocks": [2, 2, 2],
+    "num_classes": "sequential",
+    "adm_in_channels": 80,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "legacy": False,
+    "transformer_depth": [0, 0, 1, 1, 2, 2],
+    "transformer_depth_middle": 2,
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
+    "context_dim": CONTEXT_WIDTH,
+    "use_temporal_attention": False,
+    "dtype": torch.float32,
+}
+
+
+class TinyConfig(comfy.supported_models.SDXL):
+    """SDXL with heads as narrow as the tiny UNet's."""
+
+    unet_extra_config = {"num_heads": -1, "num_head_channels": 16}
+
+
+class TinyModel(comfy.model_base.SDXL):
+    """SDXL, whose sizes are embedded so narrowly that they fit the tiny UNet."""
+
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__(config)
+        self.embedder = Timestep(TIME_ID_WIDTH)
+
+
+class TinyVAE:
+    """The only method of a VAE that VAEDecode calls: latents to colours, by the host's preview factors."""
+
+    def __init__(self, latent_format: comfy.latent_formats.LatentFormat) -> None:
+        self.to_rgb = torch.tensor(latent_format.latent_rgb_factors)
+        self.bias = torch.tensor(latent_format.latent_rgb_factors_bias)
+
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        """(batch, 4, height, width) to images (batch, 8 height, 8 width, 3) in 0..1."""
+        colours = samples.float().cpu().movedim(1, -1) @ self.to_rgb + self.bias
+        return (colours / SPREAD).sigmoid().repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+
+
+def load_tiny_sdxl() -> comfy.model_patcher.ModelPatcher:
+    """A fresh tiny SDXL, wrapped as the host's own loaders wrap theirs."""
+    config = TinyConfig(UNET_CONFIG)
+    model = TinyModel(config)
+    diffusers = comfy.utils.load_torch_file(str(UNET))
+    names = comfy.utils.unet_to_diffusers(config.unet_config)
+    model.diffusion_model.load_state_dict({names[name]: weight for name, weight in diffusers.items()})
+    return comfy.model_patcher.CoreModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def random_conditioning(seed: int, tokens: int) -> list:
+    """A CONDITIONING of so many tokens, the same for the same seed."""
+    random = torch.Generator().manual_seed(seed)
+    context = torch.randn(1, tokens, CONTEXT_WIDTH, generator=random)
+    pooled = torch.randn(1, POOLED_WIDTH, generator=random)
+    return [[context, {"pooled_output": pooled}]]
