@@ -1,10 +1,13 @@
 """What every test needs before it imports anything."""
 
+import sys
 from importlib.util import find_spec
 
 from .cpu_torch import complete_cpu_torch
+from .hosts import ROOT
 
-if find_spec(
-    "torchvision"
-):  # installed only together with a ComfyUI; transformers imports it when it is there
+sys.path.append(str(ROOT))  # last: this pack's `nodes` must not hide ComfyUI's nodes.py
+
+# installed only together with a ComfyUI; transformers imports it when it is there
+if find_spec("torchvision"):
     complete_cpu_torch()
