@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .formats import (
     translate,
 )
 from .group_encoder import GroupEncoder
+from .qwen2_vl import Unfilled
 from .reference_tokens import ReferenceAggregator
 from .tensor_files import Source, open_tensors, read_sources
 from .unet_layout import Site
@@ -103,7 +104,7 @@ def open_checkpoint(path: Path, mllm: Path | None = None, causal: bool | None = 
         config = dataclasses.replace(config, causal=causal)
     inner = tuple(shapes.get(f"kv.to_k_ip.{i}.weight", (0,))[0] for i in range(len(sites)))
     checkpoint = Checkpoint(path, config, tuple(sites), inner, sources)
-    _compare(path, shapes, expected_shapes(checkpoint))
+    _compare(checkpoint, shapes)
     return checkpoint
 
 
@@ -114,7 +115,10 @@ def read_config(mllm: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{mllm} has no config.json: it is not an MLLM folder. Put all files of Qwen2-VL there."
         )
-    config = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}). Download it again.") from error
     if config.get("model_type") != "qwen2_vl":
         raise ValueError(
             f"{file} describes a model of type {config.get('model_type')!r}; EasyRef needs 'qwen2_vl' "
@@ -128,8 +132,8 @@ def expected_shapes(checkpoint: Checkpoint) -> Shapes:
     config = checkpoint.config
     with torch.device("meta"):
         modules = {
-            "encoder.": GroupEncoder(config),
-            "aggregator.": ReferenceAggregator(config),
+            "encoder.": GroupEncoder(config, Unfilled),
+            "aggregator.": ReferenceAggregator(config, Unfilled),
             "kv.": KVProjections(checkpoint.inner, config.token_width),
         }
     shapes = {
@@ -148,7 +152,7 @@ def expected_shapes(checkpoint: Checkpoint) -> Shapes:
 
 
 def save(
-    path: Path, config: EasyRefConfig, sites: Iterable[Site], tensors: Mapping[str, torch.Tensor]
+    path: Path, config: EasyRefConfig, sites: Sequence[Site], tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Write a model (tensors under the names of its modules) as safetensors: released keys, sizes as metadata.
 
@@ -156,7 +160,6 @@ def save(
     """
     from safetensors.torch import save_file
 
-    sites = list(sites)
     stored = {
         stored_name(name, sites): _stored_tensor(name, tensor, config) for name, tensor in tensors.items()
     }
@@ -215,10 +218,11 @@ def _require_layers(path: Path, shapes: Shapes) -> None:
     _raise_missing(path, [name for name in wanted if name not in shapes])
 
 
-def _compare(path: Path, found: Shapes, wanted: Shapes) -> None:
-    _raise_missing(path, sorted(wanted.keys() - found.keys()))
+def _compare(checkpoint: Checkpoint, found: Shapes) -> None:
+    path, sites, wanted = checkpoint.path, checkpoint.sites, expected_shapes(checkpoint)
+    _raise_missing(path, sorted(wanted.keys() - found.keys()), sites)
     wrong = [
-        f"{name}: found {tuple(found[name])}, wanted {tuple(shape)}"
+        f"{stored_name(name, sites)}: found {tuple(found[name])}, wanted {tuple(shape)}"
         for name, shape in wanted.items()
         if tuple(found[name]) != tuple(shape)
     ]
@@ -227,10 +231,17 @@ def _compare(path: Path, found: Shapes, wanted: Shapes) -> None:
             f"{path}: {len(wrong)} tensors do not have the size the others ask for, first {'; '.join(wrong[:10])}. "
             "The checkpoint and the MLLM folder do not belong together, or the file is damaged."
         )
+    unknown = sorted(stored_name(name, sites) for name in found.keys() - wanted.keys())
+    if unknown:
+        raise ValueError(
+            f"{path} holds {len(unknown)} tensors in places where an EasyRef model on Qwen2-VL has none, first "
+            f"{', '.join(unknown[:10])}. It is of another architecture, or damaged; use the release ({RELEASE})."
+        )
 
 
-def _raise_missing(path: Path, missing: list[str]) -> None:
+def _raise_missing(path: Path, missing: list[str], sites: Sequence[Site] = ()) -> None:
     if missing:
+        missing = [stored_name(name, sites) for name in missing]
         raise ValueError(
             f"{path} lacks {len(missing)} tensors of an EasyRef model, first {', '.join(missing[:10])}. "
             f"The file is incomplete; download or export it again ({RELEASE})."

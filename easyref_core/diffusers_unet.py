@@ -10,6 +10,7 @@ from einops import rearrange
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from .attention import KeyValue, reference_attention
+from .reference_tokens import ReferenceTokens
 from .unet_layout import parse_diffusers, require_fit
 
 if TYPE_CHECKING:
@@ -72,12 +73,17 @@ def apply(
 
     The first half of every batch is unconditional, as diffusers' pipelines order it; with uncond None all rows are
     conditional. weight: strength of the reference term; lora_strength: of the checkpoint's attention LoRA, which both
-    halves carry whatever the weight. Raises ValueError for a UNet whose cross-attentions are not the checkpoint's.
+    halves carry whatever the weight. Raises ValueError for a UNet whose cross-attentions are not the checkpoint's, and
+    for tokens of another checkpoint.
     """
     attentions = {name: module for name, module in unet.named_modules() if name.endswith(("attn1", "attn2"))}
     found = {parse_diffusers(n): m.to_k.out_features for n, m in attentions.items() if n.endswith("attn2")}
     require_fit("The UNet", found, model.checkpoint.widths)
-    rows = tokens if uncond is None else torch.cat([uncond, tokens])
+    given = [tokens] if uncond is None else [uncond, tokens]
+    for side in given:
+        if isinstance(side, ReferenceTokens):
+            model.require_own(side, "set of reference tokens")
+    rows = torch.cat(given)  # a copy: what inference mode made could not be used where gradients are recorded
     undo: list[Callable[[], None]] = []
     for site, key_value in zip(model.checkpoint.sites, model.key_values(rows), strict=True):
         attn2 = attentions[f"{site.diffusers}.attn2"]

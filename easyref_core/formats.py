@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,13 +24,14 @@ METADATA_KEY = "easyref"  # in our own files: JSON of EasyRefConfig
 # Stored name -> name in this package's modules. None: known and not needed. The first match decides.
 LANGUAGE = r"(?:model\.)?(?:language_model\.)?(?:model\.)?"
 MLLM_NAMES = [
+    (r"(?:.+\.)?lm_head\.weight", None),  # tied to embed_tokens; the logits are never computed here
+    (r".*rotary_(?:pos_)?emb\.inv_freq", None),  # computed, not learned
     (r"(?:model\.)?visual\.patch_embed\.proj\.weight", "encoder.visual.patch_embed.weight"),
     (r"(?:model\.)?visual\.(.+)", r"encoder.visual.\1"),
     (rf"{LANGUAGE}(embed_tokens|layers|norm)\.(.+)", r"encoder.\1.\2"),
-    (r"(?:.+\.)?lm_head\.weight", None),  # tied to embed_tokens; the logits are never computed here
-    (r".*rotary_emb\.inv_freq", None),
 ]
 EASYREF_NAMES = [
+    (r"mllm_final_layer\..*rotary_emb\.inv_freq", None),
     *((rf"multimodal_llm\.{stored}", name) for stored, name in MLLM_NAMES),
     (r"mllm_final_layer\.reference_tokens", "aggregator.reference_tokens.weight"),
     (r"mllm_final_layer\.(layers|norm)\.(.+)", r"aggregator.\1.\2"),
@@ -49,7 +50,9 @@ SIGNATURE = [
     r".*\.to_k_ip\.weight",
 ]
 OTHER_FILES = [
+    ("an incomplete one", [r"mllm_final_layer\..+"]),
     ("an IP-Adapter", [r"ip_adapter\..+", r"image_proj\..+"]),
+    ("a LoRA", [r".*(?:lora_unet_|lora_te|\.lora_A\.|\.lora_B\.|\.lora_down\.|_lora\.down\.).*"]),
     (
         "a Qwen2-VL model without EasyRef's own layers",
         [r"(?:model\.)?visual\.patch_embed.+", rf"{LANGUAGE}layers\..+"],
@@ -61,7 +64,6 @@ OTHER_FILES = [
     ),
     ("a Flux model", [r"(?:model\.diffusion_model\.)?double_blocks\..+"]),
     ("a UNet", [r"(?:model\.diffusion_model\.)?(?:input_blocks|down_blocks)\..+"]),
-    ("a LoRA", [r".*(?:lora_unet_|lora_te|\.lora_A\.|\.lora_B\.|\.lora_down\.|_lora\.down\.).*"]),
 ]
 
 
@@ -120,7 +122,8 @@ def number_sites(tensors: Mapping[str, Value]) -> tuple[list[Site], dict[str, Va
     return sites, {rename.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def stored_name(name: str, sites: list[Site]) -> str:
+def stored_name(name: str, sites: Sequence[Site]) -> str:
+    """Name of a tensor of the model in the released files; an unknown name stays as it is."""
     if match := re.fullmatch(r"kv\.(to_[kv]_ip)\.(\d+)\.weight", name):
         return f"unet.{sites[int(match[2])].diffusers}.attn2.processor.{match[1]}.weight"
     table = [

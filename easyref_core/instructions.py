@@ -73,13 +73,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The Qwen2-VL tokenizer in `folder` (any layout transformers reads: tokenizer.json, or vocab.json + merges.txt)."""
     from transformers import AutoTokenizer  # here, because importing transformers takes seconds
 
+    wanted = "The folder needs tokenizer.json, or vocab.json and merges.txt, beside tokenizer_config.json."
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"No Qwen2-VL tokenizer could be read from {folder} ({error}). "
-            "The folder needs tokenizer.json, or vocab.json and merges.txt, beside tokenizer_config.json."
-        ) from error
+        raise ValueError(f"No Qwen2-VL tokenizer could be read from {folder} ({error}). {wanted}") from error
+    if (
+        tokenizer.token_to_id(IMAGE_TOKEN) is None
+    ):  # transformers 5 makes an empty one where the files are missing
+        raise ValueError(f"The tokenizer in {folder} has no {IMAGE_TOKEN}: it is not Qwen2-VL's. {wanted}")
     tokenizer.encode_special_tokens = True  # special tokens inside ordinary text are text
     return tokenizer
 

@@ -14,6 +14,7 @@ from .checkpoint import Cast, Checkpoint, open_checkpoint, save
 from .group_encoder import GroupEncoder
 from .instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
 from .preprocess import SIZE, black_image, preprocess
+from .qwen2_vl import Unfilled
 from .reference_tokens import ContextStates, Provenance, ReferenceAggregator, ReferenceTokens
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def build(
     device: torch.device | str,
     dtype: torch.dtype,
     cast: Cast,
-    operations: Any = nn,
+    operations: Any = Unfilled,
 ) -> EasyRef:
     """The model of an opened checkpoint: modules of `operations`, every weight passed through `cast` once.
 

@@ -54,12 +54,16 @@ def black_image() -> Image.Image:
 def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
     """One reference as an RGB image. Alpha is dropped, not composited, as PIL's convert does in the authors' code."""
     if isinstance(image, Image.Image):
+        if image.mode.startswith("I"):  # 16 bits: PIL's convert would clip at 255, which leaves white
+            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
         return _check_sides(image.convert("RGB"), name)
     if image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
         raise ValueError(
             f"{name} has shape {tuple(image.shape)}; wanted (height, width, channels) with 1, 3 or 4 channels. "
             "Pass the images of a batch one by one."
         )
+    if not image.is_floating_point():
+        raise ValueError(f"{name} holds {image.dtype} values; wanted floats in 0..1. Divide 0..255 by 255.")
     pixels = image.detach().to("cpu", torch.float32)
     if not torch.isfinite(pixels).all():
         broken = int((~torch.isfinite(pixels)).sum())

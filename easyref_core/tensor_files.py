@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,9 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-MAPPED_AT_ONCE = (
-    256 * 2**20
-)  # bytes: a fresh mapping after so many lets go of the pages that were already cast
+MAPPED_AT_ONCE = 64 * 2**20  # bytes; more of files above 2 GB, so that none is mapped more than 32 times
 
 
 class TensorFile(Protocol):
@@ -78,14 +77,7 @@ class SafetensorsFile:
             ) from error
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        names = list(names)
-        while names:
-            mapped = 0
-            with safe_open(self.path, framework="pt") as file:
-                while names and mapped < MAPPED_AT_ONCE:
-                    tensor = file.get_tensor(names[0])
-                    mapped += tensor.nbytes
-                    yield names.pop(0), tensor
+        return _read_in_parts(self.path, names, lambda: safe_open(self.path, framework="pt").get_tensor)
 
 
 class PickledTensors:
@@ -97,24 +89,14 @@ class PickledTensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: Mapping[str, str] = {}
-        try:
-            content = _load_weights_only(path)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(
-                f"{path} is damaged or holds Python objects other than tensors, which could run code when loaded, "
-                f"so it was not opened ({str(error).splitlines()[0]}). Use the .safetensors file, or save plain tensors."
-            ) from error
-        if isinstance(content, dict) and isinstance(content.get("module"), dict):
-            content = content["module"]
-        if not isinstance(content, dict):
-            raise ValueError(
-                f"{path} holds a {type(content).__name__}; wanted a dictionary of named tensors."
-            )
-        self._tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        tensors = _load_weights_only(path)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._kept = None if _is_zip(path) else tensors  # what is no zip archive cannot be mapped
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, self._tensors[name]) for name in names)
+        return _read_in_parts(
+            self.path, names, lambda: (self._kept or _load_weights_only(self.path)).__getitem__
+        )
 
 
 class FolderOfTensors:
@@ -130,19 +112,58 @@ class FolderOfTensors:
         return read_sources({name: Source(self._where[name], name) for name in names})
 
 
+def _read_in_parts(
+    path: Path, names: Iterable[str], map_file: Callable[[], Callable[[str], torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The named tensors. The file is mapped afresh now and then, which lets go of the pages that were already cast."""
+    names, part = list(names), max(MAPPED_AT_ONCE, path.stat().st_size // 32)
+    while names:
+        get, mapped = map_file(), 0
+        while names and mapped < part:
+            tensor = get(names[0])
+            mapped += tensor.nbytes
+            yield names.pop(0), tensor
+
+
 def _is_pickle(path: Path) -> bool:
     """By content: a zip archive (PyTorch since 1.6) or a bare pickle. The name is not asked."""
     with path.open("rb") as file:
-        start = file.read(4)
-    return start == b"PK\x03\x04" or start[:1] == b"\x80"
+        return _is_zip(path) or file.read(1) == b"\x80"
 
 
-def _load_weights_only(path: Path) -> object:
+def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"
-    return torch.load(
-        path, map_location="cpu", weights_only=True, mmap=zipped
-    )  # only zip archives can be mapped
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _load_weights_only(path: Path) -> dict[str, torch.Tensor]:
+    """The named tensors of a PyTorch file, of a DeepSpeed file those of the model."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
+        raise ValueError(
+            f"{path} is damaged or holds Python objects other than tensors, which could run code when loaded, "
+            f"so it was not opened ({_reason(error)}). Use the .safetensors file, or save plain tensors."
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("module"), dict):
+        content = content["module"]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; wanted a dictionary of named tensors.")
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    return tensors or {  # nested once, as an IP-Adapter's .bin is; nothing of EasyRef's, but it can then be named
+        f"{part}.{name}": value
+        for part, inner in content.items()
+        if isinstance(inner, dict)
+        for name, value in inner.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _reason(error: Exception) -> str:
+    """The telling sentence of torch.load's error, without its advice on how to load the file all the same."""
+    text = str(error) or type(error).__name__
+    found = re.search(r"unsupported .+", text, re.IGNORECASE)
+    return (found[0] if found else text.splitlines()[0]).partition(". ")[0].removesuffix(".")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -150,11 +171,9 @@ def _weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             return [folder / name for name in sorted(set(names))]
-    found = sorted(
-        file for suffix in (*SAFETENSORS_SUFFIXES, *PICKLE_SUFFIXES) for file in folder.glob(f"*{suffix}")
+    for suffixes in (SAFETENSORS_SUFFIXES, PICKLE_SUFFIXES):  # beside safetensors, a .bin is no weights file
+        if found := sorted(file for suffix in suffixes for file in folder.glob(f"*{suffix}")):
+            return found
+    raise FileNotFoundError(
+        f"{folder} holds no weights (no *.safetensors, no *.bin). Put the MLLM's weight files there."
     )
-    if not found:
-        raise FileNotFoundError(
-            f"{folder} holds no weights (no *.safetensors, no *.bin). Put the MLLM's weight files there."
-        )
-    return found

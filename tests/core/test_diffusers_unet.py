@@ -1,0 +1,131 @@
+"""The diffusers host: the authors' noise predictions, and a UNet given back bit for bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+import easyref_core as er
+from easyref_core import diffusers_unet
+from easyref_core.unet_layout import parse_diffusers
+
+from . import golden
+from .golden import EXACT, Tensors, error, predict
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+
+def hooks(unet: UNet2DConditionModel) -> int:
+    """How many hooks the UNet's modules carry."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())
+
+
+def test_the_bare_unet_is_the_authors(unet: UNet2DConditionModel, expected: Tensors) -> None:
+    assert error(predict(unet, expected), expected["unet.noise_pred.base"]) <= EXACT
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_noise_prediction(
+    unet: UNet2DConditionModel,
+    model: er.EasyRef,
+    expected: Tensors,
+    tokens: er.ReferenceTokens,
+    uncond: er.ReferenceTokens,
+    weight: float,
+) -> None:
+    diffusers_unet.apply(unet, model, tokens, uncond, weight=weight)
+    assert error(predict(unet, expected), expected[f"unet.noise_pred.scale_{weight}"]) <= EXACT
+
+
+def test_without_unconditional_tokens_all_rows_are_conditional(
+    unet: UNet2DConditionModel, model: er.EasyRef, expected: Tensors, tokens: er.ReferenceTokens
+) -> None:
+    diffusers_unet.apply(unet, model, tokens, None)
+    assert error(predict(unet, expected)[1:], expected["unet.noise_pred.scale_1.0"][1:]) <= EXACT
+
+
+def test_a_batch_of_several_images_has_its_unconditional_rows_first(
+    unet: UNet2DConditionModel,
+    model: er.EasyRef,
+    expected: Tensors,
+    tokens: er.ReferenceTokens,
+    uncond: er.ReferenceTokens,
+) -> None:
+    twice = {name: t.repeat_interleave(2, dim=0) for name, t in expected.items() if name.startswith("unet.")}
+    diffusers_unet.apply(unet, model, tokens, uncond)
+    assert error(predict(unet, twice), twice["unet.noise_pred.scale_1.0"]) <= EXACT
+
+
+def test_at_weight_0_and_lora_strength_0_the_unet_answers_bit_for_bit_as_bare(
+    unet: UNet2DConditionModel,
+    model: er.EasyRef,
+    expected: Tensors,
+    tokens: er.ReferenceTokens,
+    uncond: er.ReferenceTokens,
+) -> None:
+    bare = predict(unet, expected)
+    diffusers_unet.apply(unet, model, tokens, uncond, weight=0.0, lora_strength=0.0)
+    assert torch.equal(predict(unet, expected), bare)
+
+
+class TestRemoved:
+    """What is left after attaching, running and removing: nothing."""
+
+    def test_the_answer_is_the_same_bit_for_bit(self, unet, model, expected, tokens, uncond) -> None:
+        bare = predict(unet, expected)
+        attached = diffusers_unet.apply(unet, model, tokens, uncond)
+        attached.remove()
+        assert torch.equal(predict(unet, expected), bare)
+
+    def test_the_weights_are_the_same_bit_for_bit(self, unet, model, expected, tokens, uncond) -> None:
+        before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+        attached = diffusers_unet.apply(unet, model, tokens, uncond)
+        predict(unet, expected)
+        attached.remove()
+        after = unet.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+    def test_the_processors_are_the_same_objects(self, unet, model, expected, tokens, uncond) -> None:
+        before = unet.attn_processors
+        diffusers_unet.apply(unet, model, tokens, uncond).remove()
+        assert all(after is before[name] for name, after in unet.attn_processors.items())
+
+    def test_no_hook_is_left(self, unet, model, expected, tokens, uncond) -> None:
+        attached = diffusers_unet.apply(unet, model, tokens, uncond)
+        assert hooks(unet) == 4 * len(unet.attn_processors)  # the LoRA of q, k, v and out
+        attached.remove()
+        assert hooks(unet) == 0
+
+
+def test_every_cross_attention_fires_once_per_pass(
+    unet: UNet2DConditionModel,
+    model: er.EasyRef,
+    expected: Tensors,
+    tokens: er.ReferenceTokens,
+    uncond: er.ReferenceTokens,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fired = []
+    plain = diffusers_unet.reference_attention
+    monkeypatch.setattr(
+        diffusers_unet,
+        "reference_attention",
+        lambda q, kv, *rest: fired.append(id(kv[0])) or plain(q, kv, *rest),
+    )
+    diffusers_unet.apply(unet, model, tokens, uncond)
+    predict(unet, expected)
+    sites = {parse_diffusers(name) for name in unet.attn_processors}
+    assert len(fired) == len(set(fired)) == len(sites) == 17
+
+
+def test_gradients_reach_the_tokens(
+    unet: UNet2DConditionModel, model: er.EasyRef, expected: Tensors, tokens: er.ReferenceTokens
+) -> None:
+    rows = tokens.clone().requires_grad_()
+    diffusers_unet.apply(unet, model, rows, None)
+    golden.forward(unet, expected).square().mean().backward()
+    assert rows.grad.abs().min() > 0

@@ -1,0 +1,224 @@
+"""What loading and importing cost: memory near what stays loaded, no time, no noise, no foreign modules."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from easyref_core.checkpoint import Checkpoint, expected_shapes, open_checkpoint, save
+from easyref_core.config import EasyRefConfig
+from easyref_core.unet_layout import sdxl_sites
+
+from . import golden
+
+CORE = golden.ROOT / "easyref_core"
+HOST_MODULES = {
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfy_extras",
+    "execution",
+    "folder_paths",
+    "nodes",
+    "server",
+}
+
+
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that can import the core."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=golden.ROOT, capture_output=True, text=True, check=True)
+
+
+# Memory
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+
+import torch
+import easyref_core as er
+from easyref_core.instructions import load_tokenizer
+
+def memory(*names):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    values = {line.partition(":")[0]: line.partition(":")[2] for line in lines}
+    return sum(int(values[name].split()[0]) * 1024 for name in names)
+
+checkpoint, mllm, dtype = sys.argv[1:]
+load_tokenizer(Path(mllm))  # its memory is transformers', not the weights'
+before = {"all": memory("VmRSS"), "own": memory("RssAnon")}
+model = er.load(checkpoint, mllm, dtype=getattr(torch, dtype))
+peak = memory("VmHWM") - before["all"]  # the highest ever
+weights = [*model.mllm.parameters(), *model.kv.parameters()]
+
+def mapped(tensor):
+    maps = (line.split() for line in Path("/proc/self/maps").read_text().splitlines())
+    spans = [[int(end, 16) for end in line[0].split("-")] for line in maps if line[-1] == checkpoint]
+    return any(start <= tensor.data_ptr() < end for start, end in spans)
+
+print(json.dumps({
+    "loaded": sum(weight.nbytes for weight in weights),
+    "peak": peak,
+    "own": memory("RssAnon") - before["own"],
+    "mapped": sum(map(mapped, weights)),
+    "weights": len(weights),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """mid.safetensors, mid.pt and the MLLM folder of a model of made-up sizes, about 300 MB in float16."""
+    folder = tmp_path_factory.mktemp("loading")
+    opened = open_checkpoint(golden.CHECKPOINT, golden.MLLM)
+    sizes = dataclasses.replace(
+        opened.config,
+        vocab_size=32_000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        body_layers=5,
+        heads=16,
+        kv_heads=4,
+        vision_depth=6,
+        vision_width=512,
+        vision_mlp_width=2048,
+        vision_heads=8,
+        token_width=2048,
+        lora_rank=0,
+    )
+    sites = tuple(sdxl_sites(((0, 1, 1), 1, (1, 1, 0))))
+    shapes = expected_shapes(Checkpoint(opened.path, sizes, sites, (640,) * len(sites), {}))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randint(-99, 99, shape, generator=generator, dtype=torch.int8).to(torch.float16)
+        for name, shape in shapes.items()
+    }
+    save(folder / "mid.safetensors", sizes, sites, tensors)
+    golden.write_deepspeed(folder / "mid.pt", load_file(folder / "mid.safetensors"))
+    write_mllm_folder(folder / "mllm", sizes)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def write_mllm_folder(folder: Path, sizes: EasyRefConfig) -> None:
+    """The golden tokenizer with a config.json of these sizes, which a .pt file does not carry."""
+    shutil.copytree(golden.MLLM, folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    config = json.loads((folder / "config.json").read_text()) | {
+        "vocab_size": sizes.vocab_size,
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_hidden_layers": sizes.body_layers + sizes.final_layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "vision_config": {
+            "depth": sizes.vision_depth,
+            "embed_dim": sizes.vision_width,
+            "num_heads": sizes.vision_heads,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+Measured = Callable[[str, str], dict[str, int]]
+
+
+@pytest.fixture(scope="module")
+def measured(folder: Path) -> Measured:
+    """What a fresh process sees while it loads a file as a dtype; bytes, and numbers of weights."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is measured on Linux")
+
+    @cache
+    def measure(file: str, dtype: str) -> dict[str, int]:
+        return json.loads(python(MEASURE, folder / file, folder / "mllm", dtype).stdout)
+
+    return measure
+
+
+FILES = ["mid.safetensors", "mid.pt"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_peak_of_a_cast_load_is_near_what_stays_loaded(measured: Measured, file: str) -> None:
+    found = measured(file, "float32")
+    assert 500e6 < found["loaded"]  # large enough to measure
+    assert found["peak"] <= 1.3 * found["loaded"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_weights_in_the_files_own_dtype_stay_its_mapping(measured: Measured, file: str) -> None:
+    found = measured(file, "float16")
+    assert found["mapped"] == found["weights"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_weights_in_the_files_own_dtype_take_no_memory_of_their_own(measured: Measured, file: str) -> None:
+    found = measured(file, "float16")
+    assert found["own"] <= 0.1 * found["loaded"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_weights_of_another_dtype_keep_no_mapping(measured: Measured, file: str) -> None:
+    assert measured(file, "float32")["mapped"] == 0
+
+
+# Importing
+
+IMPORT = """
+import json, sys, time
+import torch
+start = time.perf_counter()
+import easyref_core
+print(json.dumps({"seconds": time.perf_counter() - start, "modules": list(sys.modules)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> list[subprocess.CompletedProcess[str]]:
+    """Three fresh processes that imported the core after torch."""
+    return [python(IMPORT) for _ in range(3)]
+
+
+def test_importing_says_nothing(imported: list[subprocess.CompletedProcess[str]]) -> None:
+    assert {(run.stdout.count("\n"), run.stderr) for run in imported} == {(1, "")}
+
+
+def test_importing_adds_less_than_a_tenth_of_a_second(
+    imported: list[subprocess.CompletedProcess[str]],
+) -> None:
+    assert min(json.loads(run.stdout)["seconds"] for run in imported) < 0.1
+
+
+@pytest.mark.parametrize("package", ["transformers", "tokenizers", "diffusers", "comfy", "huggingface_hub"])
+def test_importing_does_not_import(imported: list[subprocess.CompletedProcess[str]], package: str) -> None:
+    assert package not in json.loads(imported[0].stdout)["modules"]
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Top-level packages that a file imports anywhere, and ".." for imports from outside the core."""
+    depth = len(file.relative_to(CORE).parts)
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level > depth:
+                yield ".."
+            elif not node.level:
+                yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("file", sorted(CORE.rglob("*.py")), ids=lambda file: str(file.relative_to(CORE)))
+def test_no_file_of_the_core_imports_the_host(file: Path) -> None:
+    assert not set(imports(file)) & (HOST_MODULES | {".."})

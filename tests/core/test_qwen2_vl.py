@@ -1,0 +1,158 @@
+"""Our vision tower and decoder layers compute what the installed transformers' Qwen2-VL computes, on random weights.
+
+Runs with transformers from 4.50 on: the text model moved and the vision tower's result changed form since.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from easyref_core.config import EasyRefConfig
+from easyref_core.formats import MLLM_NAMES, translate
+from easyref_core.group_encoder import GroupEncoder
+from easyref_core.qwen2_vl import DecoderLayer, VisionTower, text_rotation
+
+from .golden import EXACT, Tensors, error
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+CONFIG = EasyRefConfig(
+    vocab_size=120,
+    hidden_size=96,
+    intermediate_size=160,
+    body_layers=3,
+    final_layers=1,
+    heads=6,
+    kv_heads=2,
+    rms_norm_eps=1e-5,  # not the default, and neither is rope_theta: both have to be passed on
+    rope_theta=5e4,
+    max_positions=512,
+    vision_depth=3,
+    vision_width=48,
+    vision_mlp_width=192,
+    vision_heads=3,
+    patch_size=14,
+    temporal_patch_size=2,
+    merge_size=2,
+    num_tokens=8,
+    projector_width=64,
+    token_width=32,
+    lora_rank=0,
+)
+GROUPS = {
+    "one image": [(1, 6, 6)],
+    "smallest image": [(1, 2, 2)],
+    "several sizes": [(1, 4, 6), (1, 10, 4), (1, 2, 2), (1, 6, 8)],
+    "equal sizes": [(1, 4, 4), (1, 4, 4)],
+}
+LENGTH = 37
+
+
+def transformers_config(config: EasyRefConfig) -> Any:
+    """The same sizes as transformers' Qwen2VLConfig."""
+    from transformers import Qwen2VLConfig
+
+    return Qwen2VLConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.body_layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
+        rope_scaling={"type": "default", "rope_type": "default", "mrope_section": [2, 3, 3]},
+        max_position_embeddings=config.max_positions,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        vision_config={
+            "depth": config.vision_depth,
+            "embed_dim": config.vision_width,
+            "hidden_size": config.hidden_size,
+            "num_heads": config.vision_heads,
+            "mlp_ratio": config.vision_mlp_width // config.vision_width,
+            "patch_size": config.patch_size,
+        },
+    )
+
+
+def randomize(module: nn.Module) -> None:
+    """Weights under which every parameter counts, biases and norms included."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(module.named_parameters()):
+        offset = 1.0 if "norm" in name and name.endswith("weight") or "ln_q.weight" in name else 0.0
+        torch.nn.init.normal_(parameter, offset, 0.1, generator=generator)
+
+
+def vision_model() -> PreTrainedModel:
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel as Tower
+
+    return Tower._from_config(transformers_config(CONFIG).vision_config, attn_implementation="sdpa").eval()
+
+
+def text_model(config: EasyRefConfig) -> PreTrainedModel:
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+
+    kind = getattr(qwen2_vl, "Qwen2VLTextModel", None) or qwen2_vl.Qwen2VLModel  # the latter before 4.52
+    return kind._from_config(transformers_config(config).get_text_config(), attn_implementation="sdpa").eval()
+
+
+def translated(theirs: nn.Module, prefix: str) -> Tensors:
+    """Their weights under the names of a GroupEncoder."""
+    stored = {prefix + name: tensor for name, tensor in theirs.state_dict().items()}
+    return {
+        new.removeprefix("encoder."): stored[name].flatten(1) if "patch_embed" in name else stored[name]
+        for name, new in translate(stored, MLLM_NAMES).items()
+    }
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+def test_vision_tower(group: list[tuple[int, int, int]]) -> None:
+    theirs, ours = vision_model(), VisionTower(CONFIG)
+    randomize(theirs)
+    ours.load_state_dict({k.removeprefix("visual."): v for k, v in translated(theirs, "visual.").items()})
+    grid = torch.tensor(group)
+    patches = torch.randn(int(grid.prod(dim=1).sum()), CONFIG.patch_values, generator=torch.manual_seed(1))
+    wanted = theirs(patches, grid)
+    wanted = wanted if isinstance(wanted, torch.Tensor) else wanted.pooler_output  # the latter from 5.0 on
+    assert error(ours(patches, grid), wanted) <= EXACT
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+def test_decoder_layers(kv_heads: int, causal: bool) -> None:
+    config = dataclasses.replace(CONFIG, kv_heads=kv_heads)
+    theirs, ours = text_model(config), GroupEncoder(config)
+    randomize(theirs)
+    ours.load_state_dict(translated(theirs, "model."), strict=False)  # all but the vision tower
+    x = torch.randn(1, LENGTH, config.hidden_size, generator=torch.manual_seed(2))
+
+    wanted = theirs(
+        inputs_embeds=x,
+        attention_mask=None if causal else torch.zeros(1, 1, LENGTH, LENGTH),
+        position_ids=torch.arange(LENGTH).expand(3, 1, LENGTH),
+        use_cache=False,
+    ).last_hidden_state
+    turn = text_rotation(LENGTH, config, x.device)
+    for layer in ours.layers:
+        x = layer(x, turn, causal=causal)
+    assert error(ours.norm(x), wanted) <= EXACT
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_a_layer_asked_for_the_last_positions_gives_the_end_of_its_output(causal: bool) -> None:
+    layer = DecoderLayer(CONFIG)
+    randomize(layer)
+    x = torch.randn(1, LENGTH, CONFIG.hidden_size, generator=torch.manual_seed(3))
+    turn = text_rotation(LENGTH, CONFIG, x.device)
+    assert error(layer(x, turn, causal, queries=8), layer(x, turn, causal)[:, -8:]) <= EXACT
