@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -140,7 +141,7 @@ def _load_weights_only(path: Path) -> dict[str, torch.Tensor]:
     """The named tensors of a PyTorch file, of a DeepSpeed file those of the model."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, struct.error) as error:
         raise ValueError(
             f"{path} is damaged or holds Python objects other than tensors, which could run code when loaded, "
             f"so it was not opened ({_reason(error)}). Use the .safetensors file, or save plain tensors."
@@ -150,13 +151,16 @@ def _load_weights_only(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; wanted a dictionary of named tensors.")
     tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    return tensors or {  # nested once, as an IP-Adapter's .bin is; nothing of EasyRef's, but it can then be named
-        f"{part}.{name}": value
-        for part, inner in content.items()
-        if isinstance(inner, dict)
-        for name, value in inner.items()
-        if isinstance(value, torch.Tensor)
-    }
+    return (
+        tensors
+        or {  # nested once, as an IP-Adapter's .bin is; nothing of EasyRef's, but it can then be named
+            f"{part}.{name}": value
+            for part, inner in content.items()
+            if isinstance(inner, dict)
+            for name, value in inner.items()
+            if isinstance(value, torch.Tensor)
+        }
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -56,20 +56,27 @@ class EasyRefLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str, mllm: str) -> bool | str:
-        """In place of the host's own check, whose 'value not in list' does not say where the file belongs."""
+    def validate_inputs(cls, checkpoint: str | None, mllm: str | None) -> bool | str:
+        """In place of the host's own check, whose 'value not in list' does not say where the file belongs.
+
+        None: not known yet, as it comes through a link.
+        """
         try:
-            files.find_checkpoint(checkpoint)
-            files.find_mllm(mllm)
+            if checkpoint is not None:
+                files.find_checkpoint(checkpoint)
+            if mllm is not None:
+                files.find_mllm(mllm)
         except FileNotFoundError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, **_: str) -> str:
-        """A file replaced under the same name is another checkpoint."""
-        status = files.find_checkpoint(checkpoint).stat()
-        return f"{status.st_size} {status.st_mtime_ns}"
+    def fingerprint_inputs(cls, checkpoint: str | None, mllm: str | None, **_: str) -> str:
+        """Files replaced under the same name are another checkpoint."""
+        found = [files.find_checkpoint(checkpoint)] if checkpoint else []
+        if mllm and (folder := files.find_mllm(mllm)):
+            found += sorted(folder.iterdir())
+        return " ".join(f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in found)
 
     @classmethod
     def execute(cls, checkpoint: str, mllm: str, precision: str, last_layer_attention: str) -> io.NodeOutput:

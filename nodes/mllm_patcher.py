@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,16 +97,26 @@ def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
 def storage(precision: str, compute: torch.dtype) -> Cast:
     """How each weight is kept. `auto` keeps the file's own bytes mapped, unless they are wider than the arithmetic."""
 
-    def cast(name: str, tensor: Tensor) -> Tensor:
+    def kept_as(name: str, tensor: Tensor) -> torch.dtype:
         if precision == "bf16":
-            return tensor.to(torch.bfloat16)
+            return torch.bfloat16
         if precision == "fp32":
-            return tensor.to(torch.float32)
+            return torch.float32
         if precision == "fp8_e4m3fn" and _is_body_matrix(name, tensor):
-            return tensor.to(torch.float8_e4m3fn)
-        return tensor.to(compute) if tensor.dtype.itemsize > compute.itemsize else tensor
+            return torch.float8_e4m3fn
+        return compute if tensor.dtype.itemsize > compute.itemsize else tensor.dtype
+
+    def cast(name: str, tensor: Tensor) -> Tensor:
+        dtype = kept_as(name, tensor)
+        return tensor if tensor.dtype == dtype else _converted(tensor, dtype)
 
     return cast
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in pages of its own, which go back to the system with it; freed heap memory would mostly stay."""
+    pages = mmap.mmap(-1, tensor.numel() * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(tensor.shape).copy_(tensor)
 
 
 def _is_body_matrix(name: str, tensor: Tensor) -> bool:

@@ -61,5 +61,5 @@ class EasyRefGroup(io.ComfyNode):
 
 
 def split(batch: Tensor) -> list[Tensor]:
-    """(batch, height, width, channels) -> the single images, each (1, height, width, channels)."""
-    return list(batch.split(1))
+    """(batch, height, width, channels) -> the single images, each (1, height, width, channels); none if it is empty."""
+    return [batch[i : i + 1] for i in range(len(batch))]

@@ -79,6 +79,9 @@ class Step:
     acting: dict[int, tuple[list[KeyValue], float]]  # {Injection.id: (K and V per site, weight)}
 
 
+IDLE = Step(math.inf, {})  # where a pack calls the UNet without the patcher's wrappers: the text alone
+
+
 @dataclasses.dataclass(frozen=True)
 class Attached:
     """What EasyRef has added to one model: an attachment of the patcher, replaced as a whole, never edited."""
@@ -98,7 +101,7 @@ class SitePatch:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         out = (self.previous or text_attention)(q, k, v, extra_options)
-        step: Step = extra_options[STEP]
+        step: Step = extra_options.get(STEP, IDLE)
         if self.injection in step.acting:
             key_values, weight = step.acting[self.injection]
             key_value = tuple(t.to(q.dtype) for t in key_values[self.position])
@@ -115,9 +118,19 @@ class SitePatch:
         """
         self.added.append((callback, options))
 
-    def to(self, *_: Any) -> SitePatch:
-        """The host calls this with devices and dtypes; there is nothing here to move."""
-        return self
+    # What the host calls on every patch it finds, with devices and dtypes, before loading and after sampling: nothing
+    # here has weights, but what was there before may have.
+
+    def to(self, *place: Any) -> SitePatch:
+        previous = self.previous.to(*place) if hasattr(self.previous, "to") else self.previous
+        return self if previous is self.previous else dataclasses.replace(self, previous=previous)
+
+    def models(self) -> list[Any]:
+        return self.previous.models() if hasattr(self.previous, "models") else []
+
+    def cleanup(self) -> None:
+        if hasattr(self.previous, "cleanup"):
+            self.previous.cleanup()
 
     def __deepcopy__(self, memo: dict) -> SitePatch:
         return dataclasses.replace(self, added=list(self.added))
@@ -151,9 +164,10 @@ def condition(
 
 def cross_attention_widths(model: ModelPatcher) -> dict[Site, int]:
     """Width of the attention at each cross-attention site of the model's UNet; empty for other architectures."""
-    modules = model.get_model_object("diffusion_model").named_modules()
+    # the UNet itself, not get_model_object's: torch.compile puts a wrapper in its place that names modules otherwise
+    modules = model.model.diffusion_model.named_modules()
     found = {parse_comfy(name): module for name, module in modules if name.endswith(".attn2")}
-    return {site: module.to_k.out_features for site, module in found.items() if site and module is not None}
+    return {site: module.to_k.out_features for site, module in found.items() if site}
 
 
 def describe(model: ModelPatcher) -> str:
@@ -248,47 +262,25 @@ def unconditional_runs(options: dict[str, Any]) -> tuple[bool, ...]:
     Without word from a guider the host's convention holds: index 0 is positive.
     """
     indices = options.get("cond_or_uncond") or [0]
-    roles = options.get(ROLES)
-    return tuple(index != 0 if roles is None or roles[index] is None else roles[index] for index in indices)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Conditionings:
-    """The conditionings of the guider that is predicting: which lists of conds are unconditional."""
-
-    lists: dict[int, bool]  # by identity of the list
-    uuids: dict[Any, bool]  # by uuid of a list's first cond, for lists that were copied on the way
-
-    @classmethod
-    def of(cls, conds: dict[str, list[dict]]) -> _Conditionings:
-        roles = {name: is_unconditional(name) for name in conds}
-        return cls(
-            {id(conds[name]): role for name, role in roles.items()},
-            # only the first: for area prompts the host appends copies of one side's conds, uuid and all, to the other
-            {
-                conds[name][0]["uuid"]: role
-                for name, role in roles.items()
-                if conds[name] and "uuid" in conds[name][0]
-            },
-        )
-
-    def role(self, conds: list[dict] | None) -> bool | None:
-        if not conds:
-            return None
-        return self.lists.get(id(conds), self.uuids.get(conds[0].get("uuid")))
+    roles = {index: role for index, role in enumerate(options.get(ROLES, ())) if role is not None}
+    return tuple(roles.get(index, index != 0) for index in indices)
 
 
 def is_unconditional(name: str) -> bool:
-    """Guiders name their conditionings: positive, negative, middle (a second prompt), empty_negative_prompt, ..."""
-    return "negative" in name or "uncond" in name
+    """Guiders name their conditionings: positive, negative, middle (a second prompt), empty_negative_prompt, null, ..."""
+    return any(word in name.lower() for word in ("neg", "uncond", "empty", "null"))
 
 
-_predicting: ContextVar[_Conditionings | None] = ContextVar("easyref_predicting", default=None)
+_predicting: ContextVar[dict[Any, bool] | None] = ContextVar("easyref_predicting", default=None)
 
 
 def _name_conditionings(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """PREDICT_NOISE wrapper: remember whose prediction this is while it runs."""
-    token = _predicting.set(_Conditionings.of(executor.class_obj.conds))
+    """PREDICT_NOISE wrapper: remember, while this guider predicts, which of its conditionings are unconditional."""
+    # By uuid, and as the guider was given them: guiders and nodes pass on copies of the lists, and to a list the host
+    # may have appended copies of the other side's conditionings, uuid and all, for their areas.
+    given = executor.class_obj.original_conds
+    roles = {cond["uuid"]: is_unconditional(name) for name in given for cond in given[name] if "uuid" in cond}
+    token = _predicting.set(roles)
     try:
         return executor(*args, **kwargs)
     finally:
@@ -302,7 +294,7 @@ def _tell_roles(
     predicting = _predicting.get()
     if predicting is not None:
         options = model_options.get("transformer_options", {})
-        roles = tuple(predicting.role(cond) for cond in conds)
+        roles = tuple(predicting.get(cond[0].get("uuid")) if cond else None for cond in conds)
         model_options = {**model_options, "transformer_options": {**options, ROLES: roles}}
     return executor(model, conds, x_in, timestep, model_options)
 

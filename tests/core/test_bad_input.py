@@ -141,11 +141,11 @@ def test_a_web_page_saved_as_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
-@pytest.mark.parametrize("share", [0.0001, 0.5, 0.9999])
-def test_a_pt_file_cut_short(tmp_path: Path, zipped: bool, share: float) -> None:
+@pytest.mark.parametrize("end", [4, 18, 40, 100, 400_000, -10])
+def test_a_pt_file_cut_short(tmp_path: Path, zipped: bool, end: int) -> None:
     path = tmp_path / "cut.pt"
     torch.save(checkpoint_tensors(), path, _use_new_zipfile_serialization=zipped)
-    path.write_bytes(path.read_bytes()[: max(20, int(path.stat().st_size * share))])
+    path.write_bytes(path.read_bytes()[:end])
     assert says(
         error_of(lambda: open_checkpoint(path)),
         f"{path} is damaged",
@@ -400,63 +400,45 @@ def test_values_beyond_0_and_1_are_clipped() -> None:
     assert to_rgb(beyond).getpixel((0, 0)) == (0, 128, 255)
 
 
-@pytest.mark.parametrize(
-    ("image", "found", "wanted"),
-    [
-        (
-            Image.new("RGB", (1, 1)),
-            "reference 2 is 1x1 pixels",
-            "one patch of the vision tower (14x14). Use a picture",
-        ),
-        (
-            Image.new("RGB", (1, 4000)),
-            "reference 2 is 1x4000 pixels",
-            "one patch of the vision tower (14x14). Use",
-        ),
-        (
-            torch.zeros(4000, 1, 3),
-            "reference 2 is 1x4000 pixels",
-            "one patch of the vision tower (14x14). Use",
-        ),
-        (torch.zeros(0, 20, 3), "reference 2 is 20x0 pixels", "one patch of the vision tower (14x14). Use"),
-        (
-            Image.new("RGB", (14, 2801)),
-            "reference 2 is 14x2801 pixels",
-            "more than 200 times the other. Crop it.",
-        ),
-        (
-            torch.full((20, 20, 3), torch.nan),
-            "reference 2 holds 1200 values that are NaN",
-            "Check the node that made it",
-        ),
-        (
-            torch.full((20, 20, 3), torch.inf),
-            "reference 2 holds 1200 values that are NaN or inf",
-            "Check the node",
-        ),
-        (
-            torch.zeros(2, 20, 20, 3),
-            "reference 2 has shape (2, 20, 20, 3)",
-            "wanted (height, width, channels)",
-        ),
-        (torch.zeros(20, 20), "reference 2 has shape (20, 20)", "wanted (height, width, channels)"),
-        (
-            torch.zeros(20, 20, 2),
-            "reference 2 has shape (20, 20, 2)",
-            "with 1, 3 or 4 channels. Pass the images",
-        ),
-        (
-            torch.zeros(20, 20, 3, dtype=torch.uint8),
-            "reference 2 holds torch.uint8 values",
-            "floats in 0..1. Divide",
-        ),
-    ],
-    ids=str,
-)
+PATCH = "smaller than one patch of the vision tower (14x14). Use a picture"
+FORM = "wanted (height, width, channels) with 1, 3 or 4 channels. Pass the images of a batch one by one"
+NO_PICTURE: dict[str, tuple[Image.Image | torch.Tensor, str, str]] = {
+    "1x1": (Image.new("RGB", (1, 1)), "is 1x1 pixels", PATCH),
+    "1x4000": (Image.new("RGB", (1, 4000)), "is 1x4000 pixels", PATCH),
+    "1x4000 tensor": (torch.zeros(4000, 1, 3), "is 1x4000 pixels", PATCH),
+    "13x60": (Image.new("RGB", (13, 60)), "is 13x60 pixels", PATCH),
+    "no rows": (torch.zeros(0, 20, 3), "is 20x0 pixels", PATCH),
+    "thin": (
+        Image.new("RGB", (14, 2801)),
+        "is 14x2801 pixels",
+        "one side is more than 200 times the other. Crop it",
+    ),
+    "NaN": (
+        torch.full((20, 20, 3), torch.nan),
+        "holds 1200 values that are NaN or infinite",
+        "Check the node",
+    ),
+    "inf": (
+        torch.full((20, 20, 3), torch.inf),
+        "holds 1200 values that are NaN or infinite",
+        "Check the node",
+    ),
+    "batch": (torch.zeros(2, 20, 20, 3), "has shape (2, 20, 20, 3)", FORM),
+    "no channels": (torch.zeros(20, 20), "has shape (20, 20)", FORM),
+    "two channels": (torch.zeros(20, 20, 2), "has shape (20, 20, 2)", FORM),
+    "bytes": (
+        torch.zeros(20, 20, 3, dtype=torch.uint8),
+        "holds torch.uint8 values",
+        "floats in 0..1. Divide 0..255",
+    ),
+}
+
+
+@pytest.mark.parametrize(("image", "found", "wanted"), NO_PICTURE.values(), ids=NO_PICTURE)
 def test_an_image_that_holds_no_picture(
     model: er.EasyRef, image: Image.Image | torch.Tensor, found: str, wanted: str
 ) -> None:
-    assert says(error_of(lambda: model.encode([color(), image])), found, wanted)
+    assert says(error_of(lambda: model.encode([color(), image])), f"reference 2 {found}", wanted)
 
 
 def test_one_value_that_is_not_a_number_is_found() -> None:
@@ -507,10 +489,18 @@ def test_one_more_reference_does_not_fit(short: er.EasyRef, prompt: str) -> None
     assert "too long" in error_of(lambda: short.encode(one_more, prompt, size=golden.SIZE))
 
 
-def test_a_context_that_fills_the_mllm_to_the_last_token_is_accepted(short: er.EasyRef) -> None:
-    length = short.encode(many(2), "", size=golden.SIZE).states.shape[1]
-    prompt = "!" * (184 - length)  # one token each
-    assert short.encode(many(2), prompt, size=golden.SIZE).states.shape[1] == 184
+def filling(model: er.EasyRef) -> str:
+    """The prompt with which two references fill the context to the last token."""
+    length = model.encode(many(2), "", size=golden.SIZE).states.shape[1]
+    return "!" * (184 - length)  # one token each
+
+
+def test_a_context_filled_to_the_last_token_is_accepted(short: er.EasyRef) -> None:
+    assert short.encode(many(2), filling(short), size=golden.SIZE).states.shape[1] == 184
+
+
+def test_references_that_fill_the_context_to_the_last_token_are_said_to_fit(short: er.EasyRef) -> None:
+    assert fitting(short, filling(short)) == 2
 
 
 def test_a_prompt_of_100000_characters(model: er.EasyRef) -> None:

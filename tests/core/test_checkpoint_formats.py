@@ -104,6 +104,21 @@ def test_the_same_model_is_read_from_deepspeed(
     assert same_unet_side(loaded, model)
 
 
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_nothing_is_reported_as_unknown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, variant: Callable[[Tensors], Tensors]
+) -> None:
+    open_checkpoint(write(tmp_path / "file.safetensors", variant(checkpoint_tensors())), golden.MLLM)
+    assert not caplog.records
+
+
+def test_unknown_tensors_are_reported_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = checkpoint_tensors() | {"multimodal_llm.audio_tower.weight": torch.zeros(3)}
+    opened = open_checkpoint(write(tmp_path / "more.safetensors", tensors), golden.MLLM)
+    assert "1 unknown tensors were ignored, first ['multimodal_llm.audio_tower.weight']" in caplog.text
+    assert "multimodal_llm.audio_tower.weight" not in {source.name for source in opened.sources.values()}
+
+
 def same_unet_side(one: er.EasyRef, other: er.EasyRef) -> bool:
     """Whether two models hold equal K/V projections and LoRA."""
     states = [model.kv.state_dict() | model.checkpoint.lora() for model in (one, other)]

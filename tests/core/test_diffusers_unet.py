@@ -9,7 +9,7 @@ import torch
 
 import easyref_core as er
 from easyref_core import diffusers_unet
-from easyref_core.unet_layout import parse_diffusers
+from easyref_core.attention import KeyValue
 
 from . import golden
 from .golden import EXACT, Tensors, error, predict
@@ -71,6 +71,21 @@ def test_at_weight_0_and_lora_strength_0_the_unet_answers_bit_for_bit_as_bare(
     assert torch.equal(predict(unet, expected), bare)
 
 
+def test_lora_counts_by_its_strength(
+    unet: UNet2DConditionModel, model: er.EasyRef, tokens: er.ReferenceTokens
+) -> None:
+    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+
+    def output(strength: float) -> torch.Tensor:
+        attached = diffusers_unet.apply(unet, model, tokens, None, lora_strength=strength)
+        answer = layer(x)
+        attached.remove()
+        return answer
+
+    assert error(output(-0.5), layer(x) - 0.5 * (output(1.0) - layer(x))) <= EXACT
+
+
 class TestRemoved:
     """What is left after attaching, running and removing: nothing."""
 
@@ -101,25 +116,45 @@ class TestRemoved:
         assert hooks(unet) == 0
 
 
+@pytest.fixture
+def fired(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills with the identity of the keys that each computed reference term attended to."""
+    fired: list[int] = []
+    plain = diffusers_unet.reference_attention
+
+    def counted(q: torch.Tensor, key_value: KeyValue, heads: int, weight: float) -> torch.Tensor:
+        fired.append(id(key_value[0]))
+        return plain(q, key_value, heads, weight)
+
+    monkeypatch.setattr(diffusers_unet, "reference_attention", counted)
+    return fired
+
+
 def test_every_cross_attention_fires_once_per_pass(
     unet: UNet2DConditionModel,
     model: er.EasyRef,
     expected: Tensors,
     tokens: er.ReferenceTokens,
     uncond: er.ReferenceTokens,
-    monkeypatch: pytest.MonkeyPatch,
+    fired: list[int],
 ) -> None:
-    fired = []
-    plain = diffusers_unet.reference_attention
-    monkeypatch.setattr(
-        diffusers_unet,
-        "reference_attention",
-        lambda q, kv, *rest: fired.append(id(kv[0])) or plain(q, kv, *rest),
-    )
     diffusers_unet.apply(unet, model, tokens, uncond)
     predict(unet, expected)
-    sites = {parse_diffusers(name) for name in unet.attn_processors}
+    sites = [name for name in unet.attn_processors if ".attn2." in name]
     assert len(fired) == len(set(fired)) == len(sites) == 17
+
+
+def test_at_weight_0_no_reference_term_is_computed(
+    unet: UNet2DConditionModel,
+    model: er.EasyRef,
+    expected: Tensors,
+    tokens: er.ReferenceTokens,
+    uncond: er.ReferenceTokens,
+    fired: list[int],
+) -> None:
+    diffusers_unet.apply(unet, model, tokens, uncond, weight=0.0)
+    predict(unet, expected)
+    assert not fired
 
 
 def test_gradients_reach_the_tokens(

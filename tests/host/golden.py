@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CHECKPOINT = GOLDEN / "easyref.safetensors"
@@ -41,6 +44,47 @@ def part(pack: ModuleType, name: str) -> ModuleType:
 def load(pack: ModuleType, precision: str = "auto") -> Any:
     """The golden checkpoint as the loader node loads it."""
     return part(pack, "nodes.mllm_patcher").load_hosted(CHECKPOINT, MLLM, MLLM, precision, None)
+
+
+def write_random(pack: ModuleType, folder: Path, layers: int, width: int, context: int = 4096) -> int:
+    """Write a random checkpoint that fits the tiny UNet, random.safetensors, and its MLLM folder, random-qwen2-vl.
+
+    layers, width: of the MLLM body; context: tokens it reads at most. -> bytes of the weights in float32.
+    """
+    checkpoint = part(pack, "easyref_core.checkpoint")
+    made_for = checkpoint.open_checkpoint(CHECKPOINT, MLLM)
+    config = dataclasses.replace(
+        made_for.config,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        body_layers=layers,
+        max_positions=context,
+        projector_width=width,
+    )
+    random = torch.Generator().manual_seed(0)
+    shapes = checkpoint.expected_shapes(dataclasses.replace(made_for, config=config))
+    tensors = {
+        name: torch.ones(shape, dtype=torch.float16)
+        if "norm" in name and name.endswith("weight")
+        else torch.randn(shape, generator=random).mul_(0.02).half()
+        for name, shape in shapes.items()
+    }
+    checkpoint.save(folder / "random.safetensors", config, made_for.sites, tensors)
+
+    settings = json.loads((MLLM / "config.json").read_text())
+    settings |= {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers + 1}
+    settings |= {"max_position_embeddings": context, "num_key_value_heads": config.kv_heads}
+    mllm = folder / "random-qwen2-vl"
+    shutil.copytree(MLLM, mllm, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    (mllm / "config.json").write_text(json.dumps(settings))
+    return sum(4 * tensor.numel() for name, tensor in tensors.items() if not name.startswith("unet."))
+
+
+def write_changed(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Write the golden checkpoint with some of its tensors changed."""
+    tensors = load_file(CHECKPOINT)
+    change(tensors)
+    save_file(tensors, path)
 
 
 def tokens(pack: ModuleType, easyref: Any) -> Any:

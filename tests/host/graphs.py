@@ -1,4 +1,4 @@
-"""Workflows in API form for the server tests: tiny SDXL, golden EasyRef."""
+"""Workflows in API form for the server tests (tiny SDXL, golden EasyRef), and what comes of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from . import golden
+from .server import PromptFailed, pixels
 
 if TYPE_CHECKING:
     from .server import ComfyServer
@@ -54,9 +55,18 @@ def plain(**inputs: Any) -> Graph:
 
 
 def easyref(
-    apply: dict[str, Any] | None = None, encode: dict[str, Any] | None = None, **inputs: Any
+    apply: dict[str, Any] | None = None,
+    encode: dict[str, Any] | None = None,
+    load: dict[str, Any] | None = None,
+    **inputs: Any,
 ) -> Graph:
     """The whole path: three images, group, encode, aggregate, apply, sample."""
+    file = {
+        "checkpoint": "easyref.safetensors",
+        "mllm": "easyref/tiny-qwen2-vl",
+        "precision": "auto",
+        "last_layer_attention": "from the checkpoint",
+    }
     weights = {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, "lora_strength": 1.0}
     text = {
         "prompt": golden.SETTINGS["prompt"],
@@ -64,30 +74,66 @@ def easyref(
         "size": golden.SIZE,
     }
     images = range(golden.SETTINGS["images"])
+    linked = {"model": ["tiny", 0], "easyref": ["load", 0], "tokens": ["aggregate", 0]}
     return {
         "tiny": node("TinySDXL", seed=0, prompt_tokens=77),
-        "load": node(
-            "EasyRefLoader",
-            checkpoint="easyref.safetensors",
-            mllm="easyref/tiny-qwen2-vl",
-            precision="auto",
-            last_layer_attention="from the checkpoint",
-        ),
+        "load": node("EasyRefLoader", **{**file, **(load or {})}),
         **{f"image{i}": node("LoadImage", image=f"{i}.png") for i in images},
-        "group": node("EasyRefGroup", **{f"images.image{i}": [f"image{i}", 0] for i in images}),
+        "group": group(*([f"image{i}", 0] for i in images)),
         "encode": node(
-            "EasyRefEncodeGroup", **{"easyref": ["load", 0], "group": ["group", 0], **text, **(encode or {})}
+            "EasyRefEncodeGroup",
+            **{"easyref": ["load", 0], "group": ["group", 0], **text, **(encode or {})},
         ),
         "aggregate": node("EasyRefAggregate", easyref=["load", 0], context=["encode", 0]),
-        "apply": node(
-            "EasyRefApply",
-            **{
-                "model": ["tiny", 0],
-                "easyref": ["load", 0],
-                "tokens": ["aggregate", 0],
-                **weights,
-                **(apply or {}),
-            },
-        ),
+        "apply": node("EasyRefApply", **{**linked, **weights, **(apply or {})}),
         **sampled(["apply", 0], **inputs),
     }
+
+
+def group(*images: list, **inputs: Any) -> dict[str, Any]:
+    """A group node with these links at its sockets image0, image1, ..."""
+    return node("EasyRefGroup", **{f"images.image{i}": link for i, link in enumerate(images)}, **inputs)
+
+
+def tiny_images(shapes: str, seed: int = 0, fill: str = "noise") -> dict[str, Any]:
+    """A node of random images: see tiny_nodes.tiny_images.noise."""
+    return node("TinyImages", shapes=shapes, seed=seed, fill=fill)
+
+
+def of_images(link: list, nodes: Graph, **changes: Any) -> Graph:
+    """The whole path with the given nodes in place of the three images and their group; `link` goes to the encoder."""
+    graph = easyref(**changes)
+    for i in range(golden.SETTINGS["images"]):
+        del graph[f"image{i}"]
+    del graph["group"]
+    graph["encode"]["inputs"]["group"] = link
+    return {**graph, **nodes}
+
+
+def picture(server: ComfyServer, graph: Graph) -> bytes:
+    """The pixels of the one picture that a workflow ends in; a PNG file's own bytes also hold the workflow."""
+    (png,) = server.images(server.run(graph))
+    return pixels(png).tobytes()
+
+
+def picture_uncached(server: ComfyServer, graph: Graph) -> bytes:
+    """The same from a run in which every node was executed, after the host has let go of everything."""
+    for _ in range(5):  # the host may take the first prompt before it empties the cache
+        server.free()
+        prompt_id = server.queue(graph)
+        (png,) = server.images(server.wait(prompt_id))
+        if not server.cached(prompt_id):
+            return pixels(png).tobytes()
+    raise AssertionError("the host went on using its cache after /free")
+
+
+def failure(server: ComfyServer, graph: Graph) -> str:
+    """What the server says about a workflow that it refuses (HTTP 400) or that fails."""
+    try:
+        server.run(graph)
+    except PromptFailed as failed:
+        if failed.kind != "invalid":
+            return failed.details["exception_message"]
+        errors = [error for node in failed.details["node_errors"].values() for error in node["errors"]]
+        return "\n".join(error["details"] for error in errors)
+    raise AssertionError("the workflow ran; it should have failed")

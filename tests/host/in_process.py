@@ -13,11 +13,9 @@ from ..hosts import ROOT, overlay
 def enter_host(host: Path) -> None:
     """Put a ComfyUI on sys.path, always on the CPU, so that its numbers can be compared.
 
-    Order matters: the host comes first, because this pack has a `nodes` folder and the host a nodes.py, and the
-    pack comes last.
+    The host comes first, because this pack has a `nodes` folder and the host a nodes.py.
     """
     sys.path[:0] = [str(host), str(overlay(host))]
-    sys.path.append(str(ROOT))
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True  # read when comfy.model_management is imported

@@ -13,7 +13,9 @@ def test_every_weight_arrives_and_tokens_are_the_authors(pack, monkeypatch) -> N
     easyref = golden.load(pack)
     monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", False)  # there is no GPU to page to
     modules = [*easyref.model.mllm.modules(), *easyref.model.kv.modules()]
-    assert not [module for module in modules if hasattr(module, "comfy_cast_weights") and module.weight is None]
+    assert not [
+        module for module in modules if hasattr(module, "comfy_cast_weights") and module.weight is None
+    ]
     with torch.inference_mode():
         tokens = golden.tokens(pack, easyref)
     assert golden.error(tokens.conditional, golden.expected()["cond.reference_embeds"]) <= 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .tiny_images import noise
 from .tiny_sdxl import TinyVAE, load_tiny_sdxl, random_conditioning
 
 
@@ -35,11 +36,49 @@ class TinySDXL(io.ComfyNode):
         return io.NodeOutput(model, positive, negative, TinyVAE(model.model.latent_format))
 
 
+class TinyImages(io.ComfyNode):
+    """Images that no loader gives: lists of several sizes, empty batches, any number of channels, NaN."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TinyImages",
+            category="testing",
+            inputs=[
+                io.String.Input("shapes", tooltip="One batch x height x width x channels for each tensor."),
+                io.Int.Input("seed", default=0),
+                io.Combo.Input("fill", options=["noise", "nan"], default="noise"),
+            ],
+            outputs=[io.Image.Output(is_output_list=True)],
+        )
+
+    @classmethod
+    def execute(cls, shapes: str, seed: int, fill: str) -> io.NodeOutput:
+        return io.NodeOutput(noise(shapes, seed, fill == "nan"))
+
+
+class TinyCombo(io.ComfyNode):
+    """A choice that comes through a link, as from the combo nodes of other packs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TinyCombo",
+            category="testing",
+            inputs=[io.String.Input("value")],
+            outputs=[io.Combo.Output()],
+        )
+
+    @classmethod
+    def execute(cls, value: str) -> io.NodeOutput:
+        return io.NodeOutput(value)
+
+
 class TinyNodes(ComfyExtension):
     """The pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TinySDXL]
+        return [TinySDXL, TinyImages, TinyCombo]
 
 
 async def comfy_entrypoint() -> TinyNodes:

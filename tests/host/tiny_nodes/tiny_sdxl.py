@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import comfy.latent_formats
 import comfy.model_base
@@ -67,13 +68,29 @@ class TinyVAE:
         return (colours / SPREAD).sigmoid().repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
 
 
-def load_tiny_sdxl() -> comfy.model_patcher.ModelPatcher:
+def load_tiny_sdxl(dtype: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
     """A fresh tiny SDXL, wrapped as the host's own loaders wrap theirs."""
-    config = TinyConfig(UNET_CONFIG)
-    model = TinyModel(config)
+    model = TinyModel(TinyConfig(UNET_CONFIG | {"dtype": dtype}))
     diffusers = comfy.utils.load_torch_file(str(UNET))
-    names = comfy.utils.unet_to_diffusers(config.unet_config)
+    names = comfy.utils.unet_to_diffusers(model.model_config.unet_config)
     model.diffusion_model.load_state_dict({names[name]: weight for name, weight in diffusers.items()})
+    return _wrapped(model)
+
+
+def random_sdxl(seed: int, **config: Any) -> comfy.model_patcher.ModelPatcher:
+    """A UNet that differs from the tiny one in `config` (keys of UNET_CONFIG), with random weights."""
+    model = TinyModel(TinyConfig(UNET_CONFIG | config))
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.diffusion_model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=weight[0].numel() ** -0.5, generator=random)
+            else:  # scales and offsets alike: what the weights are does not matter, only that they are given
+                weight.fill_(1)
+    return _wrapped(model)
+
+
+def _wrapped(model: TinyModel) -> comfy.model_patcher.ModelPatcher:
     return comfy.model_patcher.CoreModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),

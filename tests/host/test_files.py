@@ -1,0 +1,131 @@
+"""Where the loader looks for its files, and what it takes for what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import folder_paths
+import pytest
+from utils.extra_config import load_extra_path_config
+
+from . import golden
+
+
+@pytest.fixture
+def files(pack, tmp_path, monkeypatch):
+    """nodes.files in a host whose models folder is tmp_path/models and empty."""
+    models = tmp_path / "models"
+    text_encoders = [str(models / "text_encoders")], folder_paths.supported_pt_extensions
+    monkeypatch.setattr(folder_paths, "models_dir", str(models))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {"text_encoders": text_encoders})
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return golden.part(pack, "nodes.files")
+
+
+@pytest.fixture
+def models(files, tmp_path) -> Path:
+    """The models folder, as it is known once the pack is loaded."""
+    files.register_folders()
+    return tmp_path / "models"
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def write_config(folder: Path, model_type: str = "qwen2_vl") -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+
+
+# Checkpoints
+
+
+def test_checkpoints_are_in_models_easyref(files, models):
+    touch(models / "easyref" / "a.safetensors", models / "easyref" / "deep" / "b.pt")
+    assert files.checkpoints() == ["a.safetensors", str(Path("deep", "b.pt"))]
+    assert files.find_checkpoint("a.safetensors") == models / "easyref" / "a.safetensors"
+
+
+def test_files_of_other_kinds_are_not_listed(files, models):
+    touch(models / "easyref" / "readme.md", models / "easyref" / "a.safetensors")
+    assert files.checkpoints() == ["a.safetensors"]
+
+
+def test_weights_inside_an_mllm_folder_are_no_checkpoints(files, models):
+    write_config(models / "easyref" / "Qwen2-VL-2B-Instruct")
+    touch(models / "easyref" / "Qwen2-VL-2B-Instruct" / "model-00001-of-00002.safetensors")
+    touch(models / "easyref" / "easyref.safetensors")
+    assert files.checkpoints() == ["easyref.safetensors"]
+
+
+def test_empty_folder_says_so_and_where_to_get_the_file(files, models):
+    assert files.checkpoints() == [files.NOTHING_FOUND]
+    with pytest.raises(FileNotFoundError, match="no weight files") as missing:
+        files.find_checkpoint(files.NOTHING_FOUND)
+    assert str(models / "easyref") in str(missing.value)
+    assert "https://huggingface.co/zongzhuofan/EasyRef" in str(missing.value)
+
+
+def test_file_outside_the_folder_is_not_found(files, models):
+    touch(models / "secret.safetensors", models / "easyref" / "a.safetensors")
+    with pytest.raises(FileNotFoundError):
+        files.find_checkpoint("../secret.safetensors")
+
+
+def test_extra_model_paths_are_searched_beside_the_own_folder(files, tmp_path):
+    paths = tmp_path / "extra_model_paths.yaml"
+    paths.write_text(f"mine:\n  base_path: {tmp_path}\n  easyref: adapters\n  LLM: llms\n")
+    load_extra_path_config(str(paths))
+    files.register_folders()
+    touch(tmp_path / "adapters" / "extra.safetensors", tmp_path / "models" / "easyref" / "own.safetensors")
+    write_config(tmp_path / "llms" / "qwen")
+    assert files.checkpoints() == ["extra.safetensors", "own.safetensors"]
+    assert files.find_checkpoint("extra.safetensors") == tmp_path / "adapters" / "extra.safetensors"
+    assert files.mllm_folders() == {"LLM/qwen": tmp_path / "llms" / "qwen"}
+
+
+# MLLM folders
+
+
+@pytest.mark.parametrize("place", ["easyref", "text_encoders", "LLM", "LLM/Qwen"])
+def test_mllm_folders_are_told_by_their_config(files, models, place: str):
+    write_config(models / place / "any-name")
+    assert files.mllm_folders() == {f"{place}/any-name": models / place / "any-name"}
+    assert files.find_mllm(f"{place}/any-name") == models / place / "any-name"
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen2", "t5"])
+def test_other_models_are_not_listed(files, models, model_type: str):
+    write_config(models / "LLM" / "other", model_type)
+    assert files.mllm_folders() == {}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\xff"])
+def test_damaged_config_is_not_listed(files, models, content: str):
+    write_config(models / "LLM" / "damaged")
+    (models / "LLM" / "damaged" / "config.json").write_text(content, encoding="latin-1")
+    assert files.mllm_folders() == {}
+
+
+def test_loader_notices_new_files_in_the_mllm_folder(pack, models):
+    loader = golden.part(pack, "nodes.load").EasyRefLoader
+    touch(models / "easyref" / "a.safetensors")
+    write_config(models / "LLM" / "qwen")
+    before = loader.fingerprint_inputs(checkpoint="a.safetensors", mllm="LLM/qwen")
+    assert before == loader.fingerprint_inputs(checkpoint="a.safetensors", mllm="LLM/qwen")
+    touch(models / "LLM" / "qwen" / "model.safetensors")
+    assert before != loader.fingerprint_inputs(checkpoint="a.safetensors", mllm="LLM/qwen")
+
+
+# The tokenizer that comes with the host
+
+
+def test_host_has_the_tokenizer_of_qwen2_vl(pack, files):
+    tokenizer = golden.part(pack, "easyref_core.instructions").load_tokenizer(files.host_tokenizer())
+    assert tokenizer.token_to_id("<|image_pad|>") == 151655
+    system = [8948, 198, 2610, 525, 264, 10950, 17847, 13]
+    assert tokenizer.encode("system\nYou are a helpful assistant.").ids == system

@@ -1,0 +1,198 @@
+"""The released checkpoint's layout against ComfyUI's own full-size models, on the meta device: shapes, no memory.
+
+Pinned: the 70 cross-attentions of SDXL (and of its inpainting variant) are those the checkpoint was made for, at the
+right addresses; its 560 LoRA matrices land by their own names; other architectures are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.lora
+import comfy.model_detection
+import comfy.model_patcher
+import comfy.supported_models
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from . import golden
+
+RELEASED = json.loads((golden.GOLDEN / "released_layout.json").read_text())
+
+COMMON = {
+    "use_checkpoint": False,
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+    "dtype": torch.float16,
+}
+SDXL = COMMON | {
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_middle": 10,
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "use_linear_in_transformer": True,
+    "context_dim": 2048,
+    "num_head_channels": 64,
+}
+SSD_1B = SDXL | {
+    "transformer_depth": [0, 0, 2, 2, 4, 4],
+    "transformer_depth_middle": -1,
+    "transformer_depth_output": [0, 0, 0, 1, 1, 2, 10, 4, 4],
+}
+REFINER = SDXL | {
+    "adm_in_channels": 2560,
+    "model_channels": 384,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [0, 0, 4, 4, 4, 4, 0, 0],
+    "transformer_depth_middle": 4,
+    "transformer_depth_output": [0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0],
+    "context_dim": 1280,
+}
+SD15 = COMMON | {
+    "adm_in_channels": None,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "use_linear_in_transformer": False,
+    "context_dim": 768,
+    "num_heads": 8,
+}
+FLUX = {
+    "image_model": "flux",
+    "guidance_embed": True,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "vec_in_dim": 768,
+    "context_in_dim": 4096,
+    "hidden_size": 3072,
+    "mlp_ratio": 4.0,
+    "num_heads": 24,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [16, 56, 56],
+    "txt_ids_dims": [],
+    "theta": 10000,
+    "qkv_bias": True,
+    "dtype": torch.bfloat16,
+}
+
+
+def on_meta(unet_config: dict[str, Any]) -> ModelPatcher:
+    """The model ComfyUI recognises by this config, as its loaders make it; an SDXL where it recognises none."""
+    known = comfy.model_detection.model_config_from_unet_config(unet_config)
+    config = known or comfy.supported_models.SDXL(unet_config)
+    model = config.get_model({}, device="meta")
+    return comfy.model_patcher.ModelPatcher(model, load_device=torch.device("cpu"), offload_device="cpu")
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> ModelPatcher:
+    return on_meta(SDXL)
+
+
+@pytest.fixture(scope="module")
+def released(pack) -> SimpleNamespace:
+    """What unet_patch asks of a loaded EasyRef, at the released sizes."""
+    formats = golden.part(pack, "easyref_core.formats")
+    shapes = RELEASED["keys"]
+    named = formats.translate(shapes, formats.EASYREF_NAMES)
+    sites, numbered = formats.number_sites({new: shapes[stored] for stored, new in named.items()})
+    widths = [numbered[f"kv.to_k_ip.{i}.weight"][0] for i in range(len(sites))]
+    lora = {
+        n.removeprefix("unet."): torch.empty(s, device="meta") for n, s in shapes.items() if "_lora." in n
+    }
+    checkpoint = SimpleNamespace(
+        sites=tuple(sites), widths=dict(zip(sites, widths, strict=True)), lora=lambda: dict(lora)
+    )
+    key_values = [(torch.empty(2, 64, width, device="meta"),) * 2 for width in widths]
+    model = SimpleNamespace(checkpoint=checkpoint, fingerprint="released")
+    return SimpleNamespace(model=model, key_values=lambda tokens: key_values)
+
+
+def apply(pack: Any, model: ModelPatcher, released: SimpleNamespace) -> ModelPatcher:
+    return golden.part(pack, "nodes.unet_patch").condition(model, released, None, 1.0, 0.0, 1.0, 1.0)
+
+
+def test_cross_attentions_are_those_of_the_checkpoint(pack, sdxl, released) -> None:
+    found = golden.part(pack, "nodes.unet_patch").cross_attention_widths(sdxl)
+    assert Counter(found.values()) == {640: 10, 1280: 60}
+    assert found == released.model.checkpoint.widths
+
+
+def test_sites_are_numbered_as_the_authors_number_them(released) -> None:
+    order = [f"{site.diffusers}.attn2.processor" for site in released.model.checkpoint.sites]
+    assert order == [name for name in RELEASED["attn_processor_order"] if ".attn2." in name]
+
+
+def test_host_has_a_block_at_each_address(released, sdxl) -> None:
+    modules = dict(sdxl.model.diffusion_model.named_modules())
+    missing = [site for site in released.model.checkpoint.sites if f"{site.comfy}.attn2" not in modules]
+    assert not missing
+
+
+@pytest.mark.parametrize("in_channels", [4, 8, 9])
+def test_sdxl_and_its_editing_and_inpainting_variants_fit(pack, released, in_channels: int) -> None:
+    patched = apply(pack, on_meta(SDXL | {"in_channels": in_channels}), released)
+    replaced = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
+    assert set(replaced) == {tuple(site) for site in released.model.checkpoint.sites}
+    assert len(patched.patches) == 560
+
+
+@pytest.fixture(scope="module")
+def lora_by_weight(sdxl, released) -> dict[str, Any]:
+    """{weight of the host's model: LoRA}, loaded under the names in the released file, by the host alone."""
+    names = {f"unet.{name}": tensor for name, tensor in released.model.checkpoint.lora().items()}
+    return comfy.lora.load_lora(names, comfy.lora.model_lora_keys_unet(sdxl.model, {}))
+
+
+def test_560_lora_matrices_find_their_weights(lora_by_weight) -> None:
+    attentions = Counter(name.split(".")[-3 if ".to_out." not in name else -4] for name in lora_by_weight)
+    assert attentions == {"attn1": 280, "attn2": 280}
+
+
+def test_each_lora_has_the_shape_of_its_weight(sdxl, lora_by_weight) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in sdxl.model.state_dict().items()}
+    wrong = [
+        name
+        for name, lora in lora_by_weight.items()
+        if (lora.weights[0].shape[0], lora.weights[1].shape[1]) != shapes[name]
+        or lora.weights[0].shape[1] != lora.weights[1].shape[0]
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("unet_config", "named"),
+    [
+        (SD15, r"MODEL \(SD15\) .* 16 cross-attentions"),
+        (REFINER, r"MODEL \(SDXLRefiner\) .* 44 cross-attentions"),
+        (SSD_1B, r"MODEL \(SSD1B\) .* 34 cross-attentions"),
+        (FLUX, r"MODEL \(Flux\) .* no cross-attentions of Stable Diffusion's kind"),
+    ],
+)
+def test_other_models_are_refused_by_name(pack, released, unet_config: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named}.*70 cross-attentions.*Use the kind of model"):
+        apply(pack, on_meta(unet_config), released)
+
+
+def test_sdxl_of_the_right_number_but_another_width_is_refused(pack, released) -> None:
+    with pytest.raises(ValueError, match="60 x 1536 wide"):
+        apply(pack, on_meta(SDXL | {"model_channels": 384}), released)

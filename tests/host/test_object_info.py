@@ -1,0 +1,155 @@
+"""The nodes as the frontend sees them, and the pack's arrival in the host."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..hosts import ROOT
+from .conftest import HOST
+
+SNAPSHOT = Path(__file__).with_name("object_info.json")
+NAMES = {
+    "EasyRefLoader": "Load EasyRef",
+    "EasyRefGroup": "Reference Group",
+    "EasyRefEncodeGroup": "Encode Reference Group",
+    "EasyRefAggregate": "Aggregate Reference Tokens",
+    "EasyRefApply": "Apply EasyRef",
+}
+KEPT = ("default", "min", "max", "step", "multiline", "dynamicPrompts", "advanced")
+FILES = ("checkpoint", "mllm")  # whose options depend on what lies in the folders
+
+
+@pytest.fixture(scope="module")
+def nodes(server) -> dict[str, Any]:
+    """Object info of this pack's nodes."""
+    of_pack = "custom_nodes.ComfyUI-EasyRef"
+    return {name: node for name, node in server.object_info().items() if node["python_module"] == of_pack}
+
+
+def inputs_of(node: dict[str, Any]) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """(name, required or optional, type, options) in order."""
+    return [
+        (name, section, node["input"][section][name][0], node["input"][section][name][1])
+        for section in ("required", "optional")
+        for name in node["input_order"].get(section, [])
+    ]
+
+
+def described(node: dict[str, Any]) -> dict[str, Any]:
+    """What saved workflows depend on."""
+
+    def one(name: str, section: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: options[key] for key in KEPT if key in options}
+        if "options" in options and name not in FILES:
+            kept["options"] = options["options"]
+        if "template" in options:
+            kept["template"] = {key: options["template"][key] for key in ("prefix", "min", "max")}
+        return {"name": name, "in": section, "type": kind, **kept}
+
+    return {
+        "inputs": [one(*entry) for entry in inputs_of(node)],
+        "outputs": dict(zip(node["output_name"], node["output"], strict=True)),
+        "takes lists": node["is_input_list"],
+    }
+
+
+def test_schemas_are_those_that_saved_workflows_know(nodes, tmp_path):
+    found = {name: described(node) for name, node in nodes.items()}
+    (tmp_path / "object_info.json").write_text(json.dumps(found, indent=1) + "\n")
+    assert found == json.loads(SNAPSHOT.read_text()), (
+        "inputs, outputs or defaults changed, which breaks saved workflows; if that is meant, copy "
+        f"{tmp_path / 'object_info.json'} over {SNAPSHOT.name}"
+    )
+
+
+def test_names_and_category(nodes):
+    assert {name: node["display_name"] for name, node in nodes.items()} == NAMES
+    assert {node["category"] for node in nodes.values()} == {"EasyRef"}
+
+
+def test_every_input_and_output_has_a_tooltip(nodes):
+    without = [
+        f"{name}.{entry[0]}"
+        for name in nodes
+        for entry in inputs_of(nodes[name])
+        if not entry[3].get("tooltip")
+    ]
+    without += [name for name, node in nodes.items() if not all(node["output_tooltips"])]
+    assert without == []
+
+
+def test_every_node_has_a_description(nodes):
+    assert all(node["description"] for node in nodes.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_page_is_served(server, name: str):
+    page = ROOT / "web" / "docs" / f"{name}.md"
+    assert server.get(f"/extensions/ComfyUI-EasyRef/docs/{name}.md") == page.read_bytes()
+    assert page.stat().st_size > 200
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_page_explains_every_setting(nodes, name: str):
+    page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    settings = [
+        entry[0] for entry in inputs_of(nodes[name]) if entry[2] in ("COMBO", "STRING", "INT", "FLOAT")
+    ]
+    assert [setting for setting in settings if setting not in page] == []
+
+
+# The pack's arrival
+
+
+def test_host_measures_a_quick_import(server):
+    (seconds,) = re.findall(r"([\d.]+) seconds: .*ComfyUI-EasyRef$", server.log, re.MULTILINE)
+    assert float(seconds) <= 0.1
+
+
+IMPORT = """
+import asyncio, contextlib, io, json, logging, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.cpu_torch import complete_cpu_torch
+complete_cpu_torch()
+from tests.host.in_process import enter_host, load_pack
+enter_host(Path({host!r}))
+import comfy_api.latest, nodes  # what the host itself has imported by then
+printed = io.StringIO()
+logging.getLogger().addHandler(logging.StreamHandler(printed))
+logging.getLogger().setLevel(logging.DEBUG)
+before, start = set(sys.modules), time.process_time()
+with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    pack = load_pack()
+seconds = time.process_time() - start
+foreign = {{name.partition(".")[0] for name in set(sys.modules) - before if not name.startswith(pack.__name__)}}
+json.dump({{"seconds": seconds, "printed": printed.getvalue(), "foreign": sorted(foreign)}}, sys.__stdout__)
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, Any]:
+    """What importing the pack costs in a process that has the host imported already."""
+    script = IMPORT.format(root=str(ROOT), host=str(HOST))
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_import_prints_nothing(imported):
+    assert imported["printed"] == ""
+
+
+def test_import_takes_less_than_a_tenth_of_a_second(imported):
+    assert imported["seconds"] < 0.1
+
+
+def test_import_does_not_bring_transformers(imported):
+    """It takes seconds; the tokenizer imports it when it is first needed."""
+    assert "transformers" not in imported["foreign"]

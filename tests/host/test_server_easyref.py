@@ -1,0 +1,254 @@
+"""The whole path on a running server: what is computed again, what stays untouched, groups, Cancel, progress."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from . import golden, graphs
+from .conftest import HOST
+from .server import ComfyServer, PromptFailed, pixels
+
+EASYREF = {"load", "group", "encode", "aggregate", "apply"}
+NEUTRAL = {"weight": 0.0, "lora_strength": 0.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _golden(server) -> None:
+    graphs.install_golden(server)
+
+
+@pytest.fixture(scope="module")
+def plain(server) -> bytes:
+    """What the unpatched model makes."""
+    return graphs.picture(server, graphs.plain())
+
+
+@pytest.fixture(scope="module")
+def patched(server) -> bytes:
+    """What the whole path makes, all settings at their defaults."""
+    return graphs.picture(server, graphs.easyref())
+
+
+def run(server: ComfyServer, graph: graphs.Graph) -> set[str]:
+    """The nodes that a run executed."""
+    prompt_id = server.queue(graph)
+    server.wait(prompt_id)
+    return set(server.executed(prompt_id))
+
+
+# What is computed again
+
+
+def test_references_change_the_picture(plain, patched):
+    assert patched != plain
+
+
+def test_second_run_is_served_from_the_cache(server, patched):
+    assert run(server, graphs.easyref()) == set()
+
+
+def test_other_seed_runs_no_easyref_node(server, patched):
+    assert run(server, graphs.easyref(seed=8)) == {"sample", "decode", "save"}
+
+
+def test_other_weight_runs_apply_alone(server, patched):
+    assert run(server, graphs.easyref(apply={"weight": 0.7})) & EASYREF == {"apply"}
+
+
+def test_other_prompt_loads_nothing_again(server, patched):
+    assert run(server, graphs.easyref(encode={"prompt": "a dog"})) & EASYREF == {
+        "encode",
+        "aggregate",
+        "apply",
+    }
+
+
+def test_three_uncached_runs_give_the_same_pixels(server):
+    assert len({graphs.picture_uncached(server, graphs.easyref()) for _ in range(3)}) == 1
+
+
+def test_settings_come_back_to_the_first_picture():
+    """On the cache that drops what the last workflow did not use, so that Apply runs anew on the same MODEL."""
+    with ComfyServer(HOST, args=["--cache-classic"]) as server:
+        graphs.install_golden(server)
+        first = graphs.picture(server, graphs.easyref())
+        for other in ({"weight": 0.3}, {"lora_strength": 0.5}, {"end_percent": 0.5}):
+            assert graphs.picture(server, graphs.easyref(apply=other)) != first, other
+        again = server.queue(graphs.easyref())
+        server.wait(again)
+        assert set(server.executed(again)) == {"apply", "sample", "decode", "save"}
+        assert graphs.picture(server, graphs.easyref()) == first
+
+
+# What stays untouched
+
+
+def test_weight_and_lora_strength_0_is_the_unpatched_model(server, plain):
+    assert graphs.picture(server, graphs.easyref(apply=NEUTRAL)) == plain
+
+
+def test_bypassed_apply_is_the_unpatched_model(server, plain, patched):
+    graph = graphs.easyref()
+    graph["sample"]["inputs"]["model"] = graph.pop("apply")["inputs"]["model"]
+    assert graphs.picture_uncached(server, graph) == plain
+
+
+def test_weight_0_keeps_the_lora(server, plain, patched):
+    assert graphs.picture(server, graphs.easyref(apply={"weight": 0.0})) not in (plain, patched)
+
+
+def test_upstream_model_is_unchanged(server):
+    """One workflow samples the patched model and then, its latent waiting for that, the same MODEL unpatched."""
+    expected = graphs.picture(server, graphs.plain(seed=11))
+    graph = graphs.easyref(seed=11)
+    graph["after"] = graphs.node("LatentMultiply", samples=["sample", 0], multiplier=0.0)
+    branch = graphs.sampled(["tiny", 0], latent_image=["after", 0], seed=11)
+    branch["decode"]["inputs"]["samples"] = ["plain sample", 0]
+    branch["save"]["inputs"]["images"] = ["plain decode", 0]
+    graph |= {f"plain {name}": branch[name] for name in ("sample", "decode", "save")}
+
+    prompt_id = server.queue(graph)
+    of_plain, of_patched = (pixels(png).tobytes() for png in server.images(server.wait(prompt_id)))
+    assert {"sample", "plain sample"} <= set(server.executed(prompt_id))
+    assert of_plain == expected
+    assert of_patched != expected
+
+
+def test_weight_0_does_not_see_the_references(server):
+    graph = graphs.easyref(apply={"weight": 0.0})
+    first = graphs.picture(server, graph)
+    graph["encode"]["inputs"]["prompt"] = "something else"
+    assert graphs.picture(server, graph) == first
+
+
+# Groups
+
+
+@pytest.fixture(scope="module")
+def three(server) -> bytes:
+    """Three images of one size, each at a socket of its own."""
+    names = [f"image{i}" for i in range(3)]
+    images = {name: graphs.tiny_images("1x64x96x3", seed=i) for i, name in enumerate(names)}
+    group = graphs.group(*([name, 0] for name in names))
+    return graphs.picture(server, graphs.of_images(["group", 0], {**images, "group": group}))
+
+
+def test_batch_in_the_encoder_is_a_group(server, three):
+    batch = {"batch": graphs.tiny_images("3x64x96x3")}
+    assert graphs.picture(server, graphs.of_images(["batch", 0], batch)) == three
+
+
+def test_batch_at_a_socket_is_its_images(server, three):
+    nodes = {"batch": graphs.tiny_images("3x64x96x3"), "group": graphs.group(["batch", 0])}
+    assert graphs.picture(server, graphs.of_images(["group", 0], nodes)) == three
+
+
+def test_chained_groups_are_one(server, three):
+    nodes = {
+        "two": graphs.tiny_images("2x64x96x3"),
+        "third": graphs.tiny_images("1x64x96x3", seed=2),
+        "first group": graphs.group(["two", 0]),
+        "group": graphs.group(["third", 0], group=["first group", 0]),
+    }
+    assert graphs.picture(server, graphs.of_images(["group", 0], nodes)) == three
+
+
+def test_order_of_the_references_matters(server, three):
+    nodes = {
+        "last": graphs.tiny_images("1x64x96x3", seed=2),
+        "two": graphs.tiny_images("2x64x96x3"),
+        "group": graphs.group(["last", 0], ["two", 0]),
+    }
+    assert graphs.picture(server, graphs.of_images(["group", 0], nodes)) != three
+
+
+SIZES = [f"1x{64 + 28 * (i % 3)}x{64 + 28 * (i % 4)}x3" for i in range(11)]
+
+
+def eleven_sockets(order: list[int]) -> graphs.Graph:
+    """Eleven images of different sizes; image order[i] at socket i."""
+    nodes = {f"n{i}": graphs.tiny_images(size, seed=i) for i, size in enumerate(SIZES)}
+    nodes["group"] = graphs.group(*([f"n{i}", 0] for i in order))
+    nodes["group"]["inputs"] = dict(sorted(nodes["group"]["inputs"].items()))  # image10 stands before image2
+    return graphs.of_images(["group", 0], nodes)
+
+
+def test_list_of_different_sizes_is_one_group_in_socket_order(server):
+    listed = {"list": graphs.tiny_images(" ".join(SIZES)), "group": graphs.group(["list", 0])}
+    expected = graphs.picture(server, graphs.of_images(["group", 0], listed))
+    assert graphs.picture(server, eleven_sockets([*range(11)])) == expected
+    assert graphs.picture(server, eleven_sockets([0, 1, 10, *range(2, 10)])) != expected
+
+
+# Files
+
+
+def from_file(checkpoint: str) -> graphs.Graph:
+    return graphs.easyref(load={"checkpoint": checkpoint})
+
+
+def test_deepspeed_file_gives_the_same_picture(server, patched):
+    state = {"module": load_file(golden.CHECKPOINT), "global_steps": 1000, "ds_version": "0.15"}
+    torch.save(state, server.base / "models" / "easyref" / "mp_rank_00_model_states.pt")
+    assert graphs.picture(server, from_file("mp_rank_00_model_states.pt")) == patched
+
+
+def test_file_replaced_under_the_same_name_is_loaded(server, patched):
+    folder = server.base / "models" / "easyref"
+    shutil.copy(golden.CHECKPOINT, folder / "replaced.safetensors")
+    assert graphs.picture(server, from_file("replaced.safetensors")) == patched
+    golden.write_changed(
+        folder / "new.safetensors", lambda tensors: tensors["mllm_final_layer.reference_tokens"].mul_(2)
+    )
+    (folder / "new.safetensors").replace(folder / "replaced.safetensors")
+    assert graphs.picture(server, from_file("replaced.safetensors")) != patched
+
+
+# While it runs
+
+
+def progress_of(server: ComfyServer, prompt_id: str, node: str) -> list[tuple[int, int]]:
+    """(value, max) of the node's progress events."""
+    events = [event.data for event in server.events_of(prompt_id) if event.type == "progress"]
+    return [(data["value"], data["max"]) for data in events if data["node"] == node]
+
+
+def test_progress_counts_the_references(server):
+    prompt_id = server.queue(graphs.easyref(encode={"prompt": "a prompt that no other test encodes"}))
+    server.wait(prompt_id)
+    progress = progress_of(server, prompt_id, "encode")
+    assert {most for _, most in progress} == {3}
+    assert progress[-1][0] == 3
+
+
+@pytest.fixture(scope="module")
+def _deep(server, pack) -> None:
+    """A checkpoint of many layers, with which a large group takes many seconds."""
+    golden.write_random(pack, server.base / "models" / "easyref", layers=128, width=256)
+
+
+def deep(batch: str, size: int) -> graphs.Graph:
+    load = {"checkpoint": "random.safetensors", "mllm": "easyref/random-qwen2-vl"}
+    nodes = {"batch": graphs.tiny_images(batch)}
+    return graphs.of_images(["batch", 0], nodes, load=load, encode={"size": size})
+
+
+@pytest.mark.usefixtures("_deep")
+def test_cancel_stops_the_encoding_at_once_and_harms_nothing(server):
+    prompt_id = server.queue(deep("24x336x336x3", size=336))
+    server.wait_event(lambda event: event.type == "progress" and event.data["max"] == 24)
+    server.interrupt()
+    asked = time.monotonic()
+    with pytest.raises(PromptFailed) as failed:
+        server.wait(prompt_id)
+    assert time.monotonic() - asked < 2
+    assert failed.value.kind == "execution_interrupted"
+    assert "aggregate" not in server.executed(prompt_id)
+
+    after = graphs.picture(server, deep("2x84x84x3", size=84))
+    assert graphs.picture_uncached(server, deep("2x84x84x3", size=84)) == after
