@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,39 +26,22 @@ def chat(text: str, image_tokens: Sequence[int]) -> list[tuple[str, bool]]:
     Only pieces marked special become special tokens, so `<|image_pad|>` typed into a prompt stays text.
     image_tokens: how many image tokens each reference has.
     """
-    images = [
-        piece
-        for count in image_tokens
-        for piece in [("<|vision_start|>", True), *[(IMAGE_TOKEN, True)] * count, ("<|vision_end|>", True)]
-    ]
-    return [
-        *[
-            ("<|im_start|>", True),
-            ("system\nYou are a helpful assistant.", False),
-            ("<|im_end|>", True),
-            ("\n", False),
-        ],
-        *[
-            ("<|im_start|>", True),
-            ("user\n", False),
-            *images,
-            (text, False),
-            ("<|im_end|>", True),
-            ("\n", False),
-        ],
-        *[("<|im_start|>", True), ("assistant\n", False)],
-    ]
+    start, end, newline = ("<|im_start|>", True), ("<|im_end|>", True), ("\n", False)
+    before, after = ("<|vision_start|>", True), ("<|vision_end|>", True)
+    images = [piece for count in image_tokens for piece in (before, *[(IMAGE_TOKEN, True)] * count, after)]
+    system = [start, ("system\nYou are a helpful assistant.", False), end, newline]
+    user = [start, ("user\n", False), *images, (text, False), end, newline]
+    return [*system, *user, start, ("assistant\n", False)]
 
 
 def tokenize(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int]) -> Tensor:
     """input_ids (1, S) of `text` asked about references of so many image tokens each."""
     ids: list[int] = []
     for piece, special in chat(text, image_tokens):
-        ids += (
-            [_special_id(tokenizer, piece)]
-            if special
-            else tokenizer.encode(piece, add_special_tokens=False).ids
-        )
+        if special:
+            ids.append(_special_id(tokenizer, piece))
+        else:
+            ids += tokenizer.encode(piece, add_special_tokens=False).ids
     return torch.tensor([ids])
 
 
@@ -68,7 +50,6 @@ def image_token_id(tokenizer: Tokenizer) -> int:
     return _special_id(tokenizer, IMAGE_TOKEN)
 
 
-@cache
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The Qwen2-VL tokenizer in `folder` (any layout transformers reads: tokenizer.json, or vocab.json + merges.txt)."""
     from transformers import AutoTokenizer  # here, because importing transformers takes seconds

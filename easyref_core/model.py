@@ -50,11 +50,8 @@ class EasyRef:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        self.checkpoint, self.config, self.fingerprint = (
-            checkpoint,
-            checkpoint.config,
-            checkpoint.fingerprint(),
-        )
+        self.checkpoint, self.config = checkpoint, checkpoint.config
+        self.fingerprint = checkpoint.fingerprint()
         self.mllm, self.kv, self.tokenizer = mllm, kv, tokenizer
         self.device, self.dtype = torch.device(device), dtype
         self.image_token = image_token_id(tokenizer)
