@@ -61,7 +61,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise ValueError(f"No Qwen2-VL tokenizer could be read from {folder} ({error}). {wanted}") from error
     if (
         tokenizer.token_to_id(IMAGE_TOKEN) is None
-    ):  # transformers 5 makes an empty one where the files are missing
+    ):  # where files are missing, transformers 5 makes an empty one
         raise ValueError(f"The tokenizer in {folder} has no {IMAGE_TOKEN}: it is not Qwen2-VL's. {wanted}")
     tokenizer.encode_special_tokens = True  # special tokens inside ordinary text are text
     return tokenizer

@@ -58,14 +58,17 @@ class HostedEasyRef:
     def key_values(self, tokens: TokenPair) -> list[KeyValue]:
         """K and V per site, rows [unconditional, conditional], float32 on the intermediate device; once per tokens."""
         if tokens not in self._key_values:
-            for side in (tokens.unconditional, tokens.conditional):
-                self.model.require_own(side, "set of reference tokens")
             mm.load_models_gpu([self._kv_patcher])
             rows = torch.cat([tokens.unconditional, tokens.conditional])
             projected = self.model.key_values(rows, torch.float32)
             device = mm.intermediate_device()
             self._key_values[tokens] = [(k.to(device), v.to(device)) for k, v in projected]
         return self._key_values[tokens]
+
+    def require_own(self, tokens: TokenPair) -> None:
+        """Raises ValueError for tokens of another checkpoint."""
+        for side in (tokens.unconditional, tokens.conditional):
+            self.model.require_own(side, "set of reference tokens")
 
     def _load_for(self, references: int, characters: int, size: int) -> None:
         """Bring the MLLM to its device with room for the activations; a text token has at least one character."""

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 KEY = "easyref"
 STEP = "easyref_step"  # in transformer_options: the Step of this UNet call
 ROLES = "easyref_roles"  # in transformer_options: for each index of cond_or_uncond, is it unconditional?
+SIGMA = (
+    "easyref_sigma"  # in transformer_options: this step's sigma, read back from the device outside the UNet
+)
 
 
 _ids = itertools.count()
@@ -151,12 +154,12 @@ def condition(
     """
     checkpoint = easyref.model.checkpoint
     require_fit(describe(model), cross_attention_widths(model), checkpoint.widths)
-    key_values = easyref.key_values(tokens)
+    easyref.require_own(tokens)
     patched = model.clone()
     if weight and start_percent < end_percent:
         to_sigma = model.get_model_object("model_sampling").percent_to_sigma
         window = to_sigma(start_percent) if start_percent > 0 else math.inf, to_sigma(end_percent)
-        _inject(patched, Injection(key_values, weight, window), checkpoint.sites)
+        _inject(patched, Injection(easyref.key_values(tokens), weight, window), checkpoint.sites)
     if lora_strength:
         _add_lora(patched, easyref, lora_strength)
     return patched
@@ -197,7 +200,7 @@ def _inject(model: ModelPatcher, injection: Injection, sites: tuple[Site, ...]) 
     model.set_attachments(KEY, attached)
     for kind, wrapper in (
         (WrappersMP.PREDICT_NOISE, _name_conditionings),
-        (WrappersMP.CALC_COND_BATCH, _tell_roles),
+        (WrappersMP.CALC_COND_BATCH, _announce_step),
         (WrappersMP.DIFFUSION_MODEL, _Handout(attached.injections)),
     ):
         model.remove_wrappers_with_key(kind, KEY)
@@ -245,8 +248,7 @@ class _Handout:
     ) -> Tensor:
         options = dict(transformer_options or {})
         unconditional = unconditional_runs(options)
-        sigmas = options.get("sigmas")
-        sigma = math.inf if sigmas is None else float(sigmas.max())
+        sigma = options[SIGMA] if SIGMA in options else read_sigma(options.get("sigmas"))
         acting = {
             injection.id: (injection.at(x.device, x.dtype, unconditional), injection.weight)
             for injection in self.injections
@@ -254,6 +256,11 @@ class _Handout:
         }
         options[STEP] = Step(sigma, acting)
         return executor(x, timesteps, context, y, control, options, **kwargs)
+
+
+def read_sigma(sigmas: Tensor | None) -> float:
+    """The sigma of a step, all rows of a batch being at the same one; infinite, the start, if nobody says."""
+    return math.inf if sigmas is None else float(sigmas.max())
 
 
 def unconditional_runs(options: dict[str, Any]) -> tuple[bool, ...]:
@@ -287,16 +294,15 @@ def _name_conditionings(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         _predicting.reset(token)
 
 
-def _tell_roles(
+def _announce_step(
     executor: Any, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]
 ) -> Any:
-    """CALC_COND_BATCH wrapper: say for each index that will be in cond_or_uncond whether it is unconditional."""
+    """CALC_COND_BATCH wrapper: say the sigma, and for each index of cond_or_uncond whether it is unconditional."""
+    options = {**model_options.get("transformer_options", {}), SIGMA: read_sigma(timestep)}
     predicting = _predicting.get()
     if predicting is not None:
-        options = model_options.get("transformer_options", {})
-        roles = tuple(predicting.get(cond[0].get("uuid")) if cond else None for cond in conds)
-        model_options = {**model_options, "transformer_options": {**options, ROLES: roles}}
-    return executor(model, conds, x_in, timestep, model_options)
+        options[ROLES] = tuple(predicting.get(cond[0].get("uuid")) if cond else None for cond in conds)
+    return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
 
 
 def _own_additions(_: ModelPatcher, clone: ModelPatcher) -> None:

@@ -61,12 +61,12 @@ def write_random(pack: ModuleType, folder: Path, layers: int, width: int, contex
         max_positions=context,
         projector_width=width,
     )
-    random = torch.Generator().manual_seed(0)
+    random = np.random.default_rng(0)
     shapes = checkpoint.expected_shapes(dataclasses.replace(made_for, config=config))
     tensors = {
         name: torch.ones(shape, dtype=torch.float16)
         if "norm" in name and name.endswith("weight")
-        else torch.randn(shape, generator=random).mul_(0.02).half()
+        else torch.from_numpy((random.standard_normal(shape, np.float32) / 50).astype(np.float16))
         for name, shape in shapes.items()
     }
     checkpoint.save(folder / "random.safetensors", config, made_for.sites, tensors)

@@ -229,7 +229,7 @@ def test_progress_counts_the_references(server):
 @pytest.fixture(scope="module")
 def _deep(server, pack) -> None:
     """A checkpoint of many layers, with which a large group takes many seconds."""
-    golden.write_random(pack, server.base / "models" / "easyref", layers=128, width=256)
+    golden.write_random(pack, server.base / "models" / "easyref", layers=64, width=256)
 
 
 def deep(batch: str, size: int) -> graphs.Graph:

@@ -1,0 +1,35 @@
+"""What the tests of bad input share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from . import golden
+
+
+def error_of(call: Callable[[], object], kind: type[Exception] = ValueError) -> str:
+    """The text of the error that a call raises."""
+    with pytest.raises(kind) as raised:
+        call()
+    return str(raised.value)
+
+
+def assert_says(text: str, *parts: str) -> None:
+    """All parts are in a text, in this order."""
+    at = 0
+    for part in parts:
+        at = text.find(part, at)
+        assert at >= 0, f"{part!r} is not in (the rest of) {text!r}"
+
+
+def folder_with(folder: Path, **changes: object) -> Path:
+    """The golden MLLM folder with another config.json."""
+    shutil.copytree(golden.MLLM, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder

@@ -1,0 +1,311 @@
+"""Files and folders that do not fit get one clear error: the thing, what was found, what was wanted, the remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import easyref_core as er
+from easyref_core.checkpoint import open_checkpoint
+
+from . import golden
+from .errors import assert_says, error_of, folder_with
+from .golden import checkpoint_tensors, write
+
+# Files that are something else
+
+OTHERS: dict[str, tuple[str, list[str]]] = {
+    "IP-Adapter": ("an IP-Adapter", ["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"]),
+    "IP-Adapter FaceID": (
+        "an IP-Adapter",
+        ["image_proj.proj.0.weight", "ip_adapter.0.to_q_lora.down.weight", "ip_adapter.1.to_k_ip.weight"],
+    ),
+    "kohya LoRA": (
+        "a LoRA",
+        [
+            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k.lora_down.weight",
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+        ],
+    ),
+    "diffusers LoRA": (
+        "a LoRA",
+        ["unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k.lora_A.weight"],
+    ),
+    "Flux LoRA": (
+        "a LoRA",
+        ["double_blocks.0.img_attn.proj.lora_A.weight", "double_blocks.0.img_attn.proj.lora_B.weight"],
+    ),
+    "SD1.5": (
+        "a Stable Diffusion 1.x/2.x checkpoint",
+        [
+            "model.diffusion_model.input_blocks.0.0.weight",
+            "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+            "first_stage_model.decoder.conv_in.weight",
+        ],
+    ),
+    "SDXL": (
+        "an SDXL checkpoint",
+        [
+            "model.diffusion_model.input_blocks.0.0.weight",
+            "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
+            "conditioner.embedders.1.model.ln_final.weight",
+        ],
+    ),
+    "Flux": ("a Flux model", ["double_blocks.0.img_attn.proj.weight", "single_blocks.0.linear1.weight"]),
+    "Flux in a checkpoint": ("a Flux model", ["model.diffusion_model.double_blocks.0.img_attn.proj.weight"]),
+    "diffusers UNet": (
+        "a UNet",
+        ["down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight"],
+    ),
+    "Qwen2-VL": (
+        "a Qwen2-VL model without EasyRef's own layers",
+        ["visual.patch_embed.proj.weight", "model.layers.0.mlp.up_proj.weight"],
+    ),
+    "half an EasyRef": (
+        "an incomplete one",
+        ["mllm_final_layer.norm.weight", "unet.x.processor.to_q_lora.down.weight"],
+    ),
+    "unknown": ("a file of 2 tensors such as encoder.weight, logit_scale", ["logit_scale", "encoder.weight"]),
+    "nothing": ("a file of 0 tensors", []),
+}
+
+
+@pytest.mark.parametrize(("what", "names"), OTHERS.values(), ids=OTHERS)
+def test_a_file_that_is_something_else(tmp_path: Path, what: str, names: list[str]) -> None:
+    path = write(tmp_path / "easyref.safetensors", {name: torch.zeros(1) for name in names})
+    assert_says(
+        error_of(lambda: open_checkpoint(path)),
+        f"{path} is not an EasyRef checkpoint but {what}.",
+        "Wanted: a file with the keys mllm_final_layer.*, image_proj_model.* and *.to_k_ip.weight",
+        "https://huggingface.co/zongzhuofan/EasyRef",
+    )
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    assert_says(
+        error_of(lambda: open_checkpoint(tmp_path / "gone"), FileNotFoundError), "gone does not exist."
+    )
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize("kept", [0, 5, 30_000, 805_174], ids=["all", "length", "header", "body"])
+def test_a_safetensors_file_cut_short(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(golden.CHECKPOINT.read_bytes()[:kept])
+    assert_says(
+        error_of(lambda: open_checkpoint(path)),
+        f"{path} is not a complete safetensors file",
+        f"{kept:,} bytes on disk",
+        "download it again",
+    )
+
+
+def test_a_web_page_saved_as_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "page.safetensors"
+    path.write_text("<!DOCTYPE html><title>404</title>")
+    assert_says(error_of(lambda: open_checkpoint(path)), str(path), "of another format; download it again")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize("end", [4, 16, 18, 100, 400_000, -10])
+def test_a_pt_file_cut_short(tmp_path: Path, zipped: bool, end: int) -> None:
+    path = tmp_path / "cut.pt"
+    torch.save(checkpoint_tensors(), path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:end])
+    assert_says(
+        error_of(lambda: open_checkpoint(path)),
+        f"{path} is damaged",
+        "was not opened",
+        "Use the .safetensors",
+    )
+
+
+class Payload:
+    """An object that runs code when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.marker),)
+
+
+class TestPickleWithCode:
+    """A pickle that would run code is refused, and its code does not run."""
+
+    @pytest.fixture(params=[True, False], ids=["zip", "old"])
+    def path(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        content = {"module": checkpoint_tensors(), "optimizer": Payload(tmp_path / "marker")}
+        torch.save(content, tmp_path / "evil.pt", _use_new_zipfile_serialization=request.param)
+        return tmp_path / "evil.pt"
+
+    def test_the_payload_is_live(self, path: Path) -> None:
+        torch.load(path, weights_only=False)
+        assert path.with_name("marker").exists()
+
+    def test_it_is_not_run(self, path: Path) -> None:
+        error_of(lambda: open_checkpoint(path))
+        assert not path.with_name("marker").exists()
+
+    def test_the_error_names_what_was_found(self, path: Path) -> None:
+        assert_says(
+            error_of(lambda: open_checkpoint(path)),
+            f"{path} is damaged or holds Python objects other than tensors, which could run code when loaded",
+            "mkdir",
+            "Use the .safetensors file",
+        )
+
+    def test_the_error_does_not_say_how_to_run_it(self, path: Path) -> None:
+        assert "weights_only" not in error_of(lambda: open_checkpoint(path))
+
+
+def test_a_pickle_that_is_no_dictionary(tmp_path: Path) -> None:
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    assert_says(
+        error_of(lambda: open_checkpoint(tmp_path / "tensor.pt")), "holds a Tensor", "wanted a dictionary"
+    )
+
+
+# Tensors that lack, disagree or have no place
+
+
+def test_missing_keys_are_counted_and_the_first_ten_named(tmp_path: Path) -> None:
+    tensors = checkpoint_tensors()
+    gone = sorted(
+        name for name in tensors if ".layers.1." in name or name.endswith("attn2.processor.to_v_ip.weight")
+    )
+    path = write(tmp_path / "gaps.safetensors", {name: t for name, t in tensors.items() if name not in gone})
+    text = error_of(lambda: open_checkpoint(path, golden.MLLM))
+    named = re.search(r"first (.*)\. The file", text)[1].split(", ")
+    assert_says(text, f"{path} lacks {len(gone)} tensors of an EasyRef model", "download or export it again")
+    assert len(named) == 10
+    assert set(named) <= set(gone)
+
+
+@pytest.mark.parametrize(
+    "key", ["mllm_final_layer.layers.0.mlp.gate_proj.weight", "multimodal_llm.model.embed_tokens.weight"]
+)
+def test_a_missing_key_that_tells_a_size(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path / "gap.safetensors", {n: t for n, t in checkpoint_tensors().items() if n != key})
+    assert_says(
+        error_of(lambda: open_checkpoint(path, golden.MLLM)),
+        f"lacks 1 tensors of an EasyRef model, first {key}.",
+    )
+
+
+def test_a_tensor_of_another_size(tmp_path: Path) -> None:
+    key = "multimodal_llm.model.layers.1.mlp.up_proj.weight"
+    path = write(tmp_path / "wrong.safetensors", checkpoint_tensors() | {key: torch.zeros(128, 60)})
+    assert_says(
+        error_of(lambda: open_checkpoint(path, golden.MLLM)),
+        f"{path}: 1 tensors do not have the size the others ask for",
+        f"{key}: found (128, 60), wanted (128, 64)",
+    )
+
+
+def test_a_tensor_of_another_architecture(tmp_path: Path) -> None:
+    key = "multimodal_llm.model.layers.1.self_attn.q_norm.weight"
+    path = write(tmp_path / "other.safetensors", checkpoint_tensors() | {key: torch.zeros(16)})
+    assert_says(
+        error_of(lambda: open_checkpoint(path, golden.MLLM)),
+        f"{path} holds 1 tensors",
+        "has none",
+        key,
+        "use the release",
+    )
+
+
+# MLLM folders that do not belong
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"hidden_size": 3584}, "hidden_size: folder 3584, checkpoint 64"),
+        ({"num_hidden_layers": 28}, "num_hidden_layers: folder 28, checkpoint 4"),
+        ({"vocab_size": 152064}, "vocab_size: folder 152064, checkpoint 416"),
+        ({"intermediate_size": 18944}, "intermediate_size: folder 18944, checkpoint 128"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads: folder 4, checkpoint 2"),
+    ],
+)
+def test_a_folder_of_another_size(tmp_path: Path, changes: dict[str, int], found: str) -> None:
+    folder = folder_with(tmp_path / "mllm", **changes)
+    assert_says(
+        error_of(lambda: open_checkpoint(golden.CHECKPOINT, folder)),
+        f"The MLLM folder does not belong to this checkpoint ({found})",
+        "Choose the folder of the MLLM it was trained with",
+    )
+
+
+def test_a_folder_of_another_patch_size(tmp_path: Path) -> None:
+    vision = json.loads((golden.MLLM / "config.json").read_text())["vision_config"]
+    folder = folder_with(tmp_path / "mllm", vision_config=vision | {"spatial_patch_size": 16})
+    assert_says(
+        error_of(lambda: open_checkpoint(golden.CHECKPOINT, folder)),
+        "patches of 1536 values, the checkpoint's vision tower reads 1176",
+        "Choose the MLLM folder",
+    )
+
+
+def test_a_folder_of_another_kind_of_model(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "mllm", model_type="qwen2_5_vl")
+    assert_says(
+        error_of(lambda: open_checkpoint(golden.CHECKPOINT, folder)),
+        f"{folder / 'config.json'} describes a model of type 'qwen2_5_vl'; EasyRef needs 'qwen2_vl'",
+        "Qwen/Qwen2-VL-2B-Instruct",
+    )
+
+
+def test_a_folder_without_a_config(tmp_path: Path) -> None:
+    text = error_of(lambda: open_checkpoint(golden.CHECKPOINT, tmp_path), FileNotFoundError)
+    assert_says(text, f"{tmp_path} has no config.json", "Put all files of Qwen2-VL there")
+
+
+def test_a_folder_with_a_damaged_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    text = error_of(lambda: open_checkpoint(golden.CHECKPOINT, tmp_path))
+    assert_says(text, f"{tmp_path / 'config.json'} is damaged", "Download it again")
+
+
+def test_a_base_folder_without_weights(tmp_path: Path) -> None:
+    stage_1 = {name: t for name, t in checkpoint_tensors().items() if not name.startswith("multimodal_llm.")}
+    folder = folder_with(tmp_path / "mllm")
+    (folder / "model.safetensors").unlink()
+    path = write(tmp_path / "stage_1.safetensors", stage_1)
+    text = error_of(lambda: open_checkpoint(path, folder), FileNotFoundError)
+    assert_says(text, f"{folder} holds no weights", "Put the MLLM's weight files there")
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    shutil.copy(golden.MLLM / "config.json", tmp_path)
+    text = error_of(lambda: er.load(golden.CHECKPOINT, tmp_path))
+    assert_says(
+        text, "okenizer", str(tmp_path), "The folder needs tokenizer.json, or vocab.json and merges.txt"
+    )
+
+
+def test_no_folder_and_no_tokenizer(tmp_path: Path, model: er.EasyRef) -> None:
+    model.save(tmp_path / "saved.safetensors")
+    text = error_of(lambda: er.load(tmp_path / "saved.safetensors"))
+    assert_says(text, "A tokenizer is needed", "Pass mllm", "or tokenizer")
+
+
+def test_a_tiny_mllm_without_its_folder() -> None:
+    text = error_of(lambda: er.load(golden.CHECKPOINT, tokenizer=golden.MLLM))
+    assert_says(text, "64 wide (vision tower 32)", "1536 and 1280", "Choose the MLLM folder")
+
+
+def test_a_tokenizer_of_a_larger_vocabulary(tmp_path: Path) -> None:
+    tensors = checkpoint_tensors()
+    tensors["multimodal_llm.model.embed_tokens.weight"] = torch.zeros(400, 64)
+    path = write(tmp_path / "small.safetensors", tensors)
+    text = error_of(lambda: er.load(path, folder_with(tmp_path / "mllm", vocab_size=400)))
+    assert_says(text, "its <|image_pad|> is token 408, the MLLM knows 400", "Choose the MLLM folder")
