@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SIZE = (
     336  # pixels: the authors' cond_image_size; each reference becomes about (336 / 28)^2 = 144 image tokens
 )
+LARGEST = 128  # image tokens along a side: Qwen2-VL's own limit, 16384 image tokens
 MAX_ASPECT_RATIO = 200  # qwen_vl_utils refuses more
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
@@ -36,6 +37,11 @@ def preprocess(
     images: PIL images of any mode, or (H, W, C) float tensors in 0..1; sizes may differ, alpha is dropped.
     Raises ValueError on an empty group and on an image that holds no picture.
     """
+    unit = config.pixels_per_token
+    if not 2 * unit <= size <= LARGEST * unit:
+        raise ValueError(
+            f"The size is {size} pixels; wanted {2 * unit} to {LARGEST * unit} (336 as in training)."
+        )
     if not len(images):
         raise ValueError(
             "The group holds no reference. Give it at least one image (EasyRef works best with 3 or more)."
@@ -78,7 +84,7 @@ def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
 def resize(image: Image.Image, config: EasyRefConfig, size: int = SIZE) -> Image.Image:
     """Both resizes of the authors' pipeline: to Qwen2-VL's widest bounds, then to `size`'s. Each rounds to bytes."""
     unit = config.pixels_per_token
-    limits = [(4 * unit**2, 16384 * unit**2), pixel_limits(size, unit)]
+    limits = [(4 * unit**2, LARGEST**2 * unit**2), pixel_limits(size, unit)]
     for low, high in limits:
         height, width = target_size(image.height, image.width, unit, low, high)
         image = image.resize((width, height), Image.Resampling.BICUBIC)

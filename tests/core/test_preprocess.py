@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import easyref_core as er
-from easyref_core.preprocess import pixel_limits, preprocess, resize, target_size
+from easyref_core.preprocess import black_image, pixel_limits, preprocess, resize, target_size
 
 from . import golden
 
@@ -46,3 +46,9 @@ def test_a_group_of_mixed_sizes_keeps_its_order(model: er.EasyRef) -> None:
     images = [Image.new("RGB", size) for size in ((100, 100), (100, 300), (300, 100))]
     _, grid = preprocess(images, model.config, golden.SIZE)
     assert grid.tolist() == [[1, 6, 6], [1, 10, 2], [1, 2, 10]]
+
+
+@pytest.mark.parametrize("size", [0, 55, 3585, 100_000])
+def test_size_out_of_bounds_names_the_bounds(model, size: int) -> None:
+    with pytest.raises(ValueError, match=rf"size is {size} pixels; wanted 56 to 3584"):
+        preprocess([black_image()], model.config, size)

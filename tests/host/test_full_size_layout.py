@@ -124,7 +124,7 @@ def released(pack) -> SimpleNamespace:
     )
     key_values = [(torch.empty(2, 64, width, device="meta"),) * 2 for width in widths]
     model = SimpleNamespace(checkpoint=checkpoint, fingerprint="released")
-    return SimpleNamespace(model=model, key_values=lambda tokens: key_values)
+    return SimpleNamespace(model=model, key_values=lambda tokens: key_values, require_own=lambda tokens: None)
 
 
 def apply(pack: Any, model: ModelPatcher, released: SimpleNamespace) -> ModelPatcher:
