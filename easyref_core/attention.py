@@ -12,9 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 if TYPE_CHECKING:
     from torch import Tensor
 
-KeyValue = tuple[
-    "Tensor", "Tensor"
-]  # keys and values of the reference tokens at one site, each (rows, T, inner)
+# Keys and values of the reference tokens at one site, each (rows, T, inner).
+KeyValue = tuple["Tensor", "Tensor"]
 
 
 class KVProjections(nn.Module):

@@ -32,6 +32,8 @@ from .reference_tokens import ReferenceAggregator
 from .tensor_files import Source, open_tensors, read_sources
 from .unet_layout import Site
 
+FINGERPRINT_VALUES = 32  # at either end of a tensor
+
 # (name in the model, tensor as stored) -> tensor as it stays loaded
 Cast = Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -66,15 +68,17 @@ class Checkpoint:
         return self.state("unet.", lambda _, tensor: tensor) if self.config.lora_rank else {}
 
     def fingerprint(self) -> str:
-        """Hash of the weights that identify a checkpoint, the same from any file format of the same dtype."""
-        identity = re.compile(
-            r"aggregator\.(reference_tokens|norm|projector\..*)\.(weight|bias)|encoder\.norm\.weight|kv\.to_k_ip\.0\.weight"
-        )
-        sources = {name: source for name, source in self.sources.items() if identity.fullmatch(name)}
-        tensors = dict(read_sources(sources))
+        """Hash of the first and last values of every tensor, the same from any file format of the same dtype.
+
+        Training moves every value of what it trains, so two checkpoints differ there too; and it takes no second.
+        """
+        ends = {}
+        for name, tensor in read_sources(self.sources):
+            values = tensor.flatten()
+            ends[name] = torch.cat([values[:FINGERPRINT_VALUES], values[-FINGERPRINT_VALUES:]]).float()
         digest = hashlib.sha256()
-        for name in sorted(tensors):
-            digest.update(name.encode() + tensors[name].float().contiguous().numpy().tobytes())
+        for name in sorted(ends):
+            digest.update(name.encode() + ends[name].numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -99,13 +103,27 @@ def open_checkpoint(path: Path, mllm: Path | None = None, causal: bool | None = 
     sites, sources = number_sites(sources)
     shapes = {name: _shape(name, source) for name, source in sources.items()}
     _require_layers(path, shapes)
-    config = EasyRefConfig.read(shapes, settings, json.loads(file.metadata.get(METADATA_KEY, "{}")))
+    config = EasyRefConfig.read(shapes, settings, _own_settings(path, file.metadata))
     if causal is not None:
         config = dataclasses.replace(config, causal=causal)
     inner = tuple(shapes.get(f"kv.to_k_ip.{i}.weight", (0,))[0] for i in range(len(sites)))
     checkpoint = Checkpoint(path, config, tuple(sites), inner, sources)
     _compare(checkpoint, shapes)
     return checkpoint
+
+
+def _own_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The sizes and switches that a file of our own carries; none in other files."""
+    try:
+        settings = json.loads(metadata.get(METADATA_KEY, "{}"))
+        if isinstance(settings, dict) and isinstance(settings.get("causal", True), bool):
+            return settings
+    except ValueError:
+        pass
+    raise ValueError(
+        f"{path}: the metadata {METADATA_KEY!r} is {metadata[METADATA_KEY][:80]!r}; wanted a JSON object of "
+        "EasyRefConfig's fields, causal true or false. Save the checkpoint again."
+    )
 
 
 def read_config(mllm: Path) -> dict[str, Any]:
@@ -119,6 +137,8 @@ def read_config(mllm: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}). Download it again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a {type(config).__name__}; wanted a JSON object. Download it again.")
     if config.get("model_type") != "qwen2_vl":
         raise ValueError(
             f"{file} describes a model of type {config.get('model_type')!r}; EasyRef needs 'qwen2_vl' "

@@ -146,7 +146,7 @@ def _mllm_sections(mllm: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], M
     """Text and vision part of a config.json; newer transformers nest the text part under "text_config"."""
     if mllm is None:
         return {}, {}
-    return {**mllm, **mllm.get("text_config", {})}, mllm.get("vision_config", {})
+    return {**mllm, **(mllm.get("text_config") or {})}, mllm.get("vision_config") or {}
 
 
 def _rope_theta(text: Mapping[str, Any], known: Mapping[str, Any]) -> float:

@@ -43,8 +43,7 @@ class ReferenceProcessor:
         text = scaled_dot_product_attention(*heads, attn_mask=attention_mask)
         out = rearrange(text, "b h n d -> b n (h d)")
         if self.weight:
-            key_value = tuple(t.to(q.device, q.dtype) for t in self.key_value)
-            out = out + reference_attention(q, key_value, attn.heads, self.weight)
+            out = out + reference_attention(q, self.key_value, attn.heads, self.weight)
         for layer in attn.to_out:
             out = layer(out)
         return out
@@ -69,7 +68,8 @@ def apply(
     weight: float = 1.0,
     lora_strength: float = 1.0,
 ) -> Attachment:
-    """Condition `unet` on reference tokens (1, T, C) until the returned attachment is removed.
+    """Condition `unet` on reference tokens (1, T, C) until the returned attachment is removed; meanwhile it stays on
+    its device and in its dtype.
 
     The first half of every batch is unconditional, as diffusers' pipelines order it; with uncond None all rows are
     conditional. weight: strength of the reference term; lora_strength: of the checkpoint's attention LoRA, which both
@@ -79,6 +79,10 @@ def apply(
     attentions = {name: module for name, module in unet.named_modules() if name.endswith(("attn1", "attn2"))}
     found = {parse_diffusers(n): m.to_k.out_features for n, m in attentions.items() if n.endswith("attn2")}
     require_fit("The UNet", found, model.checkpoint.widths)
+    if any(isinstance(attention.processor, ReferenceProcessor) for attention in attentions.values()):
+        raise ValueError(
+            "The UNet is conditioned on references already. Call remove() on that attachment first."
+        )
     given = [tokens] if uncond is None else [uncond, tokens]
     for side in given:
         if isinstance(side, ReferenceTokens):
@@ -87,10 +91,12 @@ def apply(
     undo: list[Callable[[], None]] = []
     for site, key_value in zip(model.checkpoint.sites, model.key_values(rows), strict=True):
         attn2 = attentions[f"{site.diffusers}.attn2"]
+        key_value = tuple(t.to(unet.device, unet.dtype) for t in key_value)
         undo.append(lambda attn=attn2, before=attn2.processor: setattr(attn, "processor", before))
         attn2.processor = ReferenceProcessor(key_value, weight)
     if lora_strength:
-        undo += _add_lora(attentions, model.checkpoint.lora(), lora_strength)
+        lora = {name: t.to(unet.device, unet.dtype) for name, t in model.checkpoint.lora().items()}
+        undo += _add_lora(attentions, lora, lora_strength)
     return Attachment(undo)
 
 
@@ -102,7 +108,7 @@ def _add_lora(
     def hook(down: Tensor, up: Tensor) -> Callable[..., Tensor]:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = inputs[0]
-            return output + strength * linear(linear(x, down.to(x)), up.to(x))
+            return output + strength * linear(linear(x, down), up)
 
         return add
 

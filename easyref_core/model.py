@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,16 @@ class MLLM(nn.Module):
         self.aggregator = ReferenceAggregator(config, operations, **factory)
 
 
+@dataclasses.dataclass(frozen=True)
+class PreparedGroup:
+    """A group as the MLLM body reads it: patches (sum, 1176), grid (K, 3), input_ids (1, S), and what it is made of."""
+
+    patches: Tensor
+    grid: Tensor
+    input_ids: Tensor
+    provenance: Provenance
+
+
 class EasyRef:
     """A loaded checkpoint. It holds one copy of its weights; what it computes carries the checkpoint's fingerprint.
 
@@ -62,7 +73,6 @@ class EasyRef:
                 f"knows {self.config.vocab_size}. Choose the MLLM folder the checkpoint was trained with."
             )
 
-    @torch.inference_mode()
     def encode(
         self,
         images: Sequence[Image.Image | Tensor],
@@ -77,20 +87,34 @@ class EasyRef:
         after_block: called after each of `mllm.encoder.blocks` blocks; may raise to stop at once.
         Raises ValueError for images that hold no picture and for a group longer than the MLLM's context.
         """
+        return self.encode_prepared(self.prepare(images, prompt, instruction, size), after_block)
+
+    def prepare(
+        self, images: Sequence[Image.Image | Tensor], prompt: str, instruction: str, size: int
+    ) -> PreparedGroup:
+        """Everything the MLLM body reads, made and checked on the CPU before any weight is needed."""
         patches, grid = preprocess(images, self.config, size)
         counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
         input_ids = tokenize(self.tokenizer, instruction + prompt, counts)
         self._check_length(input_ids.shape[1], counts)
+        return PreparedGroup(
+            patches, grid, input_ids, Provenance(self.fingerprint, instruction, prompt, len(counts), size)
+        )
+
+    @torch.inference_mode()
+    def encode_prepared(
+        self, group: PreparedGroup, after_block: Callable[[], None] = lambda: None
+    ) -> ContextStates:
+        """Context states (1, S, D) of a prepared group; see encode."""
         states = self.mllm.encoder(
-            patches.to(self.device),
-            grid,
-            input_ids.to(self.device),
+            group.patches.to(self.device),
+            group.grid,
+            group.input_ids.to(self.device),
             self.image_token,
             self.dtype,
             after_block,
         )
-        provenance = Provenance(self.fingerprint, instruction, prompt, len(counts), size)
-        return ContextStates(states, provenance)
+        return ContextStates(states, group.provenance)
 
     @torch.inference_mode()
     def aggregate(self, context: ContextStates) -> ReferenceTokens:

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
     from .config import EasyRefConfig
 
-SIZE = (
-    336  # pixels: the authors' cond_image_size; each reference becomes about (336 / 28)^2 = 144 image tokens
-)
+SIZE = 336  # pixels, the authors' cond_image_size: about (336 / 28)^2 = 144 image tokens a reference
 LARGEST = 128  # image tokens along a side: Qwen2-VL's own limit, 16384 image tokens
 MAX_ASPECT_RATIO = 200  # qwen_vl_utils refuses more
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -42,6 +40,8 @@ def preprocess(
         raise ValueError(
             f"The size is {size} pixels; wanted {2 * unit} to {LARGEST * unit} (336 as in training)."
         )
+    if isinstance(images, Image.Image):
+        raise TypeError("images is one image; wanted a list of them, even of one.")
     if not len(images):
         raise ValueError(
             "The group holds no reference. Give it at least one image (EasyRef works best with 3 or more)."
@@ -63,6 +63,10 @@ def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
         if image.mode.startswith("I"):  # 16 bits: PIL's convert would clip at 255, which leaves white
             image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
         return _check_sides(image.convert("RGB"), name)
+    if not isinstance(image, torch.Tensor):
+        raise TypeError(
+            f"{name} is a {type(image).__name__}; wanted a PIL image or a (height, width, 3) float tensor."
+        )
     if image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
         raise ValueError(
             f"{name} has shape {tuple(image.shape)}; wanted (height, width, channels) with 1, 3 or 4 channels. "
@@ -97,7 +101,10 @@ def pixel_limits(size: int, unit: int = 28) -> tuple[int, int]:
 
 
 def target_size(height: int, width: int, unit: int, low: int, high: int) -> tuple[int, int]:
-    """Sides in multiples of `unit` with low <= area <= high, the aspect kept as nearly as that allows."""
+    """Sides in multiples of `unit` with low <= area <= high, the aspect kept as nearly as that allows.
+
+    The area of an image so thin that it would be less than one unit wide may lie above `high`.
+    """
     h, w = (max(unit, round(side / unit) * unit) for side in (height, width))
     if h * w > high:
         shrink = math.sqrt(height * width / high)

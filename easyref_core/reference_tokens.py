@@ -37,10 +37,13 @@ class ContextStates:
 
 
 class ReferenceTokens(torch.Tensor):
-    """Reference tokens (1, T, C) that remember what made them; any operation on them gives a plain tensor."""
+    """Reference tokens (1, T, C) that remember what made them; what is computed from them is a plain tensor."""
 
     provenance: Provenance
     __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __deepcopy__(self, memo: dict) -> ReferenceTokens:
+        return self.of(self.detach().clone(), self.provenance)
 
     @classmethod
     def of(cls, values: Tensor, provenance: Provenance) -> ReferenceTokens:

@@ -6,7 +6,8 @@
     aggregate.py   Aggregate Reference Tokens context -> EASYREF_TOKENS
     apply.py       Apply EasyRef              MODEL + tokens -> MODEL
 
-files.py finds checkpoints and MLLM folders, mllm_patcher.py gives the weights to the host, unet_patch.py patches the UNet.
+files.py finds checkpoints and MLLM folders, mllm_patcher.py gives the weights to the host, unet_patch.py patches the
+UNet, guidance.py tells its patches what the guider is doing.
 """
 
 from comfy_api.latest import ComfyExtension, io

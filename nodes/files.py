@@ -72,14 +72,14 @@ def find_mllm(name: str) -> Path | None:
 
 
 def host_tokenizer() -> Path:
-    """The tokenizer ComfyUI ships for Qwen2.5-VL: the same vocabulary and merges as Qwen2-VL's."""
+    """The tokenizer ComfyUI ships for Qwen2.5-VL: Qwen2-VL's vocabulary and merges, and a few tokens of later models."""
     return Path(comfy.text_encoders.__path__[0]) / "qwen25_tokenizer"
 
 
 def _inside_mllm(name: str) -> bool:
     folder = Path(name).parent
     return folder != Path(".") and any(
-        (Path(base) / folder / "config.json").is_file() for base in folder_paths.get_folder_paths(FOLDER)
+        _is_qwen2_vl(Path(base) / folder / "config.json") for base in folder_paths.get_folder_paths(FOLDER)
     )
 
 

@@ -16,7 +16,7 @@ from comfy.model_patcher import CoreModelPatcher, ModelPatcher
 
 from ..easyref_core.checkpoint import Cast, open_checkpoint
 from ..easyref_core.model import EasyRef, build
-from ..easyref_core.preprocess import pixel_limits
+from ..easyref_core.preprocess import black_image
 from ..easyref_core.reference_tokens import ContextStates, ReferenceTokens
 from .sockets import TokenPair
 
@@ -42,16 +42,18 @@ class HostedEasyRef:
 
     def encode(self, images: Sequence[Tensor], prompt: str, instruction: str, size: int) -> ContextStates:
         """Context states of a group, on the host's intermediate device. Counts one step per reference; can be stopped."""
-        self._load_for(len(images), len(prompt) + len(instruction), size)
+        group = self.model.prepare(images, prompt, instruction, size)
+        self._load_for(len(group.patches), group.input_ids.shape[1])
         progress = _Progress(len(images), self.model.mllm.encoder.blocks)
-        context = self.model.encode(images, prompt, instruction, size, progress.step)
+        context = self.model.encode_prepared(group, progress.step)
         return ContextStates(context.states.to(mm.intermediate_device()), context.provenance)
 
     def aggregate(self, context: ContextStates) -> TokenPair:
         """Tokens for both sides; the unconditional ones read the same instruction, at the same size, of a black image."""
         self.model.require_own(context, "context")
         made = context.provenance
-        self._load_for(1, len(made.instruction), made.size)
+        black = self.model.prepare([black_image()], "", made.instruction, made.size)
+        self._load_for(len(black.patches), max(black.input_ids.shape[1], context.states.shape[1]))
         tokens = self.model.aggregate(context), self.model.unconditional(made.instruction, made.size)
         return TokenPair(*(ReferenceTokens.of(t.to(mm.intermediate_device()), t.provenance) for t in tokens))
 
@@ -70,15 +72,11 @@ class HostedEasyRef:
         for side in (tokens.unconditional, tokens.conditional):
             self.model.require_own(side, "set of reference tokens")
 
-    def _load_for(self, references: int, characters: int, size: int) -> None:
-        """Bring the MLLM to its device with room for the activations; a text token has at least one character."""
-        config = self.model.config
-        patches = references * (pixel_limits(size, config.pixels_per_token)[1] // config.patch_size**2)
-        tokens = patches // config.merge_size**2 + characters + config.num_tokens
-        tokens = min(tokens, config.max_positions)
-        mm.load_models_gpu(
-            [self.patcher], config.activation_bytes(patches, tokens, self.model.dtype.itemsize)
-        )
+    def _load_for(self, patches: int, tokens: int) -> None:
+        """Bring the MLLM to its device, with room for the activations of so many patches and context tokens."""
+        tokens += self.model.config.num_tokens
+        needed = self.model.config.activation_bytes(patches, tokens, self.model.dtype.itemsize)
+        mm.load_models_gpu([self.patcher], needed)
 
 
 def load_hosted(
@@ -133,7 +131,7 @@ def _hosted(module: nn.Module, device: torch.device) -> ModelPatcher:
 
 
 class _Progress:
-    """All references advance together, block by block; shown as that many of them done."""
+    """All references advance together, block by block; shown as so many references done, in fractions."""
 
     def __init__(self, references: int, blocks: int) -> None:
         self.references, self.blocks, self.done = references, blocks, 0
@@ -142,4 +140,4 @@ class _Progress:
     def step(self) -> None:
         mm.throw_exception_if_processing_interrupted()
         self.done += 1
-        self.bar.update_absolute(self.references * self.done // self.blocks, self.references)
+        self.bar.update_absolute(self.references * self.done / self.blocks, self.references)

@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from ..easyref_core import ReferenceTokens
 
 EasyRefModel = io.Custom("EASYREF_MODEL")  # mllm_patcher.HostedEasyRef
-EasyRefGroupSocket = io.Custom(
-    "EASYREF_GROUP"
-)  # tuple of references, each (1, height, width, channels), in order
+EasyRefGroupSocket = io.Custom("EASYREF_GROUP")  # tuple of references in order, each (1, height, width, C)
 EasyRefContext = io.Custom("EASYREF_CONTEXT")  # easyref_core.ContextStates
 EasyRefTokens = io.Custom("EASYREF_TOKENS")  # TokenPair
 

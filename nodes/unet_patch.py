@@ -3,9 +3,6 @@
 One Apply node is one Injection: K and V of its tokens, a weight and a window. It lives in the patcher's attachments.
 At every UNet call a wrapper hands the injections that act now to the attention sites, in transformer_options; the
 SitePatch at each site adds its injection's term. So model_options holds 70 addresses and no tensor.
-
-Whether a row of the batch is conditional is told by whose conditioning it is, not by its place in the batch: guiders
-order their conditionings differently (CFG, PerpNeg, DualCFG, dual models), leave some out, and split batches.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import comfy.lora
@@ -24,6 +20,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..easyref_core.attention import KeyValue, reference_attention
 from ..easyref_core.unet_layout import Site, parse_comfy, require_fit
+from .guidance import FIRST_SIGMA, SIGMA, announce_step, name_conditionings, read_sigma, unconditional_runs
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -34,10 +31,6 @@ if TYPE_CHECKING:
 
 KEY = "easyref"
 STEP = "easyref_step"  # in transformer_options: the Step of this UNet call
-ROLES = "easyref_roles"  # in transformer_options: for each index of cond_or_uncond, is it unconditional?
-SIGMA = (
-    "easyref_sigma"  # in transformer_options: this step's sigma, read back from the device outside the UNet
-)
 
 
 _ids = itertools.count()
@@ -80,9 +73,12 @@ class Step:
 
     sigma: float
     acting: dict[int, tuple[list[KeyValue], float]]  # {Injection.id: (K and V per site, weight)}
+    whole_blocks: dict[
+        tuple, Callable[..., Tensor]
+    ]  # foreign replacements for all sites of a (block, number)
 
 
-IDLE = Step(math.inf, {})  # where a pack calls the UNet without the patcher's wrappers: the text alone
+IDLE = Step(FIRST_SIGMA, {}, {})  # where a pack calls the UNet without the patcher's wrappers: the text alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +99,12 @@ class SitePatch:
     added: list[tuple[Callable[..., Tensor], dict[str, Any]]] = dataclasses.field(default_factory=list)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        out = (self.previous or text_attention)(q, k, v, extra_options)
         step: Step = extra_options.get(STEP, IDLE)
+        previous = self.previous or text_attention
+        if not isinstance(previous, SitePatch):
+            # Set before this patch or after it: the host looks for a site's own patch first and would not come to it.
+            previous = step.whole_blocks.get(extra_options.get("block"), previous)
+        out = previous(q, k, v, extra_options)
         if self.injection in step.acting:
             key_values, weight = step.acting[self.injection]
             key_value = tuple(t.to(q.dtype) for t in key_values[self.position])
@@ -199,8 +199,8 @@ def _inject(model: ModelPatcher, injection: Injection, sites: tuple[Site, ...]) 
     attached = dataclasses.replace(attached, injections=(*attached.injections, injection))
     model.set_attachments(KEY, attached)
     for kind, wrapper in (
-        (WrappersMP.PREDICT_NOISE, _name_conditionings),
-        (WrappersMP.CALC_COND_BATCH, _announce_step),
+        (WrappersMP.PREDICT_NOISE, name_conditionings),
+        (WrappersMP.CALC_COND_BATCH, announce_step),
         (WrappersMP.DIFFUSION_MODEL, _Handout(attached.injections)),
     ):
         model.remove_wrappers_with_key(kind, KEY)
@@ -254,55 +254,10 @@ class _Handout:
             for injection in self.injections
             if injection.acts(sigma)
         }
-        options[STEP] = Step(sigma, acting)
+        replaced = options.get("patches_replace", {}).get("attn2", {})
+        whole_blocks = {address: patch for address, patch in replaced.items() if len(address) == 2}
+        options[STEP] = Step(sigma, acting, whole_blocks)
         return executor(x, timesteps, context, y, control, options, **kwargs)
-
-
-def read_sigma(sigmas: Tensor | None) -> float:
-    """The sigma of a step, all rows of a batch being at the same one; infinite, the start, if nobody says."""
-    return math.inf if sigmas is None else float(sigmas.max())
-
-
-def unconditional_runs(options: dict[str, Any]) -> tuple[bool, ...]:
-    """For each run of equal length that the batch is made of: is it unconditional?
-
-    Without word from a guider the host's convention holds: index 0 is positive.
-    """
-    indices = options.get("cond_or_uncond") or [0]
-    roles = {index: role for index, role in enumerate(options.get(ROLES, ())) if role is not None}
-    return tuple(roles.get(index, index != 0) for index in indices)
-
-
-def is_unconditional(name: str) -> bool:
-    """Guiders name their conditionings: positive, negative, middle (a second prompt), empty_negative_prompt, null, ..."""
-    return any(word in name.lower() for word in ("neg", "uncond", "empty", "null"))
-
-
-_predicting: ContextVar[dict[Any, bool] | None] = ContextVar("easyref_predicting", default=None)
-
-
-def _name_conditionings(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """PREDICT_NOISE wrapper: remember, while this guider predicts, which of its conditionings are unconditional."""
-    # By uuid, and as the guider was given them: guiders and nodes pass on copies of the lists, and to a list the host
-    # may have appended copies of the other side's conditionings, uuid and all, for their areas.
-    given = executor.class_obj.original_conds
-    roles = {cond["uuid"]: is_unconditional(name) for name in given for cond in given[name] if "uuid" in cond}
-    token = _predicting.set(roles)
-    try:
-        return executor(*args, **kwargs)
-    finally:
-        _predicting.reset(token)
-
-
-def _announce_step(
-    executor: Any, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]
-) -> Any:
-    """CALC_COND_BATCH wrapper: say the sigma, and for each index of cond_or_uncond whether it is unconditional."""
-    options = {**model_options.get("transformer_options", {}), SIGMA: read_sigma(timestep)}
-    predicting = _predicting.get()
-    if predicting is not None:
-        options[ROLES] = tuple(predicting.get(cond[0].get("uuid")) if cond else None for cond in conds)
-    return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
 
 
 def _own_additions(_: ModelPatcher, clone: ModelPatcher) -> None:

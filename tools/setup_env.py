@@ -66,8 +66,7 @@ def main() -> None:
         line for rank, lines in enumerate(requirements) for line in lines if rank == 0 or "==" not in line
     ]
     install("torch and tools", [TORCH, *extras("dev"), *dict.fromkeys(common)])
-    if hosts:
-        install("torchvision", ["--no-deps", TORCHVISION])
+    install("torchvision", ["--no-deps", TORCHVISION])
     for host, lines in list(zip(hosts, requirements, strict=True))[1:]:
         if own := [line for line in lines if line not in common]:
             install(

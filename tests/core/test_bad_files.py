@@ -309,3 +309,24 @@ def test_a_tokenizer_of_a_larger_vocabulary(tmp_path: Path) -> None:
     path = write(tmp_path / "small.safetensors", tensors)
     text = error_of(lambda: er.load(path, folder_with(tmp_path / "mllm", vocab_size=400)))
     assert_says(text, "its <|image_pad|> is token 408, the MLLM knows 400", "Choose the MLLM folder")
+
+
+@pytest.mark.parametrize("metadata", ["v1", "[1]", '{"causal": "no"}'])
+def test_metadata_of_ours_that_is_none(tmp_path: Path, metadata: str) -> None:
+    path = write(tmp_path / "file.safetensors", checkpoint_tensors(), {"easyref": metadata})
+    text = error_of(lambda: open_checkpoint(path, golden.MLLM))
+    assert_says(text, str(path), metadata, "wanted a JSON object", "Save the checkpoint again")
+
+
+def test_a_config_that_is_no_object(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "mllm")
+    (folder / "config.json").write_text("[]")
+    text = error_of(lambda: open_checkpoint(golden.CHECKPOINT, folder))
+    assert_says(text, str(folder / "config.json"), "holds a list", "wanted a JSON object")
+
+
+def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "mllm")
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    text = error_of(lambda: er.load(golden.CHECKPOINT, folder))
+    assert_says(text, "No Qwen2-VL tokenizer could be read from", str(folder), "tokenizer.json")

@@ -476,6 +476,11 @@ def test_the_fingerprint_is_the_same_from_every_format(
         "image_proj_model.proj.2.weight",
         "multimodal_llm.model.norm.weight",
         "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_k_ip.weight",
+        "unet.mid_block.attentions.0.transformer_blocks.1.attn2.processor.to_v_ip.weight",
+        "unet.mid_block.attentions.0.transformer_blocks.1.attn1.processor.to_q_lora.up.weight",
+        "mllm_final_layer.layers.0.mlp.up_proj.weight",
+        "multimodal_llm.model.layers.1.self_attn.q_proj.weight",
+        "multimodal_llm.visual.blocks.1.mlp.fc1.weight",
     ],
 )
 def test_the_fingerprint_is_another_for_other_weights(

@@ -164,3 +164,11 @@ def test_gradients_reach_the_tokens(
     diffusers_unet.apply(unet, model, rows, None)
     golden.forward(unet, expected).square().mean().backward()
     assert rows.grad.abs().min() > 0
+
+
+def test_unet_that_is_conditioned_already_is_refused(model, unet, tokens, uncond) -> None:
+    attachment = er.diffusers_unet.apply(unet, model, tokens, uncond)
+    with pytest.raises(ValueError, match=r"conditioned on references already.*remove\(\)"):
+        er.diffusers_unet.apply(unet, model, tokens, uncond)
+    attachment.remove()
+    er.diffusers_unet.apply(unet, model, tokens, uncond).remove()

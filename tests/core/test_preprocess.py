@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -52,3 +53,13 @@ def test_a_group_of_mixed_sizes_keeps_its_order(model: er.EasyRef) -> None:
 def test_size_out_of_bounds_names_the_bounds(model, size: int) -> None:
     with pytest.raises(ValueError, match=rf"size is {size} pixels; wanted 56 to 3584"):
         preprocess([black_image()], model.config, size)
+
+
+def test_one_image_instead_of_a_list_is_named(model) -> None:
+    with pytest.raises(TypeError, match="wanted a list"):
+        preprocess(black_image(), model.config)
+
+
+def test_array_is_named(model) -> None:
+    with pytest.raises(TypeError, match="reference 1 is a ndarray; wanted a PIL image"):
+        preprocess([np.zeros((28, 28, 3))], model.config)

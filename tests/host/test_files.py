@@ -62,6 +62,14 @@ def test_weights_inside_an_mllm_folder_are_no_checkpoints(files, models):
     assert files.checkpoints() == ["easyref.safetensors"]
 
 
+@pytest.mark.parametrize("config", ["{}", "not JSON"])
+def test_checkpoint_in_a_folder_with_another_config_is_listed(files, models, config: str):
+    """As a snapshot of the release's own repository may have one."""
+    touch(models / "easyref" / "snapshot" / "model.safetensors")
+    (models / "easyref" / "snapshot" / "config.json").write_text(config)
+    assert [Path(name).as_posix() for name in files.checkpoints()] == ["snapshot/model.safetensors"]
+
+
 def test_empty_folder_says_so_and_where_to_get_the_file(files, models):
     assert files.checkpoints() == [files.NOTHING_FOUND]
     with pytest.raises(FileNotFoundError, match="no weight files") as missing:

@@ -174,7 +174,7 @@ def test_guider_gives_each_side_its_tokens(case: str, model, probe) -> None:
     ],
 )
 def test_side_is_told_by_the_name_of_the_conditioning(pack, name: str, unconditional: bool) -> None:
-    assert golden.part(pack, "nodes.unet_patch").is_unconditional(name) == unconditional
+    assert golden.part(pack, "nodes.guidance").is_unconditional(name) == unconditional
 
 
 @pytest.mark.skipif(
@@ -202,7 +202,7 @@ def test_ksampler(model, probe) -> None:
 
 def test_nothing_of_a_guider_is_remembered_after_it(pack, model) -> None:
     sample(cfg(model))
-    assert golden.part(pack, "nodes.unet_patch")._predicting.get() is None
+    assert golden.part(pack, "nodes.guidance")._predicting.get() is None
 
 
 # How the host makes batches
@@ -333,18 +333,18 @@ def test_context_windows(model, probe, make: Callable) -> None:
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0], [0], [1], [2, 0, 1], [0, 0, 1]])
 def test_convention_where_no_guider_says_otherwise(pack, order: list[int]) -> None:
-    runs = golden.part(pack, "nodes.unet_patch").unconditional_runs
+    runs = golden.part(pack, "nodes.guidance").unconditional_runs
     assert runs({"cond_or_uncond": order}) == tuple(index != 0 for index in order)
 
 
 def test_one_run_where_nothing_is_said(pack) -> None:
-    assert golden.part(pack, "nodes.unet_patch").unconditional_runs({}) == (False,)
+    assert golden.part(pack, "nodes.guidance").unconditional_runs({}) == (False,)
 
 
 def test_index_that_no_guider_announced(pack) -> None:
     """Packs that rewrite cond_or_uncond may number runs the guider never listed."""
-    unet_patch = golden.part(pack, "nodes.unet_patch")
-    runs = unet_patch.unconditional_runs({"cond_or_uncond": [0, 1, 2], unet_patch.ROLES: (True, None)})
+    guidance = golden.part(pack, "nodes.guidance")
+    runs = guidance.unconditional_runs({"cond_or_uncond": [0, 1, 2], guidance.ROLES: (True, None)})
     assert runs == (True, True, True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 
+import comfy.utils
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -224,6 +225,18 @@ def test_progress_counts_the_references(server):
     progress = progress_of(server, prompt_id, "encode")
     assert {most for _, most in progress} == {3}
     assert progress[-1][0] == 3
+
+
+def test_progress_moves_within_a_single_reference(server, pack):
+    easyref = golden.load(pack)
+    seen = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, *_, **__: seen.append((value, total)))
+    try:
+        easyref.encode([golden.references()[0][0]], "", golden.instruction(pack), golden.SIZE)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    assert {total for _, total in seen} == {1}
+    assert any(0 < value < 1 for value, _ in seen)
 
 
 @pytest.fixture(scope="module")

@@ -249,7 +249,7 @@ def test_site_takes_queries_of_another_dtype_than_its_key_values(easy, model, dt
     unet_patch = golden.part(easy.pack, "nodes.unet_patch")
     patched = easy.apply(model)
     site = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 4, 0]
-    step = unet_patch.Step(1.0, {site.injection: (easy.key_values, 1.0)})
+    step = unet_patch.Step(1.0, {site.injection: (easy.key_values, 1.0)}, {})
     q, k, v = (torch.randn(2, tokens, 32).to(dtype) for tokens in (5, 7, 7))
     out = site(q, k, v, {unet_patch.STEP: step, "n_heads": 2})
     assert out.dtype == dtype
@@ -312,6 +312,18 @@ def test_replacement_set_before_ours_still_acts(easy, model, with_index: bool) -
     foreign = replace_everywhere(model, easy, halved_query, with_index)
     wanted = predict(by_hand(easy, 1.0, foreign=halved_query)(easy.apply(model, weight=0.0)))
     assert golden.error(predict(easy.apply(foreign)), wanted) <= 1e-6
+
+
+def test_replacement_of_a_whole_block_set_after_ours_acts_too(easy, model) -> None:
+    wanted = predict(by_hand(easy, 1.0, foreign=halved_query)(easy.apply(model, weight=0.0)))
+    after = replace_everywhere(easy.apply(model), easy, halved_query, with_index=False)
+    assert golden.error(predict(after), wanted) <= 1e-6
+
+
+def test_replacement_of_our_sites_set_after_ours_is_what_the_host_calls(easy, model) -> None:
+    """The last replacement of a site wins: a pack that does not keep what it finds is not to be outwitted."""
+    without = predict(replace_everywhere(easy.apply(model, weight=0.0), easy, halved_query))
+    assert torch.equal(predict(replace_everywhere(easy.apply(model), easy, halved_query)), without)
 
 
 def test_replacement_before_a_chain_acts_once(easy, model) -> None:
