@@ -1,6 +1,6 @@
 """The released checkpoint's full size, with random weights, through the loader node on this machine's CPU.
 
-Writes a checkpoint of the released layout (tests/golden/released_layout.json, bfloat16, 5.5 GB) to a temporary folder,
+Writes a checkpoint of the released layout (tests/golden/released_layout.json, bfloat16, 5.9 GB) to a temporary folder,
 loads it in ComfyUI, encodes two images, aggregates and projects them, and prints times and memory. About 6 GB of disk
 and 8 GB of memory are needed. The memory of mapped files (which the system can take back) is told apart.
 """
@@ -28,6 +28,7 @@ from tests.host.in_process import enter_host, load_pack
 from tests.hosts import ROOT, find_hosts
 
 LAYOUT = ROOT / "tests" / "golden" / "released_layout.json"
+CHECKPOINT = "easyref.safetensors"
 GIB = 2**30
 
 
@@ -81,23 +82,26 @@ def main() -> None:
     complete_cpu_torch()
     enter_host(find_hosts()[0])
     pack = load_pack()
-    files, mllm_patcher = (
-        import_module(f"{pack.__name__}.nodes.{name}") for name in ("files", "mllm_patcher")
-    )
+    nodes = import_module(f"{pack.__name__}.nodes")
     instruction = import_module(f"{pack.__name__}.easyref_core").INSTRUCTION
     precision = sys.argv[1] if len(sys.argv) > 1 else "auto"
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        path = Path(folder) / "easyref.safetensors"
-        print(f"checkpoint: {write_checkpoint(path) / GIB:.2f} GiB", flush=True)
+        import folder_paths
+
+        folder_paths.folder_names_and_paths["easyref"] = ([folder], {".safetensors"})
+        print(f"checkpoint: {write_checkpoint(Path(folder) / CHECKPOINT) / GIB:.2f} GiB", flush=True)
         with measured("before loading"):
             gc.collect()
         with measured(f"load ({precision})"):
-            easyref = mllm_patcher.load_hosted(path, None, files.host_tokenizer(), precision, None)
-        pictures = [torch.rand(768, 1024, 3), torch.rand(1024, 683, 3)]
+            source = "from the checkpoint"
+            (easyref,) = nodes.EasyRefLoader.execute(CHECKPOINT, source, precision, source).result
+        group = (torch.rand(1, 768, 1024, 3), torch.rand(1, 1024, 683, 3))
         with measured("encode 2 references"):
-            context = easyref.encode(pictures, "an oil painting", instruction, 336)
+            (context,) = nodes.EasyRefEncodeGroup.execute(
+                easyref, group, "an oil painting", instruction, 336
+            ).result
         with measured("aggregate, both sides"):
-            tokens = easyref.aggregate(context)
+            (tokens,) = nodes.EasyRefAggregate.execute(easyref, context).result
         with measured("K and V of 70 sites"):
             easyref.key_values(tokens)
         print(f"context {tuple(context.states.shape)}, tokens {tuple(tokens.conditional.shape)}")
