@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from . import golden
+from .sampling import predict
 from .tiny_nodes.tiny_sdxl import load_tiny_sdxl
 
 
@@ -31,25 +32,3 @@ def test_noise_prediction_is_the_authors(pack, easyref, tokens, weight: float) -
     apply = golden.part(pack, "nodes.apply").EasyRefApply
     (patched,) = apply.execute(load_tiny_sdxl(), easyref, tokens, weight, 0.0, 1.0, 1.0).result
     assert golden.error(predict(patched), golden.expected()[f"unet.noise_pred.scale_{weight}"]) <= 1e-5
-
-
-def predict(patcher) -> torch.Tensor:
-    """The UNet's answer to the golden input, a batch of [unconditional, conditional], under the patcher's patches."""
-    import comfy.model_management
-    from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
-    from comfy.patcher_extension import copy_nested_dicts, merge_nested_dicts
-
-    expected = golden.expected()
-    comfy.model_management.load_models_gpu([patcher])
-    options = copy_nested_dicts(patcher.model_options["transformer_options"])
-    options = merge_nested_dicts(options, {"wrappers": patcher.wrappers, "callbacks": patcher.callbacks})
-    options["cond_or_uncond"] = [1, 0]
-    time_ids = timestep_embedding(expected["unet.time_ids"].flatten(), 8).reshape(2, -1)
-    with torch.inference_mode():
-        return patcher.model.diffusion_model(
-            expected["unet.sample"],
-            expected["unet.timestep"],
-            context=expected["unet.encoder_hidden_states"],
-            y=torch.cat([expected["unet.text_embeds"], time_ids], dim=1),
-            transformer_options=options,
-        )
