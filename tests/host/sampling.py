@@ -80,7 +80,9 @@ def sampling_options(model: ModelPatcher) -> dict[str, Any]:
 golden_data = functools.cache(golden.expected)
 
 
-def predict(model: ModelPatcher, sigma: float = 1.0, cond_or_uncond: Sequence[int] = (1, 0)) -> Tensor:
+def predict(
+    model: ModelPatcher, sigma: float = 1.0, cond_or_uncond: Sequence[int] = (1, 0), control: Any = None
+) -> Tensor:
     """The UNet's answer to the golden input, a batch of [unconditional, conditional], under the model's patches."""
     comfy.model_management.load_models_gpu([model])
     expected = golden_data()
@@ -95,6 +97,7 @@ def predict(model: ModelPatcher, sigma: float = 1.0, cond_or_uncond: Sequence[in
             expected["unet.timestep"],
             context=expected["unet.encoder_hidden_states"].to(unet.dtype),
             y=y.to(unet.dtype),
+            control=control,
             transformer_options=options,
         )
 

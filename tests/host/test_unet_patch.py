@@ -332,6 +332,30 @@ def test_replacement_before_a_chain_acts_once(easy, model) -> None:
     assert golden.error(predict(easy.apply(easy.apply(foreign, 0.4), 0.6)), wanted) <= 1e-6
 
 
+def test_another_lora_adds_to_ours_in_either_order(easy, model) -> None:
+    def with_another(model: ModelPatcher) -> ModelPatcher:
+        clone = model.clone()
+        to_q = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q.weight"
+        assert clone.add_patches({to_q: ("diff", (torch.full((32, 32), 0.05),))})
+        return clone
+
+    before, after = predict(easy.apply(with_another(model))), predict(with_another(easy.apply(model)))
+    assert golden.error(before, after) <= 1e-6
+    assert golden.error(before, predict(easy.apply(model))) > 1e-4
+
+
+def test_what_a_controlnet_adds_reaches_the_unet(easy, model) -> None:
+    """A ControlNet hands the UNet residuals beside the call; what it adds to an unpatched UNet it adds to ours."""
+
+    def control() -> dict[str, list]:
+        return {"middle": [torch.full((2, 32, 4, 4), 0.5)], "input": [], "output": []}
+
+    patched = easy.apply(model)
+    assert golden.error(predict(patched, control=control()), predict(patched)) > 1e-4
+    zero = {"middle": [torch.zeros(2, 32, 4, 4)], "input": [], "output": []}
+    assert torch.equal(predict(patched, control=zero), predict(patched))
+
+
 class MovingPatch:
     """A replacement with weights of its own, which the host moves, loads and cleans up through the patch."""
 
