@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -219,12 +220,16 @@ def _add_lora(model: ModelPatcher, easyref: HostedEasyRef, strength: float) -> N
     if not lora or strength <= present:
         return
     patches = comfy.lora.load_lora(lora, comfy.lora.model_lora_keys_unet(model.model, {}))
+    merged_before = model.patches_uuid
     placed = model.add_patches(patches, strength - present)
     if len(placed) != len(lora) // 2:
         raise ValueError(
             f"{describe(model)} took {len(placed)} of the {len(lora) // 2} matrices of the checkpoint's attention LoRA. "
             "Its attention layers are not SDXL's; use an SDXL model, or set lora_strength to 0."
         )
+    # The same LoRA on the same weights has the same name, so that a run that only changes the weight, the window or the
+    # tokens finds it merged already; the host's own name would be new each time.
+    model.patches_uuid = uuid.uuid5(merged_before, f"{easyref.model.fingerprint} {strength}")
     strengths[easyref.model.fingerprint] = strength
     model.set_attachments(KEY, dataclasses.replace(attached, lora=tuple(strengths.items())))
 

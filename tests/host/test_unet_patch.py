@@ -332,6 +332,24 @@ def test_replacement_before_a_chain_acts_once(easy, model) -> None:
     assert golden.error(predict(easy.apply(easy.apply(foreign, 0.4), 0.6)), wanted) <= 1e-6
 
 
+def test_lora_is_not_merged_again_when_only_the_weight_changes(easy, model) -> None:
+    """The host merges anew when this name changes."""
+    assert easy.apply(model, weight=0.3).patches_uuid == easy.apply(model, weight=0.9).patches_uuid
+
+
+def test_lora_is_merged_again_when_its_strength_or_what_is_below_changes(easy, model) -> None:
+    below = model.clone()
+    below.add_patches({"diffusion_model.out.2.bias": ("diff", (torch.ones(4),))})
+    patched = [easy.apply(model), easy.apply(model, lora=0.5), easy.apply(below), model]
+    assert len({patcher.patches_uuid for patcher in patched}) == len(patched)
+
+
+def test_predictions_follow_each_other_without_merging_again(easy, model) -> None:
+    alone = predict(easy.apply(model, weight=0.9))
+    predict(easy.apply(model, weight=0.3))
+    assert torch.equal(predict(easy.apply(model, weight=0.9)), alone)
+
+
 def test_another_lora_adds_to_ours_in_either_order(easy, model) -> None:
     def with_another(model: ModelPatcher) -> ModelPatcher:
         clone = model.clone()
