@@ -59,9 +59,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
     except Exception as error:  # tokenizers raises bare Exceptions for files it cannot read
         raise ValueError(f"No Qwen2-VL tokenizer could be read from {folder} ({error}). {wanted}") from error
-    if (
-        tokenizer.token_to_id(IMAGE_TOKEN) is None
-    ):  # where files are missing, transformers 5 makes an empty one
+    # Where files are missing, transformers 5 makes an empty one.
+    if tokenizer.token_to_id(IMAGE_TOKEN) is None:
         raise ValueError(f"The tokenizer in {folder} has no {IMAGE_TOKEN}: it is not Qwen2-VL's. {wanted}")
     tokenizer.encode_special_tokens = True  # special tokens inside ordinary text are text
     return tokenizer

@@ -150,17 +150,18 @@ def _load_weights_only(path: Path) -> dict[str, torch.Tensor]:
         content = content["module"]
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; wanted a dictionary of named tensors.")
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    return (
-        tensors
-        or {  # nested once, as an IP-Adapter's .bin is; nothing of EasyRef's, but it can then be named
-            f"{part}.{name}": value
-            for part, inner in content.items()
-            if isinstance(inner, dict)
-            for name, value in inner.items()
-            if isinstance(value, torch.Tensor)
-        }
-    )
+    return _only_tensors(
+        content
+    ) or {  # nested once, as an IP-Adapter's .bin is: not ours, but it can then be named
+        f"{part}.{name}": tensor
+        for part, inner in content.items()
+        if isinstance(inner, dict)
+        for name, tensor in _only_tensors(inner).items()
+    }
+
+
+def _only_tensors(content: dict[str, object]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def _reason(error: Exception) -> str:

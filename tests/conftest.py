@@ -8,6 +8,6 @@ from .hosts import ROOT
 
 sys.path.append(str(ROOT))  # last: this pack's `nodes` must not hide ComfyUI's nodes.py
 
-# installed only together with a ComfyUI; transformers imports it when it is there
+# transformers imports it when it is there
 if find_spec("torchvision"):
     complete_cpu_torch()

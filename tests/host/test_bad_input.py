@@ -8,9 +8,6 @@ import shutil
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-import comfy.model_base
-import comfy.model_patcher
-import comfy.supported_models
 import numpy as np
 import pytest
 import torch
@@ -18,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from . import golden, graphs
+from .full_size_unets import FLUX, REFINER, SD15, on_meta
 
 RELEASE = "https://huggingface.co/zongzhuofan/EasyRef"
 
@@ -153,58 +151,6 @@ def test_missing_keys(fails, folder):
 
 # A MODEL that does not fit
 
-UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "use_spatial_transformer": True,
-    "legacy": False,
-}
-SD15 = {
-    **UNET,
-    "model_channels": 320,
-    "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": [1, 2, 4, 4],
-    "use_linear_in_transformer": False,
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_middle": 1,
-    "transformer_depth_output": [1] * 9 + [0] * 3,
-    "context_dim": 768,
-    "adm_in_channels": None,
-}
-REFINER = {
-    **UNET,
-    "model_channels": 384,
-    "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": [1, 2, 4, 4],
-    "use_linear_in_transformer": True,
-    "num_head_channels": 64,
-    "transformer_depth": [0, 0, 4, 4, 4, 4, 0, 0],
-    "transformer_depth_middle": 4,
-    "transformer_depth_output": [0] * 3 + [4] * 6 + [0] * 3,
-    "context_dim": 1280,
-    "num_classes": "sequential",
-    "adm_in_channels": 2560,
-}
-FLUX = {
-    "image_model": "flux",
-    "guidance_embed": True,
-    "in_channels": 16,
-    "out_channels": 16,
-    "vec_in_dim": 768,
-    "context_in_dim": 4096,
-    "hidden_size": 3072,
-    "mlp_ratio": 4.0,
-    "num_heads": 24,
-    "depth": 1,
-    "depth_single_blocks": 1,
-    "axes_dim": [16, 56, 56],
-    "theta": 10000,
-    "patch_size": 2,
-    "qkv_bias": True,
-    "txt_ids_dims": [],
-}
-
 
 @pytest.mark.parametrize(
     ("name", "unet", "found"),
@@ -216,14 +162,13 @@ FLUX = {
 )
 def test_model_of_another_architecture(pack, name: str, unet: dict, found: str):
     """Against the widths of the released checkpoint, each model in the host's own class, without memory."""
-    config = getattr(comfy.supported_models, name)({**unet, "dtype": torch.float32})
-    model = config.get_model({}, device="meta")
-    patcher = comfy.model_patcher.CoreModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
     sites = golden.part(pack, "easyref_core.unet_layout").sdxl_sites()
     widths = {site: 640 if site.block == "input" and site.number < 6 else 1280 for site in sites}
     easyref = SimpleNamespace(model=SimpleNamespace(checkpoint=SimpleNamespace(widths=widths)))
     with pytest.raises(ValueError, match=rf"The MODEL \({name}\) does not fit") as refused:
-        golden.part(pack, "nodes.apply").EasyRefApply.execute(patcher, easyref, None, 1.0, 0.0, 1.0, 1.0)
+        golden.part(pack, "nodes.apply").EasyRefApply.execute(
+            on_meta(unet), easyref, None, 1.0, 0.0, 1.0, 1.0
+        )
     assert_says(str(refused.value), found, "made for 70 cross-attentions", "needs an SDXL base model")
 
 
