@@ -35,15 +35,19 @@ class KVProjections(nn.Module):
         return [(to_k(tokens), to_v(tokens)) for to_k, to_v in zip(self.to_k_ip, self.to_v_ip, strict=True)]
 
 
-def reference_attention(q: Tensor, key_value: KeyValue, heads: int, weight: float) -> Tensor:
+def reference_attention(
+    q: Tensor, key_value: KeyValue, heads: int, weight: float, real: Tensor | None = None
+) -> Tensor:
     """The reference term, weight * softmax(Q K^T) V, to be added to the text's attention before the output projection.
 
     q: (batch, tokens, inner), the query the text attention uses too (LoRA included). key_value: rows (chunks, T, inner)
     where the batch is `chunks` equal runs of rows that share their references; the runs become longer sequences
-    (a view), so nothing is repeated along the batch. -> (batch, tokens, inner), in q's dtype.
+    (a view), so nothing is repeated along the batch. real: (chunks, T), False at tokens that only fill up a shorter row.
+    -> (batch, tokens, inner), in q's dtype.
     """
     k, v = (rearrange(t, "c t (h d) -> c h t d", h=heads) for t in key_value)
     chunks, batch = k.shape[0], q.shape[0]
     queries = rearrange(q, "(c b) n (h d) -> c h (b n) d", c=chunks, h=heads)
-    out = scaled_dot_product_attention(queries, k, v)
+    mask = None if real is None else real[:, None, None]
+    out = scaled_dot_product_attention(queries, k, v, attn_mask=mask)
     return rearrange(out, "c h (b n) d -> (c b) n (h d)", b=batch // chunks) * weight

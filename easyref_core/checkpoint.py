@@ -72,14 +72,19 @@ class Checkpoint:
 
         Training moves every value of what it trains, so two checkpoints differ there too; and it takes no second.
         """
-        ends = {}
-        for name, tensor in read_sources(self.sources):
-            values = tensor.flatten()
-            ends[name] = torch.cat([values[:FINGERPRINT_VALUES], values[-FINGERPRINT_VALUES:]]).float()
-        digest = hashlib.sha256()
-        for name in sorted(ends):
-            digest.update(name.encode() + ends[name].numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(read_sources(self.sources))
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hash of the first and last values of named tensors, whatever their order."""
+    ends = {}
+    for name, tensor in tensors:
+        values = tensor.flatten()
+        ends[name] = torch.cat([values[:FINGERPRINT_VALUES], values[-FINGERPRINT_VALUES:]]).float()
+    digest = hashlib.sha256()
+    for name in sorted(ends):
+        digest.update(name.encode() + ends[name].cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def open_checkpoint(path: Path, mllm: Path | None = None, causal: bool | None = None) -> Checkpoint:
@@ -161,13 +166,21 @@ def expected_shapes(checkpoint: Checkpoint) -> Shapes:
         for prefix, module in modules.items()
         for name, tensor in module.state_dict().items()
     }
+    return shapes | lora_shapes(config, checkpoint.sites, checkpoint.inner)
+
+
+def lora_shapes(
+    config: EasyRefConfig, sites: Sequence[Site], inner: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the attention LoRA: q, k, v and out of the self- and the cross-attention at every site."""
+    shapes: dict[str, tuple[int, ...]] = {}
     if config.lora_rank:
-        for site, inner in zip(checkpoint.sites, checkpoint.inner, strict=True):
-            for attention, context in (("attn1", inner), ("attn2", config.token_width)):
+        for site, width in zip(sites, inner, strict=True):
+            for attention, context in (("attn1", width), ("attn2", config.token_width)):
                 for part in ("q", "k", "v", "out"):
                     name = f"unet.{site.diffusers}.{attention}.processor.to_{part}_lora"
-                    shapes[f"{name}.down.weight"] = (config.lora_rank, context if part in "kv" else inner)
-                    shapes[f"{name}.up.weight"] = (inner, config.lora_rank)
+                    shapes[f"{name}.down.weight"] = (config.lora_rank, context if part in "kv" else width)
+                    shapes[f"{name}.up.weight"] = (width, config.lora_rank)
     return shapes
 
 

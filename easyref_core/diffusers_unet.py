@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from .attention import KeyValue, reference_attention
 from .reference_tokens import ReferenceTokens
-from .unet_layout import parse_diffusers, require_fit
+from .unet_layout import Site, in_processor_order, parse_diffusers, require_fit
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -20,12 +21,18 @@ if TYPE_CHECKING:
 
     from .model import EasyRef
 
+# What a layer's low-rank update adds to its output, from its input.
+Update = Callable[["Tensor"], "Tensor"]
+
 
 class ReferenceProcessor:
     """Attention processor of one cross-attention: text attention plus the weighted reference term."""
 
-    def __init__(self, key_value: KeyValue, weight: float) -> None:
-        self.key_value, self.weight = key_value, weight
+    key_value: KeyValue  # set by Attachment.condition
+    real: Tensor | None = None  # (rows, T), False at tokens that only fill up a shorter row
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
 
     def __call__(
         self,
@@ -43,21 +50,49 @@ class ReferenceProcessor:
         text = scaled_dot_product_attention(*heads, attn_mask=attention_mask)
         out = rearrange(text, "b h n d -> b n (h d)")
         if self.weight:
-            out = out + reference_attention(q, self.key_value, attn.heads, self.weight)
+            out = out + reference_attention(q, self.key_value, attn.heads, self.weight, self.real)
         for layer in attn.to_out:
             out = layer(out)
         return out
 
 
 class Attachment:
-    """What `apply` returns: remove() gives the UNet back as it was."""
+    """What `attach` and `apply` return: remove() gives the UNet back as it was."""
 
-    def __init__(self, undo: list[Callable[[], None]]) -> None:
-        self._undo = undo
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        processors: Sequence[ReferenceProcessor],
+        undo: list[Callable[[], None]],
+    ) -> None:
+        self._unet, self._processors, self._undo = unet, processors, undo
+
+    def condition(self, key_values: Sequence[KeyValue], real: Tensor | None = None) -> None:
+        """Attend to these from now on: K and V (rows, T, inner) of every site, in processor order.
+
+        A batch is as many equal runs of images as there are rows. real: (rows, T), False at tokens that only fill up a
+        shorter row.
+        """
+        place = next(
+            self._unet.parameters()
+        )  # diffusers' own .device and .dtype walk the whole UNet each time
+        for processor, (k, v) in zip(self._processors, key_values, strict=True):
+            processor.key_value = tuple(t.to(place.device, place.dtype) for t in (k, v))
+            processor.real = real
 
     def remove(self) -> None:
         while self._undo:
             self._undo.pop()()
+
+
+def cross_attention_widths(unet: UNet2DConditionModel) -> dict[Site, int]:
+    """Width of the attention at each cross-attention site of a diffusers UNet, in processor order."""
+    found = {
+        parse_diffusers(name): module.to_k.out_features
+        for name, module in unet.named_modules()
+        if name.endswith("attn2")
+    }
+    return {site: found[site] for site in in_processor_order(found)}
 
 
 def apply(
@@ -68,57 +103,87 @@ def apply(
     weight: float = 1.0,
     lora_strength: float = 1.0,
 ) -> Attachment:
-    """Condition `unet` on reference tokens (1, T, C) until the returned attachment is removed; meanwhile it stays on
+    """Condition `unet` on reference tokens (n, T, C) until the returned attachment is removed; meanwhile it stays on
     its device and in its dtype.
 
-    The first half of every batch is unconditional, as diffusers' pipelines order it; with uncond None all rows are
-    conditional. weight: strength of the reference term; lora_strength: of the checkpoint's attention LoRA, which both
-    halves carry whatever the weight. Raises ValueError for a UNet whose cross-attentions are not the checkpoint's, and
-    for tokens of another checkpoint.
+    The first half of every batch is unconditional, as diffusers' pipelines order it; with uncond (n or 1, T, C) None
+    all rows are conditional. Either half is n equal runs of images, one for each group of references. weight: strength
+    of the reference term; lora_strength: of the checkpoint's attention LoRA, which both halves carry whatever the
+    weight. Raises ValueError for a UNet whose cross-attentions are not the checkpoint's, and for tokens of another
+    checkpoint.
+    """
+    given = [tokens] if uncond is None else [_as_many(uncond, tokens), tokens]
+    for side in (tokens, uncond):
+        if isinstance(side, ReferenceTokens):
+            model.require_own(side, "set of reference tokens")
+    require_fit("The UNet", cross_attention_widths(unet), model.checkpoint.widths)
+    rows = torch.cat(given)  # a copy: what inference mode made could not be used where gradients are recorded
+    lora = {}
+    if lora_strength:
+        lora = low_rank_updates(
+            {name: t.to(unet.device, unet.dtype) for name, t in model.checkpoint.lora().items()}
+        )
+    attachment = attach(unet, lora, weight, lora_strength)
+    attachment.condition(model.key_values(rows))
+    return attachment
+
+
+def attach(
+    unet: UNet2DConditionModel,
+    lora: Mapping[str, Update] | None = None,
+    weight: float = 1.0,
+    lora_strength: float = 1.0,
+) -> Attachment:
+    """Put a reference term into every cross-attention and low-rank updates beside the layers they are for.
+
+    The UNet's own weights are never touched. lora: by path of the layer, <...>.attn1.to_q or to_k, to_v, to_out.
+    Call condition() on what comes back before the UNet runs. Raises ValueError for a UNet conditioned already.
     """
     attentions = {name: module for name, module in unet.named_modules() if name.endswith(("attn1", "attn2"))}
-    found = {parse_diffusers(n): m.to_k.out_features for n, m in attentions.items() if n.endswith("attn2")}
-    require_fit("The UNet", found, model.checkpoint.widths)
     if any(isinstance(attention.processor, ReferenceProcessor) for attention in attentions.values()):
         raise ValueError(
             "The UNet is conditioned on references already. Call remove() on that attachment first."
         )
-    given = [tokens] if uncond is None else [uncond, tokens]
-    for side in given:
-        if isinstance(side, ReferenceTokens):
-            model.require_own(side, "set of reference tokens")
-    rows = torch.cat(given)  # a copy: what inference mode made could not be used where gradients are recorded
-    undo: list[Callable[[], None]] = []
-    for site, key_value in zip(model.checkpoint.sites, model.key_values(rows), strict=True):
+    processors, undo = [], []
+    for site in cross_attention_widths(unet):
         attn2 = attentions[f"{site.diffusers}.attn2"]
-        key_value = tuple(t.to(unet.device, unet.dtype) for t in key_value)
-        undo.append(lambda attn=attn2, before=attn2.processor: setattr(attn, "processor", before))
-        attn2.processor = ReferenceProcessor(key_value, weight)
-    if lora_strength:
-        lora = {name: t.to(unet.device, unet.dtype) for name, t in model.checkpoint.lora().items()}
-        undo += _add_lora(attentions, lora, lora_strength)
-    return Attachment(undo)
+        undo.append(partial(setattr, attn2, "processor", attn2.processor))
+        attn2.processor = ReferenceProcessor(weight)
+        processors.append(attn2.processor)
+    for path, update in (lora or {}).items():
+        attention, _, part = path.rpartition(".")
+        layer = getattr(attentions[attention], part)
+        layer = layer[0] if part == "to_out" else layer
+        undo.append(layer.register_forward_hook(_adding(update, lora_strength)).remove)
+    return Attachment(unet, processors, undo)
 
 
-def _add_lora(
-    attentions: dict[str, nn.Module], lora: dict[str, Tensor], strength: float
-) -> list[Callable[[], None]]:
-    """Low-rank updates of q, k, v and out as hooks, so that the UNet's own weights are never touched."""
+def low_rank_updates(lora: Mapping[str, Tensor]) -> dict[str, Update]:
+    """Tensors by diffusers path (<path>.processor.to_q_lora.down.weight and .up.weight) -> {<path>.to_q: update}."""
 
-    def hook(down: Tensor, up: Tensor) -> Callable[..., Tensor]:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = inputs[0]
-            return output + strength * linear(linear(x, down), up)
+    def update(down: Tensor, up: Tensor) -> Update:
+        return lambda x: linear(linear(x, down), up)
 
-        return add
+    names = [name.removesuffix(".down.weight") for name in lora if name.endswith(".down.weight")]
+    return {
+        name.removesuffix("_lora").replace(".processor.", "."): update(
+            lora[f"{name}.down.weight"], lora[f"{name}.up.weight"]
+        )
+        for name in names
+    }
 
-    undo = []
-    for path, attn in attentions.items():
-        for part, layer in (("q", attn.to_q), ("k", attn.to_k), ("v", attn.to_v), ("out", attn.to_out[0])):
-            name = f"{path}.processor.to_{part}_lora"
-            if f"{name}.down.weight" in lora:
-                handle = layer.register_forward_hook(
-                    hook(lora[f"{name}.down.weight"], lora[f"{name}.up.weight"])
-                )
-                undo.append(handle.remove)
-    return undo
+
+def _adding(update: Update, strength: float) -> Callable[..., Tensor]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + strength * update(inputs[0])
+
+    return hook
+
+
+def _as_many(uncond: Tensor, tokens: Tensor) -> Tensor:
+    """The unconditional rows, one for each row of tokens."""
+    if len(uncond) not in (1, len(tokens)):
+        raise ValueError(
+            f"There are {len(uncond)} rows of unconditional tokens for {len(tokens)} groups; wanted 1, or one a group."
+        )
+    return uncond.expand(len(tokens), -1, -1)

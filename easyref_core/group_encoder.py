@@ -44,13 +44,18 @@ class GroupEncoder(nn.Module):
         image_token: int,
         dtype: dtype,
         after_block: Callable[[], None] = lambda: None,
+        real: Tensor | None = None,
     ) -> Tensor:
-        """patches (sum, 1176), grid (K, 3), input_ids (1, S) -> context states (1, S, D) in `dtype`."""
+        """patches (sum, 1176), grid (K, 3), input_ids (B, S) -> context states (B, S, D) in `dtype`.
+
+        A batch of groups has all its images in `patches` and `grid`, group by group. Shorter groups are padded on the
+        left, where `real` (B, S) is False: the positions of rotary embedding count only by their differences.
+        """
         features = self.visual(patches.to(dtype), grid, after_block)
         x = self.embed_tokens(input_ids).to(dtype)
-        x = x.masked_scatter((input_ids == image_token)[..., None], features)
+        x = x.masked_scatter((input_ids == image_token)[..., None], features.to(dtype))
         turn = text_rotation(x.shape[1], self.config, x.device)
         for layer in self.layers:
-            x = layer(x, turn)
+            x = layer(x, turn, real=real)
             after_block()
         return self.norm(x)

@@ -25,6 +25,8 @@ LARGEST = 128  # image tokens along a side: Qwen2-VL's own limit, 16384 image to
 MAX_ASPECT_RATIO = 200  # qwen_vl_utils refuses more
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+# What each byte becomes, (256, 3): rescaled to 0..1 in float64, as the authors' processor does, then normalised.
+NORMALISED = ((np.arange(256) * (1 / 255)).astype(np.float32)[:, None] - CLIP_MEAN) / CLIP_STD
 
 
 def preprocess(
@@ -47,7 +49,7 @@ def preprocess(
             "The group holds no reference. Give it at least one image (EasyRef works best with 3 or more)."
         )
     resized = [resize(to_rgb(image, f"reference {i + 1}"), config, size) for i, image in enumerate(images)]
-    patches = torch.cat([patchify(image, config) for image in resized])
+    patches = torch.cat([patchify(np.asarray(image)[None], config) for image in resized])
     grid = [(1, image.height // config.patch_size, image.width // config.patch_size) for image in resized]
     return patches, torch.tensor(grid)
 
@@ -116,14 +118,16 @@ def target_size(height: int, width: int, unit: int, low: int, high: int) -> tupl
     return h, w
 
 
-def patchify(image: Image.Image, config: EasyRefConfig) -> Tensor:
-    """(patches, 1176): the four patches of one image token lie together; the still image is doubled into two frames."""
-    pixels = (np.asarray(image) * (1 / 255)).astype(np.float32)
-    pixels = (pixels - CLIP_MEAN) / CLIP_STD
-    frames = repeat(torch.from_numpy(pixels), "h w c -> t h w c", t=config.temporal_patch_size)
+def patchify(images: np.ndarray, config: EasyRefConfig) -> Tensor:
+    """Bytes of n images of one size (n, H, W, 3) -> (n * patches, 1176).
+
+    The four patches of one image token lie together; the still image is doubled into two frames.
+    """
+    pixels = torch.from_numpy(NORMALISED[images, np.arange(3)])
+    frames = repeat(pixels, "n h w c -> n t h w c", t=config.temporal_patch_size)
     return rearrange(
         frames,
-        "t (h mh ph) (w mw pw) c -> (h w mh mw) (c t ph pw)",
+        "n t (h mh ph) (w mw pw) c -> (n h w mh mw) (c t ph pw)",
         mh=config.merge_size,
         mw=config.merge_size,
         ph=config.patch_size,

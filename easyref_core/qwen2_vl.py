@@ -6,6 +6,8 @@ stream, cast and evict the weights. Qwen2-VL: arXiv 2409.12191; reference: trans
 
 from __future__ import annotations
 
+import math
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,12 +62,19 @@ def image_rotation(grid: Tensor, config: EasyRefConfig, device: torch.device) ->
 
     grid: (K, 3) frames, rows, columns in patches, patches ordered as preprocess.patchify orders them.
     """
-    places = []
-    for _, rows, columns in grid.tolist():
-        place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-        m = config.merge_size
-        places.append(rearrange(place, "(h mh w mw) yx -> (h w mh mw) yx", mh=m, mw=m, h=rows // m))
-    place = torch.cat(places).to(device)
+    m = config.merge_size
+    sizes = [(rows, columns) for _, rows, columns in grid.tolist()]
+    places = {
+        (rows, columns): rearrange(
+            torch.cartesian_prod(torch.arange(rows), torch.arange(columns)),
+            "(h mh w mw) yx -> (h w mh mw) yx",
+            mh=m,
+            mw=m,
+            h=rows // m,
+        )
+        for rows, columns in set(sizes)
+    }
+    place = torch.cat([places[size] for size in sizes]).to(device)
     dim = config.vision_width // config.vision_heads // 2
     angles = torch.cat([rotation(place[:, axis], dim, VISION_ROPE_THETA) for axis in (0, 1)], dim=-1)
     angles = torch.cat([angles, angles], dim=-1)
@@ -92,11 +101,14 @@ class VisionAttention(nn.Module):
         """x: (patches of the whole group, width); lengths: patches of each image."""
         q, k, v = rearrange(self.qkv(x), "n (qkv h d) -> qkv h n d", qkv=3, h=self.heads)
         q, k = rotate(q, turn), rotate(k, turn)
-        per_image = zip(*(part.split(lengths, dim=1) for part in (q, k, v)), strict=True)
-        out = torch.cat(
-            [scaled_dot_product_attention(*(t[None] for t in image)) for image in per_image], dim=2
-        )
-        return self.proj(rearrange(out, "1 h n d -> n (h d)"))
+        # images of equal length that follow one another are one batch
+        runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+        parts = zip(*(t.split([math.prod(run) for run in runs], dim=1) for t in (q, k, v)), strict=True)
+        out = []
+        for (length, _), part in zip(runs, parts, strict=True):
+            images = (rearrange(t, "h (k n) d -> k h n d", n=length) for t in part)
+            out.append(rearrange(scaled_dot_product_attention(*images), "k h n d -> (k n) (h d)"))
+        return self.proj(torch.cat(out))
 
 
 class VisionMLP(nn.Module):
@@ -170,6 +182,22 @@ class VisionTower(nn.Module):
         return self.merger(x)
 
 
+def attention_mask(
+    queries: int, length: int, causal: bool, real: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Which of `length` keys each of the last `queries` positions sees; None where is_causal alone says it."""
+    if real is None and (queries == length or not causal):
+        return None
+    # is_causal aligns the mask to the first key; here queries are the last
+    mask = torch.ones(queries, length, dtype=torch.bool, device=device)
+    mask = mask.tril(length - queries) if causal else mask
+    if real is None:
+        return mask
+    # a padded position sees itself, for a softmax over nothing is not a number; nobody reads it
+    alone = torch.eye(length, dtype=torch.bool, device=device)[-queries:]
+    return (mask & real[:, None] | alone)[:, None]  # -> (B, 1, queries, length)
+
+
 class SelfAttention(nn.Module):
     """Grouped-query attention of the Qwen2 decoder: biases on q, k, v only."""
 
@@ -181,8 +209,13 @@ class SelfAttention(nn.Module):
         self.v_proj = operations.Linear(config.hidden_size, self.kv_heads * self.head_dim, **factory)
         self.o_proj = operations.Linear(self.heads * self.head_dim, config.hidden_size, bias=False, **factory)
 
-    def forward(self, x: Tensor, turn: Rotation, causal: bool, queries: int | None) -> Tensor:
-        """x (1, S, D) -> (1, queries, D): attention output of the last `queries` positions (None: of all)."""
+    def forward(
+        self, x: Tensor, turn: Rotation, causal: bool, queries: int | None, real: Tensor | None
+    ) -> Tensor:
+        """x (B, S, D) -> (B, queries, D): attention output of the last `queries` positions (None: of all).
+
+        real: (B, S), False where a row of the batch is padded; None where nothing is.
+        """
         length = x.shape[1]
         queries = queries or length
         cos, sin = turn
@@ -193,11 +226,7 @@ class SelfAttention(nn.Module):
         k, v = (
             repeat(t, "b h n d -> b (h g) n d", g=self.heads // self.kv_heads) for t in (rotate(k, turn), v)
         )
-        mask = None
-        if (
-            causal and queries < length
-        ):  # is_causal aligns the mask to the first key; here queries are the last
-            mask = torch.ones(queries, length, dtype=torch.bool, device=x.device).tril(length - queries)
+        mask = attention_mask(queries, length, causal, real, x.device)
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
         return self.o_proj(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -229,8 +258,18 @@ class DecoderLayer(nn.Module):
         )
         self.mlp = GatedMLP(config, operations, **factory)
 
-    def forward(self, x: Tensor, turn: Rotation, causal: bool = True, queries: int | None = None) -> Tensor:
-        """x (1, S, D) -> (1, queries, D): the layer's output at the last `queries` positions (None: at all)."""
-        attended = self.self_attn(self.input_layernorm(x), turn, causal, queries)
+    def forward(
+        self,
+        x: Tensor,
+        turn: Rotation,
+        causal: bool = True,
+        queries: int | None = None,
+        real: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, S, D) -> (B, queries, D): the layer's output at the last `queries` positions (None: at all).
+
+        real: (B, S), False where a row of the batch is padded.
+        """
+        attended = self.self_attn(self.input_layernorm(x), turn, causal, queries, real)
         x = x[:, -attended.shape[1] :] + attended
         return x + self.mlp(self.post_attention_layernorm(x))

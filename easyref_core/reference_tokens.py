@@ -73,25 +73,29 @@ class ReferenceAggregator(nn.Module):
             ]
         )
 
-    def forward(self, context: Tensor) -> Tensor:
-        return self.project(self.gather(context))
+    def forward(self, context: Tensor, real: Tensor | None = None) -> Tensor:
+        return self.project(self.gather(context, real))
 
-    def gather(self, context: Tensor) -> Tensor:
-        """Context states (1, S, D) -> hidden states at the reference tokens (1, T, D).
+    def gather(self, context: Tensor, real: Tensor | None = None) -> Tensor:
+        """Context states (B, S, D) -> hidden states at the reference tokens (B, T, D).
+
+        real: (B, S), False where a row is padded on the left.
 
         The attention is causal in the released model: the authors set is_causal = False, but transformers 4.45.2
         never reads that flag under sdpa. Positions continue after the context; they do not start again at 0.
         """
         count = self.config.num_tokens
         tokens = self.reference_tokens(torch.arange(count, device=context.device)).to(context.dtype)
-        x = torch.cat([context, tokens[None]], dim=1)
+        x = torch.cat([context, tokens.expand(len(context), -1, -1)], dim=1)
+        if real is not None:
+            real = torch.cat([real, real.new_ones(len(real), count)], dim=1)
         turn = text_rotation(x.shape[1], self.config, x.device)
         for layer in self.layers[:-1]:
-            x = layer(x, turn, causal=self.config.causal)
+            x = layer(x, turn, causal=self.config.causal, real=real)
         # Of the last layer only the reference tokens' rows are used, so only those are computed.
-        return self.norm(self.layers[-1](x, turn, causal=self.config.causal, queries=count))
+        return self.norm(self.layers[-1](x, turn, causal=self.config.causal, queries=count, real=real))
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Hidden states (1, T, D) -> reference tokens (1, T, C)."""
+        """Hidden states (B, T, D) -> reference tokens (B, T, C)."""
         first, _, second, norm = self.projector
         return norm(second(gelu(first(hidden))))

@@ -59,6 +59,36 @@ def test_a_batch_of_several_images_has_its_unconditional_rows_first(
     assert error(predict(unet, twice), twice["unet.noise_pred.scale_1.0"]) <= EXACT
 
 
+def test_a_batch_of_different_groups_is_each_group_alone(
+    unet: UNet2DConditionModel,
+    model: er.EasyRef,
+    expected: Tensors,
+    tokens: er.ReferenceTokens,
+    uncond: er.ReferenceTokens,
+) -> None:
+    others = model.aggregate(model.encode(golden.references()[:1], "a cat", size=golden.SIZE))
+    alone = []
+    for group in (tokens, others):
+        attached = diffusers_unet.apply(unet, model, group, uncond)
+        alone.append(predict(unet, expected))
+        attached.remove()
+    twice = {name: t.repeat_interleave(2, dim=0) for name, t in expected.items() if name.startswith("unet.")}
+    diffusers_unet.apply(unet, model, torch.cat([torch.Tensor(t) for t in (tokens, others)]), uncond)
+    together = predict(unet, twice)
+    assert error(alone[0], alone[1]) > 100 * EXACT
+    assert error(together, torch.stack(alone, dim=1).flatten(0, 1)) <= EXACT
+
+
+def test_unconditional_rows_that_match_no_group_are_refused(
+    unet: UNet2DConditionModel, model: er.EasyRef, tokens: er.ReferenceTokens
+) -> None:
+    two, three = (torch.Tensor(tokens).repeat(n, 1, 1) for n in (2, 3))
+    with pytest.raises(
+        ValueError, match=r"2 rows of unconditional tokens for 3 groups; wanted 1, or one a group"
+    ):
+        diffusers_unet.apply(unet, model, three, two)
+
+
 def test_at_weight_0_and_lora_strength_0_the_unet_answers_bit_for_bit_as_bare(
     unet: UNet2DConditionModel,
     model: er.EasyRef,
@@ -122,9 +152,9 @@ def fired(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     fired: list[int] = []
     plain = diffusers_unet.reference_attention
 
-    def counted(q: torch.Tensor, key_value: KeyValue, heads: int, weight: float) -> torch.Tensor:
+    def counted(q: torch.Tensor, key_value: KeyValue, *settings: object) -> torch.Tensor:
         fired.append(id(key_value[0]))
-        return plain(q, key_value, heads, weight)
+        return plain(q, key_value, *settings)
 
     monkeypatch.setattr(diffusers_unet, "reference_attention", counted)
     return fired
