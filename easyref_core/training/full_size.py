@@ -1,0 +1,243 @@
+"""The full-size models without their weights: sizes as data, modules on the meta device, and what a micro-batch takes."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..attention import KVProjections
+from ..checkpoint import lora_shapes
+from ..config import EasyRefConfig
+from ..diffusers_unet import cross_attention_widths
+from ..group_encoder import GroupEncoder
+from ..preprocess import SIZE
+from ..qwen2_vl import Unfilled
+from ..reference_tokens import ReferenceAggregator
+from .base_model import Text
+from .batches import Batch
+from .counting import Counted, count
+from .initial import Weights
+from .stages import Stage, group_of
+from .trainable import TrainableEasyRef
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from torch import Tensor
+
+    from ..unet_layout import Site
+
+# Qwen/Qwen2-VL-2B-Instruct, config.json, with the aggregation of the released EasyRef
+EASYREF = EasyRefConfig(
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    body_layers=27,
+    final_layers=1,
+    heads=12,
+    kv_heads=2,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    max_positions=32768,
+    vision_depth=32,
+    vision_width=1280,
+    vision_mlp_width=5120,
+    vision_heads=16,
+    patch_size=14,
+    temporal_patch_size=2,
+    merge_size=2,
+    num_tokens=64,
+    projector_width=1536,
+    token_width=2048,
+    lora_rank=128,
+)
+
+# stabilityai/stable-diffusion-xl-base-1.0: unet/config.json, vae/config.json, text_encoder*/config.json
+UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+}
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 1024,
+}
+TEXT_ENCODERS: tuple[dict[str, int], ...] = (
+    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
+)
+PROMPT_TOKENS = 77
+POOLED = 1280  # channels of the second text encoder's projection
+PIXELS, LATENT = 1024, 128  # sides of a picture and of its latents
+
+IMAGE_TOKENS = (SIZE // (EASYREF.patch_size * EASYREF.merge_size)) ** 2  # 144, of a square reference
+OTHER_TOKENS = 60  # assumed: template, instruction and a caption of about ten words
+MARKS = 2  # tokens around each image
+
+DTYPE = torch.bfloat16
+
+
+@cache
+def released_shapes() -> dict[str, tuple[int, ...]]:
+    """Shapes of every tensor of a full-size EasyRef, under the names of its modules."""
+    widths, factory = sites(), {"device": "meta"}
+    modules = {
+        "encoder.": GroupEncoder(EASYREF, Unfilled, **factory),
+        "aggregator.": ReferenceAggregator(EASYREF, Unfilled, **factory),
+        "kv.": KVProjections(tuple(widths.values()), EASYREF.token_width, **factory),
+    }
+    shapes = {prefix + name: t.shape for prefix, m in modules.items() for name, t in m.state_dict().items()}
+    return shapes | lora_shapes(EASYREF, tuple(widths), tuple(widths.values()))
+
+
+def unet() -> UNet2DConditionModel:
+    """SDXL's UNet, frozen, on the meta device."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        model = UNet2DConditionModel(**UNET)
+    torch.nn.Module.to(model, DTYPE)  # diffusers' own warns of layers to keep in float32, and names none
+    return model.requires_grad_(False).eval()
+
+
+@cache
+def sites() -> dict[Site, int]:
+    """The UNet's cross-attentions and their widths."""
+    return cross_attention_widths(unet())
+
+
+def weights(stage: Stage) -> Weights:
+    """A full-size EasyRef on the meta device, with a LoRA where the stage trains one."""
+    shapes = released_shapes()
+    if "lora" not in stage.trains:
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("unet.")}
+    tensors = {name: torch.empty(shape, dtype=DTYPE, device="meta") for name, shape in shapes.items()}
+    return Weights(EASYREF, tuple(sites()), tuple(sites().values()), tensors, body_is_base=True)
+
+
+def parameters() -> dict[str, int]:
+    """How many parameters each part has; those of EasyRef by the groups that stages train."""
+    parts: dict[str, int] = {}
+    for name, shape in released_shapes().items():
+        vision = name.startswith("encoder.visual.")
+        part = "vision tower" if vision else group_of(name)
+        parts[part] = parts.get(part, 0) + torch.Size(shape).numel()
+    return parts | {
+        "unet": _size(unet()),
+        "vae": _size(vae()),
+        "text encoders": sum(map(_size, text_encoders())),
+    }
+
+
+def _size(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def vae() -> torch.nn.Module:
+    """SDXL's VAE, float32, on the meta device."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        return AutoencoderKL(**VAE).eval()
+
+
+def text_encoders() -> list[torch.nn.Module]:
+    """SDXL's two text encoders on the meta device."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+    with torch.device("meta"):
+        return [
+            kind(CLIPTextConfig(**sizes, projection_dim=POOLED)).to(DTYPE).eval()
+            for kind, sizes in zip(kinds, TEXT_ENCODERS, strict=True)
+        ]
+
+
+def inputs(batch: int, references: int) -> tuple[Tensor, Tensor, Text, Batch]:
+    """What TrainableEasyRef reads, on the meta device: square references and a square picture."""
+
+    def empty(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    side = SIZE // EASYREF.patch_size
+    length = context_length(references)
+    examples = Batch(
+        pixels=None,
+        latents=None,
+        prompts=("",) * batch,
+        time_ids=empty(batch, 6, dtype=torch.float32),
+        patches=empty(batch * references * side**2, EASYREF.patch_values, dtype=torch.float32),
+        grid=torch.tensor([[1, side, side]] * batch * references),
+        references=(references,) * batch,
+        input_ids=empty(batch, length, dtype=torch.int64),
+        real=torch.ones(batch, length, dtype=torch.bool),
+        seeds=torch.zeros(batch, dtype=torch.int64),
+    )
+    text = Text(empty(batch, PROMPT_TOKENS, EASYREF.token_width), empty(batch, POOLED))
+    return empty(batch, 4, LATENT, LATENT), empty(batch, dtype=torch.int64), text, examples
+
+
+def context_length(references: int) -> int:
+    """Tokens the MLLM reads of a group."""
+    return references * (IMAGE_TOKENS + MARKS) + OTHER_TOKENS
+
+
+class Counts(NamedTuple):
+    """One micro-batch of one GPU."""
+
+    step: Counted  # forward and backward of what is trained and of the UNet
+    vae: Counted
+    text: Counted
+    body: Counted  # the MLLM body's forward alone: part of `step`
+
+
+@cache
+def counts(stage: Stage, batch: int, references: int, checkpointing: bool) -> Counts:
+    """Operations and peak memory of one micro-batch of a stage."""
+    model = TrainableEasyRef(
+        unet(), weights(stage), stage, 0, gradient_checkpointing=checkpointing, frozen_dtype=DTYPE
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # gradients of weights are no activations
+            parameter.register_post_accumulate_grad_hook(_let_go)
+    noisy, timesteps, text, examples = inputs(batch, references)
+    read = examples.patches, examples.grid, examples.input_ids, examples.real
+
+    step = count(lambda: model(noisy, timesteps, text, examples).float().pow(2).mean().backward())
+    with torch.no_grad():
+        body = count(lambda: model.context(*read))
+    return Counts(step, _vae_counts(batch), _text_counts(batch), body)
+
+
+def _let_go(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@cache
+def _vae_counts(batch: int) -> Counted:
+    model, pixels = vae(), torch.empty(batch, 3, PIXELS, PIXELS, device="meta")
+    with torch.no_grad():
+        return count(lambda: model.encode(pixels))
+
+
+@cache
+def _text_counts(batch: int) -> Counted:
+    models = text_encoders()
+    ids = torch.empty(batch, PROMPT_TOKENS, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        found = [count(lambda model=model: model(ids, output_hidden_states=True)) for model in models]
+    return Counted(sum(c.operations for c in found), max(c.peak for c in found))

@@ -1,0 +1,164 @@
+"""The weights a run starts from: the base MLLM and the UNet, or the checkpoint of an earlier stage. All seeded."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..checkpoint import lora_shapes, open_checkpoint, read_config
+from ..config import EasyRefConfig
+from ..diffusers_unet import cross_attention_widths
+from ..formats import MLLM_NAMES, translate
+from ..tensor_files import Source, open_tensors, read_sources
+from ..unet_layout import Site, require_fit
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from torch import Tensor
+
+REFERENCE_TOKENS_STD = 0.1  # the authors' 0.1 * randn
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A whole model: its sizes, the UNet's sites, and every tensor under the names of easyref_core's modules."""
+
+    config: EasyRefConfig
+    sites: tuple[Site, ...]
+    inner: tuple[int, ...]  # width of each site's attention
+    tensors: dict[str, Tensor]  # encoder.*, aggregator.*, kv.*, unet.<path>.processor.to_q_lora.down.weight
+    body_is_base: bool  # encoder.* is the base MLLM's own, so that a checkpoint may leave it out
+
+
+def from_base(
+    mllm: Path,
+    unet: UNet2DConditionModel,
+    *,
+    num_tokens: int = 64,
+    final_layers: int = 1,
+    lora_rank: int = 0,
+    causal: bool = True,
+    seed: int = 0,
+) -> Weights:
+    """Weights of a model that has learned nothing yet.
+
+    The MLLM's last `final_layers` layers become the final layer(s), with a copy of its norm; K and V are copies of the
+    UNet's own text K and V; the reference tokens, the projector and the LoRA are drawn from `seed`.
+    """
+    settings = read_config(mllm)
+    widths = cross_attention_widths(unet)
+    sites, inner = tuple(widths), tuple(widths.values())
+    generator = torch.Generator().manual_seed(seed)
+    tensors = _split(_mllm_tensors(mllm), final_layers)
+    hidden = tensors["encoder.embed_tokens.weight"].shape[1]
+    tensors["aggregator.reference_tokens.weight"] = REFERENCE_TOKENS_STD * torch.randn(
+        num_tokens, hidden, generator=generator
+    )
+    tensors |= _projector(hidden, unet.config.cross_attention_dim, seed)
+    tensors |= _text_kv(unet, sites)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    config = EasyRefConfig.read(shapes, settings, {"causal": causal})
+    config = dataclasses.replace(config, lora_rank=lora_rank)
+    tensors |= fresh_lora(config, sites, inner, generator)
+    return Weights(config, sites, inner, tensors, body_is_base=True)
+
+
+def from_checkpoint(
+    path: Path, mllm: Path, unet: UNet2DConditionModel, *, lora_rank: int = 0, seed: int = 0
+) -> Weights:
+    """Weights of an earlier stage. Where the checkpoint has no MLLM body, `mllm` gives it; a LoRA is added if missing.
+
+    Raises ValueError for a checkpoint of another UNet, and where its LoRA has another rank.
+    """
+    checkpoint = open_checkpoint(path, mllm)
+    require_fit("The base model's UNet", cross_attention_widths(unet), checkpoint.widths)
+    config, found = checkpoint.config, checkpoint.config.lora_rank
+    if found and lora_rank not in (0, found):
+        raise ValueError(
+            f"{path} has a LoRA of rank {found}, the run asks for lora_rank {lora_rank}. Set lora_rank: {found}."
+        )
+    tensors = {
+        prefix + name: tensor
+        for prefix in ("encoder.", "aggregator.", "kv.", "unet.")
+        for name, tensor in checkpoint.state(prefix, _own).items()
+    }
+    if lora_rank and not found:
+        config = dataclasses.replace(config, lora_rank=lora_rank)
+        tensors |= fresh_lora(config, checkpoint.sites, checkpoint.inner, torch.Generator().manual_seed(seed))
+    body = checkpoint.sources["encoder.embed_tokens.weight"].file.path
+    return Weights(config, checkpoint.sites, checkpoint.inner, tensors, body_is_base=body != path)
+
+
+def fresh_lora(
+    config: EasyRefConfig, sites: tuple[Site, ...], inner: tuple[int, ...], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """A LoRA that changes nothing yet: down drawn with deviation 1 / rank, up zero."""
+    return {
+        name: torch.randn(shape, generator=generator) / config.lora_rank
+        if ".down." in name
+        else torch.zeros(shape)
+        for name, shape in lora_shapes(config, sites, inner).items()
+    }
+
+
+def _own(_: str, tensor: Tensor) -> Tensor:
+    """A float32 copy: training writes into it, and the file's mapping stays as it is."""
+    return tensor.to(torch.float32, copy=True)
+
+
+def _mllm_tensors(mllm: Path) -> dict[str, Tensor]:
+    file = open_tensors(mllm)
+    sources = {new: Source(file, name) for name, new in translate(file.shapes, MLLM_NAMES).items()}
+    tensors = {name: _own(name, tensor) for name, tensor in read_sources(sources)}
+    patches = "encoder.visual.patch_embed.weight"
+    return tensors | {patches: tensors[patches].flatten(1)}  # stored as a Conv3d of stride = kernel
+
+
+def _split(tensors: dict[str, Tensor], final_layers: int) -> dict[str, Tensor]:
+    """The MLLM's last layers and a copy of its norm move from the encoder to the aggregator."""
+    layer = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
+    count = 1 + max(int(match[1]) for name in tensors if (match := layer.match(name)))
+    if not 0 < final_layers < count:
+        raise ValueError(
+            f"final_layers is {final_layers}; the MLLM has {count} layers, wanted 1 to {count - 1} of them as final ones."
+        )
+    body = count - final_layers
+    new = {"aggregator.norm.weight": tensors["encoder.norm.weight"].clone()}
+    for name, tensor in tensors.items():
+        match = layer.match(name)
+        if match and int(match[1]) >= body:
+            name = f"aggregator.layers.{int(match[1]) - body}.{match[2]}"
+        new[name] = tensor
+    return new
+
+
+def _projector(hidden: int, token_width: int, seed: int) -> dict[str, Tensor]:
+    """Linear, GELU, Linear, LayerNorm as torch fills them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = {
+            0: nn.Linear(hidden, hidden),
+            2: nn.Linear(hidden, token_width),
+            3: nn.LayerNorm(token_width),
+        }
+    return {
+        f"aggregator.projector.{number}.{name}": tensor.detach()
+        for number, layer in layers.items()
+        for name, tensor in layer.state_dict().items()
+    }
+
+
+def _text_kv(unet: UNet2DConditionModel, sites: tuple[Site, ...]) -> dict[str, Tensor]:
+    """The UNet's own text K and V: attention to the reference tokens starts where attention to text is."""
+    tensors = {}
+    for number, site in enumerate(sites):
+        attn2 = unet.get_submodule(f"{site.diffusers}.attn2")
+        for part in "kv":
+            weight = attn2.get_submodule(f"to_{part}").weight.detach()
+            tensors[f"kv.to_{part}_ip.{number}.weight"] = weight.to("cpu", torch.float32, copy=True)
+    return tensors

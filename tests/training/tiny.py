@@ -1,0 +1,204 @@
+"""Tiny random models for these tests, made in seconds: a diffusers SDXL folder, and the golden MLLM beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from easyref_core.checkpoint import open_checkpoint
+from easyref_core.instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
+from easyref_core.preprocess import preprocess
+from easyref_core.training.batches import Batch, Sample, collate, generator, new_seed, row_at
+from easyref_core.training.config import Data, Settings
+from easyref_core.training.examples import Augmentation
+
+if TYPE_CHECKING:
+    from easyref_core.config import EasyRefConfig
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+MLLM = GOLDEN / "mllm"
+PICTURE = 64  # pixels; latents are 8 x 8
+REFERENCE = 84  # pixels a reference is shown to the MLLM at
+TOKENS = 6  # reference tokens
+TEXT = 16  # width of each text encoder; the UNet reads 2 x 16
+
+
+def make_base(folder: Path) -> Path:
+    """A diffusers SDXL folder: the golden UNet, and a random VAE and text encoders that fit it."""
+    from diffusers import AutoencoderKL, DDPMScheduler
+
+    torch.manual_seed(0)
+    shutil.copytree(GOLDEN / "unet", folder / "unet")
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8] * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=PICTURE,
+        latent_channels=4,
+    )
+    vae.save_pretrained(folder / "vae")
+    _make_text_encoders(folder)
+    DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
+        folder / "scheduler"
+    )
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    return folder
+
+
+def _make_text_encoders(folder: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": TEXT,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "bos_token_id": 62,
+        "eos_token_id": 63,
+        "pad_token_id": 63,
+    }
+    # the golden UNet's conditioning on sizes: 6 x 8 values, and 80 - 48 = 32 of the pooled text
+    CLIPTextModel(CLIPTextConfig(**sizes)).save_pretrained(folder / "text_encoder")
+    CLIPTextModelWithProjection(CLIPTextConfig(**sizes, projection_dim=32)).save_pretrained(
+        folder / "text_encoder_2"
+    )
+    for name in ("tokenizer", "tokenizer_2"):
+        _make_tokenizer(folder / name)
+
+
+def _make_tokenizer(folder: Path) -> None:
+    """A CLIP tokenizer of single letters."""
+    folder.mkdir(parents=True)
+    letters = "abcdefghijklmnopqrstuvwxyz,"
+    words = [*letters, *(f"{letter}</w>" for letter in letters)]
+    vocab = {word: number for number, word in enumerate(words)}
+    vocab |= {"<|startoftext|>": 62, "<|endoftext|>": 63}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 16, "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | special))
+
+
+def picture(seed: int, side: int = PICTURE) -> Image.Image:
+    """A picture of coarse random colours."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+
+
+class TinyExamples:
+    """A fixed set of groups of 1 to 3 random pictures: stands in for rows and for the procedural pictures."""
+
+    def __init__(self, config: EasyRefConfig, groups: int = 8, seed: int = 0) -> None:
+        self.config, self.groups, self.seed = config, groups, seed
+        self.tokenizer = load_tokenizer(MLLM)
+
+    def __len__(self) -> int:
+        return self.groups
+
+    def batch(self, positions: range) -> Batch:
+        rows = [row_at(position, len(self), self.seed) for position in positions]
+        seeds = [new_seed(generator(position, self.seed)) for position in positions]
+        return collate([self.sample(row) for row in rows], seeds)
+
+    def pictures(self, positions: range) -> list[tuple[list[Image.Image], str]]:
+        """The references and the prompt at each position."""
+        return [self.group(row_at(position, len(self), self.seed)) for position in positions]
+
+    def group(self, row: int) -> tuple[list[Image.Image], str]:
+        references = [picture(10 * row + i, side=48 + 16 * i) for i in range(1 + row % 3)]
+        return references, "abcdefgh"[: 1 + row % 5]
+
+    def sample(self, row: int) -> Sample:
+        references, prompt = self.group(row)
+        patches, grid = preprocess(references, self.config, REFERENCE)
+        counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
+        pixels = torch.from_numpy(np.array(picture(10 * row + 9))).permute(2, 0, 1) / 127.5 - 1
+        size = (PICTURE, PICTURE)
+        return Sample(
+            target=pixels,
+            prompt=prompt,
+            patches=patches,
+            grid=grid,
+            input_ids=tokenize(self.tokenizer, INSTRUCTION + prompt, counts)[0],
+            original_size=size,
+            crop=(0, 0),
+            target_size=size,
+        )
+
+
+# Settings of a run that starts from the golden checkpoint, whose LoRA does something.
+GOLDEN_START = {
+    "stage": "multi_reference",
+    "start": GOLDEN / "easyref.safetensors",
+    "num_tokens": 8,
+    "lora_rank": 8,
+}
+
+
+class DyingExamples(TinyExamples):
+    """Examples whose process is killed, as by kill -9, when it asks for a position too far."""
+
+    def __init__(self, config: EasyRefConfig, last: int) -> None:
+        super().__init__(config)
+        self.last = last
+
+    def batch(self, positions: range) -> Batch:
+        if max(positions) > self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch(positions)
+
+
+def config() -> EasyRefConfig:
+    """Sizes of the tiny model, as far as examples need them."""
+    return open_checkpoint(GOLDEN / "easyref.safetensors", MLLM).config
+
+
+def settings(base: Path, output: Path, **changes: Any) -> Settings:
+    """A run of a few updates on the tiny model."""
+    usual = {
+        "stage": "alignment",
+        "base": base,
+        "mllm": MLLM,
+        "output": output,
+        "data": Data(procedural={}, augmentation=Augmentation(size=REFERENCE)),
+        "updates": 1,
+        "learning_rate": 1e-3,
+        "batch_size": 2,
+        "num_tokens": TOKENS,
+        "lora_rank": 4,
+        "log_every": 1,
+    }
+    return Settings(**usual | changes)
+
+
+def resumable(base: Path, output: Path) -> Settings:
+    """The run that is killed and continued: 6 updates, saved after every second."""
+    return settings(
+        base,
+        output,
+        updates=6,
+        save_every=2,
+        accumulation=2,
+        schedule="cosine",
+        warmup=2,
+        clip=0.1,
+        learning_rate=1e-2,
+    )
+
+
+def image_token() -> int:
+    """Id of <|image_pad|> in the golden MLLM."""
+    return image_token_id(load_tokenizer(MLLM))
