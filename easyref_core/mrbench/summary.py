@@ -1,0 +1,96 @@
+"""From scores of pictures to scores of methods: the mean over a group's seeds, then over the groups of a split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .metrics import Interval, bootstrap, paired_difference, win_rate
+from .rows import METRICS, Row, write_csv
+
+SUMMARY = "summary.csv"
+ALL = "all"  # both splits, or every category, together
+LABELS = {
+    "clip_i_target": "CLIP-I, target",
+    "clip_i_references": "CLIP-I, references",
+    "clip_t_cosine": "CLIP-T, cosine",
+    "clip_score": "CLIP-T, CLIPScore",
+    "dino_i_target": "DINO-I, target",
+    "dino_i_references": "DINO-I, references",
+    "shared_right": "shared attributes right",
+    "named_right": "prompt attributes right",
+}
+
+GroupMeans = Mapping[str, Mapping[str, float]]  # method -> group -> mean over seeds
+
+
+@dataclass(frozen=True)
+class Line:
+    """One number of the summary."""
+
+    method: str
+    split: str
+    category: str
+    metric: str
+    mean: float
+    low: float
+    high: float
+    groups: int
+    pictures: int
+
+
+def group_means(rows: Iterable[Row], metric: str) -> dict[str, dict[str, float]]:
+    """{method: {group: mean over its seeds}}, without what was not measured; methods and groups in sorted order."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for row in sorted(rows, key=lambda row: row.place):
+        if not math.isnan(value := getattr(row, metric)):
+            values.setdefault(row.method, {}).setdefault(row.group, []).append(value)
+    return {method: {group: float(np.mean(v)) for group, v in own.items()} for method, own in values.items()}
+
+
+def measured(rows: Sequence[Row]) -> list[str]:
+    """The metrics that some picture has."""
+    return [metric for metric in METRICS if any(not math.isnan(getattr(row, metric)) for row in rows)]
+
+
+def summarise(rows: Sequence[Row], seed: int = 0) -> list[Line]:
+    """Every method, split (and both), category (and all) and metric, with its 95 % interval over groups."""
+    lines = []
+    for split in (*sorted({row.split for row in rows}), ALL):
+        of_split = [row for row in rows if split in (row.split, ALL)]
+        for category in (ALL, *sorted({row.category for row in of_split})):
+            lines += _lines(
+                [row for row in of_split if category in (row.category, ALL)], split, category, seed
+            )
+    return lines
+
+
+def compare(means: GroupMeans, first: str, second: str, seed: int = 0) -> tuple[Interval, Interval, int]:
+    """Win rate and mean difference of two methods over the groups both have, and how many groups those are."""
+    common = [group for group in means.get(first, {}) if group in means.get(second, {})]
+    a, b = (np.array([means[method][group] for group in common]) for method in (first, second))
+    return win_rate(a, b, seed), paired_difference(a, b, seed), len(common)
+
+
+def write_summary(folder: Path, rows: Sequence[Row]) -> None:
+    """summary.csv beside pictures.csv."""
+    write_csv(folder / SUMMARY, tuple(Line.__dataclass_fields__), map(asdict, summarise(rows)))
+
+
+def _lines(rows: Sequence[Row], split: str, category: str, seed: int) -> list[Line]:
+    pictures = {method: sum(row.method == method for row in rows) for method in {row.method for row in rows}}
+    return [
+        Line(
+            method, split, category, metric, *bootstrap(_values(groups), seed), len(groups), pictures[method]
+        )
+        for metric in measured(rows)
+        for method, groups in group_means(rows, metric).items()
+    ]
+
+
+def _values(groups: Mapping[str, float]) -> np.ndarray:
+    return np.array(list(groups.values()))

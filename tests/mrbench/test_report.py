@@ -1,0 +1,202 @@
+"""The report has every method and metric, the paper's numbers, what was left out, and plots that open."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from easyref_core.mrbench.__main__ import main
+from easyref_core.mrbench.metrics import Interval
+from easyref_core.mrbench.paper_numbers import ROWS, row_of
+from easyref_core.mrbench.pictures import Exclusion
+from easyref_core.mrbench.report import cell, write_report
+from easyref_core.mrbench.rows import EXCLUDED, Row, write_csv, write_rows
+from easyref_core.mrbench.summary import LABELS, METRICS, compare, group_means
+
+from .benchmarks import error_of
+
+METHODS = ("easyref", "easyref-2-references", "ip_adapter_average", "plain")
+FACTS = {
+    "benchmark": "small",
+    "seed": 7,
+    "manifest": "",
+    "extractors": {"clip": "tiny-clip@sha256:0", "dino": None, "attributes": None},
+    "groups": 8,
+    "pictures": 64,
+    "excluded": 1,
+}
+
+
+def rows(methods: Sequence[str] = METHODS) -> list[Row]:
+    """Scores of eight groups; the earlier method is the better one."""
+    return [
+        Row(
+            method,
+            f"g{i}",
+            "style" if i < 4 else "identity",
+            "held-in" if i % 2 else "held-out",
+            seed,
+            2 if "references" in method else 2 + i % 3,
+            "",
+            "",
+            **{name: 0.5 - 0.1 * rank + 0.01 * i + 0.001 * seed for name in METRICS},
+        )
+        for rank, method in enumerate(methods)
+        for i in range(8)
+        for seed in (0, 1)
+    ]
+
+
+def write_results(folder: Path, scores: Sequence[Row]) -> Path:
+    """A folder as `score` leaves it."""
+    write_rows(folder, scores)
+    gone = Exclusion("target", "g9/target.png of group g9", "there is no such file")
+    write_csv(folder / EXCLUDED, ("what", "name", "reason"), [asdict(gone)])
+    (folder / "results.json").write_text(json.dumps(FACTS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole benchmark, with its report. Shared: a test that writes makes its own."""
+    folder = write_results(tmp_path_factory.mktemp("results"), rows())
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture
+def text(results: Path) -> str:
+    return (results / "report.md").read_text(encoding="utf-8")
+
+
+def table_lines(text: str, title: str) -> list[list[str]]:
+    """Cells of the first table under a heading."""
+    section = re.split(r"^#+ ", text.split(title, 1)[1], maxsplit=1, flags=re.M)[0]
+    return [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
+
+
+@pytest.mark.parametrize("split", ["held-in", "held-out"])
+def test_every_method_and_metric_is_in_the_table(text: str, split: str) -> None:
+    head, _, *body = table_lines(text, f"## {split}\n")
+    assert head[2:-1] == [LABELS[name] for name in METRICS]
+    assert tuple(line[0] for line in body) == METHODS
+    assert all(line[1] == "4" for line in body)
+    assert all(
+        re.fullmatch(r"0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", value) for line in body for value in line[2:-1]
+    )
+
+
+def test_categories_have_tables_of_their_own(text: str) -> None:
+    assert "### held-in, identity" in text
+    assert "### held-out, style" in text
+
+
+def test_the_papers_row_stands_beside_its_method(text: str) -> None:
+    beside = {line[0]: line[-1] for line in table_lines(text, "## held-out\n")[2:]}
+    assert beside["easyref"] == "0.833, 0.709, 0.614 (Table 3, EasyRef; not comparable)"
+    assert beside["ip_adapter_average"] == "0.795, 0.645, 0.579 (Table 3, IP-Adapter-SDXL; not comparable)"
+    assert beside["plain"] == "-"
+
+
+def test_the_papers_tables_are_marked(text: str) -> None:
+    assert "## The paper's numbers (arXiv 2412.09618 v1)\n\nNot comparable with the numbers above:" in text
+    for row in ROWS:
+        assert row.method in text
+    assert "| held-out | LoRA | - | - | - | failed: not trained on these groups |" in text
+
+
+def test_the_papers_numbers_are_whole() -> None:
+    assert [sum(row.table == table for row in ROWS) for table in (3, 4, 5)] == [6, 5, 3]
+    same = [row for row in ROWS if (row.clip_i, row.clip_t, row.dino_i) == (0.833, 0.709, 0.614)]
+    assert [row.table for row in same] == [3, 4, 5]  # EasyRef with 64 tokens at the last layer, three times
+    assert row_of("LoRA", "held-in").clip_i == 0.831
+    assert row_of("plain", "held-in") is None
+
+
+def test_win_rates_and_differences(text: str) -> None:
+    body = table_lines(text, "## Win rates of easyref\n")[2:]
+    first = body[0]
+    assert first[:3] == ["CLIP-I, target", "easyref-2-references", "8"]
+    assert first[3] == "1.000 [1.000, 1.000]"
+    assert first[4] == "0.100 [0.100, 0.100]"
+    assert len(body) == len(METRICS) * (len(METHODS) - 1)
+
+
+def test_comparison_is_over_common_groups() -> None:
+    means = group_means([row for row in rows() if (row.method, row.group) != ("plain", "g0")], "clip_score")
+    rate, difference, groups = compare(means, "easyref", "plain")
+    assert (groups, rate.mean) == (7, 1.0)
+    assert difference.mean == pytest.approx(0.3)
+
+
+def test_nothing_in_common_is_no_number() -> None:
+    rate, _, groups = compare(group_means(rows(["easyref"]), "clip_score"), "easyref", "plain")
+    assert groups == 0
+    assert math.isnan(rate.mean)
+
+
+def test_what_was_excluded_is_named(text: str) -> None:
+    assert "## Excluded: 1\n\n- target g9/target.png of group g9: there is no such file" in text
+
+
+def test_the_models_are_named(text: str) -> None:
+    assert "- clip: tiny-clip@sha256:0\n- dino: none" in text
+
+
+@pytest.mark.parametrize("plot", ["score_by_references.png", "win_rates.png"])
+def test_plots_are_pictures(text: str, results: Path, plot: str) -> None:
+    assert f"({plot})" in text
+    with Image.open(results / plot) as image:
+        assert min(image.size) > 300
+
+
+def test_one_method_with_one_metric_will_do(tmp_path: Path) -> None:
+    bare = [
+        replace(row, **dict.fromkeys(METRICS[1:], math.nan)) for row in rows(["plain"]) if row.group == "g0"
+    ]
+    report = write_report(write_results(tmp_path, bare)).read_text(encoding="utf-8")
+    assert "| plain | 1 | 0.500 |" in report
+    assert "Win rates" not in report
+
+
+def test_methods_may_be_chosen_and_ordered(tmp_path: Path) -> None:
+    write_results(tmp_path, [row for row in rows() if row.group in ("g0", "g1")])
+    report = write_report(tmp_path, "plain", ["plain", "easyref"]).read_text(encoding="utf-8")
+    assert [line[0] for line in table_lines(report, "## held-in\n")[2:]] == ["plain", "easyref"]
+    assert "## Win rates of plain" in report
+
+
+def test_a_method_without_scores_is_named(results: Path) -> None:
+    text = error_of(lambda: write_report(results, methods=["lora"]))
+    assert text == "No scores of lora; there are easyref, easyref-2-references, ip_adapter_average, plain."
+    assert "No scores of lora" in error_of(lambda: write_report(results, "lora"))
+
+
+def test_the_command_says_that_there_are_no_scores(tmp_path: Path, capsys) -> None:
+    assert main(["report", str(tmp_path)]) == 1
+    assert (
+        "has no scored picture. Run `python -m easyref_core.mrbench score` first." in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        (Interval(0.5, 0.25, 0.75), "0.500 [0.250, 0.750]"),
+        (Interval(0.5, math.nan, math.nan), "0.500"),
+        (Interval(math.nan, math.nan, math.nan), "-"),
+    ],
+)
+def test_cells(interval: Interval, expected: str) -> None:
+    assert cell(interval) == expected
