@@ -1,4 +1,7 @@
-"""Where EasyRef's files are: checkpoints in models/easyref, MLLM folders there, in text_encoders and in LLM."""
+"""Where EasyRef's files are: checkpoints in models/easyref, MLLM folders there, in text_encoders and in LLM.
+
+The tiny model that comes with the pack lies in a folder of the pack, which is searched last.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,31 @@ MLLM_KINDS = (FOLDER, "text_encoders", "LLM")
 FROM_CHECKPOINT = "from the checkpoint"
 NOTHING_FOUND = "no file in models/easyref"
 BASE_MLLM = "https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct"
+SHIPPED = Path(__file__).absolute().parents[1] / "easyref_core" / "tiny" / "weights"
+TINY = "tiny_easyref.safetensors"  # the checkpoint there; the rest are parts of the demo's other models
 
 
 def register_folders() -> None:
-    """Add models/easyref, and models/LLM as other packs know it, beside what extra_model_paths.yaml already named."""
-    for kind, extensions in ((FOLDER, folder_paths.supported_pt_extensions), ("LLM", set())):
+    """Add models/easyref, and models/LLM as other packs know it, beside what extra_model_paths.yaml already named.
+
+    The shipped folder is the last of models/easyref, where a file of the user's with the same name comes first.
+    """
+    own = {FOLDER: (folder_paths.supported_pt_extensions, [SHIPPED]), "LLM": (set(), [])}
+    for kind, (extensions, shipped) in own.items():
         paths, known = folder_paths.folder_names_and_paths.get(kind, ([], set()))
-        default = str(Path(folder_paths.models_dir) / kind)
-        paths = list(paths) if default in paths else [*paths, default]
+        added = [str(path) for path in (Path(folder_paths.models_dir) / kind, *shipped)]
+        paths = [*paths, *(path for path in added if path not in paths)]
         folder_paths.folder_names_and_paths[kind] = (paths, known or extensions)
 
 
 def checkpoints() -> list[str]:
-    """Names of the weight files in the EasyRef folders, those inside MLLM folders left out."""
-    names = folder_paths.get_filename_list(FOLDER)
-    return [name for name in names if not _inside_mllm(name)] or [NOTHING_FOUND]
+    """Names of the weight files in the EasyRef folders, those inside MLLM folders left out.
+
+    The demo's comes last, behind a word that there is no other: nobody shall take it for a default.
+    """
+    names = [name for name in folder_paths.get_filename_list(FOLDER) if not _inside_mllm(name)]
+    own = [name for name in names if not _is_shipped(name)]
+    return [*(own or [NOTHING_FOUND]), *(name for name in names if name == TINY and name not in own)]
 
 
 def find_checkpoint(name: str) -> Path:
@@ -71,6 +84,16 @@ def find_mllm(name: str) -> Path | None:
     )
 
 
+def tiny_base() -> Path:
+    """Folder of the tiny SDXL that comes with the pack. Raises FileNotFoundError where the pack was installed without."""
+    base = SHIPPED / "base"
+    if not (base / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"The tiny model of the demo is not in {base}. Install the pack anew, as a whole."
+        )
+    return base
+
+
 def host_tokenizer() -> Path:
     """The tokenizer ComfyUI ships for Qwen2.5-VL: Qwen2-VL's vocabulary and merges, and a few tokens of later models."""
     return Path(comfy.text_encoders.__path__[0]) / "qwen25_tokenizer"
@@ -81,6 +104,10 @@ def _inside_mllm(name: str) -> bool:
     return folder != Path(".") and any(
         _is_qwen2_vl(Path(base) / folder / "config.json") for base in folder_paths.get_folder_paths(FOLDER)
     )
+
+
+def _is_shipped(name: str) -> bool:
+    return Path(folder_paths.get_full_path(FOLDER, name) or "").is_relative_to(SHIPPED)
 
 
 def _is_inside(path: Path, folders: list[str]) -> bool:

@@ -1,96 +1,178 @@
-"""The whole path on models that come with the repository: three references, the picture without them, and with them.
+"""What EasyRef does, shown on the tiny model that comes with the pack, without a download.
 
-In ComfyUI with the real nodes where one is found (tests/hosts.py), else with the core and diffusers alone. The models
-are tiny and random: they show that references change the picture and how, not what a trained EasyRef paints.
+Writes output/demo.png: groups of references, pictures without EasyRef and with it, painted by workflows/try_it_now.json
+in ComfyUI where one is found (tests/hosts.py), else by the core and diffusers. Prints and writes output/demo.md: how
+often what is shared and what the prompt names is right in the pictures of held-out groups, judged by a classifier.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from PIL import Image, ImageChops
+from PIL import Image
 
-import easyref_core as er
 from easyref_core.visualize import contact_sheet
 from tests.cpu_torch import complete_cpu_torch
 from tests.hosts import ROOT, find_hosts, host_version
 
-GOLDEN = ROOT / "tests" / "golden"
-OUTPUT = ROOT / "output" / "demo.png"
-SETTINGS = json.loads((GOLDEN / "expected.json").read_text())
-STEPS, LATENT = 8, 32  # denoising steps; side of the square latent, an eighth of the picture's
+if TYPE_CHECKING:
+    from easyref_core.mrbench.methods import Method
+    from easyref_core.mrbench.metrics import Interval
+    from easyref_core.tiny.groups import Plan
+
+WEIGHTS = ROOT / "easyref_core" / "tiny" / "weights"
+WORKFLOW = ROOT / "workflows" / "try_it_now.json"
+SHEET, TABLE = ROOT / "output" / "demo.png", ROOT / "output" / "demo.md"
+SHOWN = ((7, 2, False), (0, 3, False), (6, 4, False), (6, 5, False), (9, 6, False), (1, 6, True))
+MOST, PICTURES = 6, 2  # references of a group; pictures of each kind
+MEASURED, SEED = 60, 7  # held-out groups, and the seed they are drawn with
+SIZE = 84  # pixels: how large the tiny MLLM reads a reference
+
+
+class Shown(NamedTuple):
+    """One group and what was painted of it."""
+
+    shared: str
+    prompt: str
+    references: Sequence[Image.Image]
+    without: Sequence[Image.Image]
+    with_easyref: Sequence[Image.Image]
 
 
 def main() -> None:
     start = time.monotonic()
-    references = [Image.open(GOLDEN / "references" / f"{i}.png") for i in range(SETTINGS["images"])]
-    hosts = find_hosts()
+    complete_cpu_torch()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    hosts, painters = find_hosts(), methods()
     if hosts:
-        print(f"demo: the nodes in ComfyUI {host_version(hosts[0])}")
-        without, with_references = in_comfyui(hosts[0])
+        print(f"demo: workflows/try_it_now.json in ComfyUI {host_version(hosts[0])}", flush=True)
+        shown = in_comfyui(hosts[0])
     else:
-        print("demo: no ComfyUI found, the core on a diffusers UNet")
-        without, with_references = in_diffusers(references)
-    OUTPUT.parent.mkdir(exist_ok=True)
-    pictures = [without, with_references, ImageChops.difference(without, with_references)]
-    rows = {"references": references, "random tiny SDXL: without, with, and the difference": pictures}
-    contact_sheet(rows).save(OUTPUT)
-    print(f"demo: wrote {OUTPUT.relative_to(ROOT)} in {time.monotonic() - start:.0f} s")
+        print("demo: no ComfyUI found, the core on diffusers", flush=True)
+        shown = in_diffusers(painters)
+    SHEET.parent.mkdir(exist_ok=True)
+    sheet(list(shown)).save(SHEET)
+    print(f"demo: wrote {SHEET.relative_to(ROOT)} after {time.monotonic() - start:.0f} s", flush=True)
+
+    TABLE.write_text(table(painters) + "\n", encoding="utf-8")
+    print(TABLE.read_text(encoding="utf-8"))
+    print(f"demo: wrote {TABLE.relative_to(ROOT)} after {time.monotonic() - start:.0f} s")
 
 
-def in_comfyui(host: Path) -> tuple[Image.Image, Image.Image]:
-    """The pictures of the plain and of the conditioned workflow, from a server started for them."""
+def methods() -> dict[str, Method]:
+    """The tiny SDXL without and with EasyRef, in diffusers."""
+    from easyref_core.mrbench.methods.easyref import EasyRefMethod
+    from easyref_core.mrbench.methods.plain import Plain
+    from easyref_core.training.base_model import BaseModel
+
+    base = BaseModel.load(WEIGHTS / "base")
+    files = str(WEIGHTS / "tiny_easyref.safetensors"), str(WEIGHTS / "tiny-qwen2-vl")
+    return {"without": Plain(base), "with EasyRef": EasyRefMethod(base, *files, size=SIZE)}
+
+
+# The sheet
+
+
+def in_comfyui(host: Path) -> Iterator[Shown]:
+    """The groups through the shipped workflow, on a server started for it."""
     from tests.host import graphs
     from tests.host.server import ComfyServer
 
-    def picture(graph: graphs.Graph) -> Image.Image:
-        graph["latent"]["inputs"].update(width=8 * LATENT, height=8 * LATENT)
-        return Image.open(io.BytesIO(server.images(server.run(graph))[0]))
-
+    graph = graphs.from_file(WORKFLOW)
+    titles = {node["_meta"]["title"]: number for number, node in graph.items()}
+    kinds = {node["class_type"]: node["inputs"] for node in graph.values()}
+    kinds["EmptyLatentImage"]["batch_size"] = PICTURES
     with ComfyServer(host) as server:
-        graphs.install_golden(server)
-        return picture(graphs.plain(steps=STEPS)), picture(graphs.easyref(steps=STEPS))
+        for number, references, outsider in SHOWN:
+            kinds["EasyRefDemo"].update(example=number, references=references, with_outsider=outsider)
+            outputs = server.run(graph)["outputs"]
+            of = {title: outputs.get(number, {}) for title, number in titles.items()}
+            yield Shown(
+                *(
+                    of[title]["text"][0]
+                    for title in ("What the references share", "What the prompt asks for")
+                ),
+                *(
+                    [Image.open(io.BytesIO(png)) for png in server.images({"outputs": {"": of[title]}})]
+                    for title in ("References", "Without EasyRef", "With EasyRef")
+                ),
+            )
 
 
-def in_diffusers(references: list[Image.Image]) -> tuple[Image.Image, Image.Image]:
-    """The same with easyref_core and a diffusers UNet, Euler sampling written out."""
-    complete_cpu_torch()
-    import torch
-    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+def in_diffusers(painters: Mapping[str, Method]) -> Iterator[Shown]:
+    """The same groups with easyref_core and diffusers; other noise."""
+    from easyref_core.tiny.demo_group import demo_group, in_common
+    from easyref_core.tiny.evaluate import Group, paint_groups
 
-    model = er.load(GOLDEN / "easyref.safetensors", GOLDEN / "mllm")
-    size = SETTINGS["cond_image_size"]
-    tokens = model.aggregate(model.encode(references, SETTINGS["prompt"], size=size))
-    unet = UNet2DConditionModel.from_pretrained(GOLDEN / "unet")
-    random = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, 4, LATENT, LATENT, generator=random)
-    text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=random)
-    added = {"text_embeds": torch.randn(2, 32, generator=random), "time_ids": torch.zeros(2, 6)}
+    for number, references, outsider in SHOWN:
+        plan, drawn = demo_group(number, references, outsider)
+        pictures = tuple(Image.fromarray(picture) for picture in drawn)
+        group = Group(f"demo-{number}", plan, pictures, pictures[0])
+        painted = [
+            [paint_groups(painter, [group], seed)[0] for seed in range(PICTURES)]
+            for painter in painters.values()
+        ]
+        yield Shown(in_common(plan), plan.prompt, pictures, *painted)
 
-    @torch.inference_mode()
-    def sample() -> Image.Image:
-        scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-        scheduler.set_timesteps(STEPS)
-        latent = noise * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            batch = scheduler.scale_model_input(latent.repeat(2, 1, 1, 1), t)
-            unconditional, conditional = unet(batch, t, text, added_cond_kwargs=added).sample.chunk(2)
-            guided = unconditional + 5.0 * (conditional - unconditional)
-            latent = scheduler.step(guided, t, latent).prev_sample
-        colours = (latent[0, :3] / latent.abs().max() / 2 + 0.5).clamp(0, 1) * 255  # there is no tiny VAE
-        return Image.fromarray(colours.byte().movedim(0, -1).numpy()).resize((8 * LATENT, 8 * LATENT), 0)
 
-    without = sample()
-    attachment = er.diffusers_unet.apply(unet, model, tokens, model.unconditional(size=size))
-    with_references = sample()
-    attachment.remove()
-    return without, with_references
+def sheet(shown: Sequence[Shown]) -> Image.Image:
+    """One row a group: references, without, with."""
+    rows = {
+        f"{number}. The references share: {group.shared}. The prompt: {group.prompt}.": [
+            *group.references,
+            *[None] * (MOST + 1 - len(group.references)),  # one free place before the painted ones
+            *group.without,
+            *group.with_easyref,
+        ]
+        for number, group in enumerate(shown, start=1)
+    }
+    headings = {0: "references", MOST + 1: "without EasyRef", MOST + 1 + PICTURES: "with EasyRef"}
+    return contact_sheet(rows, cell=112, headings=headings)
+
+
+# The table
+
+
+def table(painters: Mapping[str, Method]) -> str:
+    """Accuracies over held-out groups, in Markdown."""
+    from easyref_core.tiny.classifier import load_classifier
+    from easyref_core.tiny.evaluate import chance, draw, judge_pictures, paint_groups, summary
+    from easyref_core.tiny.groups import groups_to_judge
+
+    plans: list[Plan] = list(groups_to_judge(SEED, MEASURED))
+    groups, judge = draw(plans, SEED), load_classifier()
+    columns = {
+        name: summary(judge_pictures(paint_groups(painter, groups, SEED), groups, judge))
+        for name, painter in painters.items()
+    }
+    rows = [
+        f"| {name} | " + " | ".join(cell(column[name]) for column in columns.values()) + " |"
+        for name in columns["without"]
+    ]
+    return "\n".join(
+        [
+            f"| attributes that are right | {' | '.join(columns)} |",
+            "| --- |" + " --- |" * len(columns),
+            *rows,
+            "",
+            f"{MEASURED} groups whose target no training has seen, one picture each; mean (95 % interval over groups). "
+            f"Shared: what the references have in common. Named: what the prompt asks for. By guessing, "
+            f"{chance(groups):.2f} of the shared ones are right.",
+        ]
+    )
+
+
+def cell(value: Interval) -> str:
+    return f"{value.mean:.2f} ({value.low:.2f} to {value.high:.2f})"
 
 
 if __name__ == "__main__":

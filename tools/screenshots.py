@@ -1,15 +1,16 @@
-"""Renews the pictures of the workflow: its thumbnail for the template browser, and the README's screenshot.
+"""Renews the pictures of the workflows: their thumbnails for the template browser, and the README's screenshots.
 
-The screenshot is of the workflow after it ran, in the real frontend, with the tiny random models of the tests in the
-place of SDXL and the released checkpoint.
+All are of the real frontend. easyref_basic is shown as it opens, and after it ran with the tiny random models of the tests
+in the place of SDXL and the released checkpoint; try_it_now after it ran as it is.
 """
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
-import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,8 +20,14 @@ from tests.host import browser, graphs
 from tests.host.server import ComfyServer
 from tests.hosts import ROOT, find_hosts
 
-WORKFLOW = ROOT / "workflows" / "easyref_basic.json"
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+WORKFLOWS = ROOT / "workflows"
 VIEW = (2300, 880)  # pixels
+THUMBNAIL = (800, 450)
+LANCZOS = Image.Resampling.LANCZOS
+NOTICES = 6000  # milliseconds until the frontend's notices are gone
 FRAME = """([x, y, scale]) => {
     app.canvas.ds.scale = scale
     app.canvas.ds.offset = [x, y]
@@ -38,26 +45,46 @@ def main() -> None:
         sdxl.parent.mkdir(exist_ok=True)
         sdxl.touch()  # the frontend marks loaders whose file is missing
         server.post("/api/settings", {"Comfy.Minimap.Visible": False})
-        with browser.frontend(server, *VIEW) as page, tempfile.TemporaryDirectory() as folder:
-            shot = Path(folder) / "shot.png"
-            browser.open_workflow(page, WORKFLOW)
-            page.evaluate(FRAME, [640, 140, 0.74])
-            page.wait_for_timeout(1000)
-            page.screenshot(path=shot)
-            thumbnail = Image.open(shot).convert("RGB").crop((460, 60, 1660, 735))
-            thumbnail.resize((800, 450), Image.Resampling.LANCZOS).save(
-                WORKFLOW.with_suffix(".jpg"), quality=85
-            )
+        with browser.frontend(server, *VIEW) as page:
+            basic(server, page)
+            try_it_now(server, page)
 
-            page.evaluate(browser.USE_TINY_SDXL, ["easyref/tiny-qwen2-vl", ["0.png", "1.png", "2.png"]])
-            browser.queue(server, page)
-            page.evaluate(FRAME, [640, 140, 0.74])
-            page.wait_for_timeout(6000)  # until the notices are gone
-            page.screenshot(path=shot)
-            screenshot = Image.open(shot).convert("RGB").crop((60, 60, VIEW[0], VIEW[1]))
-            screenshot.resize((1494, 547), Image.Resampling.LANCZOS).save(
-                ROOT / "docs" / "workflow.png", optimize=True
-            )
+
+def basic(server: ComfyServer, page: Page) -> None:
+    """The thumbnail of easyref_basic as it opens, docs/workflow.png after a run with tiny models."""
+    workflow = WORKFLOWS / "easyref_basic.json"
+    browser.open_workflow(page, workflow)
+    opened = shot(page, (640, 140, 0.74), 1000)
+    thumbnail(opened.crop((460, 60, 1660, 735)), workflow)
+
+    page.evaluate(browser.USE_TINY_SDXL, ["easyref/golden-qwen2-vl", ["0.png", "1.png", "2.png"]])
+    browser.queue(server, page)
+    ran = shot(page, (640, 140, 0.74), NOTICES)
+    ran.crop((60, 60, *VIEW)).resize((1494, 547), LANCZOS).save(ROOT / "docs" / "workflow.png", optimize=True)
+
+
+def try_it_now(server: ComfyServer, page: Page) -> None:
+    """The thumbnail of try_it_now and docs/try_it_now.png, both after a run."""
+    workflow = WORKFLOWS / "try_it_now.json"
+    browser.open_workflow(page, workflow)
+    browser.queue(server, page)
+    ran = shot(page, (-339, 134, 0.88), NOTICES)
+    thumbnail(ran.crop((60, 85, 1473, 880)), workflow)
+    ran = shot(page, (640, 150, 0.8), 1000)
+    ran.crop((60, 60, *VIEW)).resize((1494, 547), LANCZOS).save(
+        ROOT / "docs" / "try_it_now.png", optimize=True
+    )
+
+
+def shot(page: Page, frame: tuple[float, float, float], wait: int) -> Image.Image:
+    """The page, `wait` milliseconds after it was moved to `frame` (x, y and scale of the canvas)."""
+    page.evaluate(FRAME, frame)
+    page.wait_for_timeout(wait)
+    return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+
+
+def thumbnail(picture: Image.Image, workflow: Path) -> None:
+    picture.resize(THUMBNAIL, LANCZOS).save(workflow.with_suffix(".jpg"), quality=85)
 
 
 if __name__ == "__main__":

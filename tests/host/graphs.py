@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import golden
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from .server import ComfyServer
 
 Graph = dict[str, dict[str, Any]]
+AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")  # what the frontend keeps beside a seed
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def install_golden(server: ComfyServer) -> None:
     folder = server.base / "models" / "easyref"
     folder.mkdir(exist_ok=True)
     shutil.copy(golden.CHECKPOINT, folder / "easyref.safetensors")
-    shutil.copytree(golden.MLLM, folder / "tiny-qwen2-vl", dirs_exist_ok=True)
+    shutil.copytree(golden.MLLM, folder / "golden-qwen2-vl", dirs_exist_ok=True)
     for picture in (golden.GOLDEN / "references").glob("*.png"):
         shutil.copy(picture, server.base / "input" / picture.name)
 
@@ -63,7 +66,7 @@ def easyref(
     """The whole path: three images, group, encode, aggregate, apply, sample."""
     file = {
         "checkpoint": "easyref.safetensors",
-        "mllm": "easyref/tiny-qwen2-vl",
+        "mllm": "easyref/golden-qwen2-vl",
         "precision": "auto",
         "last_layer_attention": "from the checkpoint",
     }
@@ -88,6 +91,22 @@ def easyref(
         "apply": node("EasyRefApply", **{**linked, **weights, **(apply or {})}),
         **sampled(["apply", 0], **inputs),
     }
+
+
+def from_file(workflow: Path) -> Graph:
+    """A saved workflow (UI format 0.4) as the frontend queues it, by the nodes' numbers."""
+    saved = json.loads(workflow.read_text(encoding="utf-8"))
+    links = {link[0]: [str(link[1]), link[2]] for link in saved["links"]}
+    graph = {}
+    for entry in saved["nodes"]:
+        if entry["type"] == "MarkdownNote":
+            continue
+        values = [value for value in entry.get("widgets_values", []) if value not in AFTER_GENERATE]
+        widgets = [socket["name"] for socket in entry["inputs"] if "widget" in socket]
+        linked = {socket["name"]: links[socket["link"]] for socket in entry["inputs"] if socket["link"]}
+        inputs = dict(zip(widgets, values, strict=True)) | linked
+        graph[str(entry["id"])] = node(entry["type"], **inputs) | {"_meta": {"title": entry.get("title")}}
+    return graph
 
 
 def group(*images: list, **inputs: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def fails(request, server):
     assert graphs.picture(server, graphs.easyref(encode={"prompt": f"after {request.node.name}"}))
 
 
-def loading(checkpoint: str, mllm: str = "easyref/tiny-qwen2-vl") -> graphs.Graph:
+def loading(checkpoint: str, mllm: str = "easyref/golden-qwen2-vl") -> graphs.Graph:
     return graphs.easyref(load={"checkpoint": checkpoint, "mllm": mllm})
 
 
@@ -60,7 +60,7 @@ def test_missing_checkpoint(fails, folder):
 def test_missing_mllm_folder(fails, folder):
     error = fails(loading("easyref.safetensors", "easyref/absent"))
     assert_says(
-        error, "'easyref/absent'", folder, "text_encoders", "LLM", "easyref/tiny-qwen2-vl", "Qwen2-VL-2B"
+        error, "'easyref/absent'", folder, "text_encoders", "LLM", "easyref/golden-qwen2-vl", "Qwen2-VL-2B"
     )
 
 

@@ -1,17 +1,20 @@
-"""The shipped workflow, in the real frontend: opens with nothing missing, is queued from the page, ends in a picture."""
+"""The shipped workflows in the real frontend: they open with nothing missing, are queued from the page, end in pictures."""
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 
 from ..hosts import ROOT
 from . import browser, graphs
+from .server import pixels
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on the PATH")
 
 WORKFLOW = ROOT / "workflows" / "easyref_basic.json"
+TRY_IT_NOW = ROOT / "workflows" / "try_it_now.json"
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +26,9 @@ def page(server):
         yield page
 
 
-def test_no_node_is_missing(page) -> None:
-    assert browser.open_workflow(page, WORKFLOW) == []
+@pytest.mark.parametrize("workflow", [WORKFLOW, TRY_IT_NOW], ids=lambda path: path.stem)
+def test_no_node_is_missing(page, workflow) -> None:
+    assert browser.open_workflow(page, workflow) == []
 
 
 def test_every_link_survives_loading(page) -> None:
@@ -56,16 +60,56 @@ def test_defaults_are_the_authors(page) -> None:
 
 def test_queued_from_the_page_it_ends_in_a_picture(server, page) -> None:
     browser.open_workflow(page, WORKFLOW)
-    page.evaluate(browser.USE_TINY_SDXL, ["easyref/tiny-qwen2-vl", ["0.png", "1.png", "2.png"]])
+    page.evaluate(browser.USE_TINY_SDXL, ["easyref/golden-qwen2-vl", ["0.png", "1.png", "2.png"]])
     history = browser.queue(server, page)
     assert history["status"]["status_str"] == "success", history["status"]
     assert len(server.images(history)) == 1
 
 
-def test_it_is_in_the_template_browser(server) -> None:
-    import json
-
+@pytest.mark.parametrize("workflow", [WORKFLOW, TRY_IT_NOW], ids=lambda path: path.stem)
+def test_it_is_in_the_template_browser(server, workflow) -> None:
     templates = json.loads(server.get("/workflow_templates"))
-    assert "easyref_basic" in templates["ComfyUI-EasyRef"]
+    assert workflow.stem in templates["ComfyUI-EasyRef"]
     for suffix in ("json", "jpg"):
-        assert server.get(f"/api/workflow_templates/ComfyUI-EasyRef/easyref_basic.{suffix}")
+        assert server.get(f"/api/workflow_templates/ComfyUI-EasyRef/{workflow.stem}.{suffix}")
+
+
+# The workflow that needs no file
+
+
+def test_try_it_now_runs_as_it_is_opened(server, page) -> None:
+    browser.open_workflow(page, TRY_IT_NOW)
+    history = browser.queue(server, page)
+    assert history["status"]["status_str"] == "success", history["status"]
+    shown = pictures_by_title(server, history)
+    assert {title: len(pictures) for title, pictures in shown.items()} == {
+        "References": 4,
+        "Without EasyRef": 4,
+        "With EasyRef": 4,
+    }
+    assert {picture.shape for pictures in shown.values() for picture in pictures} == {(256, 256, 3)}
+    without, with_easyref = shown["Without EasyRef"], shown["With EasyRef"]
+    assert all((a != b).any() for a, b in zip(without, with_easyref, strict=True))
+
+
+def pictures_by_title(server, history) -> dict[str, list]:
+    """What each preview of the workflow showed."""
+    graph = graphs.from_file(TRY_IT_NOW)
+    return {
+        graph[node]["_meta"]["title"]: [pixels(png) for png in server.images({"outputs": {node: output}})]
+        for node, output in history["outputs"].items()
+        if "images" in output
+    }
+
+
+def test_try_it_now_read_without_the_page_is_the_same(page) -> None:
+    """What `make demo` runs is what the frontend queues."""
+    browser.open_workflow(page, TRY_IT_NOW)
+    queued = page.evaluate("async () => (await app.graphToPrompt()).output")
+    read = graphs.from_file(TRY_IT_NOW)
+    assert {number: node["class_type"] for number, node in read.items()} == {
+        number: node["class_type"] for number, node in queued.items()
+    }
+    for number, node in read.items():  # some frontends add inputs of their own to previews
+        inputs = queued[number]["inputs"]
+        assert node["inputs"] == {name: inputs[name] for name in inputs if name in node["inputs"]}

@@ -14,13 +14,15 @@ from . import golden
 
 @pytest.fixture
 def files(pack, tmp_path, monkeypatch):
-    """nodes.files in a host whose models folder is tmp_path/models and empty."""
+    """nodes.files in a host whose models folder is tmp_path/models and empty, and of a pack with no model of its own."""
     models = tmp_path / "models"
     text_encoders = [str(models / "text_encoders")], folder_paths.supported_pt_extensions
     monkeypatch.setattr(folder_paths, "models_dir", str(models))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {"text_encoders": text_encoders})
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    return golden.part(pack, "nodes.files")
+    files = golden.part(pack, "nodes.files")
+    monkeypatch.setattr(files, "SHIPPED", tmp_path / "shipped")
+    return files
 
 
 @pytest.fixture
@@ -94,6 +96,51 @@ def test_extra_model_paths_are_searched_beside_the_own_folder(files, tmp_path):
     assert files.checkpoints() == ["extra.safetensors", "own.safetensors"]
     assert files.find_checkpoint("extra.safetensors") == tmp_path / "adapters" / "extra.safetensors"
     assert files.mllm_folders() == {"LLM/qwen": tmp_path / "llms" / "qwen"}
+
+
+# The model that comes with the pack
+
+
+@pytest.fixture
+def shipped(models, tmp_path) -> Path:
+    """A folder laid out as the shipped one."""
+    touch(tmp_path / "shipped" / "tiny_easyref.safetensors", tmp_path / "shipped" / "classifier.safetensors")
+    touch(tmp_path / "shipped" / "base" / "unet" / "diffusion_pytorch_model.safetensors")
+    write_config(tmp_path / "shipped" / "tiny-qwen2-vl")
+    return tmp_path / "shipped"
+
+
+def test_shipped_checkpoint_comes_after_the_user_s(files, models, shipped):
+    touch(models / "easyref" / "zz.safetensors")
+    assert files.checkpoints() == ["zz.safetensors", "tiny_easyref.safetensors"]
+    assert files.find_checkpoint("tiny_easyref.safetensors") == shipped / "tiny_easyref.safetensors"
+
+
+def test_shipped_checkpoint_alone_is_not_the_default(files, shipped):
+    assert files.checkpoints() == [files.NOTHING_FOUND, "tiny_easyref.safetensors"]
+
+
+def test_file_of_the_user_hides_the_shipped_one_of_its_name(files, models, shipped):
+    touch(models / "easyref" / "tiny_easyref.safetensors")
+    assert files.checkpoints() == ["tiny_easyref.safetensors"]
+    assert (
+        files.find_checkpoint("tiny_easyref.safetensors") == models / "easyref" / "tiny_easyref.safetensors"
+    )
+
+
+def test_shipped_mllm_folder_is_listed(files, shipped):
+    assert files.mllm_folders() == {"easyref/tiny-qwen2-vl": shipped / "tiny-qwen2-vl"}
+
+
+def test_file_beside_the_shipped_ones_is_not_found(files, shipped):
+    touch(shipped.parent / "secret.safetensors")
+    with pytest.raises(FileNotFoundError):
+        files.find_checkpoint("../secret.safetensors")
+
+
+def test_shipped_folder_is_the_last_that_is_searched(files, models, shipped):
+    """The first is where the host and other packs save to."""
+    assert folder_paths.get_folder_paths("easyref") == [str(models / "easyref"), str(shipped)]
 
 
 # MLLM folders

@@ -21,6 +21,7 @@ NAMES = {
     "EasyRefEncodeGroup": "Encode Reference Group",
     "EasyRefAggregate": "Aggregate Reference Tokens",
     "EasyRefApply": "Apply EasyRef",
+    "EasyRefDemo": "Tiny Demo Model",
 }
 KEPT = ("default", "min", "max", "step", "multiline", "dynamicPrompts", "advanced")
 FILES = ("checkpoint", "mllm")  # whose options depend on what lies in the folders
@@ -71,7 +72,9 @@ def test_schemas_are_those_that_saved_workflows_know(nodes, tmp_path):
 
 def test_names_and_category(nodes):
     assert {name: node["display_name"] for name, node in nodes.items()} == NAMES
-    assert {node["category"] for node in nodes.values()} == {"EasyRef"}
+    categories = {name: node["category"] for name, node in nodes.items()}
+    assert categories.pop("EasyRefDemo") == "EasyRef/demo"
+    assert set(categories.values()) == {"EasyRef"}
 
 
 def test_every_input_and_output_has_a_tooltip(nodes):

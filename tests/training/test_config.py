@@ -10,6 +10,7 @@ import pytest
 
 import easyref_core.training
 from easyref_core.training import config
+from easyref_core.training.__main__ import only
 from easyref_core.training.stages import STAGES
 
 CONFIGS = Path(easyref_core.training.__file__).parent / "configs"
@@ -199,3 +200,13 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> N
     )
     assert done.returncode == 1
     assert done.stderr.strip() == f"{tmp_path}/run.yaml: updats is no setting; did you mean updates?"
+
+
+def test_one_stage_of_a_yaml_can_run_alone():
+    stages = config.load(CONFIGS / "tiny.yaml")
+    assert [settings.stage for settings in only(stages, "multi_reference")] == ["multi_reference"]
+    assert only(stages, None) == stages
+    with pytest.raises(
+        ValueError, match="no stage 'stage3'; its stages are alignment, single_reference, multi"
+    ):
+        only(stages, "stage3")

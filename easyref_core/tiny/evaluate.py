@@ -1,0 +1,127 @@
+"""Does it work? Held-out groups painted by a method, and how often the judge finds what was shared and what was named."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..mrbench.methods.method import Method, Sampling, Task
+from ..mrbench.metrics import Interval, bootstrap
+from .groups import Plan
+from .pictures import ATTRIBUTES, PICTURE, render
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SAMPLING = Sampling(size=PICTURE, steps=20, guidance=4.0, negative="")
+BATCH = 50  # groups painted at once
+Judge = Callable[[Sequence["Image.Image"]], dict[str, list[str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A plan, drawn: the references and the target, 64 pixels wide."""
+
+    id: str
+    plan: Plan
+    references: tuple[Image.Image, ...]
+    target: Image.Image
+
+    @property
+    def task(self) -> Task:
+        return Task(self.id, self.prompt, self.references)
+
+    @property
+    def prompt(self) -> str:
+        return self.plan.prompt
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """What the references have in common, in words."""
+        return in_words(self.plan.values(self.plan.shared))
+
+    @property
+    def named(self) -> dict[str, str]:
+        """What the prompt names."""
+        return in_words(self.plan.values(self.plan.named))
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the judge found in one picture: parts of the shared and of the named attributes that are right, 0..1."""
+
+    shared: float
+    named: float  # NaN where the prompt names nothing
+    references: int
+    outsider: bool
+
+
+def draw(plans: Sequence[Plan], seed: int) -> list[Group]:
+    """The plans as pictures."""
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    groups = []
+    for number, plan in enumerate(plans):
+        pictures = [Image.fromarray(p) for p in render(np.vstack([plan.references, plan.target]), rng)]
+        groups.append(Group(f"group-{number:04}", plan, tuple(pictures[:-1]), pictures[-1]))
+    return groups
+
+
+def paint_groups(
+    method: Method, groups: Sequence[Group], seed: int = 0, sampling: Sampling = SAMPLING
+) -> list[Image.Image]:
+    """One picture of each group. Groups that a method must not mix in a batch are painted one after the other."""
+    pictures: dict[str, Image.Image] = {}
+    kinds = {method.together(group.task) for group in groups}
+    for kind in kinds:
+        alike = [group.task for group in groups if method.together(group.task) == kind]
+        for start in range(0, len(alike), BATCH):
+            tasks = alike[start : start + BATCH]
+            conditions = [method.prepare(task, Path()) for task in tasks]
+            painted = method.paint(tasks, conditions, [seed], sampling)
+            pictures |= {task.id: one for task, (one,) in zip(tasks, painted, strict=True)}
+    return [pictures[group.id] for group in groups]
+
+
+def judge_pictures(pictures: Sequence[Image.Image], groups: Sequence[Group], judge: Judge) -> list[Verdict]:
+    """A verdict for each picture."""
+    seen = judge(pictures)
+
+    def right(number: int, wanted: Mapping[str, str]) -> float:
+        found = [seen[name][number] == value for name, value in wanted.items()]
+        return float(np.mean(found)) if found else float("nan")
+
+    return [
+        Verdict(
+            right(number, group.shared),
+            right(number, group.named),
+            len(group.references),
+            group.plan.outsider is not None,
+        )
+        for number, group in enumerate(groups)
+    ]
+
+
+def in_words(values: Mapping[str, int]) -> dict[str, str]:
+    """{attribute: index} -> {attribute: value}."""
+    return {name: ATTRIBUTES[name][index] for name, index in values.items()}
+
+
+def chance(groups: Sequence[Group]) -> float:
+    """How often shared attributes are right by guessing evenly."""
+    return float(np.mean([np.mean([1 / len(ATTRIBUTES[n]) for n in g.plan.shared]) for g in groups]))
+
+
+def summary(verdicts: Sequence[Verdict]) -> dict[str, Interval]:
+    """Accuracy with 95 % intervals over groups: in all, by number of references, with and without an outsider."""
+    parts = {"shared": verdicts, "named": verdicts}
+    for count in sorted({v.references for v in verdicts}):
+        parts[f"shared, {count} references"] = [v for v in verdicts if v.references == count]
+    parts["shared, one does not belong"] = [v for v in verdicts if v.outsider]
+    values = {name: [v.named if name == "named" else v.shared for v in part] for name, part in parts.items()}
+    return {name: bootstrap(np.array([x for x in v if not np.isnan(x)])) for name, v in values.items()}

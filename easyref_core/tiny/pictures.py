@@ -1,0 +1,127 @@
+"""Procedural pictures: five independent attributes, drawn 64 pixels wide, and the captions that name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PICTURE = 64  # pixels, side of a picture
+CELL = 8  # pixels, period of the textures: one place of the latent grid
+
+# What a picture is made of. A picture's attributes are one index for each, in this order.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "shape": ("circle", "square", "triangle", "cross", "ring", "star"),
+    "colour": ("red", "yellow", "green", "blue", "purple", "white"),
+    "texture": ("plain", "striped", "checkered", "dotted"),
+    "background": ("sand", "grass", "water", "stone", "coal", "wine"),
+    "place": ("centre", "left", "right", "top", "bottom"),
+}
+NAMES = tuple(ATTRIBUTES)
+COUNTS = tuple(len(values) for values in ATTRIBUTES.values())
+
+COLOURS = np.array(
+    [(235, 50, 45), (250, 215, 50), (70, 205, 70), (50, 95, 240), (170, 70, 225), (245, 245, 245)]
+)
+GROUNDS = np.array(
+    [(196, 164, 116), (44, 92, 44), (36, 110, 128), (118, 118, 120), (24, 24, 28), (96, 26, 56)]
+)
+OFFSETS = np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])  # x and y of each place
+OFFSET = 11  # pixels from the centre
+RADIUS = (17.0, 20.0)  # pixels, smallest and largest
+SAMPLES = 2  # samples along a side of a pixel
+DARK = 0.32  # the second tone of a texture, as a part of the first
+HELD_OUT_EVERY = 5  # one in so many triples (shape, colour, texture) is kept from every training
+
+
+def held_out(attributes: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Which of the pictures (..., 5) have a triple (shape, colour, texture) that no training sees."""
+    shape, colour, texture = (attributes[..., i] for i in range(3))
+    return (shape + 2 * colour + 3 * texture) % HELD_OUT_EVERY == 0
+
+
+def every_picture() -> NDArray[np.integer]:
+    """All combinations of attributes (4320, 5)."""
+    return np.stack(np.meshgrid(*(np.arange(n) for n in COUNTS), indexing="ij"), -1).reshape(-1, len(COUNTS))
+
+
+def caption(attributes: Iterable[int], named: Iterable[str] = NAMES) -> str:
+    """A sentence that names the given attributes and leaves the others open: "a red circle on sand"."""
+    words = {name: ATTRIBUTES[name][index] for name, index in zip(NAMES, attributes, strict=True)}
+    words = {name: words[name] for name in NAMES if name in set(named)}
+    parts = ["a", words.get("colour"), words.get("texture"), words.get("shape", "thing")]
+    if "background" in words:
+        parts += ["on", words["background"]]
+    if "place" in words:
+        parts += ["at the", words["place"]]
+    return " ".join(part for part in parts if part)
+
+
+def render(attributes: NDArray[np.integer], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Pictures (N, 64, 64, 3) of attributes (N, 5). Size, place, turn and tones vary a little from one to the next."""
+    chunks = [_render(part, rng) for part in np.array_split(attributes, max(1, len(attributes) // 256))]
+    return np.concatenate(chunks)
+
+
+def _render(attributes: NDArray[np.integer], rng: np.random.Generator) -> NDArray[np.uint8]:
+    n = len(attributes)
+    shape, colour, texture, ground, place = attributes.T
+    side = PICTURE * SAMPLES
+    axis = ((np.arange(side) + 0.5) / SAMPLES).astype(np.float32)
+    y, x = np.meshgrid(axis, axis, indexing="ij")
+
+    def column(values: NDArray) -> NDArray:
+        return np.asarray(values, np.float32)[:, None, None]
+
+    centre = PICTURE / 2 + OFFSET * OFFSETS[place] + rng.uniform(-2, 2, (n, 2))
+    turn = rng.uniform(-0.2, 0.2, n)
+    dx, dy = x - column(centre[:, 0]), y - column(centre[:, 1])
+    cos, sin = column(np.cos(turn)), column(np.sin(turn))
+    radius = column(rng.uniform(*RADIUS, n))
+    inside = _inside(shape, (dx * cos + dy * sin) / radius, (dy * cos - dx * sin) / radius)
+    dark = inside & _dark(texture, x, y)
+    light, dark = _coverage(inside & ~dark), _coverage(dark)  # -> (N, 64, 64, 1)
+
+    tone = (COLOURS[colour] * rng.uniform(0.88, 1.04, (n, 1)) + rng.uniform(-8, 8, (n, 3)))[:, None, None, :]
+    slope = 1 + column(rng.uniform(-0.25, 0.25, n)) * (np.arange(PICTURE)[:, None] / PICTURE - 0.5)
+    base = (GROUNDS[ground] * rng.uniform(0.9, 1.1, (n, 1)))[:, None, None, :] * slope[..., None]
+    picture = tone.astype(np.float32) * (light + DARK * dark) + base * (1 - light - dark)
+    return picture.clip(0, 255).round().astype(np.uint8)
+
+
+def _coverage(points: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The part of each pixel's samples that are set, (N, side, side) -> (N, 64, 64, 1)."""
+    pixels = points.reshape(len(points), PICTURE, SAMPLES, PICTURE, SAMPLES, 1)
+    return pixels.mean(axis=(2, 4), dtype=np.float32)
+
+
+def _inside(shape: NDArray, x: NDArray, y: NDArray) -> NDArray:
+    """Which points (N, H, W), in radii from the centre, lie in each picture's shape."""
+    far = np.hypot(x, y)
+    angle = np.arctan2(x, -y)  # 0 at the top
+    fifth = 2 * np.pi / 5
+    inner = np.abs((angle + fifth / 2) % fifth - fifth / 2) / (
+        fifth / 2
+    )  # 0 at a point of the star, 1 between two
+    left, down = np.abs(x), np.abs(y)
+    shapes = [
+        far < 0.95,
+        np.maximum(left, down) < 0.82,
+        (y < 0.72) & (y > -1.0 + 1.9 * left),
+        (np.minimum(left, down) < 0.3) & (np.maximum(left, down) < 0.95),
+        (far < 1.0) & (far > 0.5),
+        far < 1.1 - 0.66 * inner**0.8,
+    ]
+    return np.choose(shape[:, None, None], shapes)
+
+
+def _dark(texture: NDArray, x: NDArray, y: NDArray) -> NDArray:
+    """Which points (N, H, W) have the darker tone of the texture; textures lie on the picture's own grid."""
+    column, row = x // CELL % 2, y // CELL % 2
+    dot = np.hypot(x % CELL - CELL / 2, y % CELL - CELL / 2) < 0.34 * CELL
+    textures = [np.zeros_like(dot), row == 1, column != row, dot]
+    return np.stack(textures)[texture]

@@ -1,0 +1,63 @@
+"""How the shipped tiny model was made: every step, size and seed, in order. `python tools/train_tiny.py` runs it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .classifier import to_tensor, train_classifier
+from .codec import pretrain_codec
+from .painter import make_painter, pretrain_painter
+from .pool import draw_pool
+from .reader import pretrain_reader
+from .words import train_mllm_tokenizer
+
+BASE, MLLM, CLASSIFIER = "base", "tiny-qwen2-vl", "classifier.safetensors"
+EASYREF = "tiny_easyref.safetensors"
+CODEC = {"steps": 3200, "batch": 32, "lr": 2e-3, "seed": 0}
+READER = {"steps": 3000, "batch": 32, "lr": 2e-3, "seed": 0}
+JUDGE = {"steps": 1500, "batch": 128, "lr": 2e-3, "seed": 0}
+PAINTER = {"steps": 3600, "batch": 128, "lr": 1.5e-3, "seed": 0}
+POOL_SEED = 0
+FEW, COPIES = 2, 6  # pictures of each combination: for the codec and the reader, and for the rest
+
+
+def make_base(folder: Path, log: Callable[[str], None]) -> None:
+    """What stands for SDXL and Qwen2-VL, and the judge; parts that are there already are kept.
+
+    None of it sees a held-out combination, but for the judge, which has to know them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    base, mllm, judge = folder / BASE, folder / MLLM, folder / CLASSIFIER
+    started = time.monotonic()
+
+    def tell(line: str) -> None:
+        log(f"{time.monotonic() - started:6.0f} s  {line}")
+
+    pool = draw_pool(POOL_SEED, FEW)
+    if not (base / "vae").is_dir():
+        pretrain_codec(to_tensor(pool.pictures), base / "vae", log=tell, **CODEC)
+    if not judge.is_file():
+        accuracy = train_classifier(judge, through_codec=_codec(base / "vae"), log=tell, **JUDGE)
+        tell("the judge is right about " + ", ".join(f"{name} {part:.4f}" for name, part in accuracy.items()))
+    if not (mllm / "model.safetensors").is_file():
+        train_mllm_tokenizer(mllm)
+        pretrain_reader(pool, mllm, log=tell, **READER)
+    if not (base / "model_index.json").is_file():
+        make_painter(base, PAINTER["seed"])
+        pretrain_painter(draw_pool(POOL_SEED, COPIES), base, log=tell, **PAINTER)
+
+
+def _codec(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(str(folder), torch_dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def through(pictures: torch.Tensor) -> torch.Tensor:
+        return vae.decode(vae.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
+
+    return through

@@ -1,0 +1,112 @@
+"""The UNet of a diffusers SDXL folder, of any size, in ComfyUI's own SDXL class.
+
+The host recognises an SDXL checkpoint by its full size; here every size is read from the folder's config.json files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
+from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TinyLatents(comfy.latent_formats.LatentFormat):
+    """Latents of the folder's own VAE. No live preview: the host's factors are those of SDXL's VAE."""
+
+    def __init__(self, scale_factor: float) -> None:
+        self.scale_factor = scale_factor
+
+
+class TinyConfig(comfy.supported_models.SDXL):
+    """SDXL with attention heads and latents of other sizes."""
+
+    unet_extra_config = {}  # the host would set heads of 64 channels
+
+    def __init__(self, unet_config: dict[str, Any], scale_factor: float) -> None:
+        super().__init__(unet_config)
+        self.latent_format = TinyLatents(scale_factor)
+
+
+class TinySDXL(comfy.model_base.SDXL):
+    """SDXL, whose picture sizes are embedded `time_id_width` channels wide each."""
+
+    def __init__(self, config: TinyConfig, time_id_width: int) -> None:
+        super().__init__(config)
+        self.embedder = Timestep(time_id_width)
+
+
+def load_model(base: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The UNet of a diffusers SDXL folder, wrapped as the host's own loaders wrap theirs.
+
+    disable_dynamic: without the host's paging, as some of its features ask of `cached_patcher_init`.
+    """
+    unet, vae = config_of(base / "unet"), config_of(base / "vae")
+    config = TinyConfig(unet_config(unet), vae["scaling_factor"])
+    model = TinySDXL(config, unet["addition_time_embed_dim"])
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+    names = comfy.utils.unet_to_diffusers(config.unet_config)
+    weights = {names[name]: weight for name, weight in weights_of(base / "unet").items()}
+    model.diffusion_model.load_state_dict(weights, assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_model, (base,))
+    return patcher
+
+
+def unet_config(diffusers: dict[str, Any]) -> dict[str, Any]:
+    """The host's configuration of a UNet that diffusers' config.json describes."""
+    channels, resnets = diffusers["block_out_channels"], diffusers["layers_per_block"]
+    depths = [
+        depth if "CrossAttn" in kind else 0
+        for depth, kind in zip(
+            diffusers["transformer_layers_per_block"], diffusers["down_block_types"], strict=True
+        )
+    ]
+    return {
+        "image_size": diffusers["sample_size"],
+        "in_channels": diffusers["in_channels"],
+        "out_channels": diffusers["out_channels"],
+        "model_channels": channels[0],
+        "channel_mult": [width // channels[0] for width in channels],
+        "num_res_blocks": [resnets] * len(channels),
+        "num_classes": "sequential",
+        "adm_in_channels": diffusers["projection_class_embeddings_input_dim"],
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": diffusers["use_linear_projection"],
+        "legacy": False,
+        "transformer_depth": [depth for depth in depths for _ in range(resnets)],
+        "transformer_depth_middle": depths[-1],
+        "transformer_depth_output": [depth for depth in depths for _ in range(resnets + 1)],
+        "context_dim": diffusers["cross_attention_dim"],
+        "use_temporal_attention": False,
+        "num_heads": -1,
+        # what diffusers calls attention_head_dim is the number of heads
+        "num_head_channels": channels[-1] // diffusers["attention_head_dim"][-1],
+        "dtype": torch.float32,
+    }
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """A model's config.json."""
+    return read_json(folder / "config.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def weights_of(folder: Path, name: str = "diffusion_pytorch_model.safetensors") -> dict[str, Tensor]:
+    """A model's weights, in float32."""
+    return {key: weight.float() for key, weight in load_file(folder / name).items()}

@@ -1,0 +1,236 @@
+"""The demo: its model in the host's classes is diffusers' model, and its node gives all that the other nodes need.
+
+What is compared is a stand-in with sizes of its own (tiny_weights.py); what is run is the model that is shipped.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import comfy.memory_management
+import comfy.model_patcher
+import comfy.sd
+import pytest
+import torch
+
+from easyref_core.tiny.demo_group import demo_group
+from easyref_core.tiny.pictures import NAMES, held_out
+from easyref_core.training.base_model import BaseModel
+
+from ..hosts import ROOT
+from . import golden, tiny_weights
+
+SHIPPED = ROOT / "easyref_core" / "tiny" / "weights"
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    tiny_weights.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["stand-in", "shipped"])
+def base(request: pytest.FixtureRequest, stand_in: Path) -> Path:
+    """The diffusers folder of the tiny SDXL."""
+    return (stand_in if request.param == "stand-in" else SHIPPED) / "base"
+
+
+@pytest.fixture(scope="module")
+def diffusers(base: Path) -> BaseModel:
+    return BaseModel.load(base)
+
+
+@pytest.fixture(scope="module")
+def tiny_sdxl(pack):
+    return golden.part(pack, "nodes.tiny_sdxl")
+
+
+@pytest.fixture(scope="module")
+def vae(pack, base: Path) -> comfy.sd.VAE:
+    return golden.part(pack, "nodes.tiny_vae").load_vae(base)
+
+
+def drawn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# The same numbers as diffusers'
+
+PROMPTS = [
+    "a red thing on sand",
+    "",
+    "a blue striped circle on the grass at the left, and far more than has room",
+]
+
+
+def predictions(patcher: comfy.model_patcher.ModelPatcher, diffusers: BaseModel) -> tuple[torch.Tensor, ...]:
+    """Noise predicted for random latents by the host's and by diffusers' UNet."""
+    text = diffusers.encode_text(PROMPTS)
+    side = diffusers.unet.config.sample_size
+    latents, steps = drawn(0, 3, 4, side, side), torch.tensor([1.0, 400.0, 999.0])
+    model = patcher.model
+    sizes = model.encode_adm(pooled_output=text.pooled, width=64, height=56)
+    with torch.inference_mode():
+        found = model.diffusion_model(latents, steps, context=text.states, y=sizes)
+        time_ids = diffusers.time_ids((56, 64), (0, 0), (56, 64), batch=3)
+        added = {"text_embeds": text.pooled, "time_ids": time_ids}
+        wanted = diffusers.unet(latents, steps, text.states, added_cond_kwargs=added).sample
+    return found, wanted
+
+
+def test_unet_is_diffusers(tiny_sdxl, base, diffusers) -> None:
+    found, wanted = predictions(tiny_sdxl.load_model(base), diffusers)
+    assert golden.error(found, wanted) <= 1e-5
+
+
+def test_unet_is_the_same_under_dynamic_vram(tiny_sdxl, base, diffusers, monkeypatch) -> None:
+    """Whose layers have no weights until they are loaded (its switch simulated)."""
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "is_dynamic", lambda self: True)
+    patcher = tiny_sdxl.load_model(base)
+    monkeypatch.undo()
+    found, wanted = predictions(patcher, diffusers)
+    assert golden.error(found, wanted) <= 1e-5
+
+
+def test_latents_are_scaled_as_the_folder_says(tiny_sdxl, base, diffusers) -> None:
+    model = tiny_sdxl.load_model(base).model
+    latents = drawn(1, 1, 4, 2, 2)
+    assert torch.equal(model.process_latent_in(latents), latents * diffusers.vae.config.scaling_factor)
+    torch.testing.assert_close(model.process_latent_out(model.process_latent_in(latents)), latents)
+
+
+def test_noise_schedule_is_the_folder_s(tiny_sdxl, base, diffusers) -> None:
+    sampling = tiny_sdxl.load_model(base).get_model_object("model_sampling")
+    kept = diffusers.schedule.alphas_cumprod
+    torch.testing.assert_close(sampling.sigmas, ((1 - kept) / kept).sqrt(), rtol=1e-4, atol=1e-6)
+
+
+def test_conditioning_is_what_training_read(pack, base, diffusers) -> None:
+    made = golden.part(pack, "nodes.demo").conditionings(base, tuple(PROMPTS))
+    text = diffusers.encode_text(PROMPTS)
+    for i, ((states, extra),) in enumerate(made):
+        torch.testing.assert_close(states, text.states[i : i + 1], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(extra["pooled_output"], text.pooled[i : i + 1], atol=1e-6, rtol=1e-5)
+
+
+def test_vae_decodes_as_diffusers(vae, diffusers) -> None:
+    latents = drawn(2, 2, 4, 8, 8)
+    with torch.inference_mode():
+        found = vae.decode(latents)
+        wanted = diffusers.decode(latents * diffusers.vae.config.scaling_factor).movedim(1, -1)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+def test_vae_encodes_as_diffusers(vae, diffusers) -> None:
+    pictures = drawn(3, 2, 64, 64, 3).sigmoid()
+    with torch.inference_mode():
+        found = vae.encode(pictures) * diffusers.vae.config.scaling_factor
+        wanted = diffusers.encode_pictures(pictures.movedim(-1, 1) * 2 - 1)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+def test_what_the_host_s_vae_nodes_call_is_there(vae) -> None:
+    """Whole pictures and tiles of 64 x 64, as VAEDecode, VAEEncode, the tiled ones and VAEEncodeForInpaint ask."""
+    pictures = drawn(4, 1, 128, 128, 3).sigmoid()
+    assert vae.spacial_compression_encode() == vae.spacial_compression_decode() == 8
+    with torch.inference_mode():
+        latents = vae.encode(pictures)
+        assert (
+            latents.shape
+            == vae.encode_tiled(pictures, tile_x=64, tile_y=64, overlap=0).shape
+            == (1, 4, 16, 16)
+        )
+        assert vae.decode(latents).shape == pictures.shape
+        assert vae.decode_tiled(latents, tile_x=8, tile_y=8, overlap=0).shape == pictures.shape
+
+
+def test_host_can_load_the_model_anew(tiny_sdxl, base) -> None:
+    """As it does for hooks and for several GPUs."""
+    patcher = tiny_sdxl.load_model(base)
+    load, arguments = patcher.cached_patcher_init
+    again = load(*arguments, disable_dynamic=True)
+    assert type(again) is comfy.model_patcher.ModelPatcher
+    assert type(patcher) is comfy.model_patcher.CoreModelPatcher
+    for name, weight in patcher.model.diffusion_model.state_dict().items():
+        assert torch.equal(weight, again.model.diffusion_model.state_dict()[name]), name
+
+
+# The node
+
+
+@pytest.fixture
+def demo(pack, stand_in: Path, monkeypatch):
+    """nodes.demo with the stand-in for a model."""
+    monkeypatch.setattr(golden.part(pack, "nodes.files"), "SHIPPED", stand_in)
+    return golden.part(pack, "nodes.demo")
+
+
+def outputs(demo, **changes) -> dict:
+    inputs = {"prompt": "", "negative_prompt": "", "example": 3, "references": 4, "with_outsider": False}
+    with torch.inference_mode():
+        result = demo.EasyRefDemo.execute(**{**inputs, **changes}).result
+    names = ("model", "positive", "negative", "vae", "references", "prompt", "shared")
+    return dict(zip(names, result, strict=True))
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_references_are_a_batch_of_so_many_pictures(demo, count: int) -> None:
+    images = outputs(demo, references=count)["references"]
+    assert images.shape == (count, 64, 64, 3)
+    assert 0 <= images.min() < images.max() <= 1
+
+
+def test_example_is_the_same_whenever_it_is_asked_for(demo) -> None:
+    first, again = outputs(demo), outputs(demo)
+    assert torch.equal(first["references"], again["references"])
+    assert (first["prompt"], first["shared"]) == (again["prompt"], again["shared"])
+    assert not torch.equal(first["references"], outputs(demo, example=4)["references"])
+
+
+def test_empty_prompt_is_the_example_s_own(demo) -> None:
+    plan, _ = demo_group(3, 4, False)
+    made = outputs(demo, prompt=" ")
+    assert made["prompt"] == plan.prompt != ""
+    assert torch.equal(made["positive"][0][0], outputs(demo, prompt=plan.prompt)["positive"][0][0])
+
+
+def test_prompt_of_the_user_is_used_and_handed_on(demo) -> None:
+    made = outputs(demo, prompt="a blue thing", negative_prompt="a red thing")
+    assert made["prompt"] == "a blue thing"
+    swapped = outputs(demo, prompt="a red thing", negative_prompt="a blue thing")
+    assert torch.equal(made["positive"][0][0], swapped["negative"][0][0])
+    assert not torch.equal(made["positive"][0][0], made["negative"][0][0])
+
+
+def test_outsider_shares_nothing_and_is_named(demo) -> None:
+    plan, _ = demo_group(3, 5, True)
+    columns = [NAMES.index(name) for name in plan.shared]
+    odd = plan.references[plan.outsider, columns]
+    others = plan.references[[i for i in range(5) if i != plan.outsider]][:, columns]
+    assert (others == plan.target[columns]).all()
+    assert (odd != plan.target[columns]).all()
+    assert f"reference {plan.outsider + 1}," in outputs(demo, references=5, with_outsider=True)["shared"]
+
+
+def test_target_of_an_example_is_held_out_from_training() -> None:
+    assert all(held_out(demo_group(example, 4, False)[0].target) for example in range(50))
+
+
+def test_pack_without_the_model_says_what_to_do(demo, tmp_path, monkeypatch, pack) -> None:
+    monkeypatch.setattr(golden.part(pack, "nodes.files"), "SHIPPED", tmp_path)
+    with pytest.raises(FileNotFoundError, match="Install the pack anew") as missing:
+        outputs(demo)
+    assert str(tmp_path) in str(missing.value)
+
+
+# The workflow
+
+
+def test_workflow_asks_for_no_file_and_no_other_pack() -> None:
+    workflow = json.loads((ROOT / "workflows" / "try_it_now.json").read_text(encoding="utf-8"))
+    for node in workflow["nodes"]:
+        assert "models" not in node["properties"], node["type"]
+        assert node["type"] == "MarkdownNote" or node["properties"]["cnr_id"] in ("comfy-core", "easyref")
