@@ -52,10 +52,10 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the judge found in one picture: parts of the shared and of the named attributes that are right, 0..1."""
+    """What the judge found in one picture: which of the shared and of the named attributes are right."""
 
-    shared: float
-    named: float  # NaN where the prompt names nothing
+    shared: Mapping[str, bool]
+    named: Mapping[str, bool]
     references: int
     outsider: bool
 
@@ -92,9 +92,8 @@ def judge_pictures(pictures: Sequence[Image.Image], groups: Sequence[Group], jud
     """A verdict for each picture."""
     seen = judge(pictures)
 
-    def right(number: int, wanted: Mapping[str, str]) -> float:
-        found = [seen[name][number] == value for name, value in wanted.items()]
-        return float(np.mean(found)) if found else float("nan")
+    def right(number: int, wanted: Mapping[str, str]) -> dict[str, bool]:
+        return {name: seen[name][number] == value for name, value in wanted.items()}
 
     return [
         Verdict(
@@ -118,10 +117,19 @@ def chance(groups: Sequence[Group]) -> float:
 
 
 def summary(verdicts: Sequence[Verdict]) -> dict[str, Interval]:
-    """Accuracy with 95 % intervals over groups: in all, by number of references, with and without an outsider."""
-    parts = {"shared": verdicts, "named": verdicts}
+    """Accuracy with 95 % intervals over groups: in all, by attribute, by number of references, with an outsider."""
+    values = {
+        "shared": [_part(v.shared) for v in verdicts],
+        "named": [_part(v.named) for v in verdicts if v.named],
+    }
+    for name in ATTRIBUTES:
+        values[f"shared, {name}"] = [v.shared[name] for v in verdicts if name in v.shared]
     for count in sorted({v.references for v in verdicts}):
-        parts[f"shared, {count} references"] = [v for v in verdicts if v.references == count]
-    parts["shared, one does not belong"] = [v for v in verdicts if v.outsider]
-    values = {name: [v.named if name == "named" else v.shared for v in part] for name, part in parts.items()}
-    return {name: bootstrap(np.array([x for x in v if not np.isnan(x)])) for name, v in values.items()}
+        values[f"shared, {count} references"] = [_part(v.shared) for v in verdicts if v.references == count]
+    values["shared, one does not belong"] = [_part(v.shared) for v in verdicts if v.outsider]
+    return {name: bootstrap(np.array(found, dtype=float)) for name, found in values.items()}
+
+
+def _part(right: Mapping[str, bool]) -> float:
+    """The part of a picture's attributes that is right, 0..1."""
+    return float(np.mean(list(right.values())))
