@@ -62,6 +62,8 @@ def config_json() -> dict:
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
         "tie_word_embeddings": True,
+        "bos_token_id": None,  # transformers' defaults are the large vocabulary's
+        "eos_token_id": None,
         "hidden_act": "silu",
         "rope_scaling": rope,
         **SIZES,
