@@ -24,8 +24,6 @@ from tests.hosts import ROOT, find_hosts, host_version
 
 if TYPE_CHECKING:
     from easyref_core.mrbench.methods import Method
-    from easyref_core.mrbench.metrics import Interval
-    from easyref_core.tiny.groups import Plan
 
 WEIGHTS = ROOT / "easyref_core" / "tiny" / "weights"
 WORKFLOW = ROOT / "workflows" / "try_it_now.json"
@@ -33,7 +31,6 @@ SHEET, TABLE = ROOT / "output" / "demo.png", ROOT / "output" / "demo.md"
 SHOWN = ((8, 2, False), (9, 3, False), (5, 4, False), (6, 5, False), (10, 6, False), (6, 6, True))
 MOST, PICTURES = 6, 2  # references of a group; pictures of each kind
 MEASURED, SEED = 60, 7  # held-out groups, and the seed they are drawn with
-SIZE = 84  # pixels: how large the tiny MLLM reads a reference
 
 
 class Shown(NamedTuple):
@@ -52,7 +49,9 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    hosts, painters = find_hosts(), methods()
+    from easyref_core.tiny.evaluate import tiny_methods
+
+    hosts, painters = find_hosts(), tiny_methods(WEIGHTS)
     if hosts:
         print(f"demo: workflows/try_it_now.json in ComfyUI {host_version(hosts[0])}", flush=True)
         shown = in_comfyui(hosts[0])
@@ -66,17 +65,6 @@ def main() -> None:
     TABLE.write_text(table(painters) + "\n", encoding="utf-8")
     print(TABLE.read_text(encoding="utf-8"))
     print(f"demo: wrote {TABLE.relative_to(ROOT)} after {time.monotonic() - start:.0f} s")
-
-
-def methods() -> dict[str, Method]:
-    """The tiny SDXL without and with EasyRef, in diffusers."""
-    from easyref_core.mrbench.methods.easyref import EasyRefMethod
-    from easyref_core.mrbench.methods.plain import Plain
-    from easyref_core.training.base_model import BaseModel
-
-    base = BaseModel.load(WEIGHTS / "base")
-    files = str(WEIGHTS / "tiny_easyref.safetensors"), str(WEIGHTS / "tiny-qwen2-vl")
-    return {"without": Plain(base), "with EasyRef": EasyRefMethod(base, *files, size=SIZE)}
 
 
 # The sheet
@@ -145,34 +133,11 @@ def sheet(shown: Sequence[Shown]) -> Image.Image:
 def table(painters: Mapping[str, Method]) -> str:
     """Accuracies over held-out groups, in Markdown."""
     from easyref_core.tiny.classifier import load_classifier
-    from easyref_core.tiny.evaluate import chance, draw, judge_pictures, paint_groups, summary
+    from easyref_core.tiny.evaluate import accuracy_table, draw
     from easyref_core.tiny.groups import groups_to_judge
 
-    plans: list[Plan] = list(groups_to_judge(SEED, MEASURED))
-    groups, judge = draw(plans, SEED), load_classifier()
-    columns = {
-        name: summary(judge_pictures(paint_groups(painter, groups, SEED), groups, judge))
-        for name, painter in painters.items()
-    }
-    rows = [
-        f"| {name} | " + " | ".join(cell(column[name]) for column in columns.values()) + " |"
-        for name in columns["without"]
-    ]
-    return "\n".join(
-        [
-            f"| attributes that are right | {' | '.join(columns)} |",
-            "| --- |" + " --- |" * len(columns),
-            *rows,
-            "",
-            f"{MEASURED} groups whose target no training has seen, one picture each; mean (95 % interval over groups). "
-            f"Shared: what the references have in common. Named: what the prompt asks for. By guessing, "
-            f"{chance(groups):.2f} of the shared ones are right.",
-        ]
-    )
-
-
-def cell(value: Interval) -> str:
-    return f"{value.mean:.2f} ({value.low:.2f} to {value.high:.2f})"
+    groups = draw(list(groups_to_judge(SEED, MEASURED)), SEED)
+    return accuracy_table(painters, groups, load_classifier(), SEED)
 
 
 if __name__ == "__main__":

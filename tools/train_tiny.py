@@ -31,14 +31,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     complete_cpu_torch()
-    checkpoint = make(arguments.folder)
-    report(arguments.folder, checkpoint)
+    make(arguments.folder)
+    report(arguments.folder)
     if arguments.ship:
         ship(arguments.folder, TINY / "weights")
 
 
-def make(folder: Path) -> Path:
-    """The base models and the three stages; the last stage's checkpoint, copied beside the base."""
+def make(folder: Path) -> None:
+    """The base models and the three stages; the last stage's checkpoint is copied beside the base."""
     from easyref_core.tiny.recipe import BASE, EASYREF, MLLM, make_base
     from easyref_core.training.config import load
     from easyref_core.training.loop import train
@@ -48,31 +48,18 @@ def make(folder: Path) -> Path:
     places = [f"base={folder / BASE}", f"mllm={folder / MLLM}", f"output={folder}"]
     for settings in load(CONFIG, places):
         result = train(settings)
-    return Path(shutil.copy(result, folder / EASYREF))
+    shutil.copy(result, folder / EASYREF)
 
 
-def report(folder: Path, checkpoint: Path) -> None:
+def report(folder: Path) -> None:
     """Print the accuracy without and with the references."""
-    from easyref_core.mrbench.methods.easyref import EasyRefMethod
-    from easyref_core.mrbench.methods.plain import Plain
     from easyref_core.tiny.classifier import load_classifier
-    from easyref_core.tiny.evaluate import chance, draw, judge_pictures, paint_groups, summary
+    from easyref_core.tiny.evaluate import accuracy_table, draw, tiny_methods
     from easyref_core.tiny.groups import groups_to_judge
-    from easyref_core.tiny.reader import SIZE
-    from easyref_core.tiny.recipe import BASE, CLASSIFIER, MLLM
-    from easyref_core.training.base_model import BaseModel
+    from easyref_core.tiny.recipe import CLASSIFIER
 
-    base, judge = BaseModel.load(folder / BASE), load_classifier(folder / CLASSIFIER)
     groups = draw(list(groups_to_judge(SEED, GROUPS)), SEED)
-    methods = {
-        "without": Plain(base),
-        "with": EasyRefMethod(base, str(checkpoint), str(folder / MLLM), size=SIZE),
-    }
-    print(f"{GROUPS} held-out groups, shared attributes by chance {chance(groups):.3f}")
-    for name, method in methods.items():
-        verdicts = judge_pictures(paint_groups(method, groups), groups, judge)
-        for part, (mean, low, high) in summary(verdicts).items():
-            print(f"{name:8} {part:32} {mean:.3f}  [{low:.3f}, {high:.3f}]")
+    print(accuracy_table(tiny_methods(folder), groups, load_classifier(folder / CLASSIFIER)))
 
 
 def ship(folder: Path, weights: Path) -> None:

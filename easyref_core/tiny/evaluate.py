@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..mrbench.methods.easyref import EasyRefMethod
 from ..mrbench.methods.method import Method, Sampling, Task
+from ..mrbench.methods.plain import Plain
 from ..mrbench.metrics import Interval, bootstrap
+from ..training.base_model import BaseModel
 from .groups import Plan
 from .pictures import ATTRIBUTES, PICTURE, render
+from .reader import SIZE
+from .recipe import BASE, EASYREF, MLLM
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -104,6 +109,42 @@ def judge_pictures(pictures: Sequence[Image.Image], groups: Sequence[Group], jud
         )
         for number, group in enumerate(groups)
     ]
+
+
+def tiny_methods(folder: Path) -> dict[str, Method]:
+    """The tiny SDXL of a folder laid out as weights/ is, without and with EasyRef."""
+    base = BaseModel.load(folder / BASE)
+    checkpoint, mllm = str(folder / EASYREF), str(folder / MLLM)
+    return {"without": Plain(base), "with EasyRef": EasyRefMethod(base, checkpoint, mllm, size=SIZE)}
+
+
+def accuracy_table(
+    methods: Mapping[str, Method], groups: Sequence[Group], judge: Judge, seed: int = 0
+) -> str:
+    """What `summary` finds of each method's pictures of held-out groups, in Markdown."""
+    columns = {
+        name: summary(judge_pictures(paint_groups(method, groups, seed), groups, judge))
+        for name, method in methods.items()
+    }
+    rows = [
+        f"| {part} | " + " | ".join(_cell(column[part]) for column in columns.values()) + " |"
+        for part in next(iter(columns.values()))
+    ]
+    return "\n".join(
+        [
+            f"| attributes that are right | {' | '.join(columns)} |",
+            "| --- |" + " --- |" * len(columns),
+            *rows,
+            "",
+            f"{len(groups)} groups whose target no training has seen, one picture each; mean (95 % interval over groups). "
+            "Shared: what the references have in common. Named: what the prompt asks for. By guessing, "
+            f"{chance(groups):.3f} of the shared ones are right.",
+        ]
+    )
+
+
+def _cell(value: Interval) -> str:
+    return f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
 
 
 def in_words(values: Mapping[str, int]) -> dict[str, str]:

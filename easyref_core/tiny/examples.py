@@ -17,7 +17,7 @@ from .groups import plan_group
 from .painter import pool_latents
 from .pictures import COUNTS, NAMES, PICTURE, caption, held_out
 from .pool import draw_pool
-from .reader import IMAGE_TOKENS, LARGEST_GROUP, SIZE, body_config, prepared
+from .reader import IMAGE_GRID, IMAGE_TOKENS, LARGEST_GROUP, SIZE, body_config, prepared
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from ..training.base_model import BaseModel
 
 SMALLEST_GROUP = 2
-IMAGE_SIDE = 4  # patches along a side of a picture that became 56 pixels wide
-IMAGE_PATCHES = IMAGE_SIDE**2
 BLACK_TOKENS = 9  # the black picture is larger: it becomes 84 pixels wide
 
 
@@ -97,10 +95,10 @@ class ProceduralExamples:
     def read(self, groups: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Patches and grid of groups of pictures; an empty group is the one black image."""
         shown = [picture for group in groups for picture in group]
-        patches = patchify(self.seen[shown], self.config).split([IMAGE_PATCHES * len(g) for g in groups])
-        grid = torch.tensor([(1, IMAGE_SIDE, IMAGE_SIDE)])
+        count = IMAGE_GRID.prod().item()
+        patches = patchify(self.seen[shown], self.config).split([count * len(group) for group in groups])
         parts = [
-            (part, grid.expand(len(group), -1)) if group else (self.black, self.black_grid)
+            (part, IMAGE_GRID.expand(len(group), -1)) if group else (self.black, self.black_grid)
             for group, part in zip(groups, patches, strict=True)
         ]
         patches, grids = zip(*parts, strict=True)
@@ -114,7 +112,7 @@ class ProceduralExamples:
                 break
         named = rng.permutation(NAMES)[: rng.integers(len(NAMES) + 1)]
         (picture,) = self.pool.find(attributes[None], rng).tolist()
-        return picture, [picture], caption(attributes, named) if len(named) else ""
+        return picture, [picture], caption(attributes, named)
 
     def _group(self, rng: np.random.Generator) -> tuple[int, list[int], str]:
         plan = plan_group(rng, int(rng.integers(SMALLEST_GROUP, LARGEST_GROUP + 1)))

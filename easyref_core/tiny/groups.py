@@ -34,7 +34,7 @@ class Plan:
 
     @property
     def prompt(self) -> str:
-        return caption(self.target, self.named) if self.named else ""
+        return caption(self.target, self.named)
 
     def values(self, names: tuple[str, ...]) -> dict[str, int]:
         """{attribute: the target's value} of some attributes."""

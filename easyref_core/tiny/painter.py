@@ -141,4 +141,4 @@ def pool_latents(base: BaseModel, pool: Pool) -> Tensor:
 
 def _caption(attributes: np.ndarray, rng: np.random.Generator) -> str:
     named = [name for name in NAMES if rng.random() < NAMING]
-    return "" if rng.random() < SILENCE or not named else caption(attributes, named)
+    return "" if rng.random() < SILENCE else caption(attributes, named)

@@ -50,9 +50,11 @@ def every_picture() -> NDArray[np.integer]:
 
 
 def caption(attributes: Iterable[int], named: Iterable[str] = NAMES) -> str:
-    """A sentence that names the given attributes and leaves the others open: "a red circle on sand"."""
+    """A sentence that names the given attributes and leaves the others open: "a red circle on sand"; "" for none."""
     words = {name: ATTRIBUTES[name][index] for name, index in zip(NAMES, attributes, strict=True)}
     words = {name: words[name] for name in NAMES if name in set(named)}
+    if not words:
+        return ""
     parts = ["a", words.get("colour"), words.get("texture"), words.get("shape", "thing")]
     if "background" in words:
         parts += ["on", words["background"]]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SIZE = 84  # pixels, preprocess's `size`: a picture of 64 pixels becomes 56, four image tokens
 IMAGE_TOKENS = 4
+IMAGE_GRID = torch.tensor([(1, 4, 4)])  # of such a picture: frames, rows, columns in patches
 LARGEST_GROUP = 6
 
 # Sizes of the MLLM's config.json. `layers` there are all decoder layers; EasyRef takes the last one as its own.
@@ -121,7 +122,7 @@ def pretrain_reader(
         count = int(rng.integers(1, LARGEST_GROUP + 1))
         picked, ids, real, answers = _questions(pool, tokenizer, rng, batch, count)
         patches = patchify(seen[picked.reshape(-1)], config)
-        grid = torch.tensor([(1, 4, 4)]).expand(picked.size, -1)
+        grid = IMAGE_GRID.expand(picked.size, -1)
         states = model(patches, grid, ids, image_token, torch.float32, real=real)
         logits = states[:, :-1][answers[:, 1:]] @ model.embed_tokens.weight.T
         wanted = ids[:, 1:][answers[:, 1:]]

@@ -41,10 +41,7 @@ class SinglePictures:
         rngs = [generator(position, self.seed) for position in positions]
         picked = [int(rng.integers(len(self.pool.pictures))) for rng in rngs]
         named = [rng.permutation(NAMES)[: rng.integers(len(NAMES) + 1)] for rng in rngs]
-        prompts = [
-            caption(self.pool.attributes[i], names) if len(names) else ""
-            for i, names in zip(picked, named, strict=True)
-        ]
+        prompts = [caption(self.pool.attributes[i], names) for i, names in zip(picked, named, strict=True)]
         sizes = torch.tensor([[PICTURE, PICTURE, 0, 0, PICTURE, PICTURE]], dtype=torch.float32)
         return Captioned(
             to_tensor(np.ascontiguousarray(self.pool.pictures[picked])),

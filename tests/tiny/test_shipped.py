@@ -10,11 +10,9 @@ import torch
 from PIL import Image
 
 import easyref_core as er
-from easyref_core.mrbench.methods.easyref import EasyRefMethod
-from easyref_core.mrbench.methods.plain import Plain
 from easyref_core.preprocess import preprocess
 from easyref_core.tiny.classifier import load_classifier
-from easyref_core.tiny.evaluate import chance, draw, judge_pictures, paint_groups, summary
+from easyref_core.tiny.evaluate import chance, draw, judge_pictures, paint_groups, summary, tiny_methods
 from easyref_core.tiny.examples import BLACK_TOKENS, ProceduralExamples, ProceduralSettings
 from easyref_core.tiny.groups import groups_to_judge
 from easyref_core.tiny.pictures import ATTRIBUTES, NAMES, every_picture, held_out, render
@@ -23,7 +21,6 @@ from easyref_core.training.base_model import BaseModel
 
 WEIGHTS = Path(er.__file__).parent / "tiny" / "weights"
 MLLM = WEIGHTS / "tiny-qwen2-vl"
-CHECKPOINT = WEIGHTS / "tiny_easyref.safetensors"
 MIB = 2**20
 
 
@@ -86,14 +83,13 @@ def test_judge_reads_pictures_it_has_not_seen():
         assert right >= 0.97, name
 
 
-def test_references_show_in_pictures_of_held_out_groups(base):
+def test_references_show_in_pictures_of_held_out_groups():
     groups = draw(list(groups_to_judge(77, 50)), 77)
     assert all(held_out(group.plan.target) for group in groups)
     judge = load_classifier(WEIGHTS / "classifier.safetensors")
-    method = EasyRefMethod(base, str(CHECKPOINT), str(MLLM), size=SIZE)
     without, with_references = (
         summary(judge_pictures(paint_groups(painter, groups), groups, judge))
-        for painter in (Plain(base), method)
+        for painter in tiny_methods(WEIGHTS).values()
     )
     assert without["shared"].mean < chance(groups) + 0.15
     assert with_references["shared"].mean > without["shared"].mean + 0.3

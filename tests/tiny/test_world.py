@@ -57,6 +57,7 @@ def test_each_attribute_shows_in_the_picture():
 def test_caption_names_what_is_asked_for():
     assert caption([0, 0, 1, 0, 1]) == "a red striped circle on sand at the left"
     assert caption([0, 0, 1, 0, 1], ["background"]) == "a thing on sand"
+    assert caption([0, 0, 1, 0, 1], []) == ""
 
 
 def test_no_word_stands_for_two_values():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from easyref_core import INSTRUCTION, SIZE, diffusers_unet, load
+from easyref_core.training.trainable import AGGREGATIONS
 
 from .method import Method, Task
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
     from easyref_core import EasyRef
     from easyref_core.training.base_model import BaseModel
-
-AGGREGATIONS = ("easyref", "average", "concatenation")
 
 
 class EasyRefMethod(Method):
