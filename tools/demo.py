@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 WEIGHTS = ROOT / "easyref_core" / "tiny" / "weights"
 WORKFLOW = ROOT / "workflows" / "try_it_now.json"
 SHEET, TABLE = ROOT / "output" / "demo.png", ROOT / "output" / "demo.md"
-SHOWN = ((8, 2, False), (9, 3, False), (5, 4, False), (6, 5, False), (10, 6, False), (6, 6, True))
+# Example groups as they come, not chosen: number, references, with an outsider.
+SHOWN = ((0, 2, False), (1, 3, False), (2, 4, False), (3, 5, False), (4, 6, False), (5, 6, True))
 MOST, PICTURES = 6, 2  # references of a group; pictures of each kind
 MEASURED, SEED = 60, 7  # held-out groups, and the seed they are drawn with
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ..training.base_model import BaseModel
 
 SMALLEST_GROUP = 2
-BLACK_TOKENS = 9  # the black picture is larger: it becomes 84 pixels wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ class ProceduralExamples:
             target, shown, prompt = self._group(rng) if self.settings.groups else self._single(rng)
             without_image, without_text = drops(self.rules, rng)
             prompt = "" if without_text else prompt
-            counts = [BLACK_TOKENS] if without_image else [IMAGE_TOKENS] * len(shown)
+            counts = [IMAGE_TOKENS] * (1 if without_image else len(shown))
             targets.append(target)
             prompts.append(prompt)
             references.append([] if without_image else shown)

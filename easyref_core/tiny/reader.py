@@ -1,11 +1,11 @@
-"""The tiny Qwen2-VL: pretrained to describe pictures and to say what several have in common."""
+"""The tiny Qwen2-VL: a tower that has learnt to see, then all of it: to describe pictures and say what they share."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from ..preprocess import patchify, resize
 from .groups import plan_group
 from .pictures import caption
 from .pool import Pool
+from .sight import pretrain_sight
 from .words import COMPARE, DESCRIBE, VOCABULARY
 
 if TYPE_CHECKING:
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
-SIZE = 84  # pixels, preprocess's `size`: a picture of 64 pixels becomes 56, four image tokens
-IMAGE_TOKENS = 4
+SIZE = 84  # pixels, preprocess's `size`: a picture of 64 pixels stays as it is, four image tokens
+IMAGE_TOKENS = 4  # the black picture's too
 IMAGE_GRID = torch.tensor([(1, 4, 4)])  # of such a picture: frames, rows, columns in patches
 LARGEST_GROUP = 6
 
 # Sizes of the MLLM's config.json. `layers` there are all decoder layers; EasyRef takes the last one as its own.
 SIZES = {
     "hidden_size": 128,
-    "intermediate_size": 256,
+    "intermediate_size": 192,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -45,10 +46,10 @@ SIZES = {
 }
 VISION = {
     "depth": 2,
-    "embed_dim": 96,
+    "embed_dim": 64,
     "mlp_ratio": 2,
     "num_heads": 4,
-    "patch_size": 14,
+    "patch_size": 16,  # four by four patches of a picture: with smaller ones a shape is learnt more slowly
     "spatial_merge_size": 2,
 }
 
@@ -58,7 +59,7 @@ def config_json() -> dict:
     quarter = SIZES["hidden_size"] // SIZES["num_attention_heads"] // 8
     rope = {"type": "mrope", "mrope_section": [2 * quarter, quarter, quarter]}
     vision = VISION | {"hidden_size": SIZES["hidden_size"], "in_chans": 3, "model_type": "qwen2_vl"}
-    vision |= {"temporal_patch_size": 2, "spatial_patch_size": 14}
+    vision |= {"temporal_patch_size": 2, "spatial_patch_size": VISION["patch_size"]}
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
@@ -100,23 +101,35 @@ def body_config() -> EasyRefConfig:
 
 
 def prepared(pictures: NDArray[np.uint8], config: EasyRefConfig) -> NDArray[np.uint8]:
-    """Pictures (M, 64, 64, 3) as the MLLM sees them (M, 56, 56, 3): preprocess.resize, done once."""
+    """Pictures (M, 64, 64, 3) as the MLLM sees them, in bytes: preprocess.resize, done once."""
     from PIL import Image
 
     return np.stack([np.asarray(resize(Image.fromarray(picture), config, SIZE)) for picture in pictures])
 
 
 def pretrain_reader(
-    pool: Pool, folder: Path, steps: int, batch: int, lr: float, seed: int, log: Callable[[str], None]
+    pool: Pool,
+    folder: Path,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    sight: Mapping[str, Any],
+    log: Callable[[str], None],
 ) -> None:
-    """Train on answers about groups of the pool, next token by next token, and save; the tokenizer must be there."""
+    """Train on answers about groups of the pool, next token by next token, and save; the tokenizer must be there.
+
+    sight: what pretrain_sight is called with, before.
+    """
     config, tokenizer = body_config(), load_tokenizer(folder)
     rng = np.random.default_rng(seed)
+    seen = prepared(pool.pictures, config)
+    tower = pretrain_sight(pool, seen, config, log=log, **sight)
     torch.manual_seed(seed)
     model = _initialised(config)
+    model.visual = tower
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    seen = prepared(pool.pictures, config)
     image_token = image_token_id(tokenizer)
     for step in range(steps):
         count = int(rng.integers(1, LARGEST_GROUP + 1))
@@ -142,10 +155,10 @@ def save_mllm(folder: Path, model: GroupEncoder) -> None:
     """Write config.json and weights under transformers' names."""
     from safetensors.torch import save_file
 
-    tensors = {}
+    patch, tensors = model.config.patch_size, {}
     for name, tensor in model.state_dict().items():
         if name == "visual.patch_embed.weight":
-            name, tensor = "visual.patch_embed.proj.weight", tensor.unflatten(1, (3, 2, 14, 14))
+            name, tensor = "visual.patch_embed.proj.weight", tensor.unflatten(1, (3, 2, patch, patch))
         tensors[name if name.startswith("visual.") else f"model.{name}"] = tensor.half().contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config_json(), indent=1) + "\n")

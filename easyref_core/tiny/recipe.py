@@ -18,11 +18,12 @@ from .words import train_mllm_tokenizer
 BASE, MLLM, CLASSIFIER = "base", "tiny-qwen2-vl", "classifier.safetensors"
 EASYREF = "tiny_easyref.safetensors"
 CODEC = {"steps": 3200, "batch": 32, "lr": 2e-3, "seed": 0}
-READER = {"steps": 3000, "batch": 32, "lr": 2e-3, "seed": 0}
+SIGHT = {"steps": 3000, "batch": 64, "lr": 3e-3, "seed": 0}
+READER = {"steps": 1500, "batch": 32, "lr": 2e-3, "seed": 0, "sight": SIGHT}
 JUDGE = {"steps": 1500, "batch": 128, "lr": 2e-3, "seed": 0}
 PAINTER = {"steps": 3600, "batch": 128, "lr": 1.5e-3, "seed": 0}
 POOL_SEED = 0
-FEW, COPIES = 2, 6  # pictures of each combination: for the codec and the reader, and for the rest
+FEW, COPIES = 2, 6  # pictures of each combination: for the codec, and for the rest
 
 
 def make_base(folder: Path, log: Callable[[str], None]) -> None:
@@ -37,15 +38,14 @@ def make_base(folder: Path, log: Callable[[str], None]) -> None:
     def tell(line: str) -> None:
         log(f"{time.monotonic() - started:6.0f} s  {line}")
 
-    pool = draw_pool(POOL_SEED, FEW)
     if not (base / "vae").is_dir():
-        pretrain_codec(to_tensor(pool.pictures), base / "vae", log=tell, **CODEC)
+        pretrain_codec(to_tensor(draw_pool(POOL_SEED, FEW).pictures), base / "vae", log=tell, **CODEC)
     if not judge.is_file():
         accuracy = train_classifier(judge, through_codec=_codec(base / "vae"), log=tell, **JUDGE)
         tell("the judge is right about " + ", ".join(f"{name} {part:.4f}" for name, part in accuracy.items()))
     if not (mllm / "model.safetensors").is_file():
         train_mllm_tokenizer(mllm)
-        pretrain_reader(pool, mllm, log=tell, **READER)
+        pretrain_reader(draw_pool(POOL_SEED, COPIES), mllm, log=tell, **READER)
     if not (base / "model_index.json").is_file():
         make_painter(base, PAINTER["seed"])
         pretrain_painter(draw_pool(POOL_SEED, COPIES), base, log=tell, **PAINTER)

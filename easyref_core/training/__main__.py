@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("config", help="the YAML file, see easyref_core/training/configs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the YAML's")
     parser.add_argument("--only", metavar="STAGE", help="of the YAML's stages this one alone; set its start")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     logging.basicConfig(format="%(message)s")
     log = logging.getLogger("easyref_core")
     log.setLevel(logging.INFO)

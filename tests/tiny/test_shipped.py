@@ -13,7 +13,7 @@ import easyref_core as er
 from easyref_core.preprocess import preprocess
 from easyref_core.tiny.classifier import load_classifier
 from easyref_core.tiny.evaluate import chance, draw, judge_pictures, paint_groups, summary, tiny_methods
-from easyref_core.tiny.examples import BLACK_TOKENS, ProceduralExamples, ProceduralSettings
+from easyref_core.tiny.examples import ProceduralExamples, ProceduralSettings
 from easyref_core.tiny.groups import groups_to_judge
 from easyref_core.tiny.pictures import ATTRIBUTES, NAMES, every_picture, held_out, render
 from easyref_core.tiny.reader import IMAGE_TOKENS, SIZE
@@ -21,7 +21,6 @@ from easyref_core.training.base_model import BaseModel
 
 WEIGHTS = Path(er.__file__).parent / "tiny" / "weights"
 MLLM = WEIGHTS / "tiny-qwen2-vl"
-MIB = 2**20
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def examples(base) -> ProceduralExamples:
 
 
 def test_everything_together_is_small():
-    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) < 12 * MIB
+    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) <= 12_000_000
 
 
 def test_batch_is_decided_by_its_positions(examples):
@@ -67,7 +66,7 @@ def test_dropped_group_is_the_authors_black_picture(examples):
     dropped = [i for i, count in enumerate(batch.references) if count == 1]
     image_token = (batch.input_ids == examples.tokenizer.token_to_id("<|image_pad|>")).sum(dim=1)
     assert dropped
-    assert all(image_token[i] == BLACK_TOKENS for i in dropped)
+    assert all(image_token[i] == IMAGE_TOKENS for i in dropped)
 
 
 def test_judge_reads_pictures_it_has_not_seen():
@@ -92,5 +91,5 @@ def test_references_show_in_pictures_of_held_out_groups():
         for painter in tiny_methods(WEIGHTS).values()
     )
     assert without["shared"].mean < chance(groups) + 0.15
-    assert with_references["shared"].mean > without["shared"].mean + 0.3
-    assert with_references["named"].mean > 0.75
+    assert with_references["shared"].mean >= 0.85
+    assert with_references["named"].mean >= 0.85

@@ -202,6 +202,15 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> N
     assert done.stderr.strip() == f"{tmp_path}/run.yaml: updats is no setting; did you mean updates?"
 
 
+def test_settings_may_stand_on_both_sides_of_only() -> None:
+    options = ["seed=1", "--only", "multi_reference", "updats=1"]
+    command = [sys.executable, "-m", "easyref_core.training", CONFIGS / "tiny.yaml", *options]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=CONFIGS.parents[2], timeout=120
+    )
+    assert "updats is no setting" in done.stderr
+
+
 def test_one_stage_of_a_yaml_can_run_alone():
     stages = config.load(CONFIGS / "tiny.yaml")
     assert [settings.stage for settings in only(stages, "multi_reference")] == ["multi_reference"]
