@@ -13,7 +13,7 @@ from torch import nn
 from .attention import KeyValue, KVProjections
 from .checkpoint import Cast, Checkpoint, open_checkpoint, save
 from .group_encoder import GroupEncoder
-from .instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
+from .instructions import INSTRUCTION, image_spans, image_token_id, load_tokenizer, tokenize
 from .preprocess import SIZE, black_image, preprocess
 from .qwen2_vl import Unfilled
 from .reference_tokens import ContextStates, Provenance, ReferenceAggregator, ReferenceTokens
@@ -37,12 +37,13 @@ class MLLM(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class PreparedGroup:
-    """A group as the MLLM body reads it: patches (sum, 1176), grid (K, 3), input_ids (1, S), and what it is made of."""
+    """A group as the MLLM body reads it: patches (sum, 1176), grid (K, 3), input_ids (1, S), what made it, and spans."""
 
     patches: Tensor
     grid: Tensor
     input_ids: Tensor
     provenance: Provenance
+    spans: tuple[tuple[int, int], ...]  # see ContextStates
 
 
 class EasyRef:
@@ -97,9 +98,9 @@ class EasyRef:
         counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
         input_ids = tokenize(self.tokenizer, instruction + prompt, counts)
         self._check_length(input_ids.shape[1], counts)
-        return PreparedGroup(
-            patches, grid, input_ids, Provenance(self.fingerprint, instruction, prompt, len(counts), size)
-        )
+        made = Provenance(self.fingerprint, instruction, prompt, len(counts), size)
+        spans = image_spans(input_ids, self.image_token, counts)
+        return PreparedGroup(patches, grid, input_ids, made, spans)
 
     @torch.inference_mode()
     def encode_prepared(
@@ -114,7 +115,7 @@ class EasyRef:
             self.dtype,
             after_block,
         )
-        return ContextStates(states, group.provenance)
+        return ContextStates(states, group.provenance, group.grid, group.spans)
 
     @torch.inference_mode()
     def aggregate(self, context: ContextStates) -> ReferenceTokens:

@@ -30,10 +30,14 @@ class Provenance:
 
 @dataclasses.dataclass(frozen=True)
 class ContextStates:
-    """Output of the MLLM body for one group: states (1, S, D), and what made them."""
+    """Output of the MLLM body for one group: states (1, S, D), what made them, and where the references are in them."""
 
     states: Tensor
     provenance: Provenance
+    grid: Tensor  # (K, 3): frames, rows, columns of each reference in patches
+    spans: tuple[
+        tuple[int, int], ...
+    ]  # each reference's image tokens: first place in S, and the one after the last
 
 
 class ReferenceTokens(torch.Tensor):

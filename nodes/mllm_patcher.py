@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ class HostedEasyRef:
         self._load_for(len(group.patches), group.input_ids.shape[1])
         progress = _Progress(len(images), self.model.mllm.encoder.blocks)
         context = self.model.encode_prepared(group, progress.step)
-        return ContextStates(context.states.to(mm.intermediate_device()), context.provenance)
+        return dataclasses.replace(context, states=context.states.to(mm.intermediate_device()))
 
     def aggregate(self, context: ContextStates) -> TokenPair:
         """Tokens for both sides; the unconditional ones read the same instruction, at the same size, of a black image."""
