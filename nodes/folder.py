@@ -13,6 +13,7 @@ import torch
 from comfy_api.latest import io
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .references import shown
 from .sockets import EasyRefGroupSocket
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ class EasyRefGroupFromFolder(io.ComfyNode):
                 f"The folder {folder!r} inside {folder_paths.get_input_directory()} holds no image after the first {skip}. "
                 "Put images there, or skip fewer."
             )
-        return io.NodeOutput((*(group or ()), *pictures))
+        references = (*(group or ()), *pictures)
+        return io.NodeOutput(references, ui=shown(references))
 
 
 def folders() -> list[str]:
