@@ -14,7 +14,8 @@ from .attention import KeyValue, KVProjections
 from .checkpoint import Cast, Checkpoint, open_checkpoint, save
 from .group_encoder import GroupEncoder
 from .instructions import INSTRUCTION, image_spans, image_token_id, load_tokenizer, tokenize
-from .preprocess import SIZE, black_image, preprocess
+from .negative import noise_image
+from .preprocess import SIZE, preprocess
 from .qwen2_vl import Unfilled
 from .reference_tokens import ContextStates, Provenance, ReferenceAggregator, ReferenceTokens
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .config import EasyRefConfig
+
+KEPT = 16  # unconditional tokens, one set for each instruction, size and noise
 
 
 class MLLM(nn.Module):
@@ -67,7 +70,7 @@ class EasyRef:
         self.mllm, self.kv, self.tokenizer = mllm, kv, tokenizer
         self.device, self.dtype = torch.device(device), dtype
         self.image_token = image_token_id(tokenizer)
-        self._unconditional: dict[tuple[str, int], ReferenceTokens] = {}
+        self._unconditional: dict[tuple[str, int, int, float], ReferenceTokens] = {}
         if self.image_token >= self.config.vocab_size:
             raise ValueError(
                 f"The tokenizer does not belong to the MLLM: its <|image_pad|> is token {self.image_token}, the MLLM "
@@ -131,11 +134,29 @@ class EasyRef:
             )
         return ReferenceTokens.of(tokens, context.provenance)
 
-    def unconditional(self, instruction: str = INSTRUCTION, size: int = SIZE) -> ReferenceTokens:
-        """Tokens (1, T, C) of the unconditional side: one black image and the bare instruction. Computed once."""
-        key = instruction, size
+    def unconditional(
+        self,
+        instruction: str = INSTRUCTION,
+        size: int = SIZE,
+        noise_seed: int = 0,
+        noise_strength: float = 0.0,
+    ) -> ReferenceTokens:
+        """Tokens (1, T, C) of the unconditional side: one black image and the bare instruction. The latest are kept.
+
+        noise_strength: above 0, a picture of noise in place of the black one, see noise_image.
+        """
+        noise_seed = noise_seed if noise_strength else 0
+        key = instruction, size, noise_seed, noise_strength
         if key not in self._unconditional:
-            self._unconditional[key] = self.aggregate(self.encode([black_image()], "", instruction, size))
+            image = noise_image(noise_seed, noise_strength)
+            tokens = self.aggregate(self.encode([image], "", instruction, size))
+            how = (
+                f"noise, seed {noise_seed}, strength {noise_strength:g}" if noise_strength else "black image"
+            )
+            tokens.provenance = dataclasses.replace(tokens.provenance, how=how)
+            while len(self._unconditional) >= KEPT:
+                self._unconditional.pop(next(iter(self._unconditional)))
+            self._unconditional[key] = tokens
         return self._unconditional[key]
 
     def key_values(self, tokens: Tensor, dtype: torch.dtype | None = None) -> list[KeyValue]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,25 @@ class Provenance:
     prompt: str
     references: int  # how many images the group held
     size: int  # the images' nominal size in pixels (preprocess.SIZE)
+    how: str = ""  # where it is not a group's own: "black image", "average of 2"
+    parts: tuple[Provenance, ...] = ()  # what made the tokens it was combined from, in order
+
+    @classmethod
+    def combined(cls, parts: Sequence[Provenance], how: str) -> Provenance:
+        """What made tokens that were computed from others; different prompts stand side by side."""
+
+        def joined(texts: Iterable[str]) -> str:
+            return " | ".join(dict.fromkeys(text for text in texts if text))
+
+        return cls(
+            parts[0].checkpoint,
+            joined(part.instruction for part in parts),
+            joined(part.prompt for part in parts),
+            sum(part.references for part in parts),
+            max(part.size for part in parts),
+            how=how,
+            parts=tuple(parts),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +61,10 @@ class ContextStates:
 
 
 class ReferenceTokens(torch.Tensor):
-    """Reference tokens (1, T, C) that remember what made them; what is computed from them is a plain tensor."""
+    """Reference tokens (B, T, C) that remember what made them; what is computed from them is a plain tensor.
+
+    B is 1 for one group; a batch has one row for each picture or frame (token_frames.py).
+    """
 
     provenance: Provenance
     __torch_function__ = torch._C._disabled_torch_function_impl
