@@ -17,7 +17,7 @@ from .instructions import INSTRUCTION, image_spans, image_token_id, load_tokeniz
 from .negative import noise_image
 from .preprocess import SIZE, preprocess
 from .qwen2_vl import Unfilled
-from .reference_tokens import ContextStates, Provenance, ReferenceAggregator, ReferenceTokens
+from .reference_tokens import ContextStates, Provenance, ReferenceAggregator, ReferenceTokens, weight_bias
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -122,12 +122,14 @@ class EasyRef:
 
     @torch.inference_mode()
     def aggregate(self, context: ContextStates) -> ReferenceTokens:
-        """Reference tokens (1, T, C) of a group, float32.
+        """Reference tokens (1, T, C) of a group, float32. Each reference counts as context.weighed says, if it does.
 
         Raises ValueError for a context of another checkpoint and where the arithmetic overflowed.
         """
         self.require_own(context, "context")
-        tokens = self.mllm.aggregator(context.states.to(self.device, self.dtype)).float()
+        bias = weight_bias(context, self.config.num_tokens)
+        bias = None if bias is None else bias.to(self.device, self.dtype)
+        tokens = self.mllm.aggregator(context.states.to(self.device, self.dtype), bias=bias).float()
         if not torch.isfinite(tokens).all():
             raise ValueError(
                 f"The reference tokens are not finite (computed in {self.dtype}). Load EasyRef with precision fp32."
