@@ -1,4 +1,4 @@
-"""Pictures for people: labelled contact sheets, and a group with what is to be said of it."""
+"""Pictures for people: labelled contact sheets."""
 
 from __future__ import annotations
 
@@ -33,34 +33,3 @@ def contact_sheet(
                 sheet.paste(fitted, (MARGIN + column * (cell + MARGIN), top + LABEL_HEIGHT))
         top += row_height
     return sheet
-
-
-def group_sheet(references: Sequence[Image.Image], notes: Sequence[str] = (), cell: int = 144) -> Image.Image:
-    """The references in order, each with its number and size in pixels below it; notes stand below all."""
-    columns = min(len(references), 6)
-    step, rows = cell + MARGIN, -(-len(references) // columns)
-    width = max(MARGIN + columns * step, 2 * step + MARGIN)
-    bottom = MARGIN + rows * (step + LABEL_HEIGHT)
-    font = ImageFont.load_default(size=15)
-    lines = [line for note in notes for line in wrapped(note, width - 2 * MARGIN, font)]
-    sheet = Image.new("RGB", (width, bottom + len(lines) * LABEL_HEIGHT), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for i, reference in enumerate(references):
-        left, top = MARGIN + i % columns * step, MARGIN + i // columns * (step + LABEL_HEIGHT)
-        sheet.paste(ImageOps.contain(reference, (cell, cell)), (left, top))
-        draw.text((left, top + cell), f"{i + 1}: {reference.width} x {reference.height}", INK, font)
-    for i, line in enumerate(lines):
-        draw.text((MARGIN, bottom + i * LABEL_HEIGHT), line, INK, font)
-    return sheet
-
-
-def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """A text as lines of at most `width` pixels, broken between words."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..easyref_core import SIZE
 from ..easyref_core.budget import Budget, budget, largest_size
-from .references import FEW, split
+from .references import split
 from .sockets import EasyRefGroupSocket, EasyRefModel
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .mllm_patcher import HostedEasyRef
 
 RATES = {"GPU, 100 TFLOP/s": 100e12, "GPU, 20 TFLOP/s": 20e12, "CPU, 0.2 TFLOP/s": 0.2e12}
+FEW = 3  # references from which EasyRef works best
 
 
 class EasyRefGroupBudget(io.ComfyNode):

@@ -13,7 +13,6 @@ import torch
 from comfy_api.latest import io
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .references import shown
 from .sockets import EasyRefGroupSocket
 
 if TYPE_CHECKING:
@@ -80,8 +79,7 @@ class EasyRefGroupFromFolder(io.ComfyNode):
                 f"The folder {folder!r} inside {folder_paths.get_input_directory()} holds no image after the first {skip}. "
                 "Put images there, or skip fewer."
             )
-        references = (*(group or ()), *pictures)
-        return io.NodeOutput(references, ui=shown(references))
+        return io.NodeOutput((*(group or ()), *pictures))
 
 
 def folders() -> list[str]:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..easyref_core.duplicates import find_duplicates, fingerprint
-from ..easyref_core.preprocess import to_rgb
-from ..easyref_core.visualize import group_sheet
 from .sockets import EasyRefGroupSocket
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-FEW = 3  # references from which EasyRef works best
 
 
 class EasyRefGroup(io.ComfyNode):
@@ -65,21 +57,9 @@ class EasyRefGroup(io.ComfyNode):
             raise ValueError(
                 "The reference group is empty. Connect at least one image, or a group to extend."
             )
-        return io.NodeOutput(tuple(references), ui=shown(references))
+        return io.NodeOutput(tuple(references))
 
 
 def split(batch: Tensor) -> list[Tensor]:
     """(batch, height, width, channels) -> the single images, each (1, height, width, channels); none if it is empty."""
     return [batch[i : i + 1] for i in range(len(batch))]
-
-
-def shown(references: Sequence[Tensor]) -> dict[str, Any]:
-    """What the node shows of a group after a run: count, sizes, thumbnails, and which references are one picture."""
-    pictures = [to_rgb(reference[0]) for reference in references]
-    prints = {number: fingerprint(picture) for number, picture in enumerate(pictures, start=1)}
-    notes = [f"{len(references)} reference{'s' if len(references) > 1 else ''}"]
-    if len(references) < FEW:
-        notes[0] += f": EasyRef works best with {FEW} or more"
-    notes += [f"The same picture twice? References {pair}." for pair in find_duplicates(prints)]
-    sheet = torch.from_numpy(np.asarray(group_sheet(pictures, notes)) / np.float32(255))[None]
-    return ui.PreviewImage(sheet).as_dict() | ui.PreviewText("\n".join(notes)).as_dict()

@@ -235,14 +235,6 @@ class ComfyServer:
         files = [file for _, output in outputs for file in output.get("images", [])]
         return [self.get(f"/view?{urllib.parse.urlencode(file)}") for file in files]
 
-    def saved(self, history: Mapping[str, Any]) -> list[bytes]:
-        """The PNG files that a prompt saved; what nodes only showed is left out."""
-        kept = {
-            number: {"images": [file for file in output.get("images", []) if file["type"] == "output"]}
-            for number, output in history["outputs"].items()
-        }
-        return self.images({"outputs": kept})
-
     # The rest of the server
 
     def object_info(self) -> dict[str, Any]:

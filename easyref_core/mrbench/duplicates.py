@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from .pictures import open_picture
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Name = TypeVar("Name")  # what tells pictures apart: a file, a place in a group
+    from .manifest import Manifest
 
 HASH_DISTANCE = 6  # of 64 bits; two unrelated pictures differ in about 32
 THUMBNAIL_DISTANCE = 16.0  # of 255
@@ -34,10 +37,10 @@ class Fingerprint(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two pictures that are one."""
+    """Two files that hold one picture."""
 
-    first: Any
-    second: Any
+    first: Path
+    second: Path
     distance: int  # differing bits of their hashes; 0 and `same` for identical pixels
     same: bool
 
@@ -62,23 +65,47 @@ def perceptual_hash(picture: Image.Image) -> NDArray[np.bool_]:
     return frequencies > np.median(frequencies[1:])  # the first is the mean brightness
 
 
-def find_duplicates(prints: Mapping[Name, Fingerprint], near: bool = True) -> list[Pair]:
-    """Every pair of pictures that are one; `near`: also those that are the same to the eye."""
-    names, values = list(prints), list(prints.values())
+def find_duplicates(prints: Mapping[Path, Fingerprint], near: bool = True) -> list[Pair]:
+    """Every pair of files that hold one picture; `near`: also those that are the same to the eye."""
+    files, values = list(prints), list(prints.values())
     return [
-        Pair(names[i], names[j], int((values[i].bits ^ values[j].bits).sum()), same)
+        Pair(files[i], files[j], int((values[i].bits ^ values[j].bits).sum()), same)
         for i, j in _candidates(values)
         if (same := values[i].pixels == values[j].pixels) or (near and _near(values[i], values[j]))
     ]
 
 
-def first_of_each(prints: Mapping[Name, Fingerprint], near: bool = True) -> dict[Name, Name]:
+def first_of_each(prints: Mapping[Path, Fingerprint], near: bool = True) -> dict[Path, Path]:
     """What to drop, and which picture it repeats: of every pair the one that comes later, unless it was kept for another."""
-    dropped: dict[Name, Name] = {}
+    dropped: dict[Path, Path] = {}
     for first, second, *_ in find_duplicates(prints, near):  # in the order of `prints`
         if first not in dropped:
             dropped.setdefault(second, first)
     return dropped
+
+
+def leaks(manifest: Manifest, near: bool = True) -> list[str]:
+    """Every pair of pictures that gives an answer away: a group's target among its references, one picture in both splits."""
+    owners: dict[Path, list[tuple[str, str, bool]]] = {}  # file -> (group, split, is it the target)
+    for group in manifest.groups:
+        for file in (*group.references, group.target):
+            owners.setdefault(file, []).append((group.id, group.split, file == group.target))
+    prints = {file: fingerprint(open_picture(file)) for file in owners}
+    twice = [Pair(file, file, 0, True) for file, uses in owners.items() if len(uses) > 1]
+    found = []
+    for pair in [*twice, *find_duplicates(prints, near)]:
+        uses = {tuple(sorted((a, b))) for a in owners[pair.first] for b in owners[pair.second]}
+        kinds = {kind for a, b in uses if (kind := _leak(a, b))}
+        found += [f"{kind}: {pair}" for kind in sorted(kinds)]
+    return found
+
+
+def _leak(a: tuple[str, str, bool], b: tuple[str, str, bool]) -> str:
+    if a[1] != b[1]:
+        return f"held-in and held-out share a picture, groups {a[0]} and {b[0]}"
+    if a[0] == b[0] and a[2] != b[2]:
+        return f"group {a[0]}'s target is among its references"
+    return ""
 
 
 def _near(a: Fingerprint, b: Fingerprint) -> bool:
