@@ -89,18 +89,12 @@ def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
 
 def resize(image: Image.Image, config: EasyRefConfig, size: int = SIZE) -> Image.Image:
     """Both resizes of the authors' pipeline: to Qwen2-VL's widest bounds, then to `size`'s. Each rounds to bytes."""
-    for height, width in resized_sizes(image.height, image.width, config, size):
+    unit = config.pixels_per_token
+    limits = [(4 * unit**2, LARGEST**2 * unit**2), pixel_limits(size, unit)]
+    for low, high in limits:
+        height, width = target_size(image.height, image.width, unit, low, high)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return image
-
-
-def resized_sizes(
-    height: int, width: int, config: EasyRefConfig, size: int = SIZE
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(height, width) of a reference after each of the two resizes."""
-    unit = config.pixels_per_token
-    first = target_size(height, width, unit, 4 * unit**2, LARGEST**2 * unit**2)
-    return first, target_size(*first, unit, *pixel_limits(size, unit))
 
 
 def pixel_limits(size: int, unit: int = 28) -> tuple[int, int]:

@@ -16,13 +16,9 @@ from comfy_api.latest import ComfyExtension, io
 
 from .aggregate import EasyRefAggregate
 from .apply import EasyRefApply
-from .budget import EasyRefGroupBudget
-from .crop import EasyRefCropReference
 from .demo import EasyRefDemo
 from .encode import EasyRefEncodeGroup
 from .files import register_folders
-from .folder import EasyRefGroupFromFolder
-from .instruction import EasyRefInstruction
 from .load import EasyRefLoader
 from .references import EasyRefGroup
 
@@ -38,10 +34,6 @@ class EasyRefExtension(ComfyExtension):
             EasyRefEncodeGroup,
             EasyRefAggregate,
             EasyRefApply,
-            EasyRefGroupFromFolder,
-            EasyRefCropReference,
-            EasyRefInstruction,
-            EasyRefGroupBudget,
             EasyRefDemo,
         ]
 
