@@ -57,7 +57,7 @@ def references(count: int = 3, name: str = "reference", group: str = "group") ->
             "EasyRefGroup",
             1,
             {f"images.image{i}": Link(f"{name}{i}") for i in range(count)},
-            group.capitalize(),
+            group.replace("_", " ").capitalize(),
         )
     }
 
@@ -242,6 +242,57 @@ def _inpainting() -> Plan:
     )
 
 
+def _two_regions() -> Plan:
+    """Two groups, each with a half of the picture."""
+    left, right = references(2, "left"), references(2, "right", "group_right")
+    nodes = {**left, **right} | basis("Two people at a table in a cafe, best quality, high quality")
+    nodes |= {
+        "encode_right": dataclasses.replace(
+            nodes["encode"], inputs={**nodes["encode"].inputs, "group": Link("group_right")}
+        ),
+        "aggregate_right": Node(
+            "EasyRefAggregate", 3, {"easyref": Link("easyref"), "context": Link("encode_right")}
+        ),
+        "all": Node("SolidMask", 3, {"value": 0.0, "width": 1024, "height": 1024}, "Nothing"),
+        "half": Node("SolidMask", 3, {"value": 1.0, "width": 512, "height": 1024}, "Half a picture"),
+        "left_half": Node(
+            "MaskComposite",
+            4,
+            {"destination": Link("all"), "source": Link("half"), "x": 0, "y": 0, "operation": "add"},
+            "Left half",
+        ),
+        "right_half": Node("InvertMask", 4, {"mask": Link("left_half")}, "Right half"),
+    }
+    nodes["apply"] = dataclasses.replace(
+        nodes["apply"], column=4, title="Left", inputs={**nodes["apply"].inputs, "mask": Link("left_half")}
+    )
+    nodes["apply_right"] = Node(
+        "EasyRefApply",
+        4,
+        {
+            "model": Link("apply"),
+            "easyref": Link("easyref"),
+            "tokens": Link("aggregate_right"),
+            "mask": Link("right_half"),
+        },
+        "Right",
+    )
+    nodes = changed(nodes, "sample", model=Link("apply_right"))
+    return Plan(
+        """# Two groups in two regions
+
+Each group has an *Apply EasyRef* of its own with a **mask**, one after the other. White is where it acts; masks of any size are scaled to the picture, soft edges blend.
+
+1. **Left** and **Right** references: two or more each.
+2. Masks here are the halves; paint your own with *Load Image (as Mask)* or the mask editor.
+3. The prompt names both: the references say what they look like, the words put them into one scene.
+4. The checkpoint's LoRA is merged once for both, wherever the masks are.
+"""
+        + FILES,
+        _later(nodes, ("sample", "decode", "save")),
+    )
+
+
 def _instructed(nodes: Mapping[str, Node], preset: str) -> dict[str, Node]:
     """The nodes with an instruction preset for the MLLM."""
     instruction = Node("EasyRefInstruction", 1, {"preset": preset}, height=160)
@@ -259,6 +310,7 @@ def _later(nodes: Mapping[str, Node], names: tuple[str, ...]) -> dict[str, Node]
 PLANS: dict[str, Plan] = {
     "style_from_a_group": _style(),
     "identity_portrait": _portrait(),
+    "two_regions": _two_regions(),
     "with_controlnet": _controlnet(),
     "with_a_lora": _lora(),
     "inpainting": _inpainting(),

@@ -162,9 +162,9 @@ def picture(page: Page, file: Path, saved: dict[str, Any]) -> None:
     browser.open_workflow(page, file)
     right = max(node["pos"][0] + node["size"][0] for node in saved["nodes"])
     bottom = max(node["pos"][1] + node["size"][1] for node in saved["nodes"])
-    scale = min((VIEW[0] - 120) / right, (VIEW[1] - 160) / (bottom + 40))
-    opened = shot(page, (80 / scale, 120 / scale, scale), 1000)
-    shown = opened.crop((60, 105, 60 + int(right * scale) + 40, 100 + int((bottom + 40) * scale)))
+    scale = min((VIEW[0] - 120) / right, (VIEW[1] - 190) / (bottom + 40))
+    opened = shot(page, (80 / scale, 150 / scale, scale), 1000)
+    shown = opened.crop((60, 110, 60 + int(right * scale) + 40, 130 + int((bottom + 40) * scale)))
     ImageOps.pad(shown, THUMBNAIL, LANCZOS, CANVAS).save(file.with_suffix(".jpg"), quality=85)
 
 

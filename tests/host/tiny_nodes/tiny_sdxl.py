@@ -56,7 +56,7 @@ class TinyModel(comfy.model_base.SDXL):
 
 
 class TinyVAE:
-    """The only method of a VAE that VAEDecode calls: latents to colours, by the host's preview factors."""
+    """What VAEDecode and VAEEncode call: latents to colours, by the host's preview factors, and roughly back."""
 
     def __init__(self, latent_format: comfy.latent_formats.LatentFormat) -> None:
         self.to_rgb = torch.tensor(latent_format.latent_rgb_factors)
@@ -66,6 +66,12 @@ class TinyVAE:
         """(batch, 4, height, width) to images (batch, 8 height, 8 width, 3) in 0..1."""
         colours = samples.float().cpu().movedim(1, -1) @ self.to_rgb + self.bias
         return (colours / SPREAD).sigmoid().repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(batch, 8 height, 8 width, 3) in 0..1 to latents (batch, 4, height, width)."""
+        colours = torch.nn.functional.avg_pool2d(pixels[..., :3].movedim(-1, 1).float(), 8).movedim(1, -1)
+        spread = colours.clamp(0.01, 0.99).logit() * SPREAD - self.bias
+        return (spread @ torch.linalg.pinv(self.to_rgb)).movedim(-1, 1)
 
 
 def load_tiny_sdxl(dtype: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
