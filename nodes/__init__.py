@@ -7,20 +7,29 @@
     apply.py       Apply EasyRef              MODEL + tokens -> MODEL
     demo.py        Tiny Demo Model            everything the five need to be tried, without a download
 
+    save_tokens.py, load_tokens.py            tokens as files
+    combine_tokens.py                         tokens of several groups made into one set
+    batch_tokens.py, tokens_over_frames.py    one set for each picture or frame
+
 files.py finds checkpoints and MLLM folders, mllm_patcher.py gives the weights to the host, unet_patch.py patches the
 UNet, guidance.py tells its patches what the guider is doing. tiny_sdxl.py, tiny_text.py and tiny_vae.py
-are the demo's model.
+are the demo's model. token_pairs.py is what the nodes that take several tokens share.
 """
 
 from comfy_api.latest import ComfyExtension, io
 
 from .aggregate import EasyRefAggregate
 from .apply import EasyRefApply
+from .batch_tokens import EasyRefBatchTokens
+from .combine_tokens import EasyRefCombineTokens
 from .demo import EasyRefDemo
 from .encode import EasyRefEncodeGroup
 from .files import register_folders
 from .load import EasyRefLoader
+from .load_tokens import EasyRefLoadTokens
 from .references import EasyRefGroup
+from .save_tokens import EasyRefSaveTokens
+from .tokens_over_frames import EasyRefTokensOverFrames
 
 
 class EasyRefExtension(ComfyExtension):
@@ -35,6 +44,11 @@ class EasyRefExtension(ComfyExtension):
             EasyRefAggregate,
             EasyRefApply,
             EasyRefDemo,
+            EasyRefSaveTokens,
+            EasyRefLoadTokens,
+            EasyRefCombineTokens,
+            EasyRefBatchTokens,
+            EasyRefTokensOverFrames,
         ]
 
 

@@ -49,13 +49,28 @@ class HostedEasyRef:
         context = self.model.encode_prepared(group, progress.step)
         return dataclasses.replace(context, states=context.states.to(mm.intermediate_device()))
 
-    def aggregate(self, context: ContextStates) -> TokenPair:
-        """Tokens for both sides; the unconditional ones read the same instruction, at the same size, of a black image."""
+    def aggregate(
+        self,
+        context: ContextStates,
+        negative: ContextStates | None = None,
+        noise_seed: int = 0,
+        noise_strength: float = 0.0,
+    ) -> TokenPair:
+        """Tokens for both sides. The unconditional ones are of the negative context, or else read the same instruction,
+        at the same size, of a black image, or of noise where that has a strength."""
         self.model.require_own(context, "context")
-        made = context.provenance
-        black = self.model.prepare([black_image()], "", made.instruction, made.size)
-        self._load_for(len(black.patches), max(black.input_ids.shape[1], context.states.shape[1]))
-        tokens = self.model.aggregate(context), self.model.unconditional(made.instruction, made.size)
+        if negative is not None:
+            self.model.require_own(negative, "negative context")
+            self._load_for(0, max(context.states.shape[1], negative.states.shape[1]))
+            tokens = self.model.aggregate(context), self.model.aggregate(negative)
+        else:
+            made = context.provenance
+            black = self.model.prepare([black_image()], "", made.instruction, made.size)
+            self._load_for(len(black.patches), max(black.input_ids.shape[1], context.states.shape[1]))
+            tokens = (
+                self.model.aggregate(context),
+                self.model.unconditional(made.instruction, made.size, noise_seed, noise_strength),
+            )
         return TokenPair(*(ReferenceTokens.of(t.to(mm.intermediate_device()), t.provenance) for t in tokens))
 
     def key_values(self, tokens: TokenPair) -> list[KeyValue]:
