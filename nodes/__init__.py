@@ -5,6 +5,7 @@
     encode.py      Encode Reference Group     group + prompt -> EASYREF_CONTEXT
     aggregate.py   Aggregate Reference Tokens context -> EASYREF_TOKENS
     apply.py       Apply EasyRef              MODEL + tokens -> MODEL
+    folder.py, crop.py, instruction.py, group_budget.py, weigh.py   around a group
     demo.py        Tiny Demo Model            everything the five need to be tried, without a download
 
 files.py finds checkpoints and MLLM folders, mllm_patcher.py gives the weights to the host, unet_patch.py patches the
@@ -16,11 +17,16 @@ from comfy_api.latest import ComfyExtension, io
 
 from .aggregate import EasyRefAggregate
 from .apply import EasyRefApply
+from .crop import EasyRefCropReference
 from .demo import EasyRefDemo
 from .encode import EasyRefEncodeGroup
 from .files import register_folders
+from .folder import EasyRefGroupFromFolder
+from .group_budget import EasyRefGroupBudget
+from .instruction import EasyRefInstruction
 from .load import EasyRefLoader
-from .references import EasyRefGroup
+from .references import EasyRefGroup, EasyRefSelectReferences
+from .weigh import EasyRefWeighReferences
 
 
 class EasyRefExtension(ComfyExtension):
@@ -35,6 +41,12 @@ class EasyRefExtension(ComfyExtension):
             EasyRefAggregate,
             EasyRefApply,
             EasyRefDemo,
+            EasyRefGroupFromFolder,
+            EasyRefCropReference,
+            EasyRefSelectReferences,
+            EasyRefInstruction,
+            EasyRefGroupBudget,
+            EasyRefWeighReferences,
         ]
 
 
