@@ -15,6 +15,7 @@ The flow, in reading order (K references, S about 145 K + 60 tokens of context, 
     token_files.py       reference tokens as files
     negative.py          what the unconditional side reads in place of references
     formats.py           checkpoint formats as data; checkpoint.py opens one, from tensor_files.py, with the sizes of config.py
+    presets.py           instructions to choose from; budget.py what a group will take; duplicates.py, crop.py for references
     diffusers_unet.py    the same attention on a diffusers UNet
 """
 

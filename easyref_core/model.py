@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from .attention import KeyValue, KVProjections
+from .budget import Budget, budget, largest_size
 from .checkpoint import Cast, Checkpoint, open_checkpoint, save
 from .group_encoder import GroupEncoder
 from .instructions import INSTRUCTION, image_spans, image_token_id, load_tokenizer, tokenize
 from .negative import noise_image
-from .preprocess import SIZE, preprocess
+from .preprocess import SIZE, check_sides, preprocess
 from .qwen2_vl import Unfilled
 from .reference_tokens import ContextStates, Provenance, ReferenceAggregator, ReferenceTokens, weight_bias
 
@@ -105,6 +106,36 @@ class EasyRef:
         spans = image_spans(input_ids, self.image_token, counts)
         return PreparedGroup(patches, grid, input_ids, made, spans)
 
+    def budget(
+        self,
+        pictures: Sequence[tuple[int, int]],
+        prompt: str = "",
+        instruction: str = INSTRUCTION,
+        size: int = SIZE,
+    ) -> Budget:
+        """What encoding a group will take, before anything is encoded. pictures: width, height of each reference.
+
+        Raises ValueError for pictures that encode would refuse for their sides.
+        """
+        return budget(
+            self.config, pictures, self._text_tokens(pictures, prompt, instruction), size, self.dtype.itemsize
+        )
+
+    def largest_size(
+        self,
+        pictures: Sequence[tuple[int, int]],
+        prompt: str = "",
+        instruction: str = INSTRUCTION,
+        size: int = SIZE,
+        memory: int | None = None,
+    ) -> int | None:
+        """The largest size, at most `size`, at which a group fits the MLLM's context, and its activations `memory` bytes.
+
+        None where no size does. The rest as for budget.
+        """
+        text_tokens = self._text_tokens(pictures, prompt, instruction)
+        return largest_size(self.config, pictures, text_tokens, size, self.dtype.itemsize, memory)
+
     @torch.inference_mode()
     def encode_prepared(
         self, group: PreparedGroup, after_block: Callable[[], None] = lambda: None
@@ -184,6 +215,11 @@ class EasyRef:
         }
         tensors |= {f"unet.{name}": tensor for name, tensor in self.checkpoint.lora().items()}
         save(Path(path), self.config, self.checkpoint.sites, tensors)
+
+    def _text_tokens(self, pictures: Sequence[tuple[int, int]], prompt: str, instruction: str) -> int:
+        for i, (width, height) in enumerate(pictures):
+            check_sides(width, height, f"reference {i + 1}")
+        return tokenize(self.tokenizer, instruction + prompt, [0] * len(pictures)).shape[1]
 
     def _check_length(self, length: int, image_tokens: list[int]) -> None:
         limit = self.config.max_positions - self.config.num_tokens

@@ -5,6 +5,7 @@
     encode.py      Encode Reference Group     group + prompt -> EASYREF_CONTEXT
     aggregate.py   Aggregate Reference Tokens context -> EASYREF_TOKENS
     apply.py       Apply EasyRef              MODEL + tokens -> MODEL
+    folder.py, crop.py, instruction.py, group_budget.py, weigh.py   around a group
     demo.py        Tiny Demo Model            everything the five need to be tried, without a download
 
     save_tokens.py, load_tokens.py            tokens as files
@@ -22,14 +23,21 @@ from .aggregate import EasyRefAggregate
 from .apply import EasyRefApply
 from .batch_tokens import EasyRefBatchTokens
 from .combine_tokens import EasyRefCombineTokens
+from .consistency import EasyRefConsistency
+from .crop import EasyRefCropReference
 from .demo import EasyRefDemo
 from .encode import EasyRefEncodeGroup
 from .files import register_folders
+from .folder import EasyRefGroupFromFolder
+from .group_budget import EasyRefGroupBudget
+from .instruction import EasyRefInstruction
 from .load import EasyRefLoader
 from .load_tokens import EasyRefLoadTokens
-from .references import EasyRefGroup
+from .references import EasyRefGroup, EasyRefSelectReferences
 from .save_tokens import EasyRefSaveTokens
 from .tokens_over_frames import EasyRefTokensOverFrames
+from .weigh import EasyRefWeighReferences
+from .weight_sheet import EasyRefSheet, EasyRefWeightSheet
 
 
 class EasyRefExtension(ComfyExtension):
@@ -49,6 +57,15 @@ class EasyRefExtension(ComfyExtension):
             EasyRefCombineTokens,
             EasyRefBatchTokens,
             EasyRefTokensOverFrames,
+            EasyRefGroupFromFolder,
+            EasyRefCropReference,
+            EasyRefSelectReferences,
+            EasyRefInstruction,
+            EasyRefGroupBudget,
+            EasyRefWeighReferences,
+            EasyRefConsistency,
+            EasyRefWeightSheet,
+            EasyRefSheet,
         ]
 
 

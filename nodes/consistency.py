@@ -28,7 +28,9 @@ class EasyRefConsistency(io.ComfyNode):
             "seeds and weights by.",
             search_aliases=["similarity", "clip score", "compare", "choose seed", "reference"],
             inputs=[
-                io.ClipVision.Input("clip_vision", tooltip="From Load CLIP Vision; any model the host reads."),
+                io.ClipVision.Input(
+                    "clip_vision", tooltip="From Load CLIP Vision; any model the host reads."
+                ),
                 io.Image.Input("images", tooltip="The pictures to compare, as a batch."),
                 io.MultiType.Input(
                     "group", [EasyRefGroupSocket, io.Image], tooltip="The references, or an image batch."
@@ -75,4 +77,6 @@ class EasyRefConsistency(io.ComfyNode):
 
 def features(clip_vision: ClipVisionModel, images: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """Image features (N, F) of single images (1, height, width, C) of any sizes, scaled whole, not cropped."""
-    return torch.cat([clip_vision.encode_image(one[..., :3], crop=False)["image_embeds"].cpu() for one in images])
+    return torch.cat(
+        [clip_vision.encode_image(one[..., :3], crop=False)["image_embeds"].cpu() for one in images]
+    )

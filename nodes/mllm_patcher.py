@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import CoreModelPatcher, ModelPatcher
 
+from ..easyref_core.budget import operations
 from ..easyref_core.checkpoint import Cast, open_checkpoint
 from ..easyref_core.model import EasyRef, build
 from ..easyref_core.preprocess import black_image
@@ -37,6 +39,7 @@ class HostedEasyRef:
         self.patcher = _hosted(model.mllm, model.device)
         self._kv_patcher = _hosted(model.kv, model.device)
         self._key_values: WeakKeyDictionary[TokenPair, list[KeyValue]] = WeakKeyDictionary()
+        self.rate: float | None = None  # operations a second of the last encoding, for estimates
 
     def get_models(self) -> list[ModelPatcher]:
         return [self.patcher, self._kv_patcher]
@@ -46,8 +49,12 @@ class HostedEasyRef:
         group = self.model.prepare(images, prompt, instruction, size)
         self._load_for(len(group.patches), group.input_ids.shape[1])
         progress = _Progress(len(images), self.model.mllm.encoder.blocks)
+        start = time.monotonic()
         context = self.model.encode_prepared(group, progress.step)
-        return dataclasses.replace(context, states=context.states.to(mm.intermediate_device()))
+        states = context.states.to(mm.intermediate_device())
+        work = operations(self.model.config, group.grid.prod(dim=1).tolist(), group.input_ids.shape[1])
+        self.rate = work / max(time.monotonic() - start, 1e-3)
+        return dataclasses.replace(context, states=states)
 
     def aggregate(
         self,

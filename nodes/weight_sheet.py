@@ -32,26 +32,32 @@ class EasyRefWeightSheet(io.ComfyNode):
             "runs once for each. Labelled Sheet puts the pictures together.",
             search_aliases=["xy plot", "grid", "choose weight", "compare"],
             inputs=[
-                io.String.Input("weights", default="0, 0.5, 0.75, 1", tooltip="Weights, with commas between: the columns."),
-                io.String.Input("end_percents", default="0.5, 1", tooltip="Ends, 0 to 1, with commas between: the rows."),
+                io.String.Input(
+                    "weights", default="0, 0.5, 0.75, 1", tooltip="Weights, with commas between: the columns."
+                ),
+                io.String.Input(
+                    "end_percents", default="0.5, 1", tooltip="Ends, 0 to 1, with commas between: the rows."
+                ),
             ],
             outputs=[
                 io.Float.Output(
                     display_name="weight", is_output_list=True, tooltip="To the weight of Apply EasyRef."
                 ),
                 io.Float.Output(
-                    display_name="end_percent", is_output_list=True, tooltip="To the end_percent of Apply EasyRef."
+                    display_name="end_percent",
+                    is_output_list=True,
+                    tooltip="To the end_percent of Apply EasyRef.",
                 ),
-                io.String.Output(
-                    display_name="columns", tooltip="Labels of the columns, to Labelled Sheet."
-                ),
+                io.String.Output(display_name="columns", tooltip="Labels of the columns, to Labelled Sheet."),
                 io.String.Output(display_name="rows", tooltip="Labels of the rows, to Labelled Sheet."),
             ],
         )
 
     @classmethod
     def execute(cls, weights: str, end_percents: str) -> io.NodeOutput:
-        columns, rows = (numbers(text, name) for text, name in ((weights, "weights"), (end_percents, "end_percents")))
+        columns, rows = (
+            numbers(text, name) for text, name in ((weights, "weights"), (end_percents, "end_percents"))
+        )
         if len(columns) * len(rows) > MOST:
             raise ValueError(
                 f"{len(columns)} weights and {len(rows)} ends are {len(columns) * len(rows)} pictures; at most {MOST} are "
@@ -76,7 +82,9 @@ class EasyRefSheet(io.ComfyNode):
             search_aliases=["xy plot", "contact sheet", "grid"],
             is_input_list=True,
             inputs=[
-                io.Image.Input("images", tooltip="A list of pictures, row by row. Of a batch the first is shown."),
+                io.Image.Input(
+                    "images", tooltip="A list of pictures, row by row. Of a batch the first is shown."
+                ),
                 io.String.Input("columns", tooltip="Labels of the columns, with commas between."),
                 io.String.Input("rows", tooltip="Labels of the rows, with commas between."),
             ],

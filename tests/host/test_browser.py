@@ -63,7 +63,7 @@ def test_queued_from_the_page_it_ends_in_a_picture(server, page) -> None:
     page.evaluate(browser.USE_TINY_SDXL, ["easyref/golden-qwen2-vl", ["0.png", "1.png", "2.png"]])
     history = browser.queue(server, page)
     assert history["status"]["status_str"] == "success", history["status"]
-    assert len(server.images(history)) == 1
+    assert len(server.images(history, "output")) == 1
 
 
 @pytest.mark.parametrize("workflow", [WORKFLOW, TRY_IT_NOW], ids=lambda path: path.stem)
