@@ -27,6 +27,7 @@ class EasyRefConsistency(io.ComfyNode):
             description="How near generated pictures are to the references, by the features of a CLIP vision model: to choose "
             "seeds and weights by.",
             search_aliases=["similarity", "clip score", "compare", "choose seed", "reference"],
+            is_output_node=True,
             inputs=[
                 io.ClipVision.Input(
                     "clip_vision", tooltip="From Load CLIP Vision; any model the host reads."

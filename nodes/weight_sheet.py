@@ -80,6 +80,7 @@ class EasyRefSheet(io.ComfyNode):
             category="EasyRef/inspect",
             description="Pictures in rows and columns with labels, such as those of Weight Sheet.",
             search_aliases=["xy plot", "contact sheet", "grid"],
+            is_output_node=True,
             is_input_list=True,
             inputs=[
                 io.Image.Input(

@@ -293,6 +293,68 @@ Each group has an *Apply EasyRef* of its own with a **mask**, one after the othe
     )
 
 
+def _frames() -> Plan:
+    """A cross-fade between two groups over a batch of frames."""
+    frames = 8
+    nodes = {**references(2, "first"), **references(2, "last", "group_last")}
+    nodes |= basis("A lake between mountains, best quality, high quality")
+    nodes |= {
+        "encode_last": dataclasses.replace(
+            nodes["encode"], inputs={**nodes["encode"].inputs, "group": Link("group_last")}
+        ),
+        "aggregate_last": Node(
+            "EasyRefAggregate", 3, {"easyref": Link("easyref"), "context": Link("encode_last")}
+        ),
+        "frames": Node(
+            "EasyRefTokensOverFrames",
+            3,
+            {"tokens.tokens0": Link("aggregate"), "tokens.tokens1": Link("aggregate_last"), "frames": frames},
+        ),
+    }
+    nodes = changed(nodes, "latent", batch_size=frames)
+    nodes["apply"] = dataclasses.replace(
+        nodes["apply"], column=4, inputs={**nodes["apply"].inputs, "tokens": Link("frames")}
+    )
+    return Plan(
+        """# Animation frames
+
+*Reference Tokens over Frames* fades from one group to another: each picture of the batch has tokens of its own.
+
+1. **First** and **Last** references: two groups. More groups: more sockets appear.
+2. **frames** and the **batch_size** of the latent are the same number.
+3. For motion put AnimateDiff between checkpoint and *Apply EasyRef*; its context windows take the rows of their own frames.
+"""
+        + FILES,
+        _later(nodes, ("sample", "decode", "save")),
+    )
+
+
+def _weights() -> Plan:
+    """One picture for each weight and end, on one sheet."""
+    nodes = references() | basis("A cat in a garden, best quality, high quality")
+    nodes["pairs"] = Node("EasyRefWeightSheet", 3, {"weights": "0, 0.5, 0.75, 1", "end_percents": "0.5, 1"})
+    nodes = changed(nodes, "apply", weight=Link("pairs"), end_percent=Link("pairs", 1))
+    del nodes["save"]
+    nodes["sheet"] = Node(
+        "EasyRefSheet",
+        5,
+        {"images": Link("decode"), "columns": Link("pairs", 2), "rows": Link("pairs", 3)},
+        height=480,
+    )
+    return Plan(
+        """# Choosing a weight
+
+*Weight Sheet* lists every pair of a weight and an end percent; everything after *Apply EasyRef* runs once for each, with the same noise. *Labelled Sheet* puts the pictures together.
+
+1. **References** and **Prompt** as always.
+2. Set **control after generate** of the sampler to *fixed*, or every sheet is another seed.
+3. Read the sheet: the column from which the references show is your weight; an end of 0.5 keeps their composition and leaves details to the prompt.
+"""
+        + FILES,
+        nodes,
+    )
+
+
 def _instructed(nodes: Mapping[str, Node], preset: str) -> dict[str, Node]:
     """The nodes with an instruction preset for the MLLM."""
     instruction = Node("EasyRefInstruction", 1, {"preset": preset}, height=160)
@@ -311,6 +373,8 @@ PLANS: dict[str, Plan] = {
     "style_from_a_group": _style(),
     "identity_portrait": _portrait(),
     "two_regions": _two_regions(),
+    "animation_frames": _frames(),
+    "choosing_a_weight": _weights(),
     "with_controlnet": _controlnet(),
     "with_a_lora": _lora(),
     "inpainting": _inpainting(),

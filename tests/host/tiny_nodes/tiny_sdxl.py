@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.supported_models
 import comfy.utils
 import torch
@@ -110,3 +113,16 @@ def random_conditioning(seed: int, tokens: int) -> list:
     context = torch.randn(1, tokens, CONTEXT_WIDTH, generator=random)
     pooled = torch.randn(1, POOLED_WIDTH, generator=random)
     return [[context, {"pooled_output": pooled}]]
+
+
+def random_controlnet(seed: int) -> comfy.controlnet.ControlNet:
+    """A ControlNet for the tiny SDXL, with random weights."""
+    kept = {k: v for k, v in UNET_CONFIG.items() if k not in ("out_channels", "transformer_depth_output")}
+    net = comfy.cldm.cldm.ControlNet(
+        hint_channels=3, num_head_channels=16, operations=comfy.ops.manual_cast, **kept
+    )
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.normal_(std=0.05, generator=random)
+    return comfy.controlnet.ControlNet(net, load_device=comfy.model_management.get_torch_device())
