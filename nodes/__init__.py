@@ -8,7 +8,8 @@
     demo.py        Tiny Demo Model            everything the five need to be tried, without a download
 
 files.py finds checkpoints and MLLM folders, mllm_patcher.py gives the weights to the host, unet_patch.py patches the
-UNet, guidance.py tells its patches what the guider is doing. tiny_sdxl.py, tiny_text.py and tiny_vae.py
+UNet: injection.py is what one Apply node adds, site_patch.py adds it at one attention, handout.py tells each UNet call what
+acts, guidance.py what the guider is doing. tiny_sdxl.py, tiny_text.py and tiny_vae.py
 are the demo's model.
 """
 
