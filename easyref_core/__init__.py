@@ -10,6 +10,9 @@ The flow, in reading order (K references, S about 145 K + 60 tokens of context, 
     attention.py         K, V (1, 64, C) for each of the 70 cross-attentions, computed once; the reference term
     unet_layout.py       where those 70 are in a UNet
 
+    layer_weights.py     in which layers the term acts, schedule.py in which steps, masks.py in which part of the picture
+    term_share.py        how large the term is beside the text's attention
+
     model.py             load() and EasyRef: encode, aggregate, unconditional
     combine.py           sets of reference tokens made into one; token_frames.py makes one row a picture or frame
     token_files.py       reference tokens as files

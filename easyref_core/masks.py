@@ -32,9 +32,10 @@ def token_mask(mask: Tensor, crop: Crop, grid: tuple[int, int]) -> Tensor:
     """
     rows = _overlaps(mask.shape[1], crop.latent[0], crop.top, crop.height, grid[0])
     columns = _overlaps(mask.shape[2], crop.latent[1], crop.left, crop.width, grid[1])
+    lengths = rows.sum(1)[:, None], columns.sum(1)
     # whole numbers until each division, so that a sum of overlaps over its length is exactly 1
-    down = torch.einsum("gp,fpq->fgq", rows, mask.double()) / rows.sum(1)[:, None]
-    return (torch.einsum("hq,fgq->fgh", columns, down) / columns.sum(1)).flatten(1)
+    frames = [((rows @ frame.double()) / lengths[0] @ columns.T) / lengths[1] for frame in mask]
+    return torch.stack(frames).flatten(1)
 
 
 def _overlaps(pixels: int, latent: int, first: int, length: int, tokens: int) -> Tensor:

@@ -69,8 +69,10 @@ class Schedule:
     def __init__(self, points: list[Point], percent_to_sigma: Callable[[float], float]) -> None:
         """points: by rising percent, at least one. percent_to_sigma: falls from the first sigma to the last."""
         self.points = points
-        percents = [min(max(step / STEPS, NEARLY), 1 - NEARLY) for step in range(STEPS, -1, -1)]
-        self._percents = [(math.log(float(percent_to_sigma(percent))), percent) for percent in percents]
+        percents = [step / STEPS for step in range(STEPS, -1, -1)]
+        inside = [min(max(percent, NEARLY), 1 - NEARLY) for percent in percents]
+        sigmas = [float(percent_to_sigma(percent)) for percent in inside]
+        self._percents = [(math.log(sigma), percent) for sigma, percent in zip(sigmas, percents, strict=True)]
 
     def percent(self, sigma: float) -> float:
         """Part of the denoising that is done at this sigma, 0..1."""

@@ -1,20 +1,23 @@
-"""The ComfyUI side: five nodes, from files to a conditioned MODEL, and one to try them.
+"""The ComfyUI side: five nodes from files to a conditioned MODEL, and what stands between, beside and after them.
 
     load.py        Load EasyRef               files -> EASYREF_MODEL
     references.py  Reference Group            images -> EASYREF_GROUP
     encode.py      Encode Reference Group     group + prompt -> EASYREF_CONTEXT
     aggregate.py   Aggregate Reference Tokens context -> EASYREF_TOKENS
     apply.py       Apply EasyRef              MODEL + tokens -> MODEL
-    folder.py, crop.py, instruction.py, group_budget.py, weigh.py   around a group
     demo.py        Tiny Demo Model            everything the five need to be tried, without a download
 
+    folder.py, crop.py                        a group from a folder; square crops
+    instruction.py, group_budget.py, weigh.py what the MLLM is told; what it takes; a weight for each reference
     save_tokens.py, load_tokens.py            tokens as files
     combine_tokens.py                         tokens of several groups made into one set
     batch_tokens.py, tokens_over_frames.py    one set for each picture or frame
+    weight_sheet.py, consistency.py           pictures compared: weights and ends on a sheet, nearness to the group
 
 files.py finds checkpoints and MLLM folders, mllm_patcher.py gives the weights to the host, unet_patch.py patches the
-UNet, guidance.py tells its patches what the guider is doing. tiny_sdxl.py, tiny_text.py and tiny_vae.py
-are the demo's model. token_pairs.py is what the nodes that take several tokens share.
+UNet: injection.py is what one Apply node adds, site_patch.py adds it at one attention, handout.py tells each UNet call what
+acts, guidance.py what the guider is doing. tiny_sdxl.py, tiny_text.py and tiny_vae.py are the demo's model. token_pairs.py is
+what the nodes that take several tokens share, shown.py what nodes show, numbers.py how they read lists.
 """
 
 from comfy_api.latest import ComfyExtension, io

@@ -38,7 +38,7 @@ class Acting(NamedTuple):
 
     key_values: Sequence[KeyValue | None]  # per site, one row for each run (or each row) of the batch
     weights: Sequence[float]  # per site
-    mask: Callable[..., Tensor] | None = None  # (grid, tokens, like) -> see Injection.mask_at
+    mask: Callable[..., Tensor] | None = None  # (grid, q), see Injection.mask_at
     recorder: Recorder | None = None
 
 
@@ -115,14 +115,17 @@ class Injection:
         mask = None if self.mask is None else partial(self.mask_at, view)
         return Acting(key_values, weights, mask, self.recorder)
 
-    def mask_at(self, view: View, grid: tuple[int, int], tokens: int, like: Tensor) -> Tensor:
-        """The mask per query token, (1 or rows of the batch, tokens, 1), on the device and in the dtype of `like`.
+    def mask_at(self, view: View, grid: tuple[int, int], q: Tensor) -> Tensor:
+        """The mask for the queries q (batch, tokens, inner) of a site, (1 or batch, tokens, 1), as q in device and dtype.
 
         grid: (rows, columns) of the site's tokens. Where another pack has changed their number, their places are not
         known: all get the mask's mean, (..., 1, 1).
         """
-        place = view, grid, tokens, like.device, like.dtype
-        return self._once("mask", None, place, lambda: self._masked(view, grid, tokens).to(*place[-2:]))
+        batch, tokens, _ = q.shape
+        place = view, grid, batch, tokens, q.device, q.dtype
+        return self._once(
+            "mask", None, place, lambda: self._masked(view, grid, batch, tokens).to(*place[-2:])
+        )
 
     def release(self) -> None:
         self._kept.clear()
@@ -157,16 +160,15 @@ class Injection:
 
         return self._once("rows", frames, (*place, runs), chosen)
 
-    def _masked(self, view: View, grid: tuple[int, int], tokens: int) -> Tensor:
-        runs = [
-            token_mask(self.mask, crop, grid)[..., None] for crop in view.crops
-        ]  # each (frames, tokens, 1)
+    def _masked(self, view: View, grid: tuple[int, int], batch: int, tokens: int) -> Tensor:
+        runs = [token_mask(self.mask, crop, grid)[..., None] for crop in view.crops]
         if grid[0] * grid[1] != tokens:
             runs = [run.mean(dim=1, keepdim=True) for run in runs]
         if len(self.mask) == 1 and len(set(view.crops)) == 1:
             return runs[0]
         last = len(self.mask) - 1
-        return torch.cat([run[[min(frame, last) for frame in view.frames]] for run in runs])
+        masks = torch.cat([run[[min(frame, last) for frame in view.frames]] for run in runs])
+        return masks.repeat_interleave(batch // len(masks), dim=0)  # a pack may cut each latent into tiles
 
     def _gathered(
         self, source: list[KeyValue], frames: tuple[int, ...], runs: tuple[bool, ...]

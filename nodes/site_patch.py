@@ -47,7 +47,7 @@ class SitePatch:
         key_value = tuple(t.to(q.dtype) for t in acting.key_values[self.position])
         term = reference_attention(q, key_value, extra_options["n_heads"], acting.weights[self.position])
         if acting.mask is not None:
-            term = term * acting.mask(_grid(extra_options, q), q.shape[1], q)
+            term = term * acting.mask(_grid(extra_options, q), q)
         if acting.recorder is not None:
             grid = _grid(extra_options, q)
             acting.recorder.record(step.sigma, self.site, step.unconditional, term, out, grid)

@@ -109,9 +109,7 @@ def _of_sites(sites: tuple[Site, ...], chosen: WeightType) -> tuple[tuple[float,
     if chosen == choose(LINEAR):  # the same everywhere, whatever the UNet's layers are
         return (1.0,) * len(sites), (OWN,) * len(sites)
     layers = layers_of(sites)
-    return tuple(chosen.factors[layers[site]] for site in sites), tuple(
-        chosen.sides[layers[site]] for site in sites
-    )
+    return tuple(tuple(values[layers[site]] for site in sites) for values in (chosen.factors, chosen.sides))
 
 
 def _inject(model: ModelPatcher, injection: Injection, sites: tuple[Site, ...]) -> None:
