@@ -84,15 +84,15 @@ def load_tokens(path: Path | str) -> SavedTokens:
         raise FileNotFoundError(f"{path} does not exist.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            names = set(file.keys())
+            about = _read_about(path, file.metadata() or {}, names)
             # copied, so that no mapping keeps the file from being replaced
-            found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_tensor(name).clone() for name in names & {*SIDES, THUMBNAILS}}
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a complete safetensors file: {error} ({path.stat().st_size:,} bytes on disk). "
             "It was cut short or is of another format; save the tokens again."
         ) from error
-    about = _read_about(path, metadata, found)
     made = {side: _read_provenance(path, side, about.get(side)) for side in SIDES}
     _check_tensors(path, found)
     _require_a_pair(str(path), {side: tuple(found[side].shape) for side in SIDES}, made)
@@ -110,17 +110,17 @@ def thumbnail(image: Image.Image | Tensor) -> Tensor:
     return torch.from_numpy(np.array(small))
 
 
-def _read_about(path: Path, metadata: Mapping[str, str], found: Mapping[str, Tensor]) -> dict[str, Any]:
-    if METADATA_KEY not in metadata or not found.keys() >= set(SIDES):
+def _read_about(path: Path, metadata: Mapping[str, str], names: set[str]) -> dict[str, Any]:
+    if METADATA_KEY not in metadata or not names >= set(SIDES):
         raise ValueError(
-            f"{path} is not a file of reference tokens: it holds {len(found)} tensors"
-            + (f" such as {', '.join(sorted(found)[:3])}" if found else "")
+            f"{path} is not a file of reference tokens: it holds {len(names)} tensors"
+            + (f" such as {', '.join(sorted(names)[:3])}" if names else "")
             + f"; wanted {' and '.join(SIDES)}, and {METADATA_KEY} in the metadata, as Save Reference Tokens writes."
         )
     try:
         about = json.loads(metadata[METADATA_KEY])
         version = about["version"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _damaged(path, f"its metadata is {metadata[METADATA_KEY][:80]!r}") from error
     if version != FORMAT:
         raise ValueError(
