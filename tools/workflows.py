@@ -132,7 +132,7 @@ def build(page: Page, plan: Plan) -> dict[str, Any]:
         for name, node in plan.nodes.items()
     }
     saved, ids = page.evaluate(BUILD, [plan.note, NOTE, nodes, GAP])
-    models = {ids[name]: node.model for name, node in plan.nodes.items()}
+    models = {str(ids[name]): node.model for name, node in plan.nodes.items()}
     for node in saved["nodes"]:
         ours = node["type"].startswith("EasyRef")
         node["properties"] = {"Node name for S&R": node["type"]}
@@ -140,7 +140,7 @@ def build(page: Page, plan: Plan) -> dict[str, Any]:
             node["properties"] |= (
                 {"cnr_id": "easyref", "ver": VERSION} if ours else {"cnr_id": "comfy-core", "ver": HOST}
             )
-        if model := models.get(node["id"]):
+        if model := models.get(str(node["id"])):
             file, url, folder = model
             url = url + file if url.endswith("/") else url + ".safetensors"
             node["properties"]["models"] = [{"name": file, "url": url, "directory": folder}]
