@@ -109,7 +109,7 @@ def show_group(references: Sequence[Tensor], notes: Sequence[str] = ()) -> dict[
     captions = [f"{i + 1}: {image.shape[2]}x{image.shape[1]}" for i, image in enumerate(references)]
     lines = [count(len(references)), *notes, *advice(len(references))]
     for double in duplicates([reference[0] for reference in references]):
-        same = "is the same picture as" if double.exact else "looks nearly like"
+        same = "is the same picture as" if double.same else "looks nearly like"
         lines.append(f"Warning: reference {double.second} {same} reference {double.first}.")
     return {**shown.pictures(references, captions), **shown.text("\n".join(lines))}
 

@@ -51,7 +51,7 @@ def build(parsed: argparse.Namespace) -> int:
 
 def check(parsed: argparse.Namespace) -> int:
     """What a manifest's pictures are worth: broken ones, and pictures that give an answer away."""
-    from .duplicates import leaks
+    from .leaks import leaks
 
     manifest, exclusions = usable(read_manifest(parsed.manifest))
     found = leaks(manifest, near=not parsed.identical_only)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ..duplicates import Fingerprint, find_duplicates, fingerprint, first_of_each
 from .captions import NO_CATEGORY, CaptionedImage, read_folder
-from .duplicates import Fingerprint, find_duplicates, fingerprint, first_of_each, leaks
+from .leaks import leaks
 from .manifest import Attributes, Group, Manifest, write_manifest
 from .pictures import BrokenPicture, Exclusion, open_picture
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageEnhance
 
+from easyref_core.duplicates import fingerprint, first_of_each, perceptual_hash
 from easyref_core.mrbench.builder import from_folder, from_groups, split_topics
-from easyref_core.mrbench.duplicates import fingerprint, first_of_each, leaks, perceptual_hash
+from easyref_core.mrbench.leaks import leaks
 from easyref_core.mrbench.manifest import Attributes, read_manifest, usable, write_manifest
 
 from .benchmarks import benchmark, error_of, group, picture, save
