@@ -12,7 +12,6 @@
     save_tokens.py, load_tokens.py            tokens as files
     combine_tokens.py                         tokens of several groups made into one set
     batch_tokens.py, tokens_over_frames.py    one set for each picture or frame
-    weight_sheet.py, consistency.py           pictures compared: weights and ends on a sheet, nearness to the group
 
 files.py finds checkpoints and MLLM folders, mllm_patcher.py gives the weights to the host, unet_patch.py patches the
 UNet: injection.py is what one Apply node adds, site_patch.py adds it at one attention, handout.py tells each UNet call what
@@ -26,7 +25,6 @@ from .aggregate import EasyRefAggregate
 from .apply import EasyRefApply
 from .batch_tokens import EasyRefBatchTokens
 from .combine_tokens import EasyRefCombineTokens
-from .consistency import EasyRefConsistency
 from .crop import EasyRefCropReference
 from .demo import EasyRefDemo
 from .encode import EasyRefEncodeGroup
@@ -40,7 +38,6 @@ from .references import EasyRefGroup, EasyRefSelectReferences
 from .save_tokens import EasyRefSaveTokens
 from .tokens_over_frames import EasyRefTokensOverFrames
 from .weigh import EasyRefWeighReferences
-from .weight_sheet import EasyRefSheet, EasyRefWeightSheet
 
 
 class EasyRefExtension(ComfyExtension):
@@ -66,9 +63,6 @@ class EasyRefExtension(ComfyExtension):
             EasyRefInstruction,
             EasyRefGroupBudget,
             EasyRefWeighReferences,
-            EasyRefConsistency,
-            EasyRefWeightSheet,
-            EasyRefSheet,
         ]
 
 

@@ -338,13 +338,13 @@ def _weights() -> Plan:
     nodes["sheet"] = Node(
         "EasyRefSheet",
         5,
-        {"images": Link("decode"), "columns": Link("pairs", 2), "rows": Link("pairs", 3)},
+        {"images": Link("decode"), "weight": Link("pairs"), "end_percent": Link("pairs", 1)},
         height=480,
     )
     return Plan(
         """# Choosing a weight
 
-*Weight Sheet* lists every pair of a weight and an end percent; everything after *Apply EasyRef* runs once for each, with the same noise. *Labelled Sheet* puts the pictures together.
+*Weight Sheet* lists every pair of a weight and an end percent; everything after *Apply EasyRef* runs once for each, with the same noise. *Assemble Sheet* puts the pictures together.
 
 1. **References** and **Prompt** as always.
 2. Set **control after generate** of the sampler to *fixed*, or every sheet is another seed.
