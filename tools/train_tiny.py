@@ -26,18 +26,21 @@ GROUPS, SEED = 250, 1000  # held-out groups that are painted, and where their dr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "tiny", help="where everything goes")
+    parser.add_argument("--only-base", action="store_true", help="stop before EasyRef's three stages")
     parser.add_argument("--ship", action="store_true", help="replace the shipped weights by the result")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     complete_cpu_torch()
-    make(arguments.folder)
+    make(arguments.folder, arguments.only_base)
+    if arguments.only_base:
+        return
     report(arguments.folder)
     if arguments.ship:
         ship(arguments.folder, TINY / "weights")
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, only_base: bool = False) -> None:
     """The base models and the three stages; the last stage's checkpoint is copied beside the base."""
     from easyref_core.tiny.recipe import BASE, EASYREF, MLLM, make_base
     from easyref_core.training.config import load
@@ -45,6 +48,8 @@ def make(folder: Path) -> None:
 
     log = logging.getLogger("train_tiny")
     make_base(folder, log.info)
+    if only_base:
+        return
     places = [f"base={folder / BASE}", f"mllm={folder / MLLM}", f"output={folder}"]
     for settings in load(CONFIG, places):
         result = train(settings)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 PATHS = ("checkpoint", "mllm", "weights", "image_encoder")  # settings of a method that name a file or folder
+DTYPES = ("float32", "float16", "bfloat16")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a method's name is a folder
 
 
@@ -57,7 +58,10 @@ def read_config(path: Path | str) -> Config:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no config at {path}.")
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(Config)}
     _check_keys(path, data, fields)
     for name in ("base", "manifest", "out"):
@@ -67,6 +71,16 @@ def read_config(path: Path | str) -> Config:
     data["sampling"] = Sampling(
         **{**data["sampling"], "size": tuple(size) if isinstance(size, list) else size}
     )
+    if not (isinstance(data["seeds"], list) and all(type(seed) is int for seed in data["seeds"])):
+        raise ValueError(
+            f"{path}: seeds is {data['seeds']!r}; wanted a list of whole numbers, such as [0, 1]."
+        )
+    if not isinstance(data["methods"], dict):
+        raise ValueError(
+            f"{path}: methods is {data['methods']!r}; wanted names with their settings below them."
+        )
+    if data.get("dtype", DTYPES[0]) not in DTYPES:
+        raise ValueError(f"{path}: dtype is {data['dtype']!r}; wanted one of {', '.join(DTYPES)}.")
     data["seeds"] = tuple(data["seeds"])
     methods = {}
     for name, entry in data["methods"].items():

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from .metrics import Floats
 
 
+UNNAMED = uuid4().hex  # another one in every run
+
+
 class Extractors(NamedTuple):
     """What pictures are read with; the metrics of one that is left out are not measured."""
 
@@ -33,7 +37,8 @@ class Extractors(NamedTuple):
     @property
     def identities(self) -> dict[str, str | None]:
         """The exact models."""
-        own = getattr(self.attributes, "identity", self.attributes_name)
+        # a reader that does not say which it is may be another one each time: nothing it read is used again
+        own = getattr(self.attributes, "identity", f"{self.attributes_name} {UNNAMED}")
         return {
             "clip": self.clip and self.clip.identity,
             "dino": self.dino and self.dino.identity,

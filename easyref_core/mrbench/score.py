@@ -81,6 +81,8 @@ def score_share(
         part.write(*missing)
         done = {p: known[place] for p in pictures if (place := (p.method, group.id, p.seed)) in known}
         done = {p: row for p, row in done.items() if (row.picture, row.scorer) == (p.content, scorer)}
+        # how many references were shown is no part of the picture: it may have been set right since
+        done = {p: replace(row, references=p.references) for p, row in done.items()}
         part.write(*done.values())
         if left := tuple(picture for picture in pictures if picture not in done):
             works.append(Work(group, scorer, left))

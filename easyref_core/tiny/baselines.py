@@ -2,7 +2,8 @@
 
     python -m easyref_core.tiny.baselines runs/tiny_baselines
 
-The IP-Adapter has as many updates of as many pictures as EasyRef's three stages together, from the same pool. What is
+The IP-Adapter has as many updates of as many pictures as EasyRef's three stages together, from a pool
+of three times as many drawings. What is
 there already is kept. A LoRA is trained group by group, while painting.
 """
 

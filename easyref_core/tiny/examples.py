@@ -12,7 +12,7 @@ import torch
 from ..instructions import INSTRUCTION, load_tokenizer, tokenize
 from ..preprocess import black_image, patchify, preprocess
 from ..training.batches import Batch, generator, new_seed, pad_left
-from ..training.examples import Augmentation, choose, drops
+from ..training.examples import Augmentation, check_rates, choose, drops
 from .groups import plan_group
 from .painter import pool_latents
 from .pictures import COUNTS, NAMES, PICTURE, caption, held_out
@@ -39,6 +39,11 @@ class ProceduralSettings:
     drop_image: float = 0.05
     drop_text: float = 0.05
     drop_both: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_rates(self.truncation, self.drop_image, self.drop_text, self.drop_both)
+        if self.copies < 1:
+            raise ValueError(f"copies is {self.copies}; wanted 1 or more.")
 
 
 class ProceduralExamples:

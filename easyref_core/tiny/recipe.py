@@ -33,22 +33,27 @@ def make_base(folder: Path, log: Callable[[str], None]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     base, mllm, judge = folder / BASE, folder / MLLM, folder / CLASSIFIER
+    # Parts get their names when they are whole, so that what was stopped half-way is made again.
+    making = base if base.is_dir() else folder / f"{BASE}.partial"
     started = time.monotonic()
 
     def tell(line: str) -> None:
         log(f"{time.monotonic() - started:6.0f} s  {line}")
 
-    if not (base / "vae").is_dir():
-        pretrain_codec(to_tensor(draw_pool(POOL_SEED, FEW).pictures), base / "vae", log=tell, **CODEC)
+    if not (making / "vae").is_dir():
+        unnamed = making / "vae.partial"
+        pretrain_codec(to_tensor(draw_pool(POOL_SEED, FEW).pictures), unnamed, log=tell, **CODEC)
+        unnamed.rename(making / "vae")
     if not judge.is_file():
-        accuracy = train_classifier(judge, through_codec=_codec(base / "vae"), log=tell, **JUDGE)
+        accuracy = train_classifier(judge, through_codec=_codec(making / "vae"), log=tell, **JUDGE)
         tell("the judge is right about " + ", ".join(f"{name} {part:.4f}" for name, part in accuracy.items()))
     if not (mllm / "model.safetensors").is_file():
         train_mllm_tokenizer(mllm)
         pretrain_reader(draw_pool(POOL_SEED, COPIES), mllm, log=tell, **READER)
-    if not (base / "model_index.json").is_file():
-        make_painter(base, PAINTER["seed"])
-        pretrain_painter(draw_pool(POOL_SEED, COPIES), base, log=tell, **PAINTER)
+    if making != base:
+        make_painter(making, PAINTER["seed"])
+        pretrain_painter(draw_pool(POOL_SEED, COPIES), making, log=tell, **PAINTER)
+        making.rename(base)
 
 
 def _codec(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -27,8 +27,11 @@ def main() -> None:
         sys.exit(str(error))
     from .loop import train  # here, because a mistake in the settings should not wait for torch
 
-    for settings in stages:
-        log.info("%s -> %s", settings.stage, train(settings))
+    try:
+        for settings in stages:
+            log.info("%s -> %s", settings.stage, train(settings))
+    except FileNotFoundError as error:  # an MLLM folder without weights, a base without its parts
+        sys.exit(str(error))
 
 
 def only(stages: list[config.Settings], name: str | None) -> list[config.Settings]:

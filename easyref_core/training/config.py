@@ -87,6 +87,13 @@ class Settings:
         for name in (*positive, "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted 1 or more.")
+        for name, allowed in (("learning_rate", self.learning_rate > 0), ("warmup", self.warmup >= 0)):
+            if not allowed:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted a positive number (warmup: or 0).")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}; wanted a positive number, or null for no clipping.")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; wanted 0 or more.")
         if (self.data.rows is None) == (self.data.procedural is None):
             found = "both" if self.data.rows else "neither"
             raise ValueError(

@@ -38,6 +38,24 @@ class Augmentation:
     drop_both: float = 0.05
     max_length: int | None = 256  # tokens the MLLM reads, cut on the right (stage 3: None)
 
+    def __post_init__(self) -> None:
+        check_rates(self.truncation, self.drop_image, self.drop_text, self.drop_both)
+        for name in ("resolution", "size", "max_references"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted 1 or more.")
+
+
+def check_rates(truncation: float, drop_image: float, drop_text: float, drop_both: float) -> None:
+    """Raise ValueError for chances that are none, and for drops that cannot exclude one another."""
+    drops = {"drop_image": drop_image, "drop_text": drop_text, "drop_both": drop_both}
+    for name, rate in {"truncation": truncation, **drops}.items():
+        if not 0 <= rate <= 1:
+            raise ValueError(f"{name} is {rate}; wanted a chance, 0 to 1.")
+    if sum(drops.values()) > 1:
+        raise ValueError(
+            f"drop_image, drop_text and drop_both add up to {sum(drops.values()):g}; wanted at most 1."
+        )
+
 
 class RowExamples:
     """The rows of a file as Examples (batches.py): a position of the shuffled stream decides row and all randomness."""

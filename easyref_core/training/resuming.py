@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -59,7 +60,7 @@ def resume(accelerator: Accelerator, output: Path) -> int:
 def require_same_run(settings: Settings, processes: int) -> None:
     """Write down what this run is; raise ValueError where the output folder holds another one."""
     file = settings.output / "settings.json"
-    mine = {**as_plain(settings), "processes": processes}
+    mine = {**as_plain(settings), "processes": processes, **contents(settings)}
     if file.is_file() and saved_states(settings.output):
         found = json.loads(file.read_text(encoding="utf-8"))
         ignored = FREE | ({"updates"} if settings.schedule == "constant" else set())
@@ -76,6 +77,17 @@ def require_same_run(settings: Settings, processes: int) -> None:
                 "Set them back to continue it, or set another output."
             )
     file.write_text(json.dumps(mine, indent=1), encoding="utf-8")
+
+
+def contents(settings: Settings) -> dict[str, str]:
+    """What is in the files a run starts from: under the same names there may be others by now."""
+    files = {"start": settings.start, "rows": settings.data.rows}
+    found = {}
+    for name, path in files.items():
+        if path is not None and path.is_file():
+            with path.open("rb") as file:
+                found[f"contents of {name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def as_plain(settings: Settings) -> dict[str, Any]:

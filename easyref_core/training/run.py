@@ -229,3 +229,4 @@ def _tell_deepspeed(accelerator: Accelerator, settings: Settings) -> None:
     if plugin := accelerator.state.deepspeed_plugin:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch_size
         plugin.deepspeed_config["gradient_accumulation_steps"] = settings.accumulation
+        plugin.deepspeed_config["gradient_clipping"] = settings.clip or 0.0  # left to itself it clips at 1

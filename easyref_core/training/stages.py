@@ -1,4 +1,4 @@
-"""The three stages as data: what each trains, what it reads, and what it starts from."""
+"""The three stages as data: what each trains and what it starts from; what it reads is the run's `data`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,6 @@ class Stage:
 
     name: str
     trains: frozenset[str]  # of GROUPS
-    multi_reference: (
-        bool  # groups with one picture held out as target, instead of a picture as its own reference
-    )
     starts_from: str | None  # the stage before; None: the base MLLM and the UNet
 
     @property
@@ -37,16 +34,9 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("alignment", ADAPTERS, multi_reference=False, starts_from=None),
-        Stage(
-            "single_reference", ADAPTERS | {"body", "lora"}, multi_reference=False, starts_from="alignment"
-        ),
-        Stage(
-            "multi_reference",
-            ADAPTERS | {"body", "lora"},
-            multi_reference=True,
-            starts_from="single_reference",
-        ),
+        Stage("alignment", ADAPTERS, starts_from=None),
+        Stage("single_reference", ADAPTERS | {"body", "lora"}, starts_from="alignment"),
+        Stage("multi_reference", ADAPTERS | {"body", "lora"}, starts_from="single_reference"),
     )
 }
 
