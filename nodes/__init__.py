@@ -6,6 +6,10 @@
     aggregate.py   Aggregate Reference Tokens context -> EASYREF_TOKENS
     apply.py       Apply EasyRef              MODEL + tokens -> MODEL
     demo.py        Tiny Demo Model            everything the five need to be tried, without a download
+    reference_attention.py, influence.py      what the tokens read, and what each reference does to them
+    record.py, where_it_acts.py               how strongly the references act, by block, step and place
+    consistency.py                            how close pictures are to the references
+    weight_sheet.py                           weights and ends to compare, and their pictures on one sheet
 
     folder.py, crop.py                        a group from a folder; square crops
     instruction.py, group_budget.py, weigh.py what the MLLM is told; what it takes; a weight for each reference
@@ -25,19 +29,25 @@ from .aggregate import EasyRefAggregate
 from .apply import EasyRefApply
 from .batch_tokens import EasyRefBatchTokens
 from .combine_tokens import EasyRefCombineTokens
+from .consistency import EasyRefConsistency
 from .crop import EasyRefCropReference
 from .demo import EasyRefDemo
 from .encode import EasyRefEncodeGroup
 from .files import register_folders
 from .folder import EasyRefGroupFromFolder
 from .group_budget import EasyRefGroupBudget
+from .influence import EasyRefReferenceInfluence
 from .instruction import EasyRefInstruction
 from .load import EasyRefLoader
 from .load_tokens import EasyRefLoadTokens
+from .record import EasyRefRecord
+from .reference_attention import EasyRefReferenceAttention
 from .references import EasyRefGroup, EasyRefSelectReferences
 from .save_tokens import EasyRefSaveTokens
 from .tokens_over_frames import EasyRefTokensOverFrames
 from .weigh import EasyRefWeighReferences
+from .weight_sheet import EasyRefSheet, EasyRefWeightSheet
+from .where_it_acts import EasyRefWhereItActs
 
 
 class EasyRefExtension(ComfyExtension):
@@ -63,6 +73,13 @@ class EasyRefExtension(ComfyExtension):
             EasyRefInstruction,
             EasyRefGroupBudget,
             EasyRefWeighReferences,
+            EasyRefReferenceAttention,
+            EasyRefReferenceInfluence,
+            EasyRefRecord,
+            EasyRefWhereItActs,
+            EasyRefConsistency,
+            EasyRefWeightSheet,
+            EasyRefSheet,
         ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -16,8 +16,10 @@ import comfy.utils
 import torch
 from comfy.model_patcher import CoreModelPatcher, ModelPatcher
 
+from ..easyref_core.aggregation_attention import AttentionShares, read_shares
 from ..easyref_core.budget import operations
 from ..easyref_core.checkpoint import Cast, open_checkpoint
+from ..easyref_core.influence import pooled_features
 from ..easyref_core.model import EasyRef, build
 from ..easyref_core.preprocess import black_image
 from ..easyref_core.reference_tokens import ContextStates, ReferenceTokens
@@ -44,13 +46,23 @@ class HostedEasyRef:
     def get_models(self) -> list[ModelPatcher]:
         return [self.patcher, self._kv_patcher]
 
-    def encode(self, images: Sequence[Tensor], prompt: str, instruction: str, size: int) -> ContextStates:
-        """Context states of a group, on the host's intermediate device. Counts one step per reference; can be stopped."""
+    def encode(
+        self,
+        images: Sequence[Tensor],
+        prompt: str,
+        instruction: str,
+        size: int,
+        after_block: Callable[[], None] | None = None,
+    ) -> ContextStates:
+        """Context states of a group, on the host's intermediate device. Counts one step per reference; can be stopped.
+
+        after_block: called after each of the MLLM body's blocks, in place of counting.
+        """
         group = self.model.prepare(images, prompt, instruction, size)
         self._load_for(len(group.patches), group.input_ids.shape[1])
-        progress = _Progress(len(images), self.model.mllm.encoder.blocks)
+        step = after_block or _Progress(len(images), self.model.mllm.encoder.blocks).step
         start = time.monotonic()
-        context = self.model.encode_prepared(group, progress.step)
+        context = self.model.encode_prepared(group, step)
         states = context.states.to(mm.intermediate_device())
         work = operations(self.model.config, group.grid.prod(dim=1).tolist(), group.input_ids.shape[1])
         self.rate = work / max(time.monotonic() - start, 1e-3)
@@ -79,6 +91,18 @@ class HostedEasyRef:
                 self.model.unconditional(made.instruction, made.size, noise_seed, noise_strength),
             )
         return TokenPair(*(ReferenceTokens.of(t.to(mm.intermediate_device()), t.provenance) for t in tokens))
+
+    def attention(self, context: ContextStates, token: int) -> AttentionShares:
+        """What the reference tokens read of a context; see read_shares."""
+        self.model.require_own(context, "context")
+        self._load_for(0, context.states.shape[1])
+        return read_shares(self.model, context, token)
+
+    def vision_features(self, images: Sequence[Tensor], size: int, after_block: Callable[[], None]) -> Tensor:
+        """What the vision tower sees in each image (K, D); see pooled_features."""
+        group = self.model.prepare(images, "", "", size)
+        self._load_for(len(group.patches), 0)
+        return pooled_features(self.model, group, after_block)
 
     def key_values(self, tokens: TokenPair) -> list[KeyValue]:
         """K and V per site, rows [unconditional, conditional], float32 on the intermediate device; once per tokens."""

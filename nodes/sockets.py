@@ -14,6 +14,7 @@ EasyRefModel = io.Custom("EASYREF_MODEL")  # mllm_patcher.HostedEasyRef
 EasyRefGroupSocket = io.Custom("EASYREF_GROUP")  # tuple of references in order, each (1, height, width, C)
 EasyRefContext = io.Custom("EASYREF_CONTEXT")  # easyref_core.ContextStates
 EasyRefTokens = io.Custom("EASYREF_TOKENS")  # TokenPair
+EasyRefRecordSocket = io.Custom("EASYREF_RECORD")  # recording.Record
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .tiny_clip import load_tiny_clip_vision
 from .tiny_images import noise
 from .tiny_sdxl import TinyVAE, load_tiny_sdxl, random_conditioning, random_controlnet
 
@@ -88,11 +89,25 @@ class TinyCombo(io.ComfyNode):
         return io.NodeOutput(value)
 
 
+class TinyClipVision(io.ComfyNode):
+    """What Load CLIP Vision gives."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TinyClipVision", category="testing", inputs=[], outputs=[io.ClipVision.Output()]
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(load_tiny_clip_vision())
+
+
 class TinyNodes(ComfyExtension):
     """The pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TinySDXL, TinyControlNet, TinyImages, TinyCombo]
+        return [TinySDXL, TinyControlNet, TinyImages, TinyCombo, TinyClipVision]
 
 
 async def comfy_entrypoint() -> TinyNodes:

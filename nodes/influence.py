@@ -1,0 +1,162 @@
+"""Show Reference Influence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import comfy.model_management as mm
+import comfy.utils
+from comfy_api.latest import io, ui
+
+from ..easyref_core import INSTRUCTION, SIZE
+from ..easyref_core.influence import FEWEST, STANDS_OUT, change, likeness, odd_one, to_the_others
+from ..easyref_core.plots import Bar, bar_chart, matrix_chart
+from ..easyref_core.visualize import stacked
+from .pictures import image_of, pictures_of, references_of
+from .sockets import EasyRefGroupSocket, EasyRefModel
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from .mllm_patcher import HostedEasyRef
+
+
+class EasyRefReferenceInfluence(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EasyRefReferenceInfluence",
+            display_name="Show Reference Influence",
+            category="EasyRef/look",
+            description="What each reference does: how much the reference tokens change without it, how alike the "
+            "references look to the MLLM, and which one does not belong. It reads the group once for every reference.",
+            search_aliases=["outlier", "leave one out", "reference similarity", "ip adapter", "reference"],
+            is_output_node=True,
+            inputs=[
+                EasyRefModel.Input("easyref", tooltip="From Load EasyRef."),
+                io.MultiType.Input(
+                    "group",
+                    [EasyRefGroupSocket, io.Image],
+                    tooltip="A reference group or an image batch, of 2 or more. K references take K + 1 readings.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="The prompt that Encode Reference Group reads.",
+                ),
+                io.String.Input(
+                    "instruction",
+                    default=INSTRUCTION,
+                    multiline=True,
+                    advanced=True,
+                    tooltip="As in Encode Reference Group.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=SIZE,
+                    min=84,
+                    max=1008,
+                    step=28,
+                    advanced=True,
+                    tooltip="Pixels, as in Encode Reference Group.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="chart", tooltip="Influence and likeness of the references."),
+                io.String.Output(display_name="report", tooltip="The same in words."),
+                io.Int.Output(
+                    display_name="odd_one",
+                    tooltip="The reference that does not belong, counted from 0 as in a batch; -1: none stands out.",
+                ),
+                EasyRefGroupSocket.Output(
+                    display_name="without_it",
+                    tooltip="The group without that reference; all, if none stands out.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        easyref: HostedEasyRef,
+        group: Tensor | tuple[Tensor, ...],
+        prompt: str,
+        instruction: str = INSTRUCTION,
+        size: int = SIZE,
+    ) -> io.NodeOutput:
+        references = references_of(group)
+        if len(references) < 2:
+            raise ValueError(
+                f"The group holds {len(references)} reference; its influence shows only beside others. Give it 2 or more."
+            )
+        images = [image[0] for image in references]
+        changes, similarity = measure(easyref, images, prompt, instruction, size)
+        odd, score = odd_one(similarity)
+        chart = image_of(draw(pictures_of(references), changes, similarity, odd))
+        kept = tuple(image for i, image in enumerate(references) if i != odd)
+        report = describe(changes, similarity, odd, score)
+        return io.NodeOutput(chart, report, odd, kept, ui=ui.PreviewImage(chart, cls=cls))
+
+
+def measure(
+    easyref: HostedEasyRef, images: list[Tensor], prompt: str, instruction: str, size: int
+) -> tuple[list[float], Tensor]:
+    """How the tokens change without each image, and how alike the images are (K, K)."""
+    encoder, count = easyref.model.mllm.encoder, len(images)
+    bar = comfy.utils.ProgressBar((count + 1) * encoder.blocks + len(encoder.visual.blocks))
+
+    def step() -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update(1)
+
+    def tokens(of: list[Tensor]) -> Tensor:
+        context = easyref.encode(of, prompt, instruction, size, step)
+        return easyref.aggregate(context).conditional
+
+    similarity = likeness(easyref.vision_features(images, size, step))
+    everything = tokens(images)
+    return [change(everything, tokens(images[:i] + images[i + 1 :])) for i in range(count)], similarity
+
+
+def draw(pictures: list[Image.Image], changes: list[float], similarity: Tensor, odd: int) -> Image.Image:
+    """A bar for each reference, and the matrix of how alike they are; the odd one in red."""
+    names = [f"reference {i + 1}" for i in range(len(changes))]
+    bars = [
+        Bar(name, value, f"{value:.4f}", i == odd, picture)
+        for i, (name, value, picture) in enumerate(zip(names, changes, pictures, strict=True))
+    ]
+    apart = similarity.clone().fill_diagonal_(float("nan"))
+    others = apart[~apart.isnan()]
+    note = "cosine of what the vision tower sees; the one that does not belong in red" if odd >= 0 else ""
+    matrix = matrix_chart(
+        "How alike the references are",
+        apart.numpy(),
+        names,
+        [str(i + 1) for i in range(len(names))],
+        float(others.min()),
+        float(others.max()),
+        note or "cosine of what the vision tower sees",
+        pictures,
+        odd,
+    )
+    return stacked([bar_chart("Change of the reference tokens without it", bars), matrix])
+
+
+def describe(changes: list[float], similarity: Tensor, odd: int, score: float) -> str:
+    """The report: a line for each reference, and the verdict with its criterion."""
+    lines = [
+        f"reference {i + 1}: the tokens change by {value:.4f} without it (1 - cosine); mean likeness to the others {alike:.3f}"
+        for i, (value, alike) in enumerate(zip(changes, to_the_others(similarity).tolist(), strict=True))
+    ]
+    criterion = f"its mean likeness lies {score:.1f} robust standard deviations below the median; {STANDS_OUT:g} are asked for"
+    if odd >= 0:
+        lines.append(f"Reference {odd + 1} does not belong: {criterion}.")
+    elif len(changes) < FEWEST:
+        lines.append(
+            f"None is named: of fewer than {FEWEST} references it cannot be said who does not belong."
+        )
+    else:
+        lines.append(f"None stands out. Of the least alike, {criterion}.")
+    return "\n".join(lines)
