@@ -10,15 +10,38 @@ The flow, in reading order (K references, S about 145 K + 60 tokens of context, 
     attention.py         K, V (1, 64, C) for each of the 70 cross-attentions, computed once; the reference term
     unet_layout.py       where those 70 are in a UNet
 
+    layer_weights.py     in which layers the term acts, schedule.py in which steps, masks.py in which part of the picture
+    term_share.py        how large the term is beside the text's attention
+
     model.py             load() and EasyRef: encode, aggregate, unconditional
+    combine.py           sets of reference tokens made into one; token_frames.py makes one row a picture or frame
+    token_files.py       reference tokens as files
+    negative.py          what the unconditional side reads in place of references
     formats.py           checkpoint formats as data; checkpoint.py opens one, from tensor_files.py, with the sizes of config.py
+    presets.py           instructions to choose from; budget.py what a group will take; duplicates.py, crop.py for references
     diffusers_unet.py    the same attention on a diffusers UNet
 """
 
 from . import diffusers_unet
+from .combine import combine
 from .instructions import INSTRUCTION
 from .model import EasyRef, load
 from .preprocess import SIZE
 from .reference_tokens import ContextStates, ReferenceTokens
+from .token_files import load_tokens, save_tokens
+from .token_frames import batch, over_frames
 
-__all__ = ["INSTRUCTION", "SIZE", "ContextStates", "EasyRef", "ReferenceTokens", "diffusers_unet", "load"]
+__all__ = [
+    "INSTRUCTION",
+    "SIZE",
+    "ContextStates",
+    "EasyRef",
+    "ReferenceTokens",
+    "batch",
+    "combine",
+    "diffusers_unet",
+    "load",
+    "load_tokens",
+    "over_frames",
+    "save_tokens",
+]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # Keys and values of the reference tokens at one site, each (rows, T, inner).
 KeyValue = tuple["Tensor", "Tensor"]
 
+# How the weight enters the attention to the reference tokens, as IPAdapter_plus names it.
+SCALINGS = ("V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty")
+
 
 class KVProjections(nn.Module):
     """The checkpoint's to_k_ip and to_v_ip of every cross-attention site, in the order of the layout."""
@@ -51,3 +54,26 @@ def reference_attention(
     mask = None if real is None else real[:, None, None]
     out = scaled_dot_product_attention(queries, k, v, attn_mask=mask)
     return rearrange(out, "c h (b n) d -> (c b) n (h d)", b=batch // chunks) * weight
+
+
+def require_scaling(scaling: str) -> None:
+    """Raises ValueError for an unknown one."""
+    if scaling not in SCALINGS:
+        raise ValueError(f"There is no embeds_scaling {scaling!r}. Choose one of: {', '.join(SCALINGS)}.")
+
+
+def scaled(key_value: KeyValue, weight: float, scaling: str, widest: int) -> tuple[KeyValue, float]:
+    """K and V (rows, T, inner) as `scaling` wants them at this weight, and the weight that is left for the output.
+
+    "K+V" makes the attention itself sharper with the weight; "C penalty" weakens narrow layers, by inner / widest
+    (widest: inner width of the widest attention of the UNet, 1280 in SDXL); "mean(V)" scales only what all tokens' V
+    share.
+    """
+    if scaling == SCALINGS[0]:
+        return key_value, weight
+    k, v = key_value
+    if "penalty" in scaling:
+        weight = weight * (k.shape[-1] / widest)
+    if "mean" in scaling:
+        return (k * weight, v + (weight - 1) * v.mean(dim=1, keepdim=True)), 1.0
+    return (k * weight, v), weight

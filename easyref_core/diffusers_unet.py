@@ -182,6 +182,11 @@ def _adding(update: Update, strength: float) -> Callable[..., Tensor]:
 
 def _as_many(uncond: Tensor, tokens: Tensor) -> Tensor:
     """The unconditional rows, one for each row of tokens."""
+    if uncond.shape[1:] != tokens.shape[1:]:
+        raise ValueError(
+            f"The tokens are {tuple(tokens.shape)}, the unconditional ones {tuple(uncond.shape)}; wanted as many of one "
+            "width in each row. Combine the unconditional side in the same way."
+        )
     if len(uncond) not in (1, len(tokens)):
         raise ValueError(
             f"There are {len(uncond)} rows of unconditional tokens for {len(tokens)} groups; wanted 1, or one a group."

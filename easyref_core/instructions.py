@@ -50,6 +50,14 @@ def image_token_id(tokenizer: Tokenizer) -> int:
     return _special_id(tokenizer, IMAGE_TOKEN)
 
 
+def image_spans(
+    input_ids: Tensor, image_token: int, image_tokens: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """Where each reference's image tokens are in input_ids (1, S): first place, and the one after the last."""
+    places = (input_ids[0] == image_token).nonzero().flatten().split(list(image_tokens))
+    return tuple((int(part[0]), int(part[-1]) + 1) for part in places)
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The Qwen2-VL tokenizer in `folder` (any layout transformers reads: tokenizer.json, or vocab.json + merges.txt)."""
     from transformers import AutoTokenizer  # here, because importing transformers takes seconds

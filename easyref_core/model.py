@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from .attention import KeyValue, KVProjections
+from .budget import Budget, budget, largest_size
 from .checkpoint import Cast, Checkpoint, open_checkpoint, save
 from .group_encoder import GroupEncoder
-from .instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
-from .preprocess import SIZE, black_image, preprocess
+from .instructions import INSTRUCTION, image_spans, image_token_id, load_tokenizer, tokenize
+from .negative import noise_image
+from .preprocess import SIZE, check_sides, preprocess
 from .qwen2_vl import Unfilled
-from .reference_tokens import ContextStates, Provenance, ReferenceAggregator, ReferenceTokens
+from .reference_tokens import ContextStates, Provenance, ReferenceAggregator, ReferenceTokens, weight_bias
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .config import EasyRefConfig
+
+KEPT = 16  # unconditional tokens, one set for each instruction, size and noise
 
 
 class MLLM(nn.Module):
@@ -37,12 +41,13 @@ class MLLM(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class PreparedGroup:
-    """A group as the MLLM body reads it: patches (sum, 1176), grid (K, 3), input_ids (1, S), and what it is made of."""
+    """A group as the MLLM body reads it: patches (sum, 1176), grid (K, 3), input_ids (1, S), what made it, and spans."""
 
     patches: Tensor
     grid: Tensor
     input_ids: Tensor
     provenance: Provenance
+    spans: tuple[tuple[int, int], ...]  # see ContextStates
 
 
 class EasyRef:
@@ -66,7 +71,7 @@ class EasyRef:
         self.mllm, self.kv, self.tokenizer = mllm, kv, tokenizer
         self.device, self.dtype = torch.device(device), dtype
         self.image_token = image_token_id(tokenizer)
-        self._unconditional: dict[tuple[str, int], ReferenceTokens] = {}
+        self._unconditional: dict[tuple[str, int, int, float], ReferenceTokens] = {}
         if self.image_token >= self.config.vocab_size:
             raise ValueError(
                 f"The tokenizer does not belong to the MLLM: its <|image_pad|> is token {self.image_token}, the MLLM "
@@ -97,9 +102,39 @@ class EasyRef:
         counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
         input_ids = tokenize(self.tokenizer, instruction + prompt, counts)
         self._check_length(input_ids.shape[1], counts)
-        return PreparedGroup(
-            patches, grid, input_ids, Provenance(self.fingerprint, instruction, prompt, len(counts), size)
+        made = Provenance(self.fingerprint, instruction, prompt, len(counts), size)
+        spans = image_spans(input_ids, self.image_token, counts)
+        return PreparedGroup(patches, grid, input_ids, made, spans)
+
+    def budget(
+        self,
+        pictures: Sequence[tuple[int, int]],
+        prompt: str = "",
+        instruction: str = INSTRUCTION,
+        size: int = SIZE,
+    ) -> Budget:
+        """What encoding a group will take, before anything is encoded. pictures: width, height of each reference.
+
+        Raises ValueError for pictures that encode would refuse for their sides.
+        """
+        return budget(
+            self.config, pictures, self._text_tokens(pictures, prompt, instruction), size, self.dtype.itemsize
         )
+
+    def largest_size(
+        self,
+        pictures: Sequence[tuple[int, int]],
+        prompt: str = "",
+        instruction: str = INSTRUCTION,
+        size: int = SIZE,
+        memory: int | None = None,
+    ) -> int | None:
+        """The largest size, at most `size`, at which a group fits the MLLM's context, and its activations `memory` bytes.
+
+        None where no size does. The rest as for budget.
+        """
+        text_tokens = self._text_tokens(pictures, prompt, instruction)
+        return largest_size(self.config, pictures, text_tokens, size, self.dtype.itemsize, memory)
 
     @torch.inference_mode()
     def encode_prepared(
@@ -114,27 +149,47 @@ class EasyRef:
             self.dtype,
             after_block,
         )
-        return ContextStates(states, group.provenance)
+        return ContextStates(states, group.provenance, group.grid, group.spans)
 
     @torch.inference_mode()
     def aggregate(self, context: ContextStates) -> ReferenceTokens:
-        """Reference tokens (1, T, C) of a group, float32.
+        """Reference tokens (1, T, C) of a group, float32. Each reference counts as context.weighed says, if it does.
 
         Raises ValueError for a context of another checkpoint and where the arithmetic overflowed.
         """
         self.require_own(context, "context")
-        tokens = self.mllm.aggregator(context.states.to(self.device, self.dtype)).float()
+        bias = weight_bias(context, self.config.num_tokens)
+        bias = None if bias is None else bias.to(self.device, self.dtype)
+        tokens = self.mllm.aggregator(context.states.to(self.device, self.dtype), bias=bias).float()
         if not torch.isfinite(tokens).all():
             raise ValueError(
                 f"The reference tokens are not finite (computed in {self.dtype}). Load EasyRef with precision fp32."
             )
         return ReferenceTokens.of(tokens, context.provenance)
 
-    def unconditional(self, instruction: str = INSTRUCTION, size: int = SIZE) -> ReferenceTokens:
-        """Tokens (1, T, C) of the unconditional side: one black image and the bare instruction. Computed once."""
-        key = instruction, size
+    def unconditional(
+        self,
+        instruction: str = INSTRUCTION,
+        size: int = SIZE,
+        noise_seed: int = 0,
+        noise_strength: float = 0.0,
+    ) -> ReferenceTokens:
+        """Tokens (1, T, C) of the unconditional side: one black image and the bare instruction. The latest are kept.
+
+        noise_strength: above 0, a picture of noise in place of the black one, see noise_image.
+        """
+        noise_seed = noise_seed if noise_strength else 0
+        key = instruction, size, noise_seed, noise_strength
         if key not in self._unconditional:
-            self._unconditional[key] = self.aggregate(self.encode([black_image()], "", instruction, size))
+            image = noise_image(noise_seed, noise_strength)
+            tokens = self.aggregate(self.encode([image], "", instruction, size))
+            how = (
+                f"noise, seed {noise_seed}, strength {noise_strength:g}" if noise_strength else "black image"
+            )
+            tokens.provenance = dataclasses.replace(tokens.provenance, how=how)
+            while len(self._unconditional) >= KEPT:
+                self._unconditional.pop(next(iter(self._unconditional)))
+            self._unconditional[key] = tokens
         return self._unconditional[key]
 
     def key_values(self, tokens: Tensor, dtype: torch.dtype | None = None) -> list[KeyValue]:
@@ -160,6 +215,11 @@ class EasyRef:
         }
         tensors |= {f"unet.{name}": tensor for name, tensor in self.checkpoint.lora().items()}
         save(Path(path), self.config, self.checkpoint.sites, tensors)
+
+    def _text_tokens(self, pictures: Sequence[tuple[int, int]], prompt: str, instruction: str) -> int:
+        for i, (width, height) in enumerate(pictures):
+            check_sides(width, height, f"reference {i + 1}")
+        return tokenize(self.tokenizer, instruction + prompt, [0] * len(pictures)).shape[1]
 
     def _check_length(self, length: int, image_tokens: list[int]) -> None:
         limit = self.config.max_positions - self.config.num_tokens

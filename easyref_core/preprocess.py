@@ -64,7 +64,8 @@ def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
     if isinstance(image, Image.Image):
         if image.mode.startswith("I"):  # 16 bits: PIL's convert would clip at 255, which leaves white
             image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-        return _check_sides(image.convert("RGB"), name)
+        check_sides(*image.size, name)
+        return image.convert("RGB")
     if not isinstance(image, torch.Tensor):
         raise TypeError(
             f"{name} is a {type(image).__name__}; wanted a PIL image or a (height, width, 3) float tensor."
@@ -84,17 +85,22 @@ def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
         )
     # Rounding (not truncating) gives back the exact bytes of a picture that was divided by 255.
     pixels = (pixels[..., :3].clamp(0, 1) * 255).round().to(torch.uint8)
-    return _check_sides(Image.fromarray(pixels.expand(-1, -1, 3).numpy()), name)
+    check_sides(pixels.shape[1], pixels.shape[0], name)
+    return Image.fromarray(pixels.expand(-1, -1, 3).numpy())
 
 
 def resize(image: Image.Image, config: EasyRefConfig, size: int = SIZE) -> Image.Image:
     """Both resizes of the authors' pipeline: to Qwen2-VL's widest bounds, then to `size`'s. Each rounds to bytes."""
-    unit = config.pixels_per_token
-    limits = [(4 * unit**2, LARGEST**2 * unit**2), pixel_limits(size, unit)]
-    for low, high in limits:
-        height, width = target_size(image.height, image.width, unit, low, high)
+    for height, width in resized_sides(image.height, image.width, config, size):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return image
+
+
+def resized_sides(height: int, width: int, config: EasyRefConfig, size: int) -> list[tuple[int, int]]:
+    """Height and width in pixels after each of the two resizes."""
+    unit = config.pixels_per_token
+    first = target_size(height, width, unit, 4 * unit**2, LARGEST**2 * unit**2)
+    return [first, target_size(*first, unit, *pixel_limits(size, unit))]
 
 
 def pixel_limits(size: int, unit: int = 28) -> tuple[int, int]:
@@ -135,8 +141,8 @@ def patchify(images: np.ndarray, config: EasyRefConfig) -> Tensor:
     )
 
 
-def _check_sides(image: Image.Image, name: str) -> Image.Image:
-    width, height = image.size
+def check_sides(width: int, height: int, name: str) -> None:
+    """Raises ValueError for a picture with nothing to see in it, or one that is too thin."""
     if min(width, height) < 14:
         raise ValueError(
             f"{name} is {width}x{height} pixels, smaller than one patch of the vision tower (14x14). "
@@ -146,4 +152,3 @@ def _check_sides(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(
             f"{name} is {width}x{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other. Crop it."
         )
-    return image

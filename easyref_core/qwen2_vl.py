@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from einops import rearrange, repeat
 from torch import nn
-from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, pad, scaled_dot_product_attention, silu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -183,19 +183,30 @@ class VisionTower(nn.Module):
 
 
 def attention_mask(
-    queries: int, length: int, causal: bool, real: Tensor | None, device: torch.device
+    queries: int,
+    length: int,
+    causal: bool,
+    real: Tensor | None,
+    device: torch.device,
+    bias: Tensor | None = None,
 ) -> Tensor | None:
-    """Which of `length` keys each of the last `queries` positions sees; None where is_causal alone says it."""
-    if real is None and (queries == length or not causal):
+    """Which of `length` keys each of the last `queries` positions sees; None where is_causal alone says it.
+
+    bias: (rows, length), added to the logits of the last `rows` positions; the mask is then all numbers, of its type.
+    """
+    if real is None and bias is None and (queries == length or not causal):
         return None
     # is_causal aligns the mask to the first key; here queries are the last
     mask = torch.ones(queries, length, dtype=torch.bool, device=device)
     mask = mask.tril(length - queries) if causal else mask
-    if real is None:
+    if real is not None:
+        # a padded position sees itself, for a softmax over nothing is not a number; nobody reads it
+        alone = torch.eye(length, dtype=torch.bool, device=device)[-queries:]
+        mask = (mask & real[:, None] | alone)[:, None]  # -> (B, 1, queries, length)
+    if bias is None:
         return mask
-    # a padded position sees itself, for a softmax over nothing is not a number; nobody reads it
-    alone = torch.eye(length, dtype=torch.bool, device=device)[-queries:]
-    return (mask & real[:, None] | alone)[:, None]  # -> (B, 1, queries, length)
+    bias = pad(bias, (0, 0, queries - len(bias), 0))  # -> (queries, length)
+    return bias.expand(mask.shape).masked_fill(~mask, -torch.inf)
 
 
 class SelfAttention(nn.Module):
@@ -210,11 +221,17 @@ class SelfAttention(nn.Module):
         self.o_proj = operations.Linear(self.heads * self.head_dim, config.hidden_size, bias=False, **factory)
 
     def forward(
-        self, x: Tensor, turn: Rotation, causal: bool, queries: int | None, real: Tensor | None
+        self,
+        x: Tensor,
+        turn: Rotation,
+        causal: bool,
+        queries: int | None,
+        real: Tensor | None,
+        bias: Tensor | None,
     ) -> Tensor:
         """x (B, S, D) -> (B, queries, D): attention output of the last `queries` positions (None: of all).
 
-        real: (B, S), False where a row of the batch is padded; None where nothing is.
+        real: (B, S), False where a row of the batch is padded; None where nothing is. bias: see attention_mask.
         """
         length = x.shape[1]
         queries = queries or length
@@ -226,7 +243,7 @@ class SelfAttention(nn.Module):
         k, v = (
             repeat(t, "b h n d -> b (h g) n d", g=self.heads // self.kv_heads) for t in (rotate(k, turn), v)
         )
-        mask = attention_mask(queries, length, causal, real, x.device)
+        mask = attention_mask(queries, length, causal, real, x.device, bias)
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
         return self.o_proj(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -265,11 +282,12 @@ class DecoderLayer(nn.Module):
         causal: bool = True,
         queries: int | None = None,
         real: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """x (B, S, D) -> (B, queries, D): the layer's output at the last `queries` positions (None: at all).
 
-        real: (B, S), False where a row of the batch is padded.
+        real: (B, S), False where a row of the batch is padded. bias: (rows, S), see attention_mask.
         """
-        attended = self.self_attn(self.input_layernorm(x), turn, causal, queries, real)
+        attended = self.self_attn(self.input_layernorm(x), turn, causal, queries, real, bias)
         x = x[:, -attended.shape[1] :] + attended
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -33,3 +33,24 @@ def contact_sheet(
                 sheet.paste(fitted, (MARGIN + column * (cell + MARGIN), top + LABEL_HEIGHT))
         top += row_height
     return sheet
+
+
+def labelled_grid(
+    pictures: Sequence[Image.Image], rows: Sequence[str], columns: Sequence[str]
+) -> Image.Image:
+    """Pictures, row by row, with a label left of each row and above each column."""
+    width, height = (max(picture.size[axis] for picture in pictures) for axis in (0, 1))
+    font = ImageFont.load_default(size=16)
+    left = 2 * MARGIN + round(max(font.getlength(label) for label in rows))
+    top = MARGIN + LABEL_HEIGHT
+    size = left + len(columns) * (width + MARGIN), top + len(rows) * (height + MARGIN)
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, label in enumerate(columns):
+        draw.text((left + i * (width + MARGIN), MARGIN), label, INK, font)
+    for i, label in enumerate(rows):
+        draw.text((MARGIN, top + i * (height + MARGIN) + height // 2 - 8), label, INK, font)
+    for i, picture in enumerate(pictures):
+        row, column = divmod(i, len(columns))
+        sheet.paste(picture, (left + column * (width + MARGIN), top + row * (height + MARGIN)))
+    return sheet

@@ -1,4 +1,4 @@
-"""The ComfyUI side: five nodes, from files to a conditioned MODEL, and one to try them.
+"""The ComfyUI side: five nodes from files to a conditioned MODEL, and what stands between, beside and after them.
 
     load.py        Load EasyRef               files -> EASYREF_MODEL
     references.py  Reference Group            images -> EASYREF_GROUP
@@ -7,20 +7,40 @@
     apply.py       Apply EasyRef              MODEL + tokens -> MODEL
     demo.py        Tiny Demo Model            everything the five need to be tried, without a download
 
+    folder.py, crop.py                        a group from a folder; square crops
+    instruction.py, group_budget.py, weigh.py what the MLLM is told; what it takes; a weight for each reference
+    save_tokens.py, load_tokens.py            tokens as files
+    combine_tokens.py                         tokens of several groups made into one set
+    batch_tokens.py, tokens_over_frames.py    one set for each picture or frame
+    weight_sheet.py, consistency.py           pictures compared: weights and ends on a sheet, nearness to the group
+
 files.py finds checkpoints and MLLM folders, mllm_patcher.py gives the weights to the host, unet_patch.py patches the
-UNet, guidance.py tells its patches what the guider is doing. tiny_sdxl.py, tiny_text.py and tiny_vae.py
-are the demo's model.
+UNet: injection.py is what one Apply node adds, site_patch.py adds it at one attention, handout.py tells each UNet call what
+acts, guidance.py what the guider is doing. tiny_sdxl.py, tiny_text.py and tiny_vae.py are the demo's model. token_pairs.py is
+what the nodes that take several tokens share, shown.py what nodes show, numbers.py how they read lists.
 """
 
 from comfy_api.latest import ComfyExtension, io
 
 from .aggregate import EasyRefAggregate
 from .apply import EasyRefApply
+from .batch_tokens import EasyRefBatchTokens
+from .combine_tokens import EasyRefCombineTokens
+from .consistency import EasyRefConsistency
+from .crop import EasyRefCropReference
 from .demo import EasyRefDemo
 from .encode import EasyRefEncodeGroup
 from .files import register_folders
+from .folder import EasyRefGroupFromFolder
+from .group_budget import EasyRefGroupBudget
+from .instruction import EasyRefInstruction
 from .load import EasyRefLoader
-from .references import EasyRefGroup
+from .load_tokens import EasyRefLoadTokens
+from .references import EasyRefGroup, EasyRefSelectReferences
+from .save_tokens import EasyRefSaveTokens
+from .tokens_over_frames import EasyRefTokensOverFrames
+from .weigh import EasyRefWeighReferences
+from .weight_sheet import EasyRefSheet, EasyRefWeightSheet
 
 
 class EasyRefExtension(ComfyExtension):
@@ -35,6 +55,20 @@ class EasyRefExtension(ComfyExtension):
             EasyRefAggregate,
             EasyRefApply,
             EasyRefDemo,
+            EasyRefSaveTokens,
+            EasyRefLoadTokens,
+            EasyRefCombineTokens,
+            EasyRefBatchTokens,
+            EasyRefTokensOverFrames,
+            EasyRefGroupFromFolder,
+            EasyRefCropReference,
+            EasyRefSelectReferences,
+            EasyRefInstruction,
+            EasyRefGroupBudget,
+            EasyRefWeighReferences,
+            EasyRefConsistency,
+            EasyRefWeightSheet,
+            EasyRefSheet,
         ]
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .mllm_patcher import HostedEasyRef
 
 
+BLACK, GROUP, NOISE = NEGATIVES = ("black image", "group", "noise")
+
+
 class EasyRefAggregate(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -22,10 +25,43 @@ class EasyRefAggregate(io.ComfyNode):
             category="EasyRef",
             description="The learned reference tokens gather what the references have in common. Makes the tokens of "
             "both sides: conditional, and unconditional from a black image with the same instruction.",
-            search_aliases=["reference tokens", "image embeds"],
+            search_aliases=["reference tokens", "image embeds", "negative reference"],
             inputs=[
                 EasyRefModel.Input("easyref", tooltip="The model that encoded the group."),
                 EasyRefContext.Input("context", tooltip="From Encode Reference Group."),
+                io.Combo.Input(
+                    "negative",
+                    options=list(NEGATIVES),
+                    default=BLACK,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the unconditional side reads, which the guidance steers away from. black image: as in "
+                    "training. group: the references of negative_context. noise: a picture of noise.",
+                ),
+                EasyRefContext.Input(
+                    "negative_context",
+                    optional=True,
+                    tooltip="A second encoded group: what to steer away from. Set negative to group to use it.",
+                ),
+                io.Int.Input(
+                    "noise_seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of negative = noise: which noise.",
+                ),
+                io.Float.Input(
+                    "noise_strength",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of negative = noise: how bright it may be. 0 is the black image.",
+                ),
             ],
             outputs=[
                 EasyRefTokens.Output(display_name="tokens", tooltip="Reference tokens for Apply EasyRef.")
@@ -33,5 +69,24 @@ class EasyRefAggregate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, easyref: HostedEasyRef, context: ContextStates) -> io.NodeOutput:
-        return io.NodeOutput(easyref.aggregate(context))
+    def execute(
+        cls,
+        easyref: HostedEasyRef,
+        context: ContextStates,
+        negative: str = BLACK,
+        negative_context: ContextStates | None = None,
+        noise_seed: int = 0,
+        noise_strength: float = 0.5,
+    ) -> io.NodeOutput:
+        if negative_context is not None and negative != GROUP:
+            raise ValueError(
+                f"negative_context is connected, but negative is {negative!r}, which would not use it. Set negative to "
+                f"{GROUP!r}, or disconnect negative_context."
+            )
+        if negative_context is None and negative == GROUP:
+            raise ValueError(
+                f"negative is {GROUP!r}, but negative_context is not connected. Connect a second Encode Reference Group "
+                f"to it, or set negative to {BLACK!r}."
+            )
+        strength = noise_strength if negative == NOISE else 0.0
+        return io.NodeOutput(easyref.aggregate(context, negative_context, noise_seed, strength))

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
+from ..easyref_core.attention import SCALINGS
+from ..easyref_core.layer_weights import LINEAR, WEIGHT_TYPES
 from .sockets import EasyRefModel, EasyRefTokens, TokenPair
 from .unet_patch import condition
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
+    from torch import Tensor
 
     from .mllm_patcher import HostedEasyRef
 
@@ -22,7 +25,8 @@ class EasyRefApply(io.ComfyNode):
             node_id="EasyRefApply",
             display_name="Apply EasyRef",
             category="EasyRef",
-            description="SDXL attends to the reference tokens beside the text, in all 70 cross-attentions.",
+            description="SDXL attends to the reference tokens beside the text, in all 70 cross-attentions, or only in "
+            "some layers, some steps or some part of the picture.",
             search_aliases=["ip adapter", "apply ipadapter", "reference", "style transfer"],
             inputs=[
                 io.Model.Input(
@@ -65,6 +69,47 @@ class EasyRefApply(io.ComfyNode):
                     "several Apply nodes of one checkpoint the strongest counts, once. 0 with weight 0 is the "
                     "untouched model.",
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the picture the references act; of any size, stretched over the whole picture. A "
+                    "batch of masks has one for each picture or frame, and its last goes on. Without a mask: everywhere.",
+                ),
+                io.Combo.Input(
+                    "weight_type",
+                    options=list(WEIGHT_TYPES),
+                    default=LINEAR,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How the weight is spread over the UNet's 11 layers. Style and composition lie in different "
+                    "ones. The help page has a table.",
+                ),
+                io.String.Input(
+                    "layer_weights",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Factors of your own in place of the weight type's, as index:weight, ... with the indices 0-3 "
+                    "input, 4 middle, 5-10 output. Layers not named get 0. Example: 3:1, 6:0.5",
+                ),
+                io.String.Input(
+                    "weight_schedule",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Factors of the weight over the denoising: numbers, spread evenly from start_percent to "
+                    "end_percent (1, 0.5, 0), or percent:weight pairs (0.2:1, 0.8:0). Between them the line. Empty: 1.",
+                ),
+                io.Combo.Input(
+                    "embeds_scaling",
+                    options=list(SCALINGS),
+                    default=SCALINGS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the weight scales. V only is EasyRef's own way. With K the attention itself "
+                    "grows sharper with the weight; C penalty weakens narrow layers; mean(V) scales only what the tokens "
+                    "share.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model, conditioned on the references.")],
         )
@@ -79,7 +124,25 @@ class EasyRefApply(io.ComfyNode):
         start_percent: float,
         end_percent: float,
         lora_strength: float,
+        mask: Tensor | None = None,
+        weight_type: str = LINEAR,
+        layer_weights: str = "",
+        weight_schedule: str = "",
+        embeds_scaling: str = SCALINGS[0],
     ) -> io.NodeOutput:
         return io.NodeOutput(
-            condition(model, easyref, tokens, weight, start_percent, end_percent, lora_strength)
+            condition(
+                model,
+                easyref,
+                tokens,
+                weight,
+                start_percent,
+                end_percent,
+                lora_strength,
+                mask,
+                weight_type,
+                layer_weights,
+                weight_schedule,
+                embeds_scaling,
+            )
         )

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..easyref_core import INSTRUCTION, SIZE
-from .references import split
+from . import shown
+from .group_budget import ERROR, LOWER, lowered, read_as, sides
+from .references import advice, count, split
 from .sockets import EasyRefContext, EasyRefGroupSocket, EasyRefModel
 
 if TYPE_CHECKING:
@@ -56,6 +58,15 @@ class EasyRefEncodeGroup(io.ComfyNode):
                     tooltip="Pixels: each reference is resized to about size x size at its own aspect. 336, as in "
                     "training, gives 121 to 145 image tokens a reference.",
                 ),
+                io.Combo.Input(
+                    "when_too_large",
+                    options=[ERROR, LOWER],
+                    default=ERROR,
+                    optional=True,  # workflows queued by programs from before it have no value for it
+                    advanced=True,
+                    tooltip="What to do with a group that is too long for the MLLM: stop, or read all of it at the "
+                    "largest size at which it fits the MLLM's context and the device's memory. The size is shown.",
+                ),
             ],
             outputs=[
                 EasyRefContext.Output(
@@ -72,6 +83,20 @@ class EasyRefEncodeGroup(io.ComfyNode):
         prompt: str,
         instruction: str,
         size: int,
+        when_too_large: str = ERROR,
     ) -> io.NodeOutput:
         references = group if isinstance(group, tuple) else split(group)
-        return io.NodeOutput(easyref.encode([image[0] for image in references], prompt, instruction, size))
+        images, notes = [image[0] for image in references], []
+        if when_too_large == LOWER and images:
+            asked, size = size, lowered(easyref, sides(references), prompt, instruction, size)
+            if size < asked:
+                notes = [f"The size was lowered from {asked} to {size} pixels, so that the group fits."]
+        context = easyref.encode(images, prompt, instruction, size)
+        took = easyref.model.budget(sides(references), prompt, instruction, size)
+        lines = [
+            f"{count(len(images))}, {took.total:,} of {took.limit:,} tokens.",
+            *notes,
+            *read_as(took),
+            *advice(len(images)),
+        ]
+        return io.NodeOutput(context, ui=shown.text("\n".join(lines)))

@@ -1,11 +1,12 @@
 """Where EasyRef's files are: checkpoints in models/easyref, MLLM folders there, in text_encoders and in LLM.
 
-The tiny model that comes with the pack lies in a folder of the pack, which is searched last.
+Reference tokens are saved in output/easyref, and found there and in input/easyref. The tiny model that comes with the pack lies in a folder of the pack, which is searched last.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import comfy.text_encoders
@@ -17,6 +18,9 @@ FOLDER = "easyref"
 MLLM_KINDS = (FOLDER, "text_encoders", "LLM")
 FROM_CHECKPOINT = "from the checkpoint"
 NOTHING_FOUND = "no file in models/easyref"
+TOKENS = "easyref_tokens"  # the host's name of the folders that hold reference tokens
+TOKENS_FOLDER = "easyref"  # in the host's output and input folders
+NO_TOKENS = "no file in output/easyref"
 BASE_MLLM = "https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct"
 SHIPPED = Path(__file__).absolute().parents[1] / "easyref_core" / "tiny" / "weights"
 TINY = "tiny_easyref.safetensors"  # the checkpoint there; the rest are parts of the demo's other models
@@ -27,10 +31,18 @@ def register_folders() -> None:
 
     The shipped folder is the last of models/easyref, where a file of the user's with the same name comes first.
     """
-    own = {FOLDER: (folder_paths.supported_pt_extensions, [SHIPPED]), "LLM": (set(), [])}
-    for kind, (extensions, shipped) in own.items():
+    models = Path(folder_paths.models_dir)
+    own = {
+        FOLDER: (folder_paths.supported_pt_extensions, [models / FOLDER, SHIPPED]),
+        "LLM": (set(), [models / "LLM"]),
+        TOKENS: (
+            {".safetensors"},
+            [saved_tokens(), Path(folder_paths.get_input_directory()) / TOKENS_FOLDER],
+        ),
+    }
+    for kind, (extensions, folders) in own.items():
         paths, known = folder_paths.folder_names_and_paths.get(kind, ([], set()))
-        added = [str(path) for path in (Path(folder_paths.models_dir) / kind, *shipped)]
+        added = [str(path) for path in folders]
         paths = [*paths, *(path for path in added if path not in paths)]
         folder_paths.folder_names_and_paths[kind] = (paths, known or extensions)
 
@@ -84,6 +96,49 @@ def find_mllm(name: str) -> Path | None:
     )
 
 
+def saved_tokens() -> Path:
+    """The folder that reference tokens are saved in."""
+    return Path(folder_paths.get_output_directory()) / TOKENS_FOLDER
+
+
+def new_tokens_file(prefix: str) -> Path:
+    """A path in output/easyref that is not taken: <prefix>_00001_.safetensors. Its folder is made.
+
+    Raises ValueError for a prefix that is empty or leads out of the folder.
+    """
+    if not prefix.strip(" ./\\") or Path(prefix).is_absolute() or ".." in Path(prefix).parts:
+        raise ValueError(
+            f"filename_prefix is {prefix!r}; wanted the start of a file's name in {saved_tokens()}, such as tokens or "
+            "faces/anna."
+        )
+    folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, str(saved_tokens()))
+    return Path(folder) / f"{name}_{number:05}_.safetensors"
+
+
+def subfolder(path: Path) -> str:
+    """Where in the output folder a file lies, as the host names it."""
+    return path.parent.relative_to(folder_paths.get_output_directory()).as_posix()
+
+
+def token_files() -> list[str]:
+    """Names of the files that may hold reference tokens, or a word that there is none."""
+    names = folder_paths.get_filename_list(TOKENS)
+    return [name for name in names if _tokens_path(name)] or [NO_TOKENS]
+
+
+def find_tokens(name: str) -> Path:
+    """Full path of a listed file of reference tokens. Raises FileNotFoundError like find_checkpoint."""
+    path = None if name == NO_TOKENS else _tokens_path(name)
+    if path is not None:
+        return path
+    present = [file for file in token_files() if file != NO_TOKENS]
+    raise FileNotFoundError(
+        f"The file of reference tokens {name!r} was not found. Searched: "
+        f"{', '.join(folder_paths.get_folder_paths(TOKENS))}; there: {', '.join(present) or 'no .safetensors files'}. "
+        "Save tokens with Save Reference Tokens, or put a saved file into input/easyref."
+    )
+
+
 def tiny_base() -> Path:
     """Folder of the tiny SDXL that comes with the pack. Raises FileNotFoundError where the pack was installed without."""
     base = SHIPPED / "base"
@@ -108,6 +163,22 @@ def _inside_mllm(name: str) -> bool:
 
 def _is_shipped(name: str) -> bool:
     return Path(folder_paths.get_full_path(FOLDER, name) or "").is_relative_to(SHIPPED)
+
+
+def _tokens_path(name: str) -> Path | None:
+    """Where a file of tokens lies; None for what really lies elsewhere: what others send into these folders is no
+    model that a user has linked there."""
+    folders = folder_paths.get_folder_paths(TOKENS)
+    path = folder_paths.get_full_path(TOKENS, name)
+    if (
+        path is None
+        or not _is_inside(Path(path), folders)
+        or Path(name).is_absolute()
+        or ".." in Path(name).parts
+    ):
+        return None
+    real = Path(os.path.realpath(path))
+    return Path(path) if any(real.is_relative_to(os.path.realpath(folder)) for folder in folders) else None
 
 
 def _is_inside(path: Path, folders: list[str]) -> bool:

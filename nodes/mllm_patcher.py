@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import CoreModelPatcher, ModelPatcher
 
+from ..easyref_core.budget import operations
 from ..easyref_core.checkpoint import Cast, open_checkpoint
 from ..easyref_core.model import EasyRef, build
 from ..easyref_core.preprocess import black_image
@@ -36,6 +39,7 @@ class HostedEasyRef:
         self.patcher = _hosted(model.mllm, model.device)
         self._kv_patcher = _hosted(model.kv, model.device)
         self._key_values: WeakKeyDictionary[TokenPair, list[KeyValue]] = WeakKeyDictionary()
+        self.rate: float | None = None  # operations a second of the last encoding, for estimates
 
     def get_models(self) -> list[ModelPatcher]:
         return [self.patcher, self._kv_patcher]
@@ -45,16 +49,35 @@ class HostedEasyRef:
         group = self.model.prepare(images, prompt, instruction, size)
         self._load_for(len(group.patches), group.input_ids.shape[1])
         progress = _Progress(len(images), self.model.mllm.encoder.blocks)
+        start = time.monotonic()
         context = self.model.encode_prepared(group, progress.step)
-        return ContextStates(context.states.to(mm.intermediate_device()), context.provenance)
+        states = context.states.to(mm.intermediate_device())
+        work = operations(self.model.config, group.grid.prod(dim=1).tolist(), group.input_ids.shape[1])
+        self.rate = work / max(time.monotonic() - start, 1e-3)
+        return dataclasses.replace(context, states=states)
 
-    def aggregate(self, context: ContextStates) -> TokenPair:
-        """Tokens for both sides; the unconditional ones read the same instruction, at the same size, of a black image."""
+    def aggregate(
+        self,
+        context: ContextStates,
+        negative: ContextStates | None = None,
+        noise_seed: int = 0,
+        noise_strength: float = 0.0,
+    ) -> TokenPair:
+        """Tokens for both sides. The unconditional ones are of the negative context, or else read the same instruction,
+        at the same size, of a black image, or of noise where that has a strength."""
         self.model.require_own(context, "context")
-        made = context.provenance
-        black = self.model.prepare([black_image()], "", made.instruction, made.size)
-        self._load_for(len(black.patches), max(black.input_ids.shape[1], context.states.shape[1]))
-        tokens = self.model.aggregate(context), self.model.unconditional(made.instruction, made.size)
+        if negative is not None:
+            self.model.require_own(negative, "negative context")
+            self._load_for(0, max(context.states.shape[1], negative.states.shape[1]))
+            tokens = self.model.aggregate(context), self.model.aggregate(negative)
+        else:
+            made = context.provenance
+            black = self.model.prepare([black_image()], "", made.instruction, made.size)
+            self._load_for(len(black.patches), max(black.input_ids.shape[1], context.states.shape[1]))
+            tokens = (
+                self.model.aggregate(context),
+                self.model.unconditional(made.instruction, made.size, noise_seed, noise_strength),
+            )
         return TokenPair(*(ReferenceTokens.of(t.to(mm.intermediate_device()), t.provenance) for t in tokens))
 
     def key_values(self, tokens: TokenPair) -> list[KeyValue]:

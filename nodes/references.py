@@ -1,15 +1,21 @@
-"""Reference Group."""
+"""Reference Group, and a selection of one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
+from ..easyref_core.duplicates import duplicates
+from . import shown
+from .numbers import numbers
 from .sockets import EasyRefGroupSocket
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+FEW = 2  # the authors advise more references than this
 
 
 class EasyRefGroup(io.ComfyNode):
@@ -20,7 +26,7 @@ class EasyRefGroup(io.ComfyNode):
             display_name="Reference Group",
             category="EasyRef",
             description="Puts images of any sizes into one ordered group. Batches and lists of images count as many; "
-            "each keeps its own aspect. Chain groups to grow them.",
+            "each keeps its own aspect. Chain groups to grow them. Shows what the group holds after a run.",
             search_aliases=["references", "image batch", "reference images"],
             is_input_list=True,  # lists of images of different sizes are one group, not one group each
             inputs=[
@@ -57,9 +63,64 @@ class EasyRefGroup(io.ComfyNode):
             raise ValueError(
                 "The reference group is empty. Connect at least one image, or a group to extend."
             )
-        return io.NodeOutput(tuple(references))
+        return io.NodeOutput(tuple(references), ui=show_group(references))
+
+
+class EasyRefSelectReferences(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EasyRefSelectReferences",
+            display_name="Select References",
+            category="EasyRef",
+            description="Takes some references of a group, in the order you write.",
+            search_aliases=["reorder references", "pick images", "reference order"],
+            inputs=[
+                EasyRefGroupSocket.Input("group", tooltip="From Reference Group."),
+                io.String.Input(
+                    "references",
+                    tooltip="Numbers from 1, with commas: 3, 1, 2 takes the third, then the first two. Empty: all, "
+                    "as they are.",
+                ),
+            ],
+            outputs=[EasyRefGroupSocket.Output(display_name="group", tooltip="The chosen references.")],
+        )
+
+    @classmethod
+    def execute(cls, group: tuple[Tensor, ...], references: str) -> io.NodeOutput:
+        chosen = numbers(references, "list of references") or range(1, len(group) + 1)
+        for number in chosen:
+            if number != int(number) or not 1 <= number <= len(group):
+                raise ValueError(
+                    f"There is no reference {number:g} in a group of {len(group)}; wanted whole numbers from 1 to "
+                    f"{len(group)}."
+                )
+        selected = tuple(group[int(number) - 1] for number in chosen)
+        return io.NodeOutput(selected, ui=show_group(selected))
 
 
 def split(batch: Tensor) -> list[Tensor]:
     """(batch, height, width, channels) -> the single images, each (1, height, width, channels); none if it is empty."""
     return [batch[i : i + 1] for i in range(len(batch))]
+
+
+def show_group(references: Sequence[Tensor], notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The ui of a node that made a group: a contact sheet with sizes, how many there are, duplicates, and notes."""
+    captions = [f"{i + 1}: {image.shape[2]}x{image.shape[1]}" for i, image in enumerate(references)]
+    lines = [count(len(references)), *notes, *advice(len(references))]
+    for double in duplicates([reference[0] for reference in references]):
+        same = "is the same picture as" if double.exact else "looks nearly like"
+        lines.append(f"Warning: reference {double.second} {same} reference {double.first}.")
+    return {**shown.pictures(references, captions), **shown.text("\n".join(lines))}
+
+
+def count(references: int) -> str:
+    """ "1 reference", "4 references" """
+    return f"{references} reference{'' if references == 1 else 's'}"
+
+
+def advice(references: int) -> list[str]:
+    """A warning where a group is too small to have much in common."""
+    if references > FEW:
+        return []
+    return [f"Warning: {count(references)}. EasyRef works best with 3 or more that share one thing."]

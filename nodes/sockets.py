@@ -18,7 +18,7 @@ EasyRefTokens = io.Custom("EASYREF_TOKENS")  # TokenPair
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenPair:
-    """Reference tokens (1, T, C) for the conditional and for the unconditional rows of a batch."""
+    """Reference tokens (B, T, C) for the conditional and for the unconditional rows of a batch; one row is for all."""
 
     conditional: ReferenceTokens
     unconditional: ReferenceTokens

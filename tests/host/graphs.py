@@ -131,7 +131,7 @@ def of_images(link: list, nodes: Graph, **changes: Any) -> Graph:
 
 def picture(server: ComfyServer, graph: Graph) -> bytes:
     """The pixels of the one picture that a workflow ends in; a PNG file's own bytes also hold the workflow."""
-    (png,) = server.images(server.run(graph))
+    (png,) = server.images(server.run(graph), "output")
     return pixels(png).tobytes()
 
 
@@ -140,7 +140,7 @@ def picture_uncached(server: ComfyServer, graph: Graph) -> bytes:
     for _ in range(5):  # the host may take the first prompt before it empties the cache
         server.free()
         prompt_id = server.queue(graph)
-        (png,) = server.images(server.wait(prompt_id))
+        (png,) = server.images(server.wait(prompt_id), "output")
         if not server.cached(prompt_id):
             return pixels(png).tobytes()
     raise AssertionError("the host went on using its cache after /free")

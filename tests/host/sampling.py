@@ -41,12 +41,13 @@ class Easy:
         end: float = 1.0,
         lora: float = 1.0,
         tokens: Any = None,
+        **more: Any,
     ) -> ModelPatcher:
+        """more: the inputs that came after these."""
         node = golden.part(self.pack, "nodes.apply").EasyRefApply
         with torch.inference_mode():  # as the host runs nodes
-            return node.execute(model, self.easyref, tokens or self.tokens, weight, start, end, lora).result[
-                0
-            ]
+            inputs = model, self.easyref, tokens or self.tokens, weight, start, end, lora
+            return node.execute(*inputs, **more).result[0]
 
     def other_tokens(self, seed: int = 0) -> Any:
         """Random tokens of this checkpoint, for tests that need two groups."""
@@ -143,8 +144,8 @@ class Attended:
 @contextmanager
 def watch_attention(pack: ModuleType, model: ModelPatcher) -> Iterator[list[Attended]]:
     """All reference terms that the UNet of `model` computes meanwhile, in order."""
-    unet_patch = golden.part(pack, "nodes.unet_patch")
-    compute = unet_patch.reference_attention
+    site_patch = golden.part(pack, "nodes.site_patch")
+    compute = site_patch.reference_attention
     calls: list[Attended] = []
     site = [""]
 
@@ -160,10 +161,10 @@ def watch_attention(pack: ModuleType, model: ModelPatcher) -> Iterator[list[Atte
         for name, module in model.model.diffusion_model.named_modules()
         if name.endswith(".attn2")
     ]
-    unet_patch.reference_attention = watched
+    site_patch.reference_attention = watched
     try:
         yield calls
     finally:
-        unet_patch.reference_attention = compute
+        site_patch.reference_attention = compute
         for hook in hooks:
             hook.remove()

@@ -229,10 +229,11 @@ class ComfyServer:
         """Queue a workflow and wait for its history entry."""
         return self.wait(self.queue(prompt), timeout)
 
-    def images(self, history: Mapping[str, Any]) -> list[bytes]:
-        """The PNG files that a prompt's nodes showed or saved, in order of node id."""
+    def images(self, history: Mapping[str, Any], kind: str | None = None) -> list[bytes]:
+        """The PNG files that a prompt's nodes showed or saved, in order of node id; kind: "temp" or "output" only."""
         outputs = sorted(history["outputs"].items())
         files = [file for _, output in outputs for file in output.get("images", [])]
+        files = [file for file in files if kind in (None, file["type"])]
         return [self.get(f"/view?{urllib.parse.urlencode(file)}") for file in files]
 
     # The rest of the server

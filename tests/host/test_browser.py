@@ -14,6 +14,7 @@ from .server import pixels
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on the PATH")
 
 WORKFLOW = ROOT / "workflows" / "easyref_basic.json"
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 TRY_IT_NOW = ROOT / "workflows" / "try_it_now.json"
 
 
@@ -26,7 +27,7 @@ def page(server):
         yield page
 
 
-@pytest.mark.parametrize("workflow", [WORKFLOW, TRY_IT_NOW], ids=lambda path: path.stem)
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_no_node_is_missing(page, workflow) -> None:
     assert browser.open_workflow(page, workflow) == []
 
@@ -63,10 +64,10 @@ def test_queued_from_the_page_it_ends_in_a_picture(server, page) -> None:
     page.evaluate(browser.USE_TINY_SDXL, ["easyref/golden-qwen2-vl", ["0.png", "1.png", "2.png"]])
     history = browser.queue(server, page)
     assert history["status"]["status_str"] == "success", history["status"]
-    assert len(server.images(history)) == 1
+    assert len(server.images(history, "output")) == 1
 
 
-@pytest.mark.parametrize("workflow", [WORKFLOW, TRY_IT_NOW], ids=lambda path: path.stem)
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_it_is_in_the_template_browser(server, workflow) -> None:
     templates = json.loads(server.get("/workflow_templates"))
     assert workflow.stem in templates["ComfyUI-EasyRef"]

@@ -19,6 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from . import golden
 from .full_size_unets import FLUX, REFINER, SD15, SDXL, SSD_1B, on_meta
 
+TOKENS = SimpleNamespace(conditional=torch.empty(1), unconditional=torch.empty(1))  # one row for each side
 RELEASED = json.loads((golden.GOLDEN / "released_layout.json").read_text())
 
 
@@ -47,7 +48,7 @@ def released(pack) -> SimpleNamespace:
 
 
 def apply(pack: Any, model: ModelPatcher, released: SimpleNamespace) -> ModelPatcher:
-    return golden.part(pack, "nodes.unet_patch").condition(model, released, None, 1.0, 0.0, 1.0, 1.0)
+    return golden.part(pack, "nodes.unet_patch").condition(model, released, TOKENS, 1.0, 0.0, 1.0, 1.0)
 
 
 def test_cross_attentions_are_those_of_the_checkpoint(pack, sdxl, released) -> None:

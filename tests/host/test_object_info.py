@@ -22,9 +22,23 @@ NAMES = {
     "EasyRefAggregate": "Aggregate Reference Tokens",
     "EasyRefApply": "Apply EasyRef",
     "EasyRefDemo": "Tiny Demo Model",
+    "EasyRefGroupFromFolder": "Reference Group from Folder",
+    "EasyRefSelectReferences": "Select References",
+    "EasyRefCropReference": "Crop References",
+    "EasyRefInstruction": "Reference Instruction",
+    "EasyRefGroupBudget": "Group Budget",
+    "EasyRefWeighReferences": "Weigh References",
+    "EasyRefSaveTokens": "Save Reference Tokens",
+    "EasyRefLoadTokens": "Load Reference Tokens",
+    "EasyRefCombineTokens": "Combine Reference Tokens",
+    "EasyRefBatchTokens": "Batch Reference Tokens",
+    "EasyRefTokensOverFrames": "Reference Tokens over Frames",
+    "EasyRefConsistency": "Reference Consistency",
+    "EasyRefWeightSheet": "Weight Sheet",
+    "EasyRefSheet": "Labelled Sheet",
 }
 KEPT = ("default", "min", "max", "step", "multiline", "dynamicPrompts", "advanced")
-FILES = ("checkpoint", "mllm")  # whose options depend on what lies in the folders
+FILES = ("checkpoint", "mllm", "file")  # whose options depend on what lies in the folders
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +88,7 @@ def test_names_and_category(nodes):
     assert {name: node["display_name"] for name, node in nodes.items()} == NAMES
     categories = {name: node["category"] for name, node in nodes.items()}
     assert categories.pop("EasyRefDemo") == "EasyRef/demo"
-    assert set(categories.values()) == {"EasyRef"}
+    assert set(categories.values()) == {"EasyRef", "EasyRef/tokens", "EasyRef/inspect"}
 
 
 def test_every_input_and_output_has_a_tooltip(nodes):

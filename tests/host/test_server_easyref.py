@@ -114,7 +114,7 @@ def test_upstream_model_is_unchanged(server):
     graph |= {f"plain {name}": branch[name] for name in ("sample", "decode", "save")}
 
     prompt_id = server.queue(graph)
-    of_plain, of_patched = (pixels(png).tobytes() for png in server.images(server.wait(prompt_id)))
+    of_plain, of_patched = (pixels(png).tobytes() for png in server.images(server.wait(prompt_id), "output"))
     assert {"sample", "plain sample"} <= set(server.executed(prompt_id))
     assert of_plain == expected
     assert of_patched != expected

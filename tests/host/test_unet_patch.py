@@ -246,12 +246,13 @@ def test_unet_of_half_precision(easy, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_site_takes_queries_of_another_dtype_than_its_key_values(easy, model, dtype: torch.dtype) -> None:
     """Where the UNet's input and its arithmetic differ, as another pack's patch of the inputs can bring about."""
-    unet_patch = golden.part(easy.pack, "nodes.unet_patch")
+    injection = golden.part(easy.pack, "nodes.injection")
     patched = easy.apply(model)
     site = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 4, 0]
-    step = unet_patch.Step(1.0, {site.injection: (easy.key_values, 1.0)}, {})
+    acting = injection.Acting(easy.key_values, [1.0] * SITES)
+    step = injection.Step(1.0, {site.injection: acting}, {})
     q, k, v = (torch.randn(2, tokens, 32).to(dtype) for tokens in (5, 7, 7))
-    out = site(q, k, v, {unet_patch.STEP: step, "n_heads": 2})
+    out = site(q, k, v, {injection.STEP: step, "n_heads": 2})
     assert out.dtype == dtype
     assert torch.isfinite(out).all()
 
@@ -652,8 +653,8 @@ def test_sampling_that_fails_releases_placed_key_values(easy, model) -> None:
     def broken(out, q, k, v, extra_options, **_):
         placed.extend(
             weakref.ref(tensor)
-            for key_values, _ in extra_options["easyref_step"].acting.values()
-            for tensor in key_values[0]
+            for acting in extra_options["easyref_step"].acting.values()
+            for tensor in acting.key_values[0]
         )
         raise RuntimeError("stopped")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .tiny_images import noise
-from .tiny_sdxl import TinyVAE, load_tiny_sdxl, random_conditioning
+from .tiny_sdxl import TinyVAE, load_tiny_sdxl, random_conditioning, random_controlnet
 
 
 class TinySDXL(io.ComfyNode):
@@ -34,6 +34,20 @@ class TinySDXL(io.ComfyNode):
         positive = random_conditioning(2 * seed, prompt_tokens)
         negative = random_conditioning(2 * seed + 1, 77)
         return io.NodeOutput(model, positive, negative, TinyVAE(model.model.latent_format))
+
+
+class TinyControlNet(io.ComfyNode):
+    """What a ControlNet loader gives."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TinyControlNet", category="testing", inputs=[], outputs=[io.ControlNet.Output()]
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(random_controlnet(0))
 
 
 class TinyImages(io.ComfyNode):
@@ -78,7 +92,7 @@ class TinyNodes(ComfyExtension):
     """The pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TinySDXL, TinyImages, TinyCombo]
+        return [TinySDXL, TinyControlNet, TinyImages, TinyCombo]
 
 
 async def comfy_entrypoint() -> TinyNodes:

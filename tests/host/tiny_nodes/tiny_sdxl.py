@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.supported_models
 import comfy.utils
 import torch
@@ -56,7 +59,7 @@ class TinyModel(comfy.model_base.SDXL):
 
 
 class TinyVAE:
-    """The only method of a VAE that VAEDecode calls: latents to colours, by the host's preview factors."""
+    """What VAEDecode and VAEEncode call: latents to colours, by the host's preview factors, and roughly back."""
 
     def __init__(self, latent_format: comfy.latent_formats.LatentFormat) -> None:
         self.to_rgb = torch.tensor(latent_format.latent_rgb_factors)
@@ -66,6 +69,12 @@ class TinyVAE:
         """(batch, 4, height, width) to images (batch, 8 height, 8 width, 3) in 0..1."""
         colours = samples.float().cpu().movedim(1, -1) @ self.to_rgb + self.bias
         return (colours / SPREAD).sigmoid().repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(batch, 8 height, 8 width, 3) in 0..1 to latents (batch, 4, height, width)."""
+        colours = torch.nn.functional.avg_pool2d(pixels[..., :3].movedim(-1, 1).float(), 8).movedim(1, -1)
+        spread = colours.clamp(0.01, 0.99).logit() * SPREAD - self.bias
+        return (spread @ torch.linalg.pinv(self.to_rgb)).movedim(-1, 1)
 
 
 def load_tiny_sdxl(dtype: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
@@ -104,3 +113,16 @@ def random_conditioning(seed: int, tokens: int) -> list:
     context = torch.randn(1, tokens, CONTEXT_WIDTH, generator=random)
     pooled = torch.randn(1, POOLED_WIDTH, generator=random)
     return [[context, {"pooled_output": pooled}]]
+
+
+def random_controlnet(seed: int) -> comfy.controlnet.ControlNet:
+    """A ControlNet for the tiny SDXL, with random weights."""
+    kept = {k: v for k, v in UNET_CONFIG.items() if k not in ("out_channels", "transformer_depth_output")}
+    net = comfy.cldm.cldm.ControlNet(
+        hint_channels=3, num_head_channels=16, operations=comfy.ops.manual_cast, **kept
+    )
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.normal_(std=0.05, generator=random)
+    return comfy.controlnet.ControlNet(net, load_device=comfy.model_management.get_torch_device())

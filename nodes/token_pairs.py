@@ -1,0 +1,56 @@
+"""What the nodes that make one set of tokens from several share: their sockets, and both sides done alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from comfy_api.latest import io
+
+from ..easyref_core import ReferenceTokens
+from ..easyref_core.token_frames import distinct
+from .sockets import EasyRefTokens, TokenPair
+
+PREFIX = "tokens"
+
+
+def several_tokens(most: int, tooltip: str) -> io.Autogrow.Input:
+    """An input of 1 to `most` sockets, tokens0, tokens1, ...; a new one appears when the last is connected."""
+    return io.Autogrow.Input(
+        PREFIX,
+        template=io.Autogrow.TemplatePrefix(
+            EasyRefTokens.Input("tokens", tooltip="Reference tokens of one group."),
+            prefix=PREFIX,
+            min=1,
+            max=most,
+        ),
+        tooltip=tooltip,
+    )
+
+
+def in_order(tokens: Mapping[str, TokenPair | None]) -> list[TokenPair]:
+    """What is connected, in the order of the sockets: tokens10 comes after tokens9."""
+    names = sorted(tokens, key=lambda socket: int(socket.removeprefix(PREFIX)))
+    return [pair for name in names if (pair := tokens[name]) is not None]
+
+
+def both_sides(
+    pairs: Sequence[TokenPair], make: Callable[[list[ReferenceTokens]], ReferenceTokens]
+) -> TokenPair:
+    """`make` done to the conditional and to the unconditional tokens; a pair that it leaves alone comes back itself.
+
+    Unconditional rows that are all the same, as of the black image, are one row: it stands for every picture.
+    """
+    conditional = make([pair.conditional for pair in pairs])
+    unconditional = distinct(make([_row_by_row(pair) for pair in pairs]))
+    for pair in pairs:  # the same object, so that its keys and values need not be made again
+        if conditional is pair.conditional and unconditional is pair.unconditional:
+            return pair
+    return TokenPair(conditional, unconditional)
+
+
+def _row_by_row(pair: TokenPair) -> ReferenceTokens:
+    """The unconditional tokens, one row for each conditional one."""
+    rows, tokens = len(pair.conditional), pair.unconditional
+    if len(tokens) == rows:
+        return tokens
+    return ReferenceTokens.of(tokens.expand(rows, -1, -1), tokens.provenance)

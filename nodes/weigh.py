@@ -1,0 +1,47 @@
+"""Weigh References."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io
+
+from . import shown
+from .numbers import numbers
+from .sockets import EasyRefContext
+
+if TYPE_CHECKING:
+    from ..easyref_core import ContextStates
+
+
+class EasyRefWeighReferences(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EasyRefWeighReferences",
+            display_name="Weigh References",
+            category="EasyRef",
+            description="Lets single references count more or less when the reference tokens gather what they share. "
+            "Goes between Encode and Aggregate: the group is not read again.",
+            search_aliases=["reference weight", "image weight", "ip adapter weight per image"],
+            inputs=[
+                EasyRefContext.Input("context", tooltip="From Encode Reference Group."),
+                io.String.Input(
+                    "weights",
+                    tooltip="One number for each reference, in their order, with commas: 1, 0.5, 1. 1 as it is, "
+                    "0 not gathered from, up to 4. Empty: all count alike.",
+                ),
+            ],
+            outputs=[
+                EasyRefContext.Output(
+                    display_name="context", tooltip="The same context, for Aggregate Reference Tokens."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, context: ContextStates, weights: str) -> io.NodeOutput:
+        given = numbers(weights, "weights") or [1.0] * len(context.spans)
+        weighed = context.weighed(given)
+        lines = [f"reference {i + 1}: {weight:g}" for i, weight in enumerate(given)]
+        return io.NodeOutput(weighed, ui=shown.text("\n".join(lines)))

@@ -1,0 +1,102 @@
+"""Weight types as a table, layer weights as text, and the layer each of SDXL's 70 sites belongs to."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from easyref_core.layer_weights import (
+    AGAINST,
+    OWN,
+    SWAPPED,
+    WEIGHT_TYPES,
+    choose,
+    layers_of,
+    parse_layer_weights,
+)
+from easyref_core.unet_layout import Site, sdxl_sites
+
+# Computed apart from the code, from what IPAdapter_plus does at layer t of 11.
+EXPECTED = {
+    "linear": [1] * 11,
+    "ease in": [0.05 + 0.95 * (1 - t / 11) for t in range(11)],
+    "ease out": [0.05 + 0.95 * t / 11 for t in range(11)],
+    "ease in-out": [0.05 + 0.95 * (1 - abs(t - 5.5) / 5.5) for t in range(11)],
+    "reverse in-out": [0.05 + 0.95 * abs(t - 5.5) / 5.5 for t in range(11)],
+    "weak input": [0.2] * 4 + [1] * 7,
+    "weak output": [1] * 5 + [0.2] * 6,
+    "weak middle": [1] * 4 + [0.2] + [1] * 6,
+    "strong middle": [0.2] * 4 + [1] + [0.2] * 6,
+    "style transfer": [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0],
+    "composition": [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+    "strong style transfer": [1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1],
+    "style and composition": [0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0],
+    "strong style and composition": [1] * 11,
+    "style transfer precise": [0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0],
+    "composition precise": [0.1, 0.1, 0.1, 1, 0.1, 0.1, 1, 0.1, 0.1, 0.1, 0.1],
+}
+
+
+def test_every_type_is_there_once() -> None:
+    assert WEIGHT_TYPES.keys() == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_factors(name: str) -> None:
+    assert WEIGHT_TYPES[name].factors == pytest.approx(EXPECTED[name])
+
+
+def test_only_the_precise_types_cross_sides() -> None:
+    style, composition = WEIGHT_TYPES["style transfer precise"], WEIGHT_TYPES["composition precise"]
+    assert style.sides == tuple(AGAINST if layer == 3 else OWN for layer in range(11))
+    assert composition.sides == tuple(OWN if layer == 3 else SWAPPED for layer in range(11))
+    others = {kind.sides for name, kind in WEIGHT_TYPES.items() if "precise" not in name}
+    assert others == {(OWN,) * 11}
+
+
+def test_layers_are_numbered_as_the_unet_runs() -> None:
+    layers = layers_of(sdxl_sites())
+    assert [Counter(layers.values())[layer] for layer in range(11)] == [2, 2, 10, 10, 10, 10, 10, 10, 2, 2, 2]
+    assert layers[Site("input", 8, 9)] == 3
+    assert layers[Site("middle", 0, 0)] == 4
+    assert layers[Site("output", 1, 0)] == 6
+
+
+def test_unet_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="has 10 spatial transformers"):
+        layers_of(site for site in sdxl_sites() if site.block != "middle")
+
+
+def test_layer_weights() -> None:
+    assert parse_layer_weights(" 3 : 1, 6:0.5,\n10:-2 ") == (0, 0, 0, 1, 0, 0, 0.5, 0, 0, 0, -2)
+
+
+def test_layer_weights_take_the_place_of_the_factors_only() -> None:
+    precise = choose("style transfer precise", "4:1")
+    assert precise.factors == (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0)
+    assert precise.sides == WEIGHT_TYPES["style transfer precise"].sides
+    assert choose("ease in", " ") == WEIGHT_TYPES["ease in"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("3=1", r"'3=1', which is not index:weight"),
+        ("3", r"'3', which is not index:weight"),
+        ("a:1", r"'a:1', which is not index:weight"),
+        ("3:1:2", r"not index:weight"),
+        ("11:1", r"names layer 11; SDXL has the layers 0 to 10"),
+        ("-1:1", r"names layer -1"),
+        ("3:1, 3:2", r"names layer 3 twice"),
+        ("3:nan", r"gives layer 3 the weight nan"),
+    ],
+)
+def test_layer_weights_that_cannot_be_read(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_layer_weights(text)
+
+
+def test_unknown_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="no weight type 'bold'"):
+        choose("bold")

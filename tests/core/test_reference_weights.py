@@ -1,0 +1,154 @@
+"""How much each reference counts in the aggregation: 1 changes no bit, 0 is attention without its image tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from einops import rearrange, repeat
+
+import easyref_core as er
+from easyref_core.config import EasyRefConfig
+from easyref_core.model import MLLM
+from easyref_core.qwen2_vl import DecoderLayer, attention_mask, rotate, text_rotation
+from easyref_core.reference_tokens import ReferenceAggregator, weight_bias
+
+from . import golden
+from .errors import assert_says, error_of
+from .golden import EXACT, error
+
+
+@pytest.fixture(scope="module")
+def context(model: er.EasyRef) -> er.ContextStates:
+    return model.encode(golden.references(), golden.PROMPT, size=golden.SIZE)
+
+
+@torch.inference_mode()
+def by_hand(
+    layer: DecoderLayer, config: EasyRefConfig, x: torch.Tensor, factor: torch.Tensor
+) -> torch.Tensor:
+    """The causal layer in float64, each key's exponential multiplied by its factor (S,): (1, S, heads * d)."""
+    attention, length = layer.self_attn, x.shape[1]
+    x = layer.input_layernorm(x)
+    heads = attention.heads
+    q = rearrange(attention.q_proj(x), "b n (h d) -> b h n d", h=heads)
+    k, v = (
+        rearrange(project(x), "b n (h d) -> b h n d", h=attention.kv_heads)
+        for project in (attention.k_proj, attention.v_proj)
+    )
+    turn = text_rotation(length, config, x.device)
+    q, k = rotate(q, turn).double(), rotate(k, turn).double()
+    k, v = (repeat(t, "b h n d -> b (h g) n d", g=heads // attention.kv_heads) for t in (k, v))
+    exponential = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).exp().tril() * factor
+    return rearrange(exponential / exponential.sum(-1, keepdim=True) @ v, "b h n d -> b n (h d)")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("weights", [(0, 1, 1), (1, 0, 0.5), (4, 1, 0.25), (0, 0, 0)])
+def test_the_attention_is_the_one_computed_by_hand(
+    context: er.ContextStates, weights: tuple[float, ...]
+) -> None:
+    own = er.load(golden.CHECKPOINT, golden.MLLM)  # changed below
+    aggregator, tokens = own.mllm.aggregator.double(), own.config.num_tokens
+    bias = weight_bias(context.weighed(weights), tokens).double()
+    factor = torch.ones(context.states.shape[1] + tokens)
+    for (start, end), weight in zip(context.spans, weights, strict=True):
+        factor[start:end] = weight
+
+    layer = aggregator.layers[-1]
+    learned = aggregator.reference_tokens.weight[None]
+    x = torch.cat([context.states.double(), learned], dim=1)
+    by_value = by_hand(layer, own.config, x, factor)[:, -tokens:]
+    attended = x[:, -tokens:] + layer.self_attn.o_proj(by_value)
+    wanted = aggregator.norm(attended + layer.mlp(layer.post_attention_layernorm(attended)))
+    assert error(aggregator.gather(context.states.double(), bias=bias), wanted) <= 1e-6  # RoPE is in float32
+
+
+def test_weights_of_1_are_no_weights(model: er.EasyRef, context: er.ContextStates) -> None:
+    assert context.weighed([1, 1.0, 1]).weights is None
+    found = model.aggregate(context.weighed([0.5, 1, 2]).weighed([1, 1, 1]))
+    assert torch.equal(found.as_subclass(torch.Tensor), model.aggregate(context).as_subclass(torch.Tensor))
+
+
+def test_a_weight_changes_the_tokens_and_not_the_context(
+    model: er.EasyRef, context: er.ContextStates
+) -> None:
+    weighed = context.weighed([1, 0, 1])
+    assert weighed.states is context.states
+    assert context.weights is None
+    assert error(model.aggregate(weighed), model.aggregate(context)) > 0.001
+
+
+def test_a_reference_of_weight_0_may_hold_anything(model: er.EasyRef, context: er.ContextStates) -> None:
+    start, end = context.spans[1]
+    states = context.states.clone()
+    states[:, start:end] = torch.randn_like(states[:, start:end])
+    other = dataclasses.replace(context, states=states)
+    found, wanted = (model.aggregate(c.weighed([1, 0, 1])) for c in (other, context))
+    assert error(found, wanted) <= EXACT
+
+
+def test_nothing_but_text_left_is_still_finite(model: er.EasyRef, context: er.ContextStates) -> None:
+    assert torch.isfinite(model.aggregate(context.weighed([0, 0, 0]))).all()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_several_final_layers_leave_the_contexts_rows_alone(model: er.EasyRef, causal: bool) -> None:
+    """A reference of weight 0 is out of every final layer's attention from the reference tokens, not of the context's."""
+    config = dataclasses.replace(model.config, final_layers=2, causal=causal)
+    torch.manual_seed(0)
+    aggregator = ReferenceAggregator(config)
+    for parameter in aggregator.parameters():
+        parameter.normal_(std=0.2)
+    length, tokens = 20, config.num_tokens
+    x = torch.randn(1, length + tokens, config.hidden_size)
+    factor = torch.ones(length + tokens)
+    factor[3:9] = 0
+    bias = factor.log().expand(tokens, -1)
+    turn = text_rotation(length + tokens, config, x.device)
+    layer = aggregator.layers[0]
+    weighed, plain = (layer(x, turn, causal=causal, bias=given) for given in (bias, None))
+    assert error(weighed[:, :length], plain[:, :length]) <= EXACT
+    assert error(weighed[:, length:], plain[:, length:]) > 0.001
+    assert torch.isfinite(aggregator(x[:, :length], bias=bias)).all()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_a_padded_row_is_weighed_as_without_its_padding(model: er.EasyRef, causal: bool) -> None:
+    aggregator = MLLM(dataclasses.replace(model.config, causal=causal)).aggregator
+    aggregator.load_state_dict(model.mllm.aggregator.state_dict())
+    tokens, padding = model.config.num_tokens, 5
+    states = torch.randn(1, 30, model.config.hidden_size)
+    factor = torch.ones(30 + tokens)
+    factor[4:12] = 0.3
+    factor[12:20] = 0
+    wanted = aggregator(states, bias=factor.log().expand(tokens, -1))
+    padded = torch.cat([torch.randn(1, padding, states.shape[-1]), states], dim=1)
+    real = torch.arange(30 + padding)[None] >= padding
+    bias = torch.cat([torch.ones(padding), factor]).log().expand(tokens, -1)
+    assert error(aggregator(padded, real, bias), wanted) <= EXACT
+
+
+def test_without_weights_no_mask_is_made() -> None:
+    assert attention_mask(7, 7, True, None, torch.device("cpu")) is None
+
+
+def test_with_a_bias_the_mask_stays_causal() -> None:
+    mask = attention_mask(4, 4, True, None, torch.device("cpu"), torch.zeros(2, 4))
+    assert torch.equal(mask == 0, torch.ones(4, 4, dtype=torch.bool).tril())
+
+
+@pytest.mark.parametrize(
+    ("weights", "parts"),
+    [
+        ([1, 1], ["2 weights for 3 references", "one for each"]),
+        ([1, -0.5, 1], ["reference 2 is -0.5", "wanted 0", "to 4"]),
+        ([1, 1, 5], ["reference 3 is 5", "to 4"]),
+        ([float("nan"), 1, 1], ["reference 1 is nan"]),
+    ],
+)
+def test_weights_that_fit_nothing(context: er.ContextStates, weights: list, parts: list[str]) -> None:
+    assert_says(error_of(lambda: context.weighed(weights)), *parts)

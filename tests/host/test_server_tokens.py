@@ -1,0 +1,90 @@
+"""Reference tokens through the server: saved, loaded, combined, batched, and with other negatives."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import golden, graphs
+from .graphs import node
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _golden(server) -> None:
+    graphs.install_golden(server)
+
+
+@pytest.fixture(scope="module")
+def patched(server) -> bytes:
+    """What the whole path makes, all settings at their defaults."""
+    return graphs.picture(server, graphs.easyref())
+
+
+def through(nodes: graphs.Graph, aggregate: dict | None = None) -> graphs.Graph:
+    """The whole path with nodes between Aggregate and Apply; the one called "tokens" feeds Apply."""
+    graph = {**graphs.easyref(apply={"tokens": ["tokens", 0]} if "tokens" in nodes else None), **nodes}
+    graph["aggregate"]["inputs"] |= aggregate or {}
+    return graph
+
+
+def other_group() -> graphs.Graph:
+    """A second group of the first reference alone: its context, and its tokens."""
+    text = {"prompt": "a dog", "instruction": golden.SETTINGS["instruction"], "size": golden.SIZE}
+    return {
+        "other": node("EasyRefEncodeGroup", easyref=["load", 0], group=["image0", 0], **text),
+        "other tokens": node("EasyRefAggregate", easyref=["load", 0], context=["other", 0]),
+    }
+
+
+def combine(*links: list, **inputs: object) -> graphs.Graph:
+    sockets = {f"tokens.tokens{i}": link for i, link in enumerate(links)}
+    settings = {"method": "concat", "factor": 0.5, "weights": "", **inputs}
+    return {"tokens": node("EasyRefCombineTokens", **sockets, **settings)}
+
+
+def test_saved_tokens_give_the_same_picture_without_the_mllm(server, patched):
+    keep = node(
+        "EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="tests/猫", references=["group", 0]
+    )
+    history = server.run(through({"keep": keep}))
+    (saved,) = history["outputs"]["keep"]["easyref_tokens"]
+    assert saved == {"filename": "猫_00001_.safetensors", "subfolder": "easyref/tests", "type": "output"}
+    assert len(history["outputs"]["keep"]["images"]) == 3
+
+    file = "tests/猫_00001_.safetensors"
+    listed = server.object_info()["EasyRefLoadTokens"]["input"]["required"]["file"]
+    assert file in listed[1]["options"]
+    graph = through({"tokens": node("EasyRefLoadTokens", file=file)})
+    for name in ("image0", "image1", "image2", "group", "encode", "aggregate"):
+        del graph[name]
+    assert graphs.picture(server, {**graph, "tokens": {**graph["tokens"]}}) == patched
+
+
+@pytest.mark.parametrize("file", ["../../input/0.png", "/etc/passwd", "gone.safetensors"])
+def test_files_outside_the_folders_are_not_found(server, file: str):
+    graph = through({"tokens": node("EasyRefLoadTokens", file=file)})
+    assert "was not found" in graphs.failure(server, graph)
+
+
+def test_one_set_combined_is_the_same_picture(server, patched):
+    assert graphs.picture(server, through(combine(["aggregate", 0]))) == patched
+
+
+def test_joined_groups_make_another_picture(server, patched):
+    links = ["aggregate", 0], ["other tokens", 0]
+    assert graphs.picture(server, through({**other_group(), **combine(*links)})) != patched
+    left_out = combine(*links, weights="1, 0")
+    assert graphs.picture(server, through({**other_group(), **left_out})) == patched
+
+
+def test_negatives(server, patched):
+    of_group = {"negative": "group", "negative_context": ["other", 0]}
+    noise = {"negative": "noise", "noise_seed": 3, "noise_strength": 1.0}
+    pictures = [graphs.picture(server, through(other_group(), settings)) for settings in (of_group, noise)]
+    assert len({patched, *pictures}) == 3
+    for neutral in ({"negative": "black image"}, {**noise, "noise_strength": 0.0}):
+        assert graphs.picture(server, through({}, neutral)) == patched
+
+
+def test_a_negative_that_would_not_be_used_is_refused(server):
+    graph = through(other_group(), {"negative_context": ["other", 0]})
+    assert "would not use it" in graphs.failure(server, graph)
