@@ -13,7 +13,7 @@ from .visualize import INK, MARGIN, PAPER, fitted, font, heat_colours, shortened
 WIDTH = 720  # pixels, of bars and parts
 TITLE, TEXT = 22, 18  # font sizes
 LINE = 28  # pixels, one line of text
-BLUE, RED, GREY, FAINT = "#3a6ea5", "#c8402f", "#8c8c8c", "#e6e6e6"
+BLUE, RED, GREEN, GREY, FAINT = "#3a6ea5", "#c8402f", "#2f8f4e", "#8c8c8c", "#e6e6e6"
 PARTS = ("#3a6ea5", "#e08a1e", "#4b9560", "#8e5ea2", "#c8402f", "#4aa3a8", "#b8a02c", "#6b4a3a")
 
 
@@ -27,10 +27,12 @@ class Bar(NamedTuple):
     picture: Image.Image | None = None
 
 
-def bar_chart(title: str, bars: Sequence[Bar], low: float = 0.0, high: float | None = None) -> Image.Image:
+def bar_chart(
+    title: str, bars: Sequence[Bar], low: float = 0.0, high: float | None = None, mark: str = RED
+) -> Image.Image:
     """Bars from left to right, one below the other, from `low` to `high` (the largest value by default).
 
-    A marked bar is red.
+    mark: the colour of marked bars.
     """
     high = max(bar.value for bar in bars) if high is None else high
     height = 60 if any(bar.picture for bar in bars) else 34
@@ -52,7 +54,7 @@ def bar_chart(title: str, bars: Sequence[Bar], low: float = 0.0, high: float | N
         share = (bar.value - low) / (high - low) if high > low else 0.0
         end = start + max(2.0, room * min(max(share, 0.0), 1.0))
         draw.rectangle((start, middle - 10, start + room, middle + 10), FAINT)
-        draw.rectangle((start, middle - 10, end, middle + 10), RED if bar.marked else BLUE)
+        draw.rectangle((start, middle - 10, end, middle + 10), mark if bar.marked else BLUE)
         draw.text((start + room + 8, middle), bar.text, INK, font(TEXT), anchor="lm")
     return sheet
 

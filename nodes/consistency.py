@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..easyref_core.consistency import cropped_share, similarity
-from ..easyref_core.plots import Bar, bar_chart
+from ..easyref_core.plots import GREEN, Bar, bar_chart
 from .pictures import image_of, pictures_of, references_of
 from .references import split
 from .sockets import EasyRefGroupSocket
@@ -101,12 +101,12 @@ def embed(clip_vision: Any, images: list[Tensor], crop: str) -> Tensor:
 
 
 def draw(pictures: list[Image.Image], means: list[float], best: int) -> Image.Image:
-    """A bar for each picture, from the group's zero to one; the best says so."""
+    """A bar for each picture, from 0 to 1; the best says so."""
     bars = [
         Bar(f"{i + 1} best" if i == best else str(i + 1), mean, f"{mean:.3f}", i == best, picture)
         for i, (mean, picture) in enumerate(zip(means, pictures, strict=True))
     ]
-    return bar_chart("Mean cosine to the references", bars, high=1.0)
+    return bar_chart("Mean cosine to the references", bars, high=1.0, mark=GREEN)
 
 
 def describe(cosines: Tensor, best: int, sizes: list[tuple[int, int]], crop: str) -> str:

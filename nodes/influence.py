@@ -150,7 +150,7 @@ def describe(changes: list[float], similarity: Tensor, odd: int, score: float) -
         f"reference {i + 1}: the tokens change by {value:.4f} without it (1 - cosine); mean likeness to the others {alike:.3f}"
         for i, (value, alike) in enumerate(zip(changes, to_the_others(similarity).tolist(), strict=True))
     ]
-    criterion = f"its mean likeness lies {score:.1f} robust standard deviations below the median; {STANDS_OUT:g} are asked for"
+    criterion = f"its mean likeness lies {score:.2f} robust standard deviations below the median; {STANDS_OUT:g} are asked for"
     if odd >= 0:
         lines.append(f"Reference {odd + 1} does not belong: {criterion}.")
     elif len(changes) < FEWEST:

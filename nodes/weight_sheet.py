@@ -100,11 +100,9 @@ class EasyRefSheet(io.ComfyNode):
                 "result."
             )
         columns, rows = list(dict.fromkeys(weight)), list(dict.fromkeys(end_percent))
-        cells: dict[str, list[Image.Image | None]] = {
-            f"until {row:.0%}": [None] * len(columns) for row in rows
-        }
+        cells: dict[str, list[Image.Image | None]] = {f"until {row:g}": [None] * len(columns) for row in rows}
         for batch, column, row in zip(images, weight, end_percent, strict=True):
-            cells[f"until {row:.0%}"][columns.index(column)] = side_by_side(pictures_of(batch), cell[0])
+            cells[f"until {row:g}"][columns.index(column)] = side_by_side(pictures_of(batch), cell[0])
         headings = {i: f"weight {column:g}" for i, column in enumerate(columns)}
         sheet = image_of(contact_sheet(cells, cell[0], headings))
         return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))
