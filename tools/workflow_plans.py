@@ -148,7 +148,7 @@ def _portrait() -> Plan:
     return Plan(
         """# A portrait: one identity
 
-1. **References**: four or more pictures of one person, cropped to squares around the face, in different light and from different sides. *Crop Reference* does the cropping.
+1. **References**: four or more pictures of one person, cropped to squares around the face, in different light and from different sides. *Crop References* does the cropping.
 2. **Prompt**: who and where, as in training: "Photo of a woman ...".
 3. Weight 1 is the trained strength. For a likeness, look at several seeds before turning knobs.
 """
@@ -355,6 +355,42 @@ def _weights() -> Plan:
     )
 
 
+def _inspecting() -> Plan:
+    """What the MLLM reads of a group, what each reference does, and where it acts."""
+    nodes = references(4) | basis("A cat in a garden, best quality, high quality")
+    nodes |= {
+        "attention": Node(
+            "EasyRefReferenceAttention",
+            3,
+            {"easyref": Link("easyref"), "context": Link("encode"), "group": Link("group")},
+            height=380,
+        ),
+        "influence": Node(
+            "EasyRefReferenceInfluence",
+            3,
+            {"easyref": Link("easyref"), "group": Link("group"), "prompt": Link("prompt")},
+            height=480,
+        ),
+        "record": Node("EasyRefRecord", 4, {"model": Link("apply")}),
+        "where": Node(
+            "EasyRefWhereItActs", 5, {"record": Link("record", 1), "sampled": Link("decode")}, height=420
+        ),
+    }
+    nodes = changed(nodes, "sample", model=Link("record"))
+    return Plan(
+        """# Inspecting a group
+
+1. **Show Reference Attention**: where in each reference the tokens look, and how much of the attention each reference gets.
+2. **Show Reference Influence**: how much the tokens change without each reference, how alike they are, and which one does not belong. Take it out, or weigh it down with *Weigh References*.
+3. **Record** and **Show Where It Acts**: in which blocks, at which steps and at which places of the picture the references act.
+
+None of them changes the picture.
+"""
+        + FILES,
+        nodes,
+    )
+
+
 def _instructed(nodes: Mapping[str, Node], preset: str) -> dict[str, Node]:
     """The nodes with an instruction preset for the MLLM."""
     instruction = Node("EasyRefInstruction", 1, {"preset": preset}, height=160)
@@ -375,6 +411,7 @@ PLANS: dict[str, Plan] = {
     "two_regions": _two_regions(),
     "animation_frames": _frames(),
     "choosing_a_weight": _weights(),
+    "inspecting_a_group": _inspecting(),
     "with_controlnet": _controlnet(),
     "with_a_lora": _lora(),
     "inpainting": _inpainting(),

@@ -38,6 +38,9 @@ WIDTH = {
     "PreviewImage": 420,
     "CLIPTextEncode": 380,
     "EasyRefEncodeGroup": 400,
+    "EasyRefReferenceAttention": 420,
+    "EasyRefReferenceInfluence": 420,
+    "EasyRefWhereItActs": 420,
 }
 USUAL = 300
 CANVAS = (20, 20, 20)  # the frontend's background

@@ -35,7 +35,11 @@ NAMES = {
     "EasyRefTokensOverFrames": "Reference Tokens over Frames",
     "EasyRefConsistency": "Reference Consistency",
     "EasyRefWeightSheet": "Weight Sheet",
-    "EasyRefSheet": "Labelled Sheet",
+    "EasyRefSheet": "Assemble Sheet",
+    "EasyRefReferenceAttention": "Show Reference Attention",
+    "EasyRefReferenceInfluence": "Show Reference Influence",
+    "EasyRefRecord": "Record Where It Acts",
+    "EasyRefWhereItActs": "Show Where It Acts",
 }
 KEPT = ("default", "min", "max", "step", "multiline", "dynamicPrompts", "advanced")
 FILES = ("checkpoint", "mllm", "file")  # whose options depend on what lies in the folders
@@ -88,7 +92,7 @@ def test_names_and_category(nodes):
     assert {name: node["display_name"] for name, node in nodes.items()} == NAMES
     categories = {name: node["category"] for name, node in nodes.items()}
     assert categories.pop("EasyRefDemo") == "EasyRef/demo"
-    assert set(categories.values()) == {"EasyRef", "EasyRef/tokens", "EasyRef/inspect"}
+    assert set(categories.values()) == {"EasyRef", "EasyRef/tokens", "EasyRef/look"}
 
 
 def test_every_input_and_output_has_a_tooltip(nodes):

@@ -123,11 +123,9 @@ def test_a_limited_number_of_references_is_told_by_method_json(run, tmp_path: Pa
 def test_the_exact_models_are_recorded(run, tmp_path: Path, extractors: Extractors) -> None:
     run()
     facts = json.loads((tmp_path / "results/results.json").read_text())
-    assert facts["extractors"] == {
-        "clip": extractors.clip.identity,
-        "dino": extractors.dino.identity,
-        "attributes": "tests:Reader",
-    }
+    names = facts["extractors"]
+    assert (names["clip"], names["dino"]) == (extractors.clip.identity, extractors.dino.identity)
+    assert names["attributes"].startswith("tests:Reader ")  # which one it is, it does not say
     assert (facts["pictures"], facts["excluded"], facts["benchmark"]) == (12, 0, "small")
 
 
