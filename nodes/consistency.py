@@ -1,4 +1,4 @@
-"""Measure Consistency."""
+"""Reference Consistency."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class EasyRefConsistency(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EasyRefConsistency",
-            display_name="Measure Consistency",
+            display_name="Reference Consistency",
             category="EasyRef/look",
             description="How close pictures are to the references: cosines of the host's CLIP vision. To choose among "
             "seeds, weights and settings by a number.",

@@ -1,4 +1,4 @@
-"""Show Reference Influence."""
+"""Reference Influence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class EasyRefReferenceInfluence(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EasyRefReferenceInfluence",
-            display_name="Show Reference Influence",
+            display_name="Reference Influence",
             category="EasyRef/look",
             description="What each reference does: how much the reference tokens change without it, how alike the "
             "references look to the MLLM, and which one does not belong. It reads the group once for every reference.",

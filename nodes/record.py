@@ -28,7 +28,7 @@ class EasyRefRecord(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(tooltip="To one sampler: the record is of the last sampling with it."),
-                EasyRefRecordSocket.Output(display_name="record", tooltip="To Show Where It Acts."),
+                EasyRefRecordSocket.Output(display_name="record", tooltip="To Where It Acts."),
             ],
         )
 

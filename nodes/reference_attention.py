@@ -1,4 +1,4 @@
-"""Show Reference Attention."""
+"""Reference Attention."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EasyRefReferenceAttention(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EasyRefReferenceAttention",
-            display_name="Show Reference Attention",
+            display_name="Reference Attention",
             category="EasyRef/look",
             description="What the reference tokens read: heat maps of the last layer's attention over each reference, "
             "and what part of it goes to each reference, to the text and to the tokens themselves.",

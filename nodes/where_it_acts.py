@@ -1,4 +1,4 @@
-"""Show Where It Acts."""
+"""Where It Acts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EasyRefWhereItActs(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EasyRefWhereItActs",
-            display_name="Show Where It Acts",
+            display_name="Where It Acts",
             category="EasyRef/look",
             description="How strong the reference term was beside the text's attention: in each block of the UNet and "
             "each step, and at each place of the picture.",

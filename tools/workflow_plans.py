@@ -380,9 +380,9 @@ def _inspecting() -> Plan:
     return Plan(
         """# Inspecting a group
 
-1. **Show Reference Attention**: where in each reference the tokens look, and how much of the attention each reference gets.
-2. **Show Reference Influence**: how much the tokens change without each reference, how alike they are, and which one does not belong. Take it out, or weigh it down with *Weigh References*.
-3. **Record** and **Show Where It Acts**: in which blocks, at which steps and at which places of the picture the references act.
+1. **Reference Attention**: where in each reference the tokens look, and how much of the attention each reference gets.
+2. **Reference Influence**: how much the tokens change without each reference, how alike they are, and which one does not belong. Take it out, or weigh it down with *Weigh References*.
+3. **Record** and **Where It Acts**: in which blocks, at which steps and at which places of the picture the references act.
 
 None of them changes the picture.
 """

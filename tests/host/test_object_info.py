@@ -36,10 +36,10 @@ NAMES = {
     "EasyRefConsistency": "Reference Consistency",
     "EasyRefWeightSheet": "Weight Sheet",
     "EasyRefSheet": "Assemble Sheet",
-    "EasyRefReferenceAttention": "Show Reference Attention",
-    "EasyRefReferenceInfluence": "Show Reference Influence",
+    "EasyRefReferenceAttention": "Reference Attention",
+    "EasyRefReferenceInfluence": "Reference Influence",
     "EasyRefRecord": "Record Where It Acts",
-    "EasyRefWhereItActs": "Show Where It Acts",
+    "EasyRefWhereItActs": "Where It Acts",
 }
 KEPT = ("default", "min", "max", "step", "multiline", "dynamicPrompts", "advanced")
 FILES = ("checkpoint", "mllm", "file")  # whose options depend on what lies in the folders
