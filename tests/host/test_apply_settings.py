@@ -1,0 +1,420 @@
+"""Where, when and how strongly Apply EasyRef acts: weight types, schedules, scaling, masks, batched tokens, recorder.
+
+Pinned: every setting's neutral value is bit-identical to not having it, a mask of zeros to weight 0; layers, sides and
+steps get the weights that the tables say; masks act where they lie, at any size, in crops and for each latent apart.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import comfy.samplers
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+import nodes as host_nodes
+
+from . import golden
+from .sampling import Easy, cfg_guider, golden_easy, predict, sample, watch_attention
+from .test_unet_patch import SITES, by_hand, sigma_at, state
+from .tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning
+
+EVERY_LAYER = ", ".join(f"{layer}:1" for layer in range(11))
+LEFT = torch.zeros(1, 16, 16)
+LEFT[..., :8] = 1
+
+
+@pytest.fixture(scope="module")
+def easy(pack) -> Easy:
+    return golden_easy(pack)
+
+
+@pytest.fixture
+def model() -> ModelPatcher:
+    return load_tiny_sdxl()
+
+
+@pytest.fixture
+def core(pack) -> SimpleNamespace:
+    names = ("layer_weights", "masks", "term_share")
+    return SimpleNamespace(**{name: golden.part(pack, f"easyref_core.{name}") for name in names})
+
+
+def prompts() -> tuple[list, list]:
+    return random_conditioning(1, 77), random_conditioning(2, 77)
+
+
+def watched(easy: Easy, model: ModelPatcher, sigma: float = 1.0) -> list:
+    with watch_attention(easy.pack, model) as calls:
+        predict(model, sigma)
+    return calls
+
+
+def layer_of(easy: Easy, core: SimpleNamespace) -> dict[str, int]:
+    """The layer of each attention, by its path in the host's UNet."""
+    layers = core.layer_weights.layers_of(easy.easyref.model.checkpoint.sites)
+    return {f"{site.comfy}.attn2": layer for site, layer in layers.items()}
+
+
+# Neutral values
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mask": torch.ones(1, 7, 9)},
+        {"mask": torch.ones(5, 64, 64)},
+        {"mask": torch.ones(33, 21)},
+        {"weight_type": "linear"},
+        {"layer_weights": EVERY_LAYER},
+        {"weight_schedule": "1"},
+        {"weight_schedule": "0:1, 1:1"},
+        {"embeds_scaling": "V only"},
+        {"weight_type": "strong style and composition", "mask": torch.ones(1, 1, 1), "weight_schedule": "1, 1, 1"},
+    ],
+)  # fmt: skip
+def test_neutral_value_is_the_identity(easy, model, settings: dict) -> None:
+    assert torch.equal(predict(easy.apply(model, **settings)), predict(easy.apply(model)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mask": torch.zeros(1, 7, 9)},
+        {"mask": torch.zeros(3, 16, 16)},
+        {"layer_weights": "3:0"},
+        {"weight_schedule": "0"},
+        {"weight_schedule": "0:0, 1:0"},
+    ],
+)
+def test_nothing_is_weight_0(easy, model, settings: dict) -> None:
+    assert torch.equal(predict(easy.apply(model, **settings)), predict(easy.apply(model, weight=0.0)))
+
+
+def test_zero_mask_without_lora_is_the_untouched_model(easy, model) -> None:
+    assert state(easy.apply(model, lora=0.0, mask=torch.zeros(1, 8, 8))) == state(model)
+
+
+@pytest.mark.parametrize("scaling", ["K+V", "K+mean(V) w/ C penalty"])
+def test_scaling_at_weight_1_of_equally_wide_layers_is_v_only(easy, model, scaling: str) -> None:
+    """All attentions of the tiny UNet are 32 wide, so that no layer is penalised."""
+    found = predict(easy.apply(model, embeds_scaling=scaling))
+    assert golden.error(found, predict(easy.apply(model))) <= 1e-6
+
+
+# Layers
+
+
+def test_weight_type_weighs_each_layer(easy, model, core) -> None:
+    layers = layer_of(easy, core)
+    for name, kind in core.layer_weights.WEIGHT_TYPES.items():
+        found = {
+            call.site: call.weight for call in watched(easy, easy.apply(model, weight=0.5, weight_type=name))
+        }
+        wanted = {site: 0.5 * kind.factors[layer] for site, layer in layers.items() if kind.factors[layer]}
+        assert found == pytest.approx(wanted), name
+
+
+def test_layer_weights_reach_the_middle_block(easy, model) -> None:
+    calls = watched(easy, easy.apply(model, layer_weights="4:0.25"))
+    assert {call.site.split(".")[0] for call in calls} == {"middle_block"}
+    assert {call.weight for call in calls} == {0.25}
+
+
+def test_style_and_composition_are_two_nodes_of_one_kind_each(easy, model) -> None:
+    both = predict(easy.apply(model, weight_type="style and composition"))
+    style = easy.apply(model, weight_type="style transfer")
+    assert golden.error(predict(easy.apply(style, weight_type="composition")), both) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["style transfer precise", "composition precise"])
+def test_precise_types_cross_the_sides(easy, model, core, name: str) -> None:
+    layers = layer_of(easy, core)
+    rows = dict(zip(layers, easy.key_values, strict=True))
+    for call in watched(easy, easy.apply(model, weight_type=name)):
+        unconditional, conditional = rows[call.site][1]
+        found = call.key_value[1]
+        if name == "style transfer precise" and layers[call.site] == 3:
+            wanted = conditional, torch.zeros_like(conditional)
+        elif name == "composition precise" and layers[call.site] != 3:
+            wanted = conditional, unconditional
+        else:
+            wanted = unconditional, conditional
+        assert torch.equal(found, torch.stack(wanted)), call.site
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer_weights": "11:1"}, "names layer 11"),
+        ({"layer_weights": "style"}, "not index:weight"),
+        ({"weight_schedule": "1, fast"}, "'fast' where a number is wanted"),
+        ({"weight_type": "bold"}, "no weight type 'bold'"),
+        ({"embeds_scaling": "Q"}, "no embeds_scaling 'Q'"),
+    ],
+)
+def test_settings_that_cannot_be_read(easy, model, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        easy.apply(model, weight=0.0, **settings)
+
+
+# Steps
+
+
+@pytest.mark.parametrize(
+    ("schedule", "percent", "factor"),
+    [
+        ("1, 0", 0.25, 0.75),
+        ("1, 0", 0.5, 0.5),
+        ("0.2:1, 0.6:0.5", 0.1, 1.0),
+        ("0.2:1, 0.6:0.5", 0.4, 0.75),
+        ("0.2:1, 0.6:0.5", 0.9, 0.5),
+    ],
+)
+def test_schedule(easy, model, schedule: str, percent: float, factor: float) -> None:
+    patched = easy.apply(model, weight=2.0, weight_schedule=schedule)
+    (weight,) = {call.weight for call in watched(easy, patched, sigma_at(model, percent))}
+    assert weight == pytest.approx(2 * factor, abs=1e-4)
+
+
+def test_schedule_is_spread_over_the_window(easy, model) -> None:
+    patched = easy.apply(model, start=0.2, end=0.6, weight_schedule="1, 0")
+    (weight,) = {call.weight for call in watched(easy, patched, sigma_at(model, 0.3))}
+    assert weight == pytest.approx(0.75, abs=1e-4)
+    assert watched(easy, patched, sigma_at(model, 0.7)) == []
+
+
+@pytest.mark.parametrize("scaling", ["K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"])
+def test_scaled_keys_follow_the_schedule(easy, model, scaling: str) -> None:
+    scheduled = easy.apply(model, weight=2.0, embeds_scaling=scaling, weight_schedule="1, 0")
+    for percent, weight in ((0.25, 1.5), (0.75, 0.5), (0.25, 1.5)):
+        sigma = sigma_at(model, percent)
+        constant = easy.apply(model, weight=weight, embeds_scaling=scaling)
+        assert golden.error(predict(scheduled, sigma), predict(constant, sigma)) <= 1e-5
+
+
+def test_scaled_keys_are_made_once_while_the_weight_stays(easy, model) -> None:
+    guider = cfg_guider(easy.apply(model, 0.5, embeds_scaling="K+V"), *prompts())
+    with watch_attention(easy.pack, model) as calls:
+        sample(guider, 3)
+    assert len({id(tensor) for call in calls for tensor in call.key_value}) == 2 * SITES
+
+
+# Places
+
+
+def half_by_hand(easy: Easy, model: ModelPatcher) -> Tensor:
+    """Prediction with the term written out, on the left half of each grid of a 16 x 16 latent only."""
+    key_values = dict(zip(easy.easyref.model.checkpoint.sites, easy.key_values, strict=True))
+    patched = easy.apply(model, weight=0.0).clone()
+    reference_attention = golden.part(easy.pack, "easyref_core.attention").reference_attention
+
+    def at(site):
+        def attention(q, k, v, extra_options):
+            side = math.isqrt(q.shape[1])
+            left = (torch.arange(q.shape[1]) % side < side // 2).to(q.dtype)[None, :, None]
+            text = comfy.ldm.modules.attention.optimized_attention(q, k, v, extra_options["n_heads"])
+            return text + left * reference_attention(q, key_values[site], extra_options["n_heads"], 1.0)
+
+        return attention
+
+    for site in key_values:
+        patched.set_model_attn2_replace(at(site), *site)
+    return predict(patched)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (128, 64), (2, 2), (1, 2)])
+def test_mask_of_any_size(easy, model, size: tuple) -> None:
+    mask = torch.zeros(1, *size)
+    mask[..., : size[1] // 2] = 1
+    assert golden.error(predict(easy.apply(model, mask=mask)), half_by_hand(easy, model)) <= 1e-6
+
+
+def test_regions_of_a_chain_add_up(easy, model) -> None:
+    chain = easy.apply(easy.apply(model, mask=LEFT), mask=1 - LEFT)
+    assert golden.error(predict(chain), predict(easy.apply(model))) <= 1e-6
+
+
+def test_region_has_its_own_tokens_only(easy, model) -> None:
+    """The first attention, whose queries nothing of ours has touched yet, is changed where its mask is."""
+    seen = []
+    for tokens in (easy.tokens, easy.other_tokens(), easy.other_tokens(1)):
+        patched = easy.apply(easy.apply(model, mask=LEFT), 0.5, tokens=tokens, mask=1 - LEFT)
+        seen.append(first_attention(patched))
+    half = seen[0].shape[-1] // 2
+    assert torch.equal(seen[0][..., :half], seen[1][..., :half])
+    assert not torch.equal(seen[1][..., half:], seen[2][..., half:])
+    plain = first_attention(easy.apply(model, weight=0.0))
+    only_left = first_attention(easy.apply(model, mask=LEFT))
+    assert torch.equal(only_left[..., half:], plain[..., half:])
+    assert not torch.equal(only_left[..., :half], plain[..., :half])
+
+
+def first_attention(model: ModelPatcher) -> Tensor:
+    """What the first cross-attention puts out, (2, channels, rows, columns)."""
+    kept = []
+    attention = model.model.diffusion_model.input_blocks[4][1].transformer_blocks[0].attn2
+    hook = attention.to_out.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].clone()))
+    try:
+        predict(model)
+    finally:
+        hook.remove()
+    return kept[0].mT.unflatten(-1, (8, 8))
+
+
+@pytest.mark.parametrize("size", [(13, 17), (9, 30), (25, 11)])
+def test_odd_latents(easy, model, size: tuple) -> None:
+    full = sampled_at(easy.apply(model), size)
+    assert torch.equal(sampled_at(easy.apply(model, mask=torch.ones(1, 100, 100)), size), full)
+    some = sampled_at(easy.apply(model, mask=torch.rand(1, 50, 40)), size)
+    assert torch.isfinite(some).all()
+    assert golden.error(some, full) > 1e-4
+
+
+def sampled_at(model: ModelPatcher, size: tuple, batch: int = 1, conds: tuple | None = None) -> Tensor:
+    noise = torch.randn(batch, 4, *size, generator=torch.Generator().manual_seed(1))
+    guider = cfg_guider(model, *(conds or prompts()))
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    schedule = comfy.samplers.calculate_sigmas(sampling, "normal", 2)
+    with torch.inference_mode():
+        return guider.sample(
+            noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), schedule, disable_pbar=True, seed=0
+        )  # fmt: skip
+
+
+def test_mask_for_each_latent_of_a_batch(easy, model) -> None:
+    masks = torch.stack([torch.zeros(8, 8), torch.ones(8, 8)])
+    found = sample(cfg_guider(easy.apply(model, mask=masks), *prompts()), batch=3)
+    without = sample(cfg_guider(easy.apply(model, weight=0.0), *prompts()), batch=3)
+    everywhere = sample(cfg_guider(easy.apply(model), *prompts()), batch=3)
+    assert torch.equal(found[0], without[0])
+    assert torch.equal(found[1:], everywhere[1:])
+
+
+def right_half() -> list:
+    """A prompt for the right half of a 16 x 16 latent, as ConditioningSetAreaPercentage makes it."""
+    return host_nodes.ConditioningSetAreaPercentage().append(prompts()[0], 0.5, 1.0, 0.5, 0.0, 1.0)[0]
+
+
+def negative_half() -> list:
+    return host_nodes.ConditioningSetAreaPercentage().append(prompts()[1], 0.5, 1.0, 0.5, 0.0, 1.0)[0]
+
+
+def test_area_sees_its_own_part_of_the_mask(easy, model) -> None:
+    conds = right_half(), negative_half()
+    sizes = {"size": (16, 16), "conds": conds}
+    without, everywhere = (sampled_at(easy.apply(model, weight), **sizes) for weight in (0.0, 1.0))
+    assert torch.equal(sampled_at(easy.apply(model, mask=LEFT), **sizes), without)
+    assert torch.equal(sampled_at(easy.apply(model, mask=1 - LEFT), **sizes), everywhere)
+    assert not torch.equal(without, everywhere)
+
+
+def test_area_is_cut_off_as_the_host_does(pack, core) -> None:
+    guidance = golden.part(pack, "nodes.guidance")
+    assert guidance.area_crop((8, 12, 4, 10), (16, 16)) == core.masks.Crop((16, 16), 4, 10, 8, 6)
+
+
+def test_latent_of_another_size_than_its_area_gets_the_whole_mask(pack, core) -> None:
+    guidance = golden.part(pack, "nodes.guidance")
+    crop = core.masks.Crop((16, 16), 0, 8, 16, 8)
+    options = {guidance.AREAS: {"a": crop}, "uuids": ["a", "b"]}
+    assert guidance.crops_of_runs(options, 16, 8, 2) == (crop, core.masks.whole(16, 8))
+    assert guidance.crops_of_runs(options, 10, 8, 2) == (core.masks.whole(10, 8),) * 2
+    assert guidance.crops_of_runs({}, 10, 8, 1) == (core.masks.whole(10, 8),)
+
+
+# Frames
+
+
+def batched_tokens(easy: Easy, count: int) -> tuple[object, list]:
+    """Tokens of so many groups as one pair, and each group's own pair."""
+    pairs = [easy.other_tokens(seed) for seed in range(count)]
+    of = golden.part(easy.pack, "easyref_core.reference_tokens").ReferenceTokens.of
+    conditional = torch.cat([torch.Tensor(pair.conditional) for pair in pairs])
+    singles = [
+        type(pair)(conditional=pair.conditional, unconditional=easy.tokens.unconditional) for pair in pairs
+    ]
+    batch = type(easy.tokens)(
+        conditional=of(conditional, easy.tokens.conditional.provenance),
+        unconditional=easy.tokens.unconditional,
+    )
+    return batch, singles
+
+
+def test_row_of_tokens_for_each_latent(easy, model) -> None:
+    batch, singles = batched_tokens(easy, 2)
+    found = sample(cfg_guider(easy.apply(model, tokens=batch), *prompts()), batch=3)
+    for latent, tokens in enumerate([*singles, singles[-1]]):
+        wanted = sample(cfg_guider(easy.apply(model, tokens=tokens), *prompts()), batch=3)[latent]
+        assert golden.error(found[latent], wanted) <= 1e-5
+    assert golden.error(found[0], sample(cfg_guider(easy.apply(model), *prompts()), batch=3)[0]) > 1e-4
+
+
+@pytest.mark.parametrize("settings", [{"embeds_scaling": "K+V"}, {"weight_type": "style transfer precise"}])
+def test_rows_of_tokens_with_other_settings(easy, model, settings: dict) -> None:
+    batch, singles = batched_tokens(easy, 2)
+    found = sample(cfg_guider(easy.apply(model, 0.7, tokens=batch, **settings), *prompts()), batch=2)
+    for latent, tokens in enumerate(singles):
+        guider = cfg_guider(easy.apply(model, 0.7, tokens=tokens, **settings), *prompts())
+        assert golden.error(found[latent], sample(guider, batch=2)[latent]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "frames"),
+    [
+        ({}, (0, 1)),
+        ({"ad_params": {"sub_idxs": [5, 9]}}, (5, 9)),
+        ({"ad_params": {"sub_idxs": None}}, (0, 1)),
+        ({"context_window": SimpleNamespace(index_list=[2, 3])}, (2, 3)),
+        ({"context_window": SimpleNamespace(index_list=[2, 3, 4])}, (0, 1)),
+    ],
+)
+def test_frames_that_are_sampled(pack, options: dict, frames: tuple) -> None:
+    assert golden.part(pack, "nodes.guidance").frames_of(options, 2) == frames
+
+
+# The recorder
+
+
+def recorded(easy: Easy, model: ModelPatcher, core: SimpleNamespace, **settings) -> tuple:
+    recorder = core.term_share.Recorder()
+    condition = golden.part(easy.pack, "nodes.unet_patch").condition
+    with torch.inference_mode():
+        inputs = {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, "lora_strength": 1.0, **settings}
+        patched = condition(model, easy.easyref, easy.tokens, recorder=recorder, **inputs)
+    return predict(patched), recorder.shares()
+
+
+def test_recorder_changes_nothing(easy, model, core) -> None:
+    assert torch.equal(recorded(easy, model, core)[0], predict(easy.apply(model)))
+
+
+def test_recorder_is_told_every_site_and_side(easy, model, core) -> None:
+    _, shares = recorded(easy, model, core)
+    assert {moment.sigma for moment in shares} == {1.0}
+    assert {(moment.site, moment.is_unconditional) for moment in shares} == {
+        (site, side) for site in easy.easyref.model.checkpoint.sites for side in (True, False)
+    }
+    assert {tuple(share.grid.shape) for share in shares.values()} == {(8, 8), (4, 4)}
+    assert all(math.isfinite(share.share) and share.share > 0 for share in shares.values())
+
+
+def test_share_grows_with_the_weight_and_is_0_outside_the_mask(easy, model, core) -> None:
+    first = core.term_share.Moment(1.0, easy.easyref.model.checkpoint.sites[0], False)
+    once, twice, masked = (
+        recorded(easy, model, core, **settings)[1][first]
+        for settings in ({}, {"weight": 2.0}, {"mask": LEFT})
+    )
+    assert twice.share == pytest.approx(2 * once.share, rel=1e-5)
+    assert (masked.grid[:, 4:] == 0).all()
+    torch.testing.assert_close(masked.grid[:, :4], once.grid[:, :4])
+
+
+def test_term_by_hand_still_holds_with_every_setting_neutral(easy, model) -> None:
+    with_lora = easy.apply(model, weight=0.0)
+    wanted = predict(by_hand(easy, 0.5)(with_lora))
+    found = predict(easy.apply(model, 0.5, mask=torch.ones(1, 4, 4), layer_weights=EVERY_LAYER))
+    assert golden.error(found, wanted) <= 1e-6
