@@ -361,13 +361,13 @@ def _inspecting() -> Plan:
     nodes |= {
         "attention": Node(
             "EasyRefReferenceAttention",
-            3,
+            4,
             {"easyref": Link("easyref"), "context": Link("encode"), "group": Link("group")},
             height=380,
         ),
         "influence": Node(
             "EasyRefReferenceInfluence",
-            3,
+            2,
             {"easyref": Link("easyref"), "group": Link("group"), "prompt": Link("prompt")},
             height=480,
         ),

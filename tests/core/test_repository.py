@@ -64,6 +64,13 @@ def test_node_list_has_every_node_id() -> None:
     assert set(json.loads((ROOT / "node_list.json").read_text(encoding="utf-8"))) == ids
 
 
+@pytest.mark.parametrize("name", json.loads((ROOT / "node_list.json").read_text(encoding="utf-8")))
+def test_help_page_has_the_nodes_picture(name: str) -> None:
+    page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert f"](pictures/{name}.png)" in page
+    assert (ROOT / "web" / "docs" / "pictures" / f"{name}.png").is_file()
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "workflows").glob("*.json")))
 def test_workflow_offers_its_downloads(name: str) -> None:
     """The frontend downloads what a node's `models` property names, from huggingface.co, into a folder it knows."""

@@ -130,8 +130,8 @@ def test_style_and_composition_are_two_nodes_of_one_kind_each(easy, model) -> No
     assert golden.error(predict(easy.apply(style, weight_type="composition")), both) <= 1e-6
 
 
-@pytest.mark.parametrize(("name", "layer"), [("style transfer precise", 3), ("composition precise", 0)])
-def test_precise_types_cross_the_sides(easy, model, core, name: str, layer: int) -> None:
+@pytest.mark.parametrize("name", ["style transfer precise", "composition precise"])
+def test_precise_types_cross_the_sides(easy, model, core, name: str) -> None:
     layers = layer_of(easy, core)
     rows = dict(zip(layers, easy.key_values, strict=True))
     for call in watched(easy, easy.apply(model, weight_type=name)):
@@ -144,7 +144,6 @@ def test_precise_types_cross_the_sides(easy, model, core, name: str, layer: int)
         else:
             wanted = unconditional, conditional
         assert torch.equal(found, torch.stack(wanted)), call.site
-    assert layer in layers.values()
 
 
 @pytest.mark.parametrize(

@@ -192,10 +192,7 @@ def test_conditioning_with_hooks(easy, model) -> None:
     hooks.add(comfy.hooks.TransformerOptionsHook({"wrappers": {}}))
     hooked = comfy.hooks.set_hooks_for_conditioning(random_conditioning(1, 77), hooks)
     conds = hooked, random_conditioning(2, 77)
-    try:
-        alone = picture(model, conds=conds)
-    except (AttributeError, RuntimeError, TypeError) as reason:
-        pytest.skip(f"this host cannot sample the tiny model with a hook: {reason}")
+    alone = picture(model, conds=conds)
     assert torch.equal(picture(easy.apply(model, weight=0.0, lora=0.0), conds=conds), alone)
     assert golden.error(picture(easy.apply(model), conds=conds), picture(easy.apply(model))) <= 1e-5
 
