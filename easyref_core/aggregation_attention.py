@@ -9,6 +9,7 @@ import torch
 from einops import rearrange, repeat
 
 from .qwen2_vl import rotate, text_rotation
+from .reference_tokens import weight_bias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,37 +52,51 @@ def read_shares(model: EasyRef, context: ContextStates, token: int = -1) -> Atte
             f"Reference token {token} does not exist: the checkpoint has {count}, 0 to {count - 1}. "
             "Choose one of them, or -1 for all."
         )
-    weights = aggregation_attention(model.mllm.aggregator, context.states.to(model.device, model.dtype))
+    bias = weight_bias(context, count)
+    bias = None if bias is None else bias.to(model.device, model.dtype)
+    states = context.states.to(model.device, model.dtype)
+    weights = aggregation_attention(model.mllm.aggregator, states, bias)
     of_tokens = weights[0].mean(dim=0).cpu()  # -> (T, S + T)
     return split_shares(of_tokens.mean(dim=0) if token < 0 else of_tokens[token], context, model.config)
 
 
-def aggregation_attention(aggregator: ReferenceAggregator, context: Tensor) -> Tensor:
+def aggregation_attention(
+    aggregator: ReferenceAggregator, context: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """Context states (B, S, D) -> how much each reference token attends to each position, (B, heads, T, S + T).
 
     The last layer's softmax(Q K^T) at the reference tokens' rows, in float32; each row's sum is 1. Layers before the
-    last run as in ReferenceAggregator.gather.
+    last run as in ReferenceAggregator.gather. bias: (T, S + T), see weight_bias.
     """
     config, count = aggregator.config, aggregator.config.num_tokens
     tokens = aggregator.reference_tokens(torch.arange(count, device=context.device)).to(context.dtype)
     x = torch.cat([context, tokens.expand(len(context), -1, -1)], dim=1)
     turn = text_rotation(x.shape[1], config, x.device)
     for layer in aggregator.layers[:-1]:
-        x = layer(x, turn, causal=config.causal)
+        x = layer(x, turn, causal=config.causal, bias=bias)
     last = aggregator.layers[-1]
-    return attention_weights(last.self_attn, last.input_layernorm(x), turn, config.causal, count)
+    return attention_weights(last.self_attn, last.input_layernorm(x), turn, config.causal, count, bias)
 
 
 def attention_weights(
-    attention: SelfAttention, x: Tensor, turn: Rotation, causal: bool, queries: int
+    attention: SelfAttention,
+    x: Tensor,
+    turn: Rotation,
+    causal: bool,
+    queries: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(head_dim)) of the last `queries` positions of x (B, S, D) -> (B, heads, queries, S)."""
+    """softmax(Q K^T / sqrt(head_dim)) of the last `queries` positions of x (B, S, D) -> (B, heads, queries, S).
+
+    bias: (queries, S), added to the logits.
+    """
     cos, sin = turn
     q = rearrange(attention.q_proj(x[:, -queries:]), "b n (h d) -> b h n d", h=attention.heads).float()
     k = rearrange(attention.k_proj(x), "b n (h d) -> b h n d", h=attention.kv_heads).float()
     q, k = rotate(q, (cos[-queries:], sin[-queries:])), rotate(k, turn)
     k = repeat(k, "b h n d -> b (h g) n d", g=attention.heads // attention.kv_heads)
     scores = q @ k.transpose(-1, -2) / attention.head_dim**0.5
+    scores = scores if bias is None else scores + bias.float()
     seen = torch.ones(queries, x.shape[1], dtype=torch.bool, device=x.device)
     if causal:
         seen = seen.tril(x.shape[1] - queries)

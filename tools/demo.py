@@ -124,7 +124,7 @@ def sheet(shown: Sequence[Shown]) -> Image.Image:
         ]
         for number, group in enumerate(shown, start=1)
     }
-    headings = {0: "references", MOST + 1: "without EasyRef", MOST + 1 + PICTURES: "with EasyRef"}
+    headings = {0: "references", MOST + 1: "without", MOST + 1 + PICTURES: "with EasyRef"}
     return contact_sheet(rows, cell=112, headings=headings)
 
 

@@ -73,7 +73,7 @@ def test_weights_times_values_are_the_layer_output(model, context, causal) -> No
     v = rearrange(attention.v_proj(x), "b n (h d) -> b h n d", h=attention.kv_heads)
     v = v.repeat_interleave(attention.heads // attention.kv_heads, dim=1)
     found = attention.o_proj(rearrange(weights @ v, "b h n d -> b n (h d)"))
-    assert golden.error(found, attention(x, turn, causal, count, None)) <= golden.EXACT
+    assert golden.error(found, attention(x, turn, causal, count, None, None)) <= golden.EXACT
 
 
 @torch.no_grad()
@@ -88,6 +88,14 @@ def test_shares_are_the_whole(model, context) -> None:
         1, abs=1e-5
     )
     assert min(*shares.references, shares.template, shares.text, shares.tokens) > 0
+
+
+def test_weights_of_references_show(model, context) -> None:
+    plain = read_shares(model, context).references
+    weights = [0.0, 4.0, *[1.0] * (len(context.spans) - 2)]
+    weighed = read_shares(model, context.weighed(weights)).references
+    assert weighed[0] == 0
+    assert weighed[1] > plain[1]
 
 
 def test_maps_have_the_references_shapes(model, context) -> None:
