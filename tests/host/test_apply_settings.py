@@ -15,8 +15,6 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-import nodes as host_nodes
-
 from . import golden
 from .sampling import Easy, cfg_guider, golden_easy, predict, sample, watch_attention
 from .test_unet_patch import SITES, by_hand, sigma_at, state
@@ -296,10 +294,14 @@ def test_mask_for_each_latent_of_a_batch(easy, model) -> None:
 
 def right_half() -> list:
     """A prompt for the right half of a 16 x 16 latent, as ConditioningSetAreaPercentage makes it."""
+    import nodes as host_nodes  # late: on 0.20 it hides the modules other tests import from the host
+
     return host_nodes.ConditioningSetAreaPercentage().append(prompts()[0], 0.5, 1.0, 0.5, 0.0, 1.0)[0]
 
 
 def negative_half() -> list:
+    import nodes as host_nodes  # late: on 0.20 it hides the modules other tests import from the host
+
     return host_nodes.ConditioningSetAreaPercentage().append(prompts()[1], 0.5, 1.0, 0.5, 0.0, 1.0)[0]
 
 
