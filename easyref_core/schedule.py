@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable
 
 STEPS = 999  # SDXL was trained with 1000 timesteps: between two of them log sigma is linear in the percent
@@ -54,7 +53,10 @@ def _number(text: str) -> float:
 
 def interpolate(points: list[Point], at: float) -> float:
     """The value at `at` of the line through points (x rising, value); beyond the ends, the ends' values."""
-    following = bisect_left(points, at, key=lambda point: point[0])
+    following, end = 0, len(points)
+    while following < end:  # bisect, written out: torch.compile cannot follow the one that is built in
+        middle = (following + end) // 2
+        following, end = (middle + 1, end) if points[middle][0] < at else (following, middle)
     if following == 0:
         return points[0][1]
     if following == len(points):
