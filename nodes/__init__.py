@@ -20,7 +20,8 @@
 files.py finds checkpoints and MLLM folders, mllm_patcher.py gives the weights to the host, unet_patch.py patches the
 UNet: injection.py is what one Apply node adds, site_patch.py adds it at one attention, handout.py tells each UNet call what
 acts, guidance.py what the guider is doing. tiny_sdxl.py, tiny_text.py and tiny_vae.py are the demo's model. token_pairs.py is
-what the nodes that take several tokens share, shown.py what nodes show, numbers.py how they read lists.
+what the nodes that take several tokens share, inputs.py inputs that several have, pictures.py what is between IMAGE and PIL,
+shown.py what nodes show, numbers.py how they read lists.
 """
 
 from comfy_api.latest import ComfyExtension, io

@@ -11,9 +11,8 @@ from comfy_api.latest import io, ui
 
 from ..easyref_core.consistency import cropped_share, similarity
 from ..easyref_core.plots import GREEN, Bar, bar_chart
-from .pictures import image_of, pictures_of, references_of
-from .references import split
-from .sockets import EasyRefGroupSocket
+from .inputs import group_input
+from .pictures import image_of, pictures_of, references_of, split
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,11 +35,7 @@ class EasyRefConsistency(io.ComfyNode):
             inputs=[
                 io.ClipVision.Input("clip_vision", tooltip="From Load CLIP Vision."),
                 io.Image.Input("images", tooltip="The pictures to measure, a batch."),
-                io.MultiType.Input(
-                    "group",
-                    [EasyRefGroupSocket, io.Image],
-                    tooltip="The references: a group or an image batch.",
-                ),
+                group_input("The references: a group or an image batch."),
                 io.Combo.Input(
                     "crop",
                     options=list(CROPS),

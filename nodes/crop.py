@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..easyref_core.crop import Box, middle_square, square_around
 from . import shown
-from .references import split
+from .pictures import references_of
 from .sockets import EasyRefGroupSocket
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ class EasyRefCropReference(io.ComfyNode):
         mask: list[Tensor] | None = None,
         padding: Sequence[float] = (1.5,),
     ) -> io.NodeOutput:
-        references = [
-            reference for part in images for reference in (part if isinstance(part, tuple) else split(part))
-        ]
+        references = [reference for part in images for reference in references_of(part)]
         if not references:
             raise ValueError("There is no image to crop. Connect at least one.")
         boxes = boxes_of(references, crop[0], mask, padding[0])
@@ -87,8 +85,7 @@ class EasyRefCropReference(io.ComfyNode):
             for i, (old, new, box) in enumerate(zip(references, crops, boxes, strict=True))
             if old.shape != new.shape
         ]
-        captions = [f"{i + 1}: {image.shape[2]}x{image.shape[1]}" for i, image in enumerate(crops)]
-        show = {**shown.pictures(crops, captions), **shown.text("\n".join(lines) or "Nothing is cropped.")}
+        show = {**shown.pictures(crops), **shown.text("\n".join(lines) or "Nothing is cropped.")}
         return io.NodeOutput(crops, list(crops), ui=show)
 
 

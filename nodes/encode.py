@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..easyref_core import INSTRUCTION, SIZE
 from . import shown
 from .group_budget import ERROR, LOWER, lowered, read_as, sides
-from .references import advice, count, split
-from .sockets import EasyRefContext, EasyRefGroupSocket, EasyRefModel
+from .inputs import group_input, instruction_input, size_input
+from .pictures import references_of
+from .references import advice, count
+from .sockets import EasyRefContext, EasyRefModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +30,8 @@ class EasyRefEncodeGroup(io.ComfyNode):
             search_aliases=["ip adapter encoder", "reference encode"],
             inputs=[
                 EasyRefModel.Input("easyref", tooltip="From Load EasyRef."),
-                io.MultiType.Input(
-                    "group",
-                    [EasyRefGroupSocket, io.Image],
-                    tooltip="A reference group, or an image batch. EasyRef works best with 3 or more references.",
+                group_input(
+                    "A reference group, or an image batch. EasyRef works best with 3 or more references."
                 ),
                 io.String.Input(
                     "prompt",
@@ -40,23 +39,13 @@ class EasyRefEncodeGroup(io.ComfyNode):
                     dynamic_prompts=True,
                     tooltip="What to generate: the same prompt as for SDXL's text encoders, where it should not be empty.",
                 ),
-                io.String.Input(
-                    "instruction",
-                    default=INSTRUCTION,
-                    multiline=True,
-                    advanced=True,
-                    tooltip="What the MLLM is told to look for; the prompt follows it directly. The default is the one "
-                    "the released model was trained with, line break at the end included.",
+                instruction_input(
+                    "What the MLLM is told to look for; the prompt follows it directly. The default is the one "
+                    "the released model was trained with, line break at the end included."
                 ),
-                io.Int.Input(
-                    "size",
-                    default=SIZE,
-                    min=84,
-                    max=1008,
-                    step=28,
-                    advanced=True,
-                    tooltip="Pixels: each reference is resized to about size x size at its own aspect. 336, as in "
-                    "training, gives 121 to 145 image tokens a reference.",
+                size_input(
+                    "Pixels: each reference is resized to about size x size at its own aspect. 336, as in "
+                    "training, gives 121 to 145 image tokens a reference."
                 ),
                 io.Combo.Input(
                     "when_too_large",
@@ -85,7 +74,7 @@ class EasyRefEncodeGroup(io.ComfyNode):
         size: int,
         when_too_large: str = ERROR,
     ) -> io.NodeOutput:
-        references = group if isinstance(group, tuple) else split(group)
+        references = references_of(group)
         images, notes = [image[0] for image in references], []
         if when_too_large == LOWER and images:
             asked, size = size, lowered(easyref, sides(references), prompt, instruction, size)

@@ -1,6 +1,7 @@
 """Where EasyRef's files are: checkpoints in models/easyref, MLLM folders there, in text_encoders and in LLM.
 
-Reference tokens are saved in output/easyref, and found there and in input/easyref. The tiny model that comes with the pack lies in a folder of the pack, which is searched last.
+Reference tokens are saved in output/easyref, and found there and in input/easyref. The tiny model that comes with the
+pack lies in a folder of the pack, which is searched last.
 """
 
 from __future__ import annotations

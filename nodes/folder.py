@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import folder_paths
 import node_helpers
-import numpy as np
-import torch
 from comfy_api.latest import io
 from PIL import Image, ImageOps
 
 from ..easyref_core.preprocess import to_rgb
+from .pictures import image_of
 from .references import show_group
 from .sockets import EasyRefGroupSocket
 
@@ -139,4 +138,4 @@ def read(file: Path) -> Tensor:
     """A picture file as (1, height, width, 3) in 0..1, turned as its EXIF data says; the first one of an animation."""
     image = node_helpers.pillow(Image.open, file)
     image = node_helpers.pillow(ImageOps.exif_transpose, image)
-    return torch.from_numpy(np.asarray(to_rgb(image)).astype(np.float32) / 255)[None]
+    return image_of(to_rgb(image))

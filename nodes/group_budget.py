@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import comfy.model_management as mm
 from comfy_api.latest import io
 
-from ..easyref_core import INSTRUCTION, SIZE
 from . import shown
-from .references import advice, count, split
-from .sockets import EasyRefGroupSocket, EasyRefModel
+from .inputs import group_input, instruction_input, size_input
+from .pictures import references_of
+from .references import advice, count
+from .sockets import EasyRefModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,29 +39,12 @@ class EasyRefGroupBudget(io.ComfyNode):
             search_aliases=["token count", "memory estimate", "how many references"],
             inputs=[
                 EasyRefModel.Input("easyref", tooltip="From Load EasyRef."),
-                io.MultiType.Input(
-                    "group",
-                    [EasyRefGroupSocket, io.Image],
-                    tooltip="A reference group, or an image batch.",
-                ),
+                group_input("A reference group, or an image batch."),
                 io.String.Input(
                     "prompt", multiline=True, tooltip="The prompt that will be encoded with the group."
                 ),
-                io.String.Input(
-                    "instruction",
-                    default=INSTRUCTION,
-                    multiline=True,
-                    advanced=True,
-                    tooltip="The instruction that will be encoded with the group.",
-                ),
-                io.Int.Input(
-                    "size",
-                    default=SIZE,
-                    min=84,
-                    max=1008,
-                    step=28,
-                    tooltip="Pixels: the size to encode at.",
-                ),
+                instruction_input("The instruction that will be encoded with the group."),
+                size_input("Pixels: the size to encode at.", advanced=None),
             ],
             outputs=[
                 io.Boolean.Output(
@@ -83,7 +67,7 @@ class EasyRefGroupBudget(io.ComfyNode):
         instruction: str,
         size: int,
     ) -> io.NodeOutput:
-        pictures = sides(group if isinstance(group, tuple) else split(group))
+        pictures = sides(references_of(group))
         model, memory = easyref.model, usable_memory(easyref)
         needed = model.budget(pictures, prompt, instruction, size)
         largest = model.largest_size(pictures, prompt, instruction, size, memory) or 0

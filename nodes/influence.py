@@ -12,6 +12,7 @@ from ..easyref_core import INSTRUCTION, SIZE
 from ..easyref_core.influence import FEWEST, STANDS_OUT, change, likeness, odd_one, to_the_others
 from ..easyref_core.plots import Bar, bar_chart, matrix_chart
 from ..easyref_core.visualize import stacked
+from .inputs import group_input, instruction_input, size_input
 from .pictures import image_of, pictures_of, references_of
 from .sockets import EasyRefGroupSocket, EasyRefModel
 
@@ -35,10 +36,8 @@ class EasyRefReferenceInfluence(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 EasyRefModel.Input("easyref", tooltip="From Load EasyRef."),
-                io.MultiType.Input(
-                    "group",
-                    [EasyRefGroupSocket, io.Image],
-                    tooltip="A reference group or an image batch, of 2 or more. K references take K + 1 readings.",
+                group_input(
+                    "A reference group or an image batch, of 2 or more. K references take K + 1 readings."
                 ),
                 io.String.Input(
                     "prompt",
@@ -46,22 +45,8 @@ class EasyRefReferenceInfluence(io.ComfyNode):
                     dynamic_prompts=True,
                     tooltip="The prompt that Encode Reference Group reads.",
                 ),
-                io.String.Input(
-                    "instruction",
-                    default=INSTRUCTION,
-                    multiline=True,
-                    advanced=True,
-                    tooltip="As in Encode Reference Group.",
-                ),
-                io.Int.Input(
-                    "size",
-                    default=SIZE,
-                    min=84,
-                    max=1008,
-                    step=28,
-                    advanced=True,
-                    tooltip="Pixels, as in Encode Reference Group.",
-                ),
+                instruction_input("As in Encode Reference Group."),
+                size_input("Pixels, as in Encode Reference Group."),
             ],
             outputs=[
                 io.Image.Output(display_name="chart", tooltip="Influence and likeness of the references."),

@@ -1,4 +1,4 @@
-"""Between the host's IMAGE tensors and PIL pictures."""
+"""Between the host's IMAGE tensors, single references and PIL pictures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import numpy as np
 import torch
 
 from ..easyref_core.preprocess import to_rgb
-from .references import split
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
+
+
+def split(batch: Tensor) -> list[Tensor]:
+    """(batch, height, width, channels) -> the single images, each (1, height, width, channels); none if it is empty."""
+    return [batch[i : i + 1] for i in range(len(batch))]
 
 
 def references_of(group: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

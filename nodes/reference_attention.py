@@ -11,8 +11,9 @@ from torch.nn.functional import interpolate
 from ..easyref_core.plots import parts_chart, percent
 from ..easyref_core.preprocess import resize
 from ..easyref_core.visualize import captioned, overlaid, stacked
+from .inputs import group_input
 from .pictures import image_of, pictures_of, references_of
-from .sockets import EasyRefContext, EasyRefGroupSocket, EasyRefModel
+from .sockets import EasyRefContext, EasyRefModel
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,11 +40,7 @@ class EasyRefReferenceAttention(io.ComfyNode):
             inputs=[
                 EasyRefModel.Input("easyref", tooltip="The model that encoded the group."),
                 EasyRefContext.Input("context", tooltip="From Encode Reference Group."),
-                io.MultiType.Input(
-                    "group",
-                    [EasyRefGroupSocket, io.Image],
-                    tooltip="The group that was encoded, for its pictures.",
-                ),
+                group_input("The group that was encoded, for its pictures."),
                 io.Int.Input(
                     "token",
                     default=-1,

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..easyref_core.duplicates import duplicates
 from . import shown
 from .numbers import numbers
+from .pictures import split
 from .sockets import EasyRefGroupSocket
 
 if TYPE_CHECKING:
@@ -99,19 +100,13 @@ class EasyRefSelectReferences(io.ComfyNode):
         return io.NodeOutput(selected, ui=show_group(selected))
 
 
-def split(batch: Tensor) -> list[Tensor]:
-    """(batch, height, width, channels) -> the single images, each (1, height, width, channels); none if it is empty."""
-    return [batch[i : i + 1] for i in range(len(batch))]
-
-
 def show_group(references: Sequence[Tensor], notes: Sequence[str] = ()) -> dict[str, Any]:
     """The ui of a node that made a group: a contact sheet with sizes, how many there are, duplicates, and notes."""
-    captions = [f"{i + 1}: {image.shape[2]}x{image.shape[1]}" for i, image in enumerate(references)]
     lines = [count(len(references)), *notes, *advice(len(references))]
     for double in duplicates([reference[0] for reference in references]):
         same = "is the same picture as" if double.same else "looks nearly like"
         lines.append(f"Warning: reference {double.second} {same} reference {double.first}.")
-    return {**shown.pictures(references, captions), **shown.text("\n".join(lines))}
+    return {**shown.pictures(references), **shown.text("\n".join(lines))}
 
 
 def count(references: int) -> str:

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..easyref_core.token_files import load_tokens, save_tokens
 from . import files
 from .load_tokens import preview
-from .references import split
+from .pictures import references_of
 from .sockets import EasyRefGroupSocket, EasyRefTokens, TokenPair
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ class EasyRefSaveTokens(io.ComfyNode):
         filename_prefix: str,
         references: Tensor | tuple[Tensor, ...] | None = None,
     ) -> io.NodeOutput:
-        if references is None:
-            references = ()
-        images = references if isinstance(references, tuple) else split(references)
+        images = [] if references is None else references_of(references)
         path = files.new_tokens_file(filename_prefix)
         save_tokens(path, tokens.conditional, tokens.unconditional, [image[0] for image in images])
         log.info("EasyRef: saved reference tokens as %s", path)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
-from PIL import Image
 
 from ..easyref_core.duplicates import thumbnail
-from ..easyref_core.visualize import contact_sheet
+from ..easyref_core.visualize import contact_sheet, stacked
+from .pictures import image_of
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 COLUMNS, CELL = 6, 128  # of a contact sheet; pixels
@@ -31,17 +30,17 @@ def text(content: str) -> dict[str, Any]:
     return ui.PreviewText(content).as_dict()
 
 
-def pictures(references: Sequence[Tensor], captions: Sequence[str]) -> dict[str, Any]:
-    """The ui part that shows references, each (1, height, width, C), in rows of six under their captions."""
+def pictures(references: Sequence[Tensor]) -> dict[str, Any]:
+    """The ui part that shows references, each (1, height, width, C), in rows of six under their numbers and sizes."""
+    captions = [f"{i + 1}: {image.shape[2]}x{image.shape[1]}" for i, image in enumerate(references)]
     cells = [_cell(reference[0]) for reference in references]
     rows = []
     for start in range(0, len(cells), COLUMNS):
         row = cells[start : start + COLUMNS]
         row += [None] * (min(COLUMNS, len(cells)) - len(row))
         headings = dict(enumerate(captions[start : start + COLUMNS]))
-        rows.append(np.asarray(contact_sheet({"": row}, CELL, headings)))
-    sheet = torch.from_numpy(np.concatenate(rows).astype(np.float32) / 255)
-    return ui.PreviewImage(sheet[None]).as_dict()
+        rows.append(contact_sheet({"": row}, CELL, headings))
+    return ui.PreviewImage(image_of(stacked(rows))).as_dict()
 
 
 def _cell(image: Tensor) -> Image.Image | None:

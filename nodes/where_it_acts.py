@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..easyref_core.plots import matrix_chart
-from ..easyref_core.visualize import captioned, heat_colours, overlaid, stacked
+from ..easyref_core.visualize import captioned, fitted, heat_colours, overlaid, stacked
 from ..easyref_core.where_it_acts import by_block_and_step, by_place, short_name
 from .pictures import image_of, pictures_of
 from .sockets import EasyRefRecordSocket
@@ -103,9 +103,9 @@ def draw(shares: dict[Moment, Share], pictures: list[Image.Image], name: str) ->
     low, high = float(places.min()), float(places.max())
     heat = (places - low) / (high - low or 1.0)
     if pictures:
-        shown = [overlaid(_scaled(picture), heat) for picture in pictures]
+        shown = [overlaid(fitted(picture, CELL), heat) for picture in pictures]
     else:
-        shown = [_scaled(Image.fromarray(heat_colours(heat)))]
+        shown = [fitted(Image.fromarray(heat_colours(heat)), CELL)]
     captions = [f"dark {low:.2f}, bright {high:.2f}"] * len(shown)
     return stacked([matrix, captioned(shown, captions, CELL, columns=2)])
 
@@ -120,12 +120,6 @@ def describe(shares: dict[Moment, Share], name: str) -> str:
         f"first step: {float(values[:, 0].nanmean()):.3f}, last: {float(values[:, -1].nanmean()):.3f}"
     )
     return "\n".join(lines)
-
-
-def _scaled(picture: Image.Image) -> Image.Image:
-    scale = CELL / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def _one_size(maps: list[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,22 @@ if HOST:
 def pack() -> ModuleType:
     """This pack, loaded from its folder as ComfyUI loads it."""
     return load_pack()
+
+
+@pytest.fixture(scope="module")
+def easy(pack: ModuleType) -> Any:
+    """The golden EasyRef model and its tokens, in the host: a sampling.Easy."""
+    from .sampling import golden_easy
+
+    return golden_easy(pack)
+
+
+@pytest.fixture
+def model() -> Any:
+    """A fresh tiny SDXL, a ModelPatcher."""
+    from .tiny_nodes.tiny_sdxl import load_tiny_sdxl
+
+    return load_tiny_sdxl()
 
 
 @pytest.fixture(scope="session")

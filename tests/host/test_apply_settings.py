@@ -16,23 +16,13 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from . import golden
-from .sampling import Easy, cfg_guider, golden_easy, predict, sample, watch_attention
+from .sampling import Easy, cfg_guider, predict, sample, watch_attention
 from .test_unet_patch import SITES, by_hand, sigma_at, state
-from .tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning
+from .tiny_nodes.tiny_sdxl import random_conditioning
 
 EVERY_LAYER = ", ".join(f"{layer}:1" for layer in range(11))
 LEFT = torch.zeros(1, 16, 16)
 LEFT[..., :8] = 1
-
-
-@pytest.fixture(scope="module")
-def easy(pack) -> Easy:
-    return golden_easy(pack)
-
-
-@pytest.fixture
-def model() -> ModelPatcher:
-    return load_tiny_sdxl()
 
 
 @pytest.fixture

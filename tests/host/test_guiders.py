@@ -25,7 +25,6 @@ from . import golden
 from .sampling import (
     Easy,
     cfg_guider,
-    golden_easy,
     predict,
     sample,
     start_of,
@@ -39,11 +38,6 @@ POSITIVE, NEGATIVE = ("positive", CONDITIONAL), ("negative", UNCONDITIONAL)
 MIDDLE, EMPTY = ("middle", CONDITIONAL), ("empty", UNCONDITIONAL)
 LEFT_HALF = {"area": (16, 8, 0, 0), "strength": 1.0, "set_area_to_bounds": False}
 HEAD = 16  # so many tokens tell one prompt from another
-
-
-@pytest.fixture(scope="module")
-def easy(pack) -> Easy:
-    return golden_easy(pack)
 
 
 @pytest.fixture

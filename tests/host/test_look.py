@@ -11,24 +11,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from . import golden
-from .sampling import Easy, cfg_guider, golden_easy, predict, sample
+from .sampling import Easy, cfg_guider, predict, sample
 from .test_unet_patch import state
 from .tiny_nodes.tiny_clip import load_tiny_clip_vision
 from .tiny_nodes.tiny_images import noise
-from .tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning
+from .tiny_nodes.tiny_sdxl import random_conditioning
 
 STEPS = 3
 BLOCKS = 11
-
-
-@pytest.fixture(scope="module")
-def easy(pack) -> Easy:
-    return golden_easy(pack)
-
-
-@pytest.fixture
-def model() -> ModelPatcher:
-    return load_tiny_sdxl()
 
 
 @pytest.fixture(scope="module")

@@ -24,23 +24,13 @@ from comfy_extras import (
 from torch import Tensor
 
 from . import golden
-from .sampling import Easy, cfg_guider, golden_easy, predict, sample, sampling_options
+from .sampling import cfg_guider, predict, sample, sampling_options
 from .test_unet_patch import ANYWHERE, add_as_other_packs_do, foreign_term
-from .tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning, random_sdxl
+from .tiny_nodes.tiny_sdxl import random_conditioning, random_sdxl
 
 Patch = Callable[[ModelPatcher], ModelPatcher]
 HALF = torch.zeros(1, 5, 6)
 HALF[..., :3] = 1
-
-
-@pytest.fixture(scope="module")
-def easy(pack) -> Easy:
-    return golden_easy(pack)
-
-
-@pytest.fixture
-def model() -> ModelPatcher:
-    return load_tiny_sdxl()
 
 
 def output(result: object) -> ModelPatcher:

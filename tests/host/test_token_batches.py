@@ -8,15 +8,10 @@ import pytest
 import torch
 
 from . import golden
-from .sampling import Easy, cfg_guider, golden_easy, sample
+from .sampling import Easy, cfg_guider, sample
 from .tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning
 
 JOIN = {"method": "concat", "factor": 0.5, "weights": ""}
-
-
-@pytest.fixture(scope="module")
-def easy(pack) -> Easy:
-    return golden_easy(pack)
 
 
 def made_by(easy: Easy, node: str, *pairs: Any, **inputs: Any) -> Any:

@@ -12,15 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from . import golden
-from .sampling import Easy, golden_easy, predict
+from .sampling import Easy, predict
 from .tiny_nodes.tiny_sdxl import load_tiny_sdxl
 
 PROMPT = golden.SETTINGS["prompt"]
-
-
-@pytest.fixture(scope="module")
-def easy(pack) -> Easy:
-    return golden_easy(pack)
 
 
 @pytest.fixture

@@ -36,16 +36,6 @@ SITES = 17  # cross-attentions of the tiny UNet
 ANYWHERE = {"sigma_start": HUGE, "sigma_end": 0.0}
 
 
-@pytest.fixture(scope="module")
-def easy(pack) -> Easy:
-    return golden_easy(pack)
-
-
-@pytest.fixture
-def model() -> ModelPatcher:
-    return load_tiny_sdxl()
-
-
 def sigma_at(model: ModelPatcher, percent: float) -> float:
     return model.get_model_object("model_sampling").percent_to_sigma(percent)
 
