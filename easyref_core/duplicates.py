@@ -78,11 +78,7 @@ def find_duplicates(prints: Mapping[Name, Fingerprint], near: bool = True) -> li
 
 def first_of_each(prints: Mapping[Name, Fingerprint], near: bool = True) -> dict[Name, Name]:
     """What to drop, and which picture it repeats: of every pair the one that comes later, unless it was kept for another."""
-    dropped: dict[Name, Name] = {}
-    for first, second, *_ in find_duplicates(prints, near):  # in the order of `prints`
-        if first not in dropped:
-            dropped.setdefault(second, first)
-    return dropped
+    return {pair.second: pair.first for pair in _repeats(prints, near)}
 
 
 def duplicates(images: Sequence[Image.Image | Tensor]) -> list[Pair]:
@@ -94,8 +90,7 @@ def duplicates(images: Sequence[Image.Image | Tensor]) -> list[Pair]:
     for number, image in enumerate(images, start=1):
         with contextlib.suppress(ValueError):
             prints[number] = fingerprint(to_rgb(image))
-    first = first_of_each(prints)
-    return [pair for pair in find_duplicates(prints) if first.get(pair.second) == pair.first]
+    return _repeats(prints)
 
 
 def thumbnail(image: Image.Image | Tensor, side: int) -> Image.Image:
@@ -109,6 +104,15 @@ def thumbnail(image: Image.Image | Tensor, side: int) -> Image.Image:
     rgb = to_rgb(image)
     rgb.thumbnail((side, side), Image.Resampling.BOX)
     return rgb
+
+
+def _repeats(prints: Mapping[Name, Fingerprint], near: bool = True) -> list[Pair]:
+    """Each picture that repeats an earlier one, with the first that it repeats and that repeats none itself."""
+    found: dict[Name, Pair] = {}
+    for pair in find_duplicates(prints, near):  # in the order of `prints`
+        if pair.first not in found:
+            found.setdefault(pair.second, pair)
+    return list(found.values())
 
 
 def _near(a: Fingerprint, b: Fingerprint) -> bool:

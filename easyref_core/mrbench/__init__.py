@@ -3,7 +3,7 @@
 The flow, in reading order:
 
     manifest.py       one JSON file: each group's references, prompt, target, category and split
-    builder.py        makes one from captioned images (captions.py) or from made groups; refuses repeated pictures and what leaks.py finds
+    builder.py        makes one from captioned images (captions.py) or from made groups; refuses repeats, leaks.py
     generate.py       manifest, config    -> <out>/<method>/<group id>/<seed>.png, by the methods in methods/
     score.py          those pictures      -> pictures.csv (a row each, rows.py), summary.csv (summary.py), excluded.csv
     group_scores.py   some groups' pictures -> their rows, by way of

@@ -28,9 +28,8 @@ class PaperRow(NamedTuple):
     clip_t: float | None
     dino_i: float | None
     note: str = ""
-    names: tuple[
-        str, ...
-    ] = ()  # of methods here that correspond to it; 8 tiny tokens stand for the paper's 64
+    # Methods here that correspond to it; the tiny model's 8 tokens stand for the paper's 64.
+    names: tuple[str, ...] = ()
 
 
 ROWS = (

@@ -84,16 +84,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         positive = ("updates", "batch_size", "accumulation", "num_tokens", "final_layers", "lora_rank")
-        for name in (*positive, "save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted 1 or more.")
-        for name, allowed in (("learning_rate", self.learning_rate > 0), ("warmup", self.warmup >= 0)):
-            if not allowed:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted a positive number (warmup: or 0).")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip is {self.clip}; wanted a positive number, or null for no clipping.")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; wanted 0 or more.")
+        least = dict.fromkeys((*positive, "save_every", "keep", "log_every"), 1) | {"warmup": 0, "seed": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted {low} or more.")
+        for name in ("learning_rate", "clip"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; wanted a positive number (clip: or null for none).")
         if (self.data.rows is None) == (self.data.procedural is None):
             found = "both" if self.data.rows else "neither"
             raise ValueError(

@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import open_checkpoint
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -81,15 +83,12 @@ def require_same_run(settings: Settings, processes: int) -> None:
 
 def contents(settings: Settings) -> dict[str, str]:
     """What is in the files a run starts from: under the same names there may be others by now."""
-    files = {"start": settings.start, "rows": settings.data.rows}
     found = {}
-    for name, path in files.items():
-        if path is not None and path.is_file():
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while chunk := file.read(2**24):
-                    digest.update(chunk)
-            found[f"contents of {name}"] = digest.hexdigest()
+    if settings.start is not None:
+        found["contents of start"] = open_checkpoint(settings.start, settings.mllm).fingerprint()
+    rows = settings.data.rows
+    if rows is not None and rows.is_file():  # a run that is handed its examples reads no rows
+        found["contents of rows"] = hashlib.sha256(rows.read_bytes()).hexdigest()
     return found
 
 

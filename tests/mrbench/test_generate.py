@@ -246,6 +246,10 @@ class TestConfig:
             ({"sampling": {"steps": 1}}, "sampling lacks size"),
             ({"methods": {"a/b": {"kind": "plain"}}}, "a method is called 'a/b'"),
             ({"methods": {"m": {"kind": "plain", "rank": 3}}}, "Method m: unknown rank"),
+            ({"methods": ["plain"]}, r"methods is \['plain'\]; wanted names"),
+            ({"seeds": 4}, "seeds is 4; wanted a list of whole numbers"),
+            ({"seeds": ["a"]}, r"seeds is \['a'\]; wanted a list"),
+            ({"dtype": "fp16"}, "dtype is 'fp16'; wanted one of float32"),
         ],
     )
     def test_what_is_not_as_documented_is_refused(
@@ -253,6 +257,12 @@ class TestConfig:
     ) -> None:
         with pytest.raises(ValueError, match=message):
             read_config(self.write(config | change, tmp_path))
+
+    def test_what_is_no_yaml_is_refused(self, tmp_path: Path) -> None:
+        file = tmp_path / "run.yaml"
+        file.write_text("a: b: c")
+        with pytest.raises(ValueError, match="run.yaml is not YAML"):
+            read_config(file)
 
     def test_every_shipped_config_is_sound(self) -> None:
         shipped = sorted(Path(generating.__file__).parent.glob("configs/**/*.yaml"))

@@ -120,6 +120,13 @@ def test_a_limited_number_of_references_is_told_by_method_json(run, tmp_path: Pa
     assert row_of(rows, "plain", "g1", 0).references == 3
 
 
+def test_the_number_is_set_right_in_rows_that_are_kept(run, tmp_path: Path) -> None:
+    assert row_of(run().rows, "easyref", "g1", 0).references == 3
+    (tmp_path / "out/easyref/method.json").write_text('{"references": 2}')
+    again = run()
+    assert (again.scored, row_of(again.rows, "easyref", "g1", 0).references) == (0, 2)
+
+
 def test_the_exact_models_are_recorded(run, tmp_path: Path, extractors: Extractors) -> None:
     run()
     facts = json.loads((tmp_path / "results/results.json").read_text())

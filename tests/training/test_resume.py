@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,19 @@ def test_other_settings_do_not_continue_it(
         ValueError, match=r"other settings .*learning_rate was 0.01 and is 1.0.*another output"
     ):
         train(changed, examples)
+
+
+def test_another_start_under_the_same_name_does_not_continue_it(
+    base_folder: Path, tmp_path: Path, examples: tiny.TinyExamples
+) -> None:
+    start = tmp_path / "start.safetensors"
+    shutil.copy(tiny.GOLDEN_START["start"], start)
+    run = tiny.settings(base_folder, tmp_path / "run", **tiny.GOLDEN_START | {"start": start}, updates=1)
+    result = train(run, examples)
+    assert train(run, examples) == result
+    shutil.copy(result, start)
+    with pytest.raises(ValueError, match="other settings .*contents of start was"):
+        train(run, examples)
 
 
 def test_a_run_of_constant_rate_can_be_made_longer(
