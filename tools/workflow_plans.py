@@ -12,10 +12,14 @@ from typing import Any, NamedTuple
 NEGATIVE = "A collage of images, monochrome, lowres, bad anatomy, worst quality, low quality"
 SDXL = (
     "sd_xl_base_1.0.safetensors",
-    "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/",
+    "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
     "checkpoints",
 )
-EASYREF = ("easyref.safetensors", "https://huggingface.co/zongzhuofan/EasyRef/resolve/main/model", "easyref")
+EASYREF = (
+    "easyref.safetensors",
+    "https://huggingface.co/zongzhuofan/EasyRef/resolve/main/model.safetensors",
+    "easyref",
+)
 EXAMPLE = "example.png"  # what the host ships with
 
 
@@ -62,7 +66,7 @@ def references(count: int = 3, name: str = "reference", group: str = "group") ->
     }
 
 
-def basis(prompt: str, **apply: Any) -> dict[str, Node]:
+def basis(prompt: str) -> dict[str, Node]:
     """Everything of easyref_basic but the references: three columns of nodes, then sampler and picture."""
     return {
         "checkpoint": Node("CheckpointLoaderSimple", 1, {"ckpt_name": SDXL[0]}, model=SDXL),
@@ -92,7 +96,7 @@ def basis(prompt: str, **apply: Any) -> dict[str, Node]:
         "apply": Node(
             "EasyRefApply",
             3,
-            {"model": Link("checkpoint"), "easyref": Link("easyref"), "tokens": Link("aggregate"), **apply},
+            {"model": Link("checkpoint"), "easyref": Link("easyref"), "tokens": Link("aggregate")},
         ),
         "latent": Node("EmptyLatentImage", 3, {"width": 1024, "height": 1024}),
         "sample": Node(

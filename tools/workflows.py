@@ -145,7 +145,6 @@ def build(page: Page, plan: Plan) -> dict[str, Any]:
             )
         if model := models.get(str(node["id"])):
             file, url, folder = model
-            url = url + file if url.endswith("/") else url + ".safetensors"
             node["properties"]["models"] = [{"name": file, "url": url, "directory": folder}]
     saved = without_nothing(saved)
     saved["id"] = "00000000-0000-0000-0000-000000000000"
