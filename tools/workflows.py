@@ -114,8 +114,9 @@ def main() -> None:
             place.parent.mkdir(exist_ok=True)
             place.touch()
         server.post("/api/settings", {"Comfy.Minimap.Visible": False})
-        with browser.frontend(server, *VIEW) as page:
-            for name in names:
+        for name in names:
+            # a page for each: the frontend keeps values by a node's number and a widget's name, beyond the node itself
+            with browser.frontend(server, *VIEW) as page:
                 file = WORKFLOWS / f"{name}.json"
                 saved = build(page, PLANS[name])
                 file.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tools.workflow_plans import PLANS, Link
+
 from ..hosts import ROOT
-from . import tiny_workflow
+from . import graphs, tiny_workflow
 
 WORKFLOWS = sorted(file for file in (ROOT / "workflows").glob("*.json") if file.stem != "try_it_now")
 
@@ -19,3 +21,27 @@ def files(server):
 def test_it_ends_in_pictures(server, workflow):
     history = server.run(tiny_workflow.tiny(workflow))
     assert server.images(history)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_it_holds_what_its_plan_says_and_defaults_elsewhere(server, name):
+    schemas = server.object_info()
+    saved = graphs.from_file(ROOT / "workflows" / f"{name}.json")
+    for node, plan in zip(saved.values(), PLANS[name].nodes.values(), strict=True):
+        assert node["class_type"] == plan.type
+        inputs = {
+            **schemas[plan.type]["input"]["required"],
+            **schemas[plan.type]["input"].get("optional", {}),
+        }
+        for key, value in node["inputs"].items():
+            if isinstance(plan.inputs.get(key), Link):
+                assert isinstance(value, list), key
+            elif key in plan.inputs:
+                assert value == plan.inputs[key], key
+            elif key in inputs and (default := default_of(*inputs[key])) is not None:
+                assert value == default, f"{plan.type}.{key}"
+
+
+def default_of(kind, options=None):
+    """An input's value where nobody sets one; None where that depends on the host's files."""
+    return (options or {}).get("default", "" if kind == "STRING" else None)
