@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .group_reader import MASKED, VISION_PIECE
 from .preprocess import resized_sides
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def budget(
         tokens,
         text_tokens,
         config.max_positions - config.num_tokens,
-        config.activation_bytes(sum(patches), total + config.num_tokens, itemsize),
+        activation_bytes(config, patches, total + config.num_tokens, itemsize),
         operations(config, patches, total),
     )
 
@@ -71,9 +72,35 @@ def largest_size(
     )
 
 
-def operations(config: EasyRefConfig, patches: Sequence[int], tokens: int) -> int:
+def activation_bytes(
+    config: EasyRefConfig, patches: Sequence[int], tokens: int, itemsize: int, before: int = 0
+) -> int:
+    """Upper bound of the memory one encoding works in, beside the weights; linear in the size of the group.
+
+    patches: of each reference for the vision tower; tokens: that the decoder reads, `before`: after so many that it has
+    read already. Counted: the widest moment of a vision block (QKV, their rotated float32 copies, both sides of the
+    MLP), which sees a piece of the group at a time, or of a decoder layer, with the keys and values of all layers,
+    whichever is larger; the image tokens and the embeddings.
+    """
+    c = config
+    piece = min(sum(patches), max(VISION_PIECE, *patches)) if patches else 0
+    vision = piece * (
+        c.vision_width * (6 * itemsize + 16) + 3 * c.vision_mlp_width * itemsize + 4 * c.patch_values
+    )
+    decoder = tokens * (c.hidden_size * (8 * itemsize + 16) + 3 * c.intermediate_size * itemsize)
+    keys_values = 2 * c.kv_heads * c.head_dim * itemsize
+    decoder += (tokens + before) * c.body_layers * keys_values
+    if before:  # of one layer, for all heads; and the mask
+        decoder += before * 2 * c.hidden_size * itemsize + min(MASKED, tokens * (before + tokens)) * (
+            1 + itemsize
+        )
+    return max(vision, decoder) + 2 * tokens * c.hidden_size * itemsize
+
+
+def operations(config: EasyRefConfig, patches: Sequence[int], tokens: int, before: int = 0) -> int:
     """Multiplications and additions of one encoding. patches: of each reference; tokens: of the context.
 
+    before: tokens of the context that were read already, whose keys and values the others attend to.
     Counted: every matrix product of the vision tower and the MLLM body, attention as it is computed (the whole square
     of the context in each layer, of a reference in each vision block). Not counted: norms, activations, rotations.
     """
@@ -85,5 +112,5 @@ def operations(config: EasyRefConfig, patches: Sequence[int], tokens: int) -> in
     vision += c.vision_depth * 2 * c.vision_width * sum(n * n for n in patches)
     kv_width = c.kv_heads * c.head_dim
     layer = c.hidden_size * (2 * c.hidden_size + 2 * kv_width + 3 * c.intermediate_size)
-    body = c.body_layers * (tokens * layer + 2 * c.hidden_size * tokens**2)
+    body = c.body_layers * (tokens * layer + 2 * c.hidden_size * tokens * (before + tokens))
     return 2 * (vision + body)

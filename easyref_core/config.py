@@ -64,16 +64,6 @@ class EasyRefConfig:
         """Side in pixels of the square one image token stands for: 28."""
         return self.patch_size * self.merge_size
 
-    def activation_bytes(self, patches: int, tokens: int, itemsize: int) -> int:
-        """Upper bound of the memory one encoding works in, beside the weights; linear in the size of the group.
-
-        Counted: the widest moment of a vision block (QKV, their rotated float32 copies, both sides of the MLP) or of
-        a decoder layer, whichever is larger, and the embeddings. patches, tokens: of the whole group.
-        """
-        vision = patches * (self.vision_width * (6 * itemsize + 16) + 3 * self.vision_mlp_width * itemsize)
-        decoder = tokens * (self.hidden_size * (8 * itemsize + 16) + 3 * self.intermediate_size * itemsize)
-        return max(vision, decoder) + patches * self.patch_values * 4
-
     @classmethod
     def read(
         cls, shapes: Shapes, mllm: Mapping[str, Any] | None = None, metadata: Mapping[str, Any] | None = None

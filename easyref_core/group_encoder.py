@@ -9,11 +9,12 @@ from torch import nn
 from .qwen2_vl import DecoderLayer, VisionTower, text_rotation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, dtype
 
     from .config import EasyRefConfig
+    from .qwen2_vl import Past
 
 
 class GroupEncoder(nn.Module):
@@ -31,11 +32,6 @@ class GroupEncoder(nn.Module):
         # on the wrong object (multimodal_llm.norm instead of multimodal_llm.model.norm) and trained with it in place.
         self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
 
-    @property
-    def blocks(self) -> int:
-        """Blocks one pass runs through, for progress: vision blocks and decoder layers."""
-        return len(self.visual.blocks) + len(self.layers)
-
     def forward(
         self,
         patches: Tensor,
@@ -43,7 +39,6 @@ class GroupEncoder(nn.Module):
         input_ids: Tensor,
         image_token: int,
         dtype: dtype,
-        after_block: Callable[[], None] = lambda: None,
         real: Tensor | None = None,
     ) -> Tensor:
         """patches (sum, 1176), grid (K, 3), input_ids (B, S) -> context states (B, S, D) in `dtype`.
@@ -51,11 +46,27 @@ class GroupEncoder(nn.Module):
         A batch of groups has all its images in `patches` and `grid`, group by group. Shorter groups are padded on the
         left, where `real` (B, S) is False: the positions of rotary embedding count only by their differences.
         """
-        features = self.visual(patches.to(dtype), grid, after_block)
+        features = self.visual(patches.to(dtype), grid)
+        return self.read(self.embed(input_ids, image_token, features, dtype), real=real)
+
+    def embed(self, input_ids: Tensor, image_token: int, features: Tensor, dtype: dtype) -> Tensor:
+        """What the decoder reads, (B, S, D): a token's embedding, or in place of an image token its feature (n, D)."""
         x = self.embed_tokens(input_ids).to(dtype)
-        x = x.masked_scatter((input_ids == image_token)[..., None], features.to(dtype))
-        turn = text_rotation(x.shape[1], self.config, x.device)
-        for layer in self.layers:
-            x = layer(x, turn, real=real)
+        return x.masked_scatter((input_ids == image_token)[..., None], features.to(x))
+
+    def read(
+        self,
+        x: Tensor,
+        past: Sequence[Past] | None = None,
+        after_block: Callable[[], None] = lambda: None,
+        real: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, n, D) -> context states (B, n, D), read after what `past`, one for each layer, has read already.
+
+        after_block: called after each layer; may raise to stop.
+        """
+        turn = text_rotation(x.shape[1], self.config, x.device, past[0].length if past else 0)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, turn, real=real, past=past[number] if past else None)
             after_block()
         return self.norm(x)

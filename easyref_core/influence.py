@@ -11,7 +11,8 @@ from torch.nn.functional import cosine_similarity, normalize
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .model import EasyRef, PreparedGroup
+    from .group_reader import PreparedGroup
+    from .model import EasyRef
 
 FEWEST = 4  # references from which on one can be said not to belong
 # Of groups made by code and read by the model that ships, half with an outsider (4 and 6 references, 96 groups), pooled
@@ -28,16 +29,14 @@ def change(tokens: Tensor, without: Tensor) -> float:
 
 @torch.inference_mode()
 def pooled_features(
-    model: EasyRef, group: PreparedGroup, after_block: Callable[[], None] = lambda: None
+    model: EasyRef, group: PreparedGroup, progress: Callable[[float], None] = lambda done: None
 ) -> Tensor:
     """What the vision tower sees in each reference, the mean of its image tokens: (K, D), float32 on the CPU.
 
-    Neither the text nor the other references are in it. after_block: called after each block of the tower.
+    Neither the text nor the other references are in it. progress: told the part that is done; may raise to stop.
     """
-    patches = group.patches.to(model.device, model.dtype)
-    features = model.mllm.encoder.visual(patches, group.grid, after_block)
-    counts = (group.grid.prod(dim=1) // model.config.merge_size**2).tolist()
-    return torch.stack([part.float().mean(dim=0) for part in features.split(counts)]).cpu()
+    features = model.reader.features(group, progress)
+    return torch.stack([part.float().mean(dim=0) for part in features]).cpu()
 
 
 def likeness(features: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from .attention import KeyValue, KVProjections
 from .budget import Budget, budget, largest_size
 from .checkpoint import Cast, Checkpoint, open_checkpoint, save
 from .group_encoder import GroupEncoder
+from .group_reader import GroupReader, PreparedGroup, digest
 from .instructions import INSTRUCTION, image_spans, image_token_id, load_tokenizer, tokenize
 from .negative import noise_image
-from .preprocess import SIZE, check_sides, preprocess
+from .preprocess import SIZE, check_sides, grid_of, read_pixels
 from .qwen2_vl import Unfilled
 from .reference_tokens import ContextStates, Provenance, ReferenceAggregator, ReferenceTokens, weight_bias
 
@@ -37,17 +38,6 @@ class MLLM(nn.Module):
         super().__init__()
         self.encoder = GroupEncoder(config, operations, **factory)
         self.aggregator = ReferenceAggregator(config, operations, **factory)
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedGroup:
-    """A group as the MLLM body reads it: patches (sum, 1176), grid (K, 3), input_ids (1, S), what made it, and spans."""
-
-    patches: Tensor
-    grid: Tensor
-    input_ids: Tensor
-    provenance: Provenance
-    spans: tuple[tuple[int, int], ...]  # see ContextStates
 
 
 class EasyRef:
@@ -71,6 +61,7 @@ class EasyRef:
         self.mllm, self.kv, self.tokenizer = mllm, kv, tokenizer
         self.device, self.dtype = torch.device(device), dtype
         self.image_token = image_token_id(tokenizer)
+        self.reader = GroupReader(mllm.encoder, self.image_token, self.device, dtype)
         self._unconditional: dict[tuple[str, int, int, float], ReferenceTokens] = {}
         if self.image_token >= self.config.vocab_size:
             raise ValueError(
@@ -84,27 +75,30 @@ class EasyRef:
         prompt: str = "",
         instruction: str = INSTRUCTION,
         size: int = SIZE,
-        after_block: Callable[[], None] = lambda: None,
+        progress: Callable[[float], None] = lambda done: None,
     ) -> ContextStates:
         """Context states (1, S, D) of a group: all references and the text read together by the MLLM body.
 
+        What a group has in common with one read before is not read again (group_reader.py).
+
         images: PIL images or (H, W, C) float tensors in 0..1, of any sizes, in order. size: pixels, see preprocess.
-        after_block: called after each of `mllm.encoder.blocks` blocks; may raise to stop at once.
+        progress: told the part that is done, up to 1, after each block of the MLLM body; may raise to stop at once.
         Raises ValueError for images that hold no picture and for a group longer than the MLLM's context.
         """
-        return self.encode_prepared(self.prepare(images, prompt, instruction, size), after_block)
+        return self.encode_prepared(self.prepare(images, prompt, instruction, size), progress)
 
     def prepare(
         self, images: Sequence[Image.Image | Tensor], prompt: str, instruction: str, size: int
     ) -> PreparedGroup:
         """Everything the MLLM body reads, made and checked on the CPU before any weight is needed."""
-        patches, grid = preprocess(images, self.config, size)
+        pixels = read_pixels(images, self.config, size)
+        grid = grid_of(pixels, self.config)
         counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
         input_ids = tokenize(self.tokenizer, instruction + prompt, counts)
         self._check_length(input_ids.shape[1], counts)
         made = Provenance(self.fingerprint, instruction, prompt, len(counts), size)
         spans = image_spans(input_ids, self.image_token, counts)
-        return PreparedGroup(patches, grid, input_ids, made, spans)
+        return PreparedGroup(tuple(pixels), grid, input_ids, made, spans, tuple(map(digest, pixels)))
 
     def budget(
         self,
@@ -138,18 +132,10 @@ class EasyRef:
 
     @torch.inference_mode()
     def encode_prepared(
-        self, group: PreparedGroup, after_block: Callable[[], None] = lambda: None
+        self, group: PreparedGroup, progress: Callable[[float], None] = lambda done: None
     ) -> ContextStates:
         """Context states (1, S, D) of a prepared group; see encode."""
-        states = self.mllm.encoder(
-            group.patches.to(self.device),
-            group.grid,
-            group.input_ids.to(self.device),
-            self.image_token,
-            self.dtype,
-            after_block,
-        )
-        return ContextStates(states, group.provenance, group.grid, group.spans)
+        return ContextStates(self.reader.read(group, progress), group.provenance, group.grid, group.spans)
 
     @torch.inference_mode()
     def aggregate(self, context: ContextStates) -> ReferenceTokens:
@@ -198,6 +184,11 @@ class EasyRef:
         dtype: what to compute in, the model's own by default.
         """
         return self.kv(tokens.to(self.device, dtype or self.dtype))
+
+    def forget(self) -> None:
+        """Give back what is kept of groups read before, and of the unconditional side."""
+        self.reader.forget()
+        self._unconditional.clear()
 
     def require_own(self, made: ContextStates | ReferenceTokens, what: str) -> None:
         """Refuse what another checkpoint made: its numbers mean nothing to this one."""

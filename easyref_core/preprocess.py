@@ -34,6 +34,17 @@ def preprocess(
 ) -> tuple[Tensor, Tensor]:
     """The group's patches (sum of patches, 1176) in float32, and its grid (K, 3): frames, rows, columns in patches.
 
+    Arguments and errors as for read_pixels.
+    """
+    pixels = read_pixels(images, config, size)
+    return patches_of(pixels, config), grid_of(pixels, config)
+
+
+def read_pixels(
+    images: Sequence[Image.Image | Tensor], config: EasyRefConfig, size: int = SIZE
+) -> list[np.ndarray]:
+    """Each reference as the MLLM reads it: bytes (H, W, 3), both sides whole image tokens.
+
     images: PIL images of any mode, or (H, W, C) float tensors in 0..1; sizes may differ, alpha is dropped.
     Raises ValueError on an empty group and on an image that holds no picture.
     """
@@ -48,10 +59,19 @@ def preprocess(
         raise ValueError(
             "The group holds no reference. Give it at least one image (EasyRef works best with 3 or more)."
         )
-    resized = [resize(to_rgb(image, f"reference {i + 1}"), config, size) for i, image in enumerate(images)]
-    patches = torch.cat([patchify(np.asarray(image)[None], config) for image in resized])
-    grid = [(1, image.height // config.patch_size, image.width // config.patch_size) for image in resized]
-    return patches, torch.tensor(grid)
+    named = ((image, f"reference {i + 1}") for i, image in enumerate(images))
+    return [np.asarray(resize(to_rgb(image, name), config, size)) for image, name in named]
+
+
+def patches_of(pixels: Sequence[np.ndarray], config: EasyRefConfig) -> Tensor:
+    """Bytes of images, each (H, W, 3) -> their patches, one image after the other (sum of patches, 1176)."""
+    return torch.cat([patchify(image[None], config) for image in pixels])
+
+
+def grid_of(pixels: Sequence[np.ndarray], config: EasyRefConfig) -> Tensor:
+    """Frames, rows and columns of each image in patches, (K, 3)."""
+    side = config.patch_size
+    return torch.tensor([(1, image.shape[0] // side, image.shape[1] // side) for image in pixels])
 
 
 def black_image() -> Image.Image:

@@ -209,6 +209,30 @@ def attention_mask(
     return bias.expand(mask.shape).masked_fill(~mask, -torch.inf)
 
 
+class Past:
+    """Keys and values of what one decoder layer has read, (B, kv_heads, length, head_dim) each, keys rotated."""
+
+    def __init__(self, key_value: tuple[Tensor, Tensor] | None = None) -> None:
+        self.key_value = key_value
+
+    @property
+    def length(self) -> int:
+        return self.key_value[0].shape[2] if self.key_value else 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of everything read so far, these included."""
+        if self.key_value:
+            k, v = (torch.cat([old.to(t), t], dim=2) for old, t in zip(self.key_value, (k, v), strict=True))
+        self.key_value = k, v
+        return k, v
+
+    def cut(self, length: int) -> None:
+        """Forget what was read after the first `length` positions."""
+        if self.length > length:
+            k, v = self.key_value
+            self.key_value = (k[:, :, :length], v[:, :, :length]) if length else None
+
+
 class SelfAttention(nn.Module):
     """Grouped-query attention of the Qwen2 decoder: biases on q, k, v only."""
 
@@ -224,26 +248,27 @@ class SelfAttention(nn.Module):
         self,
         x: Tensor,
         turn: Rotation,
-        causal: bool,
-        queries: int | None,
-        real: Tensor | None,
-        bias: Tensor | None,
+        causal: bool = True,
+        queries: int | None = None,
+        real: Tensor | None = None,
+        bias: Tensor | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """x (B, S, D) -> (B, queries, D): attention output of the last `queries` positions (None: of all).
 
         real: (B, S), False where a row of the batch is padded; None where nothing is. bias: see attention_mask.
+        past: what the layer has read before x, which is attended to as well, and to which x is added.
         """
-        length = x.shape[1]
-        queries = queries or length
+        queries = queries or x.shape[1]
         cos, sin = turn
         q = rearrange(self.q_proj(x[:, -queries:]), "b n (h d) -> b h n d", h=self.heads)
         k = rearrange(self.k_proj(x), "b n (h d) -> b h n d", h=self.kv_heads)
         v = rearrange(self.v_proj(x), "b n (h d) -> b h n d", h=self.kv_heads)
-        q = rotate(q, (cos[-queries:], sin[-queries:]))
-        k, v = (
-            repeat(t, "b h n d -> b (h g) n d", g=self.heads // self.kv_heads) for t in (rotate(k, turn), v)
-        )
-        mask = attention_mask(queries, length, causal, real, x.device, bias)
+        q, k = rotate(q, (cos[-queries:], sin[-queries:])), rotate(k, turn)
+        if past is not None:
+            k, v = past.extend(k, v)
+        mask = attention_mask(queries, k.shape[2], causal, real, x.device, bias)
+        k, v = (repeat(t, "b h n d -> b (h g) n d", g=self.heads // self.kv_heads) for t in (k, v))
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
         return self.o_proj(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -283,11 +308,13 @@ class DecoderLayer(nn.Module):
         queries: int | None = None,
         real: Tensor | None = None,
         bias: Tensor | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """x (B, S, D) -> (B, queries, D): the layer's output at the last `queries` positions (None: at all).
 
-        real: (B, S), False where a row of the batch is padded. bias: (rows, S), see attention_mask.
+        turn: of x's positions. real: (B, S), False where a row of the batch is padded. bias: (rows, S), see
+        attention_mask. past: what the layer has read before x; x is added to it.
         """
-        attended = self.self_attn(self.input_layernorm(x), turn, causal, queries, real, bias)
+        attended = self.self_attn(self.input_layernorm(x), turn, causal, queries, real, bias, past)
         x = x[:, -attended.shape[1] :] + attended
         return x + self.mlp(self.post_attention_layernorm(x))

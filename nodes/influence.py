@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import comfy.model_management as mm
@@ -17,6 +18,8 @@ from .pictures import image_of, pictures_of, references_of
 from .sockets import EasyRefGroupSocket, EasyRefModel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from PIL import Image
     from torch import Tensor
 
@@ -89,18 +92,25 @@ def measure(
     easyref: HostedEasyRef, images: list[Tensor], prompt: str, instruction: str, size: int
 ) -> tuple[list[float], Tensor]:
     """How the tokens change without each image, and how alike the images are (K, K)."""
-    encoder, count = easyref.model.mllm.encoder, len(images)
-    bar = comfy.utils.ProgressBar((count + 1) * encoder.blocks + len(encoder.visual.blocks))
+    count = len(images)
+    bar = comfy.utils.ProgressBar(count + 2)
+    finished = itertools.count()
 
-    def step() -> None:
-        mm.throw_exception_if_processing_interrupted()
-        bar.update(1)
+    def progress() -> Callable[[float], None]:
+        """Of the next of the count + 2 parts: the vision tower, all images, and all but one each."""
+        before = next(finished)
+
+        def tell(done: float) -> None:
+            mm.throw_exception_if_processing_interrupted()
+            bar.update_absolute(before + done, count + 2)
+
+        return tell
 
     def tokens(of: list[Tensor]) -> Tensor:
-        context = easyref.encode(of, prompt, instruction, size, step)
+        context = easyref.encode(of, prompt, instruction, size, progress())
         return easyref.aggregate(context).conditional
 
-    similarity = likeness(easyref.vision_features(images, size, step))
+    similarity = likeness(easyref.vision_features(images, size, progress()))
     everything = tokens(images)
     return [change(everything, tokens(images[:i] + images[i + 1 :])) for i in range(count)], similarity
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import mmap
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, ref
 
 import comfy.model_management as mm
 import comfy.ops
 import comfy.utils
 import torch
 from comfy.model_patcher import CoreModelPatcher, ModelPatcher
+from comfy.patcher_extension import CallbacksMP
+from comfy_execution.utils import get_executing_context
 
 from ..easyref_core.aggregation_attention import AttentionShares, read_shares
-from ..easyref_core.budget import operations
+from ..easyref_core.budget import activation_bytes, operations
 from ..easyref_core.checkpoint import Cast, open_checkpoint
 from ..easyref_core.influence import pooled_features
 from ..easyref_core.model import EasyRef, build
@@ -38,7 +40,9 @@ class HostedEasyRef:
 
     def __init__(self, model: EasyRef) -> None:
         self.model = model
+        model.reader.kept_on, model.reader.free = mm.intermediate_device(), mm.soft_empty_cache
         self.patcher = _hosted(model.mllm, model.device)
+        self.patcher.add_callback(CallbacksMP.ON_DETACH, partial(_forget, ref(model)))
         self._kv_patcher = _hosted(model.kv, model.device)
         self._key_values: WeakKeyDictionary[TokenPair, list[KeyValue]] = WeakKeyDictionary()
         self.rate: float | None = None  # operations a second of the last encoding, for estimates
@@ -52,21 +56,20 @@ class HostedEasyRef:
         prompt: str,
         instruction: str,
         size: int,
-        after_block: Callable[[], None] | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> ContextStates:
         """Context states of a group, on the host's intermediate device. Counts one step per reference; can be stopped.
 
-        after_block: called after each of the MLLM body's blocks, in place of counting.
+        progress: told the part that is done after each of the MLLM body's blocks, in place of counting.
         """
         group = self.model.prepare(images, prompt, instruction, size)
-        self._load_for(len(group.patches), group.input_ids.shape[1])
-        step = after_block or _Progress(len(images), self.model.mllm.encoder.blocks).step
+        work = self.model.reader.work(group)
+        self._load_for(work.patches, work.tokens, work.start)
         start = time.monotonic()
-        context = self.model.encode_prepared(group, step)
-        states = context.states.to(mm.intermediate_device())
-        work = operations(self.model.config, group.grid.prod(dim=1).tolist(), group.input_ids.shape[1])
-        self.rate = work / max(time.monotonic() - start, 1e-3)
-        return dataclasses.replace(context, states=states)
+        context = self.model.encode_prepared(group, progress or counted(len(images)))
+        done = operations(self.model.config, work.patches, work.tokens, work.start)
+        self.rate = done / max(time.monotonic() - start, 1e-3)
+        return context
 
     def aggregate(
         self,
@@ -80,12 +83,12 @@ class HostedEasyRef:
         self.model.require_own(context, "context")
         if negative is not None:
             self.model.require_own(negative, "negative context")
-            self._load_for(0, max(context.states.shape[1], negative.states.shape[1]))
+            self._load_for((), max(context.states.shape[1], negative.states.shape[1]))
             tokens = self.model.aggregate(context), self.model.aggregate(negative)
         else:
             made = context.provenance
             black = self.model.prepare([black_image()], "", made.instruction, made.size)
-            self._load_for(len(black.patches), max(black.input_ids.shape[1], context.states.shape[1]))
+            self._load_for(black.patches, max(black.input_ids.shape[1], context.states.shape[1]))
             tokens = (
                 self.model.aggregate(context),
                 self.model.unconditional(made.instruction, made.size, noise_seed, noise_strength),
@@ -95,14 +98,16 @@ class HostedEasyRef:
     def attention(self, context: ContextStates, token: int) -> AttentionShares:
         """What the reference tokens read of a context; see read_shares."""
         self.model.require_own(context, "context")
-        self._load_for(0, context.states.shape[1])
+        self._load_for((), context.states.shape[1])
         return read_shares(self.model, context, token)
 
-    def vision_features(self, images: Sequence[Tensor], size: int, after_block: Callable[[], None]) -> Tensor:
+    def vision_features(
+        self, images: Sequence[Tensor], size: int, progress: Callable[[float], None]
+    ) -> Tensor:
         """What the vision tower sees in each image (K, D); see pooled_features."""
         group = self.model.prepare(images, "", "", size)
-        self._load_for(len(group.patches), 0)
-        return pooled_features(self.model, group, after_block)
+        self._load_for(group.patches, 0)
+        return pooled_features(self.model, group, progress)
 
     def key_values(self, tokens: TokenPair) -> list[KeyValue]:
         """K and V per site, rows [unconditional, conditional], float32 on the intermediate device; once per tokens."""
@@ -119,10 +124,11 @@ class HostedEasyRef:
         for side in (tokens.unconditional, tokens.conditional):
             self.model.require_own(side, "set of reference tokens")
 
-    def _load_for(self, patches: int, tokens: int) -> None:
-        """Bring the MLLM to its device, with room for the activations of so many patches and context tokens."""
-        tokens += self.model.config.num_tokens
-        needed = self.model.config.activation_bytes(patches, tokens, self.model.dtype.itemsize)
+    def _load_for(self, patches: Sequence[int], tokens: int, before: int = 0) -> None:
+        """Bring the MLLM to its device, with room for the activations; arguments as for activation_bytes."""
+        config = self.model.config
+        tokens += config.num_tokens
+        needed = activation_bytes(config, patches, tokens, self.model.dtype.itemsize, before)
         mm.load_models_gpu([self.patcher], needed)
 
 
@@ -177,14 +183,21 @@ def _hosted(module: nn.Module, device: torch.device) -> ModelPatcher:
     return CoreModelPatcher(module, load_device=device, offload_device=mm.text_encoder_offload_device())
 
 
-class _Progress:
-    """All references advance together, block by block; shown as so many references done, in fractions."""
+def _forget(model: ref[EasyRef], *_: Any) -> None:
+    """ON_DETACH. Where a prompt runs, SDXL needs the room on the device: what was read is kept elsewhere, and worth it.
 
-    def __init__(self, references: int, blocks: int) -> None:
-        self.references, self.blocks, self.done = references, blocks, 0
-        self.bar = comfy.utils.ProgressBar(references)
+    Otherwise it is the user who unloads the models.
+    """
+    if get_executing_context() is None and (unloaded := model()):
+        unloaded.forget()
 
-    def step(self) -> None:
+
+def counted(references: int) -> Callable[[float], None]:
+    """Shows the part that is done as so many references done, in fractions; raises where the user has cancelled."""
+    bar = comfy.utils.ProgressBar(references)
+
+    def progress(done: float) -> None:
         mm.throw_exception_if_processing_interrupted()
-        self.done += 1
-        self.bar.update_absolute(self.references * self.done / self.blocks, self.references)
+        bar.update_absolute(references * done, references)
+
+    return progress

@@ -53,6 +53,7 @@ def test_the_budget_counts_the_operations_of_the_matrix_products(model: er.EasyR
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    model.forget()
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
         model.encode(golden.references(), golden.PROMPT, size=golden.SIZE)
     found = model.budget(picture_sides(), golden.PROMPT, size=golden.SIZE).operations

@@ -1,0 +1,255 @@
+"""The MLLM body, reading group after group: nothing twice, and in smaller pieces where memory is short.
+
+The body is causal and the images come before the text, so the keys and values of a group's images do not depend on
+what follows them. They are kept, with the states there, and a group that begins with the same images, in the same
+order and at the same size, is read on from where it differs. What the vision tower saw in an image is kept as well,
+whatever else is in its group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .kept import Kept
+from .pieces import in_pieces
+from .preprocess import grid_of, patches_of
+from .qwen2_vl import Past
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .attention import KeyValue
+    from .group_encoder import GroupEncoder
+    from .reference_tokens import Provenance
+
+# Bytes that are kept. At 336 pixels an image takes 0.9 MB of features in float32, and a group 8.5 MB of prefix for
+# each reference, so that the longest context of the released model fits in bfloat16, 120 references in float32.
+FEATURES, PREFIXES = 256 * 2**20, 1024 * 2**20
+# The vision tower sees no more patches at once (about 14 images at 336 pixels): more are no faster, and take memory.
+VISION_PIECE = 8192
+MASKED = (
+    2**24
+)  # entries of the attention mask where a group is read on: tokens read at once times tokens before them
+SMALLEST_PIECE = 64  # tokens read at once where memory is short
+
+REMEDY = (
+    "Out of memory while the MLLM reads the group, although it was read in the smallest pieces. "
+    "Encode at a smaller size, load EasyRef with precision fp8_e4m3fn, or free memory."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedGroup:
+    """A group as the MLLM body reads it."""
+
+    pixels: tuple[np.ndarray, ...]  # of each reference, bytes (H, W, 3)
+    grid: Tensor  # (K, 3): frames, rows, columns of each reference in patches
+    input_ids: Tensor  # (1, S)
+    provenance: Provenance  # what made it
+    spans: tuple[tuple[int, int], ...]  # see ContextStates
+    digests: tuple[bytes, ...]  # of each reference's pixels
+
+    @property
+    def patches(self) -> list[int]:
+        """How many patches each reference has."""
+        return self.grid.prod(dim=1).tolist()
+
+    @property
+    def reads(self) -> tuple[int | bytes, ...]:
+        """What is at each of the S places: a token's id, or of an image token the digest of its image."""
+        reads: list[int | bytes] = self.input_ids[0].tolist()
+        for (start, end), digest in zip(self.spans, self.digests, strict=True):
+            reads[start:end] = [digest] * (end - start)
+        return tuple(reads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """A group read up to the end of its last image."""
+
+    reads: tuple[int | bytes, ...]  # see PreparedGroup
+    key_values: tuple[KeyValue, ...]  # of each layer, (1, kv_heads, length, head_dim), keys rotated
+    states: Tensor  # (1, length, D)
+
+    @property
+    def nbytes(self) -> int:
+        return self.states.nbytes + sum(k.nbytes + v.nbytes for k, v in self.key_values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What of a group is still to be read."""
+
+    unread: tuple[int, ...]  # numbers of the references that the decoder reads
+    unseen: tuple[int, ...]  # those of them for the vision tower, equal ones once
+    patches: tuple[int, ...]  # of each of these
+    prefix: Prefix | None  # what was read before
+    start: int  # how much of the context that is
+    tokens: int  # the rest of it
+
+
+class GroupReader:
+    """Owns what is kept; it goes with the loaded model, or at forget().
+
+    kept_on: where it is kept, and where the states are returned. free: gives memory back when it was short.
+    """
+
+    def __init__(
+        self, encoder: GroupEncoder, image_token: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.encoder, self.image_token, self.device, self.dtype = encoder, image_token, device, dtype
+        self.kept_on = device
+        self.free: Callable[[], None] = lambda: None
+        self._features: Kept[Tensor] = Kept(FEATURES)  # by digest, (image tokens, D)
+        self._prefixes: Kept[Prefix] = Kept(PREFIXES)  # by what they read
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return self._features.nbytes + self._prefixes.nbytes
+
+    def forget(self) -> None:
+        self._features.clear()
+        self._prefixes.clear()
+
+    def work(self, group: PreparedGroup) -> Work:
+        """What is left to do for a group, before it is done."""
+        prefix, start = self._known(group)
+        unread = tuple(number for number, (first, _) in enumerate(group.spans) if first >= start)
+        unseen = self._unseen(group, unread)
+        patches = tuple(group.patches[number] for number in unseen)
+        return Work(unread, unseen, patches, prefix, start, group.input_ids.shape[1] - start)
+
+    def read(self, group: PreparedGroup, progress: Callable[[float], None] = lambda done: None) -> Tensor:
+        """Context states (1, S, D) of a group.
+
+        progress: told the part that is done, up to 1, after each block of the vision tower and of the decoder; may
+        raise to stop. Raises torch.OutOfMemoryError where not even the smallest pieces fit.
+        """
+        work, layers = self.work(group), len(self.encoder.layers)
+        steps = _Steps(progress, len(self.encoder.visual.blocks) * bool(work.unseen) + layers)
+        seen = self._see(group, work.unread, work.unseen, steps)
+        features = [seen[group.digests[number]].to(self.device) for number in work.unread]
+        x = self.encoder.embed(
+            group.input_ids[:, work.start :].to(self.device),
+            self.image_token,
+            torch.cat(features) if features else torch.empty(0, device=self.device),
+            self.dtype,
+        )
+        before = work.prefix.key_values if work.prefix else [None] * layers
+        past = [Past(key_value and tuple(t[:, :, : work.start] for t in key_value)) for key_value in before]
+        states = [work.prefix.states[:, : work.start]] if work.prefix else []
+
+        def read_piece(start: int, end: int) -> None:
+            for layer in past:
+                layer.cut(work.start + start)  # what an attempt that failed has left
+            piece = x[:, start:end]
+            part = self.encoder.read(piece, past, steps.counting((end - start) / work.tokens))
+            states.append(part.to(self.kept_on))
+
+        at_once = MASKED // group.input_ids.shape[1] if work.start else work.tokens
+        in_pieces(work.tokens, at_once, SMALLEST_PIECE, read_piece, self.free, REMEDY)
+        read = torch.cat(states, dim=1) if len(states) > 1 else states[0]
+        self._keep(group, work, past, read)
+        return read
+
+    def features(
+        self, group: PreparedGroup, progress: Callable[[float], None] = lambda done: None
+    ) -> list[Tensor]:
+        """What the vision tower sees in each reference, (image tokens, D); progress as for read."""
+        numbers = range(len(group.digests))
+        steps = _Steps(progress, len(self.encoder.visual.blocks))
+        seen = self._see(group, numbers, self._unseen(group, numbers), steps)
+        return [seen[digest] for digest in group.digests]
+
+    def _unseen(self, group: PreparedGroup, numbers: Sequence[int]) -> tuple[int, ...]:
+        """Those of the references whose features are not kept, equal ones once."""
+        first_of = {group.digests[number]: number for number in reversed(numbers)}
+        return tuple(sorted(n for digest, n in first_of.items() if digest not in self._features))
+
+    def _see(
+        self, group: PreparedGroup, numbers: Sequence[int], unseen: Sequence[int], steps: _Steps
+    ) -> dict[bytes, Tensor]:
+        """What is seen in these references, by digest; the vision tower runs for the unseen ones alone."""
+        config = self.encoder.config
+        seen = {
+            digest: self._features.get(digest)
+            for digest in (group.digests[number] for number in numbers)
+            if digest in self._features
+        }
+
+        def see_piece(start: int, end: int) -> None:
+            piece = unseen[start:end]
+            pixels = [group.pixels[number] for number in piece]
+            patches, grid = patches_of(pixels, config).to(self.device, self.dtype), grid_of(pixels, config)
+            tokens = self.encoder.visual(patches, grid, steps.counting(len(piece) / len(unseen)))
+            counts = (grid.prod(dim=1) // config.merge_size**2).tolist()
+            for number, part in zip(piece, tokens.split(counts), strict=True):
+                # a copy, as a part would hold all of the piece
+                seen[group.digests[number]] = part.to(self.kept_on, copy=True)
+
+        at_once = VISION_PIECE // max((group.patches[number] for number in unseen), default=1)
+        in_pieces(len(unseen), at_once, 1, see_piece, self.free, REMEDY)
+        for number in unseen:
+            digest = group.digests[number]
+            self._features.put(digest, seen[digest], seen[digest].nbytes)
+        return seen
+
+    def _known(self, group: PreparedGroup) -> tuple[Prefix | None, int]:
+        """The prefix that has most of a group in common with it, and how many tokens that are; at least one image."""
+        reads, ends = group.reads, [end for _, end in group.spans]
+        common = {key: _in_common(key, reads) for key in self._prefixes}
+        best = max(common, key=common.__getitem__, default=None)
+        if best is None or common[best] < ends[0]:
+            return None, 0
+        # a last token is read in any case, so that there is a next one to read on from
+        return self._prefixes.get(best), min(common[best], len(reads) - 1)
+
+    def _keep(self, group: PreparedGroup, work: Work, past: Sequence[Past], states: Tensor) -> None:
+        """Keep a group up to the end of its last image, in place of what it begins with; nothing that is kept already."""
+        end = group.spans[-1][1] + 1  # the mark after the image
+        if work.start >= end:
+            return
+        reads = group.reads[:end]
+        if work.prefix and work.prefix.reads == reads[: len(work.prefix.reads)]:
+            self._prefixes.drop(work.prefix.reads)
+        size = states[:, :end].nbytes + sum(t[:, :, :end].nbytes for p in past for t in p.key_value)
+        if size > self._prefixes.limit:
+            return
+        key_values = []
+        for layer in past:  # one after the other, so that no more than one is there twice
+            key_values.append(tuple(t[:, :, :end].to(self.kept_on, copy=True) for t in layer.key_value))
+            layer.key_value = None
+        prefix = Prefix(reads, tuple(key_values), states[:, :end].clone())
+        self._prefixes.put(reads, prefix, prefix.nbytes)
+
+
+def digest(pixels: np.ndarray) -> bytes:
+    """Of an image's bytes (H, W, 3), its sides included."""
+    return hashlib.sha256(str(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).digest()
+
+
+def _in_common(first: Sequence[int | bytes], second: Sequence[int | bytes]) -> int:
+    """With how many equal entries two sequences begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+class _Steps:
+    """Counts blocks, of which a piece of the work is only a part, and tells how much is done."""
+
+    def __init__(self, progress: Callable[[float], None], blocks: int) -> None:
+        self.progress, self.blocks, self.done = progress, blocks, 0.0
+
+    def counting(self, part: float) -> Callable[[], None]:
+        def step() -> None:
+            self.done = min(self.done + part / self.blocks, 1.0)
+            self.progress(self.done)
+
+        return step
