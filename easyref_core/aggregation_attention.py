@@ -91,11 +91,11 @@ def attention_weights(
     bias: (queries, S), added to the logits.
     """
     cos, sin = turn
-    q = rearrange(attention.q_proj(x[:, -queries:]), "b n (h d) -> b h n d", h=attention.heads).float()
-    k = rearrange(attention.k_proj(x), "b n (h d) -> b h n d", h=attention.kv_heads).float()
+    q = rearrange(attention.q_proj(x[:, -queries:]), "b n (h d) -> b n h d", h=attention.heads).float()
+    k = rearrange(attention.k_proj(x), "b n (h d) -> b n h d", h=attention.kv_heads).float()
     q, k = rotate(q, (cos[-queries:], sin[-queries:])), rotate(k, turn)
-    k = repeat(k, "b h n d -> b (h g) n d", g=attention.heads // attention.kv_heads)
-    scores = q @ k.transpose(-1, -2) / attention.head_dim**0.5
+    k = repeat(k, "b n h d -> b (h g) n d", g=attention.heads // attention.kv_heads)
+    scores = q.transpose(1, 2) @ k.transpose(-1, -2) / attention.head_dim**0.5
     scores = scores if bias is None else scores + bias.float()
     seen = torch.ones(queries, x.shape[1], dtype=torch.bool, device=x.device)
     if causal:

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import nn
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention, silu
 
@@ -82,10 +82,11 @@ def image_rotation(grid: Tensor, config: EasyRefConfig, device: torch.device) ->
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
-    """Apply rotary position embedding to x (..., tokens, head_dim), in float32."""
-    cos, sin = by
+    """Apply rotary position embedding to x (..., tokens, heads, head_dim), in float32."""
+    cos, sin = (t[:, None, : x.shape[-1] // 2] for t in by)  # both halves are alike
     first, second = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 class VisionAttention(nn.Module):
@@ -99,16 +100,17 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, turn: Rotation, lengths: list[int]) -> Tensor:
         """x: (patches of the whole group, width); lengths: patches of each image."""
-        q, k, v = rearrange(self.qkv(x), "n (qkv h d) -> qkv h n d", qkv=3, h=self.heads)
+        # heads stay behind the patches, as they come, so that neither rotation nor attention moves anything
+        q, k, v = rearrange(self.qkv(x), "n (qkv h d) -> qkv n h d", qkv=3, h=self.heads)
         q, k = rotate(q, turn), rotate(k, turn)
         # images of equal length that follow one another are one batch
         runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-        parts = zip(*(t.split([math.prod(run) for run in runs], dim=1) for t in (q, k, v)), strict=True)
+        parts = zip(*(t.split([math.prod(run) for run in runs]) for t in (q, k, v)), strict=True)
         out = []
         for (length, _), part in zip(runs, parts, strict=True):
-            images = (rearrange(t, "h (k n) d -> k h n d", n=length) for t in part)
+            images = (rearrange(t, "(k n) h d -> k h n d", n=length) for t in part)
             out.append(rearrange(scaled_dot_product_attention(*images), "k h n d -> (k n) (h d)"))
-        return self.proj(torch.cat(out))
+        return self.proj(torch.cat(out) if len(out) > 1 else out[0])
 
 
 class VisionMLP(nn.Module):
@@ -119,7 +121,7 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))  # QuickGELU
+        return self.fc2(x * (1.702 * x).sigmoid_())  # QuickGELU
 
 
 class VisionBlock(nn.Module):
@@ -261,16 +263,21 @@ class SelfAttention(nn.Module):
         """
         queries = queries or x.shape[1]
         cos, sin = turn
-        q = rearrange(self.q_proj(x[:, -queries:]), "b n (h d) -> b h n d", h=self.heads)
-        k = rearrange(self.k_proj(x), "b n (h d) -> b h n d", h=self.kv_heads)
-        v = rearrange(self.v_proj(x), "b n (h d) -> b h n d", h=self.kv_heads)
+        q = rearrange(self.q_proj(x[:, -queries:]), "b n (h d) -> b n h d", h=self.heads)
+        k = rearrange(self.k_proj(x), "b n (h d) -> b n h d", h=self.kv_heads)
         q, k = rotate(q, (cos[-queries:], sin[-queries:])), rotate(k, turn)
+        k = rearrange(k, "b n h d -> b h n d")
+        v = rearrange(self.v_proj(x), "b n (h d) -> b h n d", h=self.kv_heads)
         if past is not None:
             k, v = past.extend(k, v)
         mask = attention_mask(queries, k.shape[2], causal, real, x.device, bias)
-        k, v = (repeat(t, "b h n d -> b (h g) n d", g=self.heads // self.kv_heads) for t in (k, v))
+        if real is not None:
+            mask = mask.repeat_interleave(self.kv_heads, dim=0)
+        # every key-value head and its group of query heads stand as a row of a batch, so that nothing is repeated
+        q = rearrange(q, "b n (h g) d -> (b h) g n d", h=self.kv_heads)
+        k, v = (t.flatten(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
-        return self.o_proj(rearrange(out, "b h n d -> b n (h d)"))
+        return self.o_proj(rearrange(out, "(b h) g n d -> b n (h g d)", h=self.kv_heads))
 
 
 class GatedMLP(nn.Module):

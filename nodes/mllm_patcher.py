@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, ref
 
 import comfy.model_management as mm
@@ -183,12 +183,12 @@ def _hosted(module: nn.Module, device: torch.device) -> ModelPatcher:
     return CoreModelPatcher(module, load_device=device, offload_device=mm.text_encoder_offload_device())
 
 
-def _forget(model: ref[EasyRef], *_: Any) -> None:
+def _forget(model: ref[EasyRef], _: ModelPatcher, unpatch_all: bool) -> None:
     """ON_DETACH. Where a prompt runs, SDXL needs the room on the device: what was read is kept elsewhere, and worth it.
 
-    Otherwise it is the user who unloads the models.
+    Otherwise it is the user who unloads the models. Without unpatch_all the model is about to be loaded again.
     """
-    if get_executing_context() is None and (unloaded := model()):
+    if unpatch_all and get_executing_context() is None and (unloaded := model()):
         unloaded.forget()
 
 

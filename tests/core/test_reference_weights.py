@@ -32,14 +32,14 @@ def by_hand(
     attention, length = layer.self_attn, x.shape[1]
     x = layer.input_layernorm(x)
     heads = attention.heads
-    q = rearrange(attention.q_proj(x), "b n (h d) -> b h n d", h=heads)
+    q = rearrange(attention.q_proj(x), "b n (h d) -> b n h d", h=heads)
     k, v = (
-        rearrange(project(x), "b n (h d) -> b h n d", h=attention.kv_heads)
+        rearrange(project(x), "b n (h d) -> b n h d", h=attention.kv_heads)
         for project in (attention.k_proj, attention.v_proj)
     )
     turn = text_rotation(length, config, x.device)
-    q, k = rotate(q, turn).double(), rotate(k, turn).double()
-    k, v = (repeat(t, "b h n d -> b (h g) n d", g=heads // attention.kv_heads) for t in (k, v))
+    q, k = rotate(q, turn).double().transpose(1, 2), rotate(k, turn).double()
+    k, v = (repeat(t, "b n h d -> b (h g) n d", g=heads // attention.kv_heads) for t in (k, v))
     exponential = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).exp().tril() * factor
     return rearrange(exponential / exponential.sum(-1, keepdim=True) @ v, "b h n d -> b n (h d)")
 

@@ -1,0 +1,302 @@
+"""What reading a group takes: cold, beside transformers' Qwen2-VL, and after a change of what was read before.
+
+Groups of references of three shapes at 336 pixels, 137 to 145 image tokens each, 46 tokens of text around them. Encoding is
+everything from the pictures' bytes to the reference tokens; beside transformers it is the MLLM body alone, from patches
+and ids to context states, with the same weights, the same 27 decoder layers and no logits (the authors' code computes
+those too, and the 28th layer).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..budget import activation_bytes
+from ..config import EasyRefConfig
+from ..group_reader import GroupReader, PreparedGroup, digest
+from ..model import MLLM
+from ..preprocess import SIZE, grid_of, patches_of, resized_sides
+from ..qwen2_vl import Unfilled
+from ..reference_tokens import Provenance
+from ..training.full_size import EASYREF
+from .random_weights import materialised
+from .rows import Limit, Options, Row
+from .timing import interleaved, peak_memory, seconds
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+GIB = 2**30
+PICTURES = ((1024, 1024), (832, 1216), (1216, 832))  # width, height, one after the other
+IMAGE_TOKEN = 151655  # of Qwen2-VL's tokenizer: <|image_pad|>
+BEFORE, INSTRUCTION, PROMPT, AFTER = (
+    14,
+    25,
+    16,
+    5,
+)  # text tokens: the template, what is asked, what is wanted, its end
+WARM = 8  # references of the group that is changed
+WHOLE = 16  # references up to which all layers are run; beyond, one in eight
+QUICK = dataclasses.replace(
+    EASYREF,
+    vocab_size=200,
+    hidden_size=96,
+    intermediate_size=160,
+    body_layers=2,
+    heads=6,
+    kv_heads=2,
+    vision_depth=2,
+    vision_width=48,
+    vision_mlp_width=192,
+    vision_heads=3,
+    projector_width=96,
+    token_width=64,
+)
+
+
+class Encoder:
+    """The MLLM with random weights, and what makes groups for it."""
+
+    def __init__(self, config: EasyRefConfig, device: str) -> None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        self.config, self.device, self.dtype = config, torch.device(device), dtype
+        self.image_token = min(IMAGE_TOKEN, config.vocab_size - 1)
+        self.mllm: MLLM = materialised(MLLM(config, Unfilled, device="meta"), device, dtype)
+        self.reader = GroupReader(self.mllm.encoder, self.image_token, self.device, dtype)
+
+    def group(self, pictures: list[int], prompt: int = 0) -> PreparedGroup:
+        """The pictures of these numbers, with the prompt of this number."""
+        pixels = tuple(picture(number, self.config) for number in pictures)
+        grid = grid_of(pixels, self.config)
+        ids, spans = words(BEFORE, 0), []
+        for count in (grid.prod(dim=1) // self.config.merge_size**2).tolist():
+            spans.append((len(ids) + 1, len(ids) + 1 + count))
+            ids += [2, *[self.image_token] * count, 3]
+        ids += words(INSTRUCTION, 1) + words(PROMPT, 2 + prompt) + words(AFTER, 0)
+        made = Provenance("", "", "", len(pictures), SIZE)
+        digests = tuple(map(digest, pixels))
+        return PreparedGroup(pixels, grid, torch.tensor([ids]), made, tuple(spans), digests)
+
+    def tokens(self, group: PreparedGroup) -> Tensor:
+        return self.mllm.aggregator(self.reader.read(group))
+
+    def cold(self, group: PreparedGroup) -> Tensor:
+        self.reader.forget()
+        return self.tokens(group)
+
+
+def words(count: int, seed: int) -> list[int]:
+    """Ids of so many tokens of text, the same for the same seed."""
+    return torch.randint(4, 150, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@cache
+def picture(number: int, config: EasyRefConfig) -> np.ndarray:
+    """A picture of noise as the MLLM reads it, (H, W, 3)."""
+    width, height = PICTURES[number % len(PICTURES)]
+    sides = resized_sides(height, width, config, SIZE)[-1]
+    return np.random.default_rng(number).integers(0, 256, (*sides, 3), dtype=np.uint8)
+
+
+def measure(options: Options, say: Callable[[str], None]) -> list[Row]:
+    """Rows of the part "encode"; see the package."""
+    whole = QUICK if options.quick else EASYREF
+    encoder = Encoder(whole, options.device)
+    warm = 2 if options.quick else WARM
+    rows = _changed(encoder, warm, options, say)
+    small = [count for count in options.references if count <= WHOLE]
+    rows += [row for count in small for row in _cold(encoder, count, options, say)]
+    large = [count for count in options.references if count > WHOLE]
+    if large:
+        del encoder
+        part = dataclasses.replace(
+            whole, vision_depth=max(1, whole.vision_depth // 8), body_layers=max(1, whole.body_layers // 8)
+        )
+        encoder = Encoder(part, options.device)
+        rows += [row for count in large for row in _cold(encoder, count, options, say)]
+    return rows
+
+
+def _changed(encoder: Encoder, count: int, options: Options, say: Callable[[str], None]) -> list[Row]:
+    """After a group of `count` was read: what it takes to read it changed, beside reading it cold."""
+    first = list(range(count))
+    group = encoder.group(first)
+    prompts = iter(range(1, 10**6))
+    changes: dict[str, tuple[Callable[[], PreparedGroup], float | None]] = {
+        "prompt changed": (lambda: encoder.group(first, next(prompts)), 1 / 30),
+        "one added at the end": (lambda: encoder.group([*first, count]), 1 / 6),
+        "the last removed": (lambda: encoder.group(first[:-1]), None),
+        "the first removed": (lambda: encoder.group(first[1:]), None),
+        "order reversed": (lambda: encoder.group(first[::-1]), None),
+        "one replaced in the middle": (
+            lambda: encoder.group([*first[: count // 2], count, *first[count // 2 + 1 :]]),
+            None,
+        ),
+    }
+    rows = []
+    for name, (make, bound) in changes.items():
+        say(f" {count} references, {name}")
+        changed = make()
+        encoder.cold(group)
+        found, apart = encoder.tokens(changed), encoder.cold(changed)
+        distance = float((found - apart).norm() / apart.norm())
+
+        def again(make: Callable[[], PreparedGroup] = make) -> None:
+            encoder.tokens(make())
+
+        took, cold = [], []
+        for _ in range(max(1, options.pairs // 2)):
+            cold.append(seconds(lambda: encoder.cold(group), options.device))
+            took.append(seconds(again, options.device))
+            say(f"  cold {cold[-1]:.3f} s, {name} {took[-1]:.3f} s")
+        ratios = sorted(b / a for a, b in zip(cold, took, strict=True))
+        rows.append(
+            Row(
+                f"{count} references, {name}: encoding / the group before, cold; "
+                f"tokens {distance:.1e} from a cold run's",
+                sorted(took)[len(took) // 2],
+                "s",
+                ratios[len(ratios) // 2],
+                (ratios[0], ratios[-1]),
+                None if bound is None else Limit("<=", bound),
+            )
+        )
+    return rows
+
+
+def _cold(encoder: Encoder, count: int, options: Options, say: Callable[[str], None]) -> list[Row]:
+    """A group read for the first time: time and memory, beside transformers' Qwen2-VL."""
+    config, group = encoder.config, encoder.group(list(range(count)))
+    depth = "" if config.body_layers in (EASYREF.body_layers, QUICK.body_layers) else ", one layer in eight"
+    name = f"{count} references ({group.input_ids.shape[1]} tokens{depth})"
+    say(f" {name}")
+
+    def ours() -> Tensor:
+        encoder.reader.forget()
+        return encoder.reader.read(group)
+
+    with peak_memory() as peak:
+        states = ours()
+    bound = activation_bytes(config, group.patches, group.input_ids.shape[1], encoder.dtype.itemsize)
+    rows = []
+    theirs = transformers_body(encoder)
+    if theirs is None:
+        say("  transformers is not installed: not compared")
+        took = seconds(ours, options.device)
+        rows.append(Row(f"{name}, cold", took, "s"))
+    else:
+        patches = patches_of(group.pixels, config).to(encoder.device, encoder.dtype)
+        ids = group.input_ids.to(encoder.device)
+        apart = theirs(patches, group.grid, ids)
+        distance = float((states - apart).float().norm() / apart.float().norm())
+        del apart
+        pairs = interleaved(
+            lambda: theirs(patches, group.grid, ids), ours, max(1, options.pairs // 2), say, options.device
+        )
+        rows.append(
+            Row(
+                f"{name}, cold / transformers; states {distance:.1e} from its",
+                pairs.medians[1],
+                "s",
+                pairs.ratio,
+                pairs.spread,
+                Limit("<=", 1.0),
+            )
+        )
+    if peak.added is not None:
+        rows.append(
+            Row(
+                f"{name}, memory beside the weights / the bound told before",
+                peak.added / GIB,
+                "GiB",
+                peak.added / bound,
+                wanted=Limit("<=", 1.0),
+            )
+        )
+    encoder.reader.forget()
+    return rows
+
+
+def transformers_body(encoder: Encoder) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """The same body as transformers computes it, on the same weights: patches, grid, ids -> states (1, S, D)."""
+    try:
+        from transformers import Qwen2VLConfig
+        from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+    except ImportError:
+        return None
+    config = Qwen2VLConfig(**transformers_sizes(encoder.config))
+    kind = getattr(qwen2_vl, "Qwen2VLTextModel", None) or qwen2_vl.Qwen2VLModel  # the latter before 4.52
+    with torch.device("meta"):
+        tower = qwen2_vl.Qwen2VisionTransformerPretrainedModel._from_config(
+            config.vision_config, attn_implementation="sdpa"
+        )
+        text = kind._from_config(config.get_text_config(), attn_implementation="sdpa")
+    body = encoder.mllm.encoder
+    _share(tower, body.visual.state_dict(), encoder)
+    _share(text, {k: v for k, v in body.state_dict().items() if not k.startswith("visual.")}, encoder)
+
+    def run(patches: Tensor, grid: Tensor, ids: Tensor) -> Tensor:
+        seen: Any = tower(patches, grid_thw=grid.to(ids.device))
+        seen = getattr(seen, "pooler_output", seen)  # from 5.0 on
+        x = text.get_input_embeddings()(ids)
+        x = x.masked_scatter((ids == encoder.image_token)[..., None], seen.to(x.dtype))
+        # as the authors' code: plain positions, also over images
+        places = torch.arange(ids.shape[1], device=ids.device)[None, None].expand(3, 1, -1)
+        return text(inputs_embeds=x, position_ids=places, use_cache=False).last_hidden_state
+
+    return run
+
+
+def transformers_sizes(config: EasyRefConfig) -> dict[str, Any]:
+    """The same sizes as arguments of transformers' Qwen2VLConfig."""
+    half = config.head_dim // 2
+    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]  # 16, 24, 24 of 64, as released
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.body_layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": sections},
+        "max_position_embeddings": config.max_positions,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "vision_config": {
+            "depth": config.vision_depth,
+            "embed_dim": config.vision_width,
+            "hidden_size": config.hidden_size,
+            "num_heads": config.vision_heads,
+            "mlp_ratio": config.vision_mlp_width // config.vision_width,
+            "patch_size": config.patch_size,
+        },
+    }
+
+
+def _share(theirs: nn.Module, ours: dict[str, Tensor], encoder: Encoder) -> None:
+    """Give a module of transformers our weights, not copies of them, and its buffers their values."""
+    wanted = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    named = {name.replace("patch_embed.weight", "patch_embed.proj.weight"): t for name, t in ours.items()}
+    theirs.load_state_dict({name: named[name].view(shape) for name, shape in wanted.items()}, assign=True)
+    for module in list(theirs.modules()):  # rotary frequencies, which are computed and not stored
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(module, name, _frequencies(module, buffer).to(encoder.device))
+    theirs.eval()
+
+
+def _frequencies(module: nn.Module, buffer: Tensor) -> Tensor:
+    dim = 2 * len(buffer)
+    theta = getattr(module, "theta", 10_000.0)
+    if hasattr(module, "config"):
+        text = module.config
+        theta = getattr(text, "rope_theta", None) or text.rope_parameters["rope_theta"]
+    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)

@@ -1,0 +1,120 @@
+"""What was read before, in the host: where it lies, what it saves, when it goes."""
+
+from __future__ import annotations
+
+import gc
+
+import comfy.model_management as mm
+import pytest
+import torch
+from comfy_execution.utils import CurrentNodeContext
+
+from . import golden
+
+
+@pytest.fixture
+def easyref(pack):
+    return golden.load(pack)
+
+
+def encode(pack, easyref, prompt: str = "a cat", images: slice = slice(None)):
+    chosen = [image[0] for image in golden.references()[images]]
+    return easyref.encode(chosen, prompt, golden.instruction(pack), golden.SIZE)
+
+
+@pytest.fixture
+def seen(easyref):
+    """How many images the vision tower has seen."""
+    counts = []
+    easyref.model.mllm.encoder.visual.register_forward_pre_hook(
+        lambda _, inputs: counts.append(len(inputs[1]))
+    )
+    return counts
+
+
+def test_a_change_of_prompt_runs_no_vision(pack, easyref, seen):
+    first = encode(pack, easyref)
+    again = encode(pack, easyref, "a dog in the snow")
+    assert seen == [3]
+    easyref.model.forget()
+    assert golden.error(again.states, encode(pack, easyref, "a dog in the snow").states) <= 1e-5
+    assert golden.error(first.states, encode(pack, easyref).states) <= 1e-5
+
+
+def test_room_is_asked_for_what_is_left_to_do(pack, easyref, monkeypatch):
+    asked = []
+    load = mm.load_models_gpu
+    monkeypatch.setattr(
+        mm, "load_models_gpu", lambda models, memory=0, **kw: (asked.append(memory), load(models, memory))
+    )
+    encode(pack, easyref)
+    encode(pack, easyref, "a dog")
+    assert asked[1] < asked[0] / 2
+
+
+def test_it_is_kept_where_the_host_keeps_what_nodes_hand_on(pack, easyref, monkeypatch):
+    assert easyref.model.reader.kept_on == mm.intermediate_device()
+    monkeypatch.setattr(mm, "intermediate_device", lambda: torch.device("meta"))
+    assert golden.load(pack).model.reader.kept_on.type == "meta"
+
+
+def test_unload_models_gives_it_back(pack, easyref):
+    encode(pack, easyref)
+    assert easyref.model.reader.nbytes > 0
+    mm.unload_all_models()
+    assert easyref.model.reader.nbytes == 0
+
+
+def test_making_room_while_a_prompt_runs_keeps_it(pack, easyref):
+    encode(pack, easyref)
+    kept = easyref.model.reader.nbytes
+    with CurrentNodeContext("prompt", "node"):
+        mm.unload_all_models()
+    assert easyref.model.reader.nbytes == kept > 0
+
+
+def test_it_goes_with_the_loaded_model(pack):
+    easyref = golden.load(pack)
+    encode(pack, easyref)
+    reader = easyref.model.reader
+    kept = [prefix.states for prefix, _ in reader._prefixes._values.values()]
+    assert kept
+    alive = [t.untyped_storage() for t in kept]
+    del easyref, reader, kept
+    mm.unload_all_models()
+    gc.collect()
+    assert [s for s in alive if len(gc.get_referrers(s)) > 1] == []
+
+
+def test_the_host_frees_before_encoding_goes_on_in_smaller_pieces(pack, easyref, monkeypatch):
+    freed = []
+    monkeypatch.setattr(easyref.model.reader, "free", lambda: freed.append(1))
+    wanted = encode(pack, easyref).states
+    easyref.model.forget()
+    failed = []
+
+    def once(*_: object) -> None:
+        if not failed:
+            failed.append(1)
+            raise torch.cuda.OutOfMemoryError("out of memory")
+
+    hook = easyref.model.mllm.encoder.layers[0].register_forward_pre_hook(once)
+    found = encode(pack, easyref).states
+    hook.remove()
+    assert freed == [1]
+    assert golden.error(found, wanted) <= 1e-5
+
+
+def test_nothing_left_where_memory_never_suffices(pack, easyref):
+    wanted = encode(pack, easyref).states
+    easyref.model.forget()
+
+    def always(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    hook = easyref.model.mllm.encoder.visual.blocks[0].register_forward_pre_hook(always)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="Encode at a smaller size"):
+        encode(pack, easyref)
+    hook.remove()
+    assert easyref.model.reader.nbytes == 0
+    assert torch.equal(encode(pack, easyref).states, wanted)
