@@ -67,8 +67,9 @@ class HostedEasyRef:
         self._load_for(work.patches, work.tokens, work.start)
         start = time.monotonic()
         context = self.model.encode_prepared(group, progress or counted(len(images)))
-        done = operations(self.model.config, work.patches, work.tokens, work.start)
-        self.rate = done / max(time.monotonic() - start, 1e-3)
+        if not work.start:  # a few tokens read on take the time of the weights, not of their operations
+            done = operations(self.model.config, work.patches, work.tokens)
+            self.rate = done / max(time.monotonic() - start, 1e-3)
         return context
 
     def aggregate(
@@ -150,13 +151,14 @@ def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
 
 def storage(precision: str, compute: torch.dtype) -> Cast:
     """How each weight is kept. `auto` keeps the file's own bytes mapped, unless they are wider than the arithmetic."""
+    embeddings = precision == "fp8_e4m3fn" and looks_up_fp8(mm.get_torch_device())
 
     def kept_as(name: str, tensor: Tensor) -> torch.dtype:
         if precision == "bf16":
             return torch.bfloat16
         if precision == "fp32":
             return torch.float32
-        if precision == "fp8_e4m3fn" and _is_body_matrix(name, tensor):
+        if precision == "fp8_e4m3fn" and _may_be_fp8(name, tensor, embeddings):
             return torch.float8_e4m3fn
         return compute if tensor.dtype.itemsize > compute.itemsize else tensor.dtype
 
@@ -173,9 +175,24 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(pages, dtype=dtype).view(tensor.shape).copy_(tensor)
 
 
-def _is_body_matrix(name: str, tensor: Tensor) -> bool:
-    """The matrices of the MLLM body, which are most of the model; looking up rows of fp8 embeddings is not portable."""
-    return name.startswith("encoder.") and tensor.ndim == 2 and "embed_tokens" not in name
+def _may_be_fp8(name: str, tensor: Tensor, embeddings: bool) -> bool:
+    """Whether fp8 is enough for a weight: for the matrices of the MLLM body and of K and V, 98 % of the model.
+
+    Not for the last layer and the projector, on which the tokens depend most. Norms and biases are no matrices.
+    """
+    if "embed_tokens" in name:
+        return embeddings
+    return tensor.ndim == 2 and name.startswith(("encoder.", "kv."))
+
+
+def looks_up_fp8(device: torch.device) -> bool:
+    """Whether the device finds rows of an fp8 table, as embeddings are found; not all do."""
+    try:
+        table = torch.zeros(2, 1, device=device).to(torch.float8_e4m3fn)
+        torch.nn.functional.embedding(torch.zeros(1, dtype=torch.long, device=device), table)
+    except (RuntimeError, TypeError):  # MPS has no such type: TypeError
+        return False
+    return True
 
 
 def _hosted(module: nn.Module, device: torch.device) -> ModelPatcher:
