@@ -3,7 +3,8 @@
 The body is causal and the images come before the text, so the keys and values of a group's images do not depend on
 what follows them. They are kept, with the states there, and a group that begins with the same images, in the same
 order and at the same size, is read on from where it differs. What the vision tower saw in an image is kept as well,
-whatever else is in its group.
+whatever else is in its group, and so are the pixels of an image as they are read, which are quicker found by its
+values than made of them.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ import torch
 
 from .kept import Kept
 from .pieces import in_pieces
-from .preprocess import grid_of, patches_of
+from .preprocess import check_group, grid_of, patches_of, pixels_of
 from .qwen2_vl import Past
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from .attention import KeyValue
     from .group_encoder import GroupEncoder
     from .reference_tokens import Provenance
 
-# Bytes that are kept. At 336 pixels an image takes 0.9 MB of features in float32, and a group 8.5 MB of prefix for
-# each reference, so that the longest context of the released model fits in bfloat16, 120 references in float32.
-FEATURES, PREFIXES = 256 * 2**20, 1024 * 2**20
+# Bytes that are kept. At 336 pixels an image takes 0.3 MB of pixels and, in float32, 0.9 MB of features, a group 8.5 MB
+# of prefix for each reference: the longest context of the released model fits in bfloat16, 120 references in float32.
+PIXELS, FEATURES, PREFIXES = 64 * 2**20, 256 * 2**20, 1024 * 2**20
 # The vision tower sees no more patches at once (about 14 images at 336 pixels): more are no faster, and take memory.
 VISION_PIECE = 8192
 MASKED = (
@@ -107,17 +109,24 @@ class GroupReader:
         self.encoder, self.image_token, self.device, self.dtype = encoder, image_token, device, dtype
         self.kept_on = device
         self.free: Callable[[], None] = lambda: None
+        self._pixels: Kept[np.ndarray] = Kept(PIXELS)  # by the digest of the image's values, and the size
         self._features: Kept[Tensor] = Kept(FEATURES)  # by digest, (image tokens, D)
         self._prefixes: Kept[Prefix] = Kept(PREFIXES)  # by what they read
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return self._features.nbytes + self._prefixes.nbytes
+        return self._pixels.nbytes + self._features.nbytes + self._prefixes.nbytes
 
     def forget(self) -> None:
+        self._pixels.clear()
         self._features.clear()
         self._prefixes.clear()
+
+    def pixels(self, images: Sequence[Image.Image | Tensor], size: int) -> list[np.ndarray]:
+        """Each reference as the MLLM reads it; arguments and errors as for preprocess.read_pixels."""
+        check_group(images, self.encoder.config, size)
+        return [self._pixels_of(image, f"reference {i + 1}", size) for i, image in enumerate(images)]
 
     def work(self, group: PreparedGroup) -> Work:
         """What is left to do for a group, before it is done."""
@@ -168,6 +177,16 @@ class GroupReader:
         steps = _Steps(progress, len(self.encoder.visual.blocks))
         seen = self._see(group, numbers, self._unseen(group, numbers), steps)
         return [seen[digest] for digest in group.digests]
+
+    def _pixels_of(self, image: Image.Image | Tensor, name: str, size: int) -> np.ndarray:
+        values = values_digest(image)
+        if values is None:
+            return pixels_of(image, name, self.encoder.config, size)
+        if (values, size) not in self._pixels:
+            made = pixels_of(image, name, self.encoder.config, size)
+            self._pixels.put((values, size), made, made.nbytes)
+            return made
+        return self._pixels.get((values, size))
 
     def _unseen(self, group: PreparedGroup, numbers: Sequence[int]) -> tuple[int, ...]:
         """Those of the references whose features are not kept, equal ones once."""
@@ -234,6 +253,16 @@ class GroupReader:
 def digest(pixels: np.ndarray) -> bytes:
     """Of an image's bytes (H, W, 3), its sides included."""
     return hashlib.sha256(str(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()).digest()
+
+
+def values_digest(image: Image.Image | Tensor) -> bytes | None:
+    """Of every value of an image tensor (H, W, C), its shape and dtype included; None for anything else."""
+    if not isinstance(image, torch.Tensor) or image.ndim != 3 or not image.numel():
+        return None
+    values = image.detach().cpu().contiguous()
+    found = hashlib.sha256(f"{tuple(values.shape)} {values.dtype}".encode())
+    found.update(values.view(torch.uint8).numpy())
+    return found.digest()
 
 
 def _in_common(first: Sequence[int | bytes], second: Sequence[int | bytes]) -> int:

@@ -17,7 +17,7 @@ from .group_encoder import GroupEncoder
 from .group_reader import GroupReader, PreparedGroup, digest
 from .instructions import INSTRUCTION, image_spans, image_token_id, load_tokenizer, tokenize
 from .negative import noise_image
-from .preprocess import SIZE, check_sides, grid_of, read_pixels
+from .preprocess import SIZE, check_sides, grid_of
 from .qwen2_vl import Unfilled
 from .reference_tokens import ContextStates, Provenance, ReferenceAggregator, ReferenceTokens, weight_bias
 
@@ -91,7 +91,7 @@ class EasyRef:
         self, images: Sequence[Image.Image | Tensor], prompt: str, instruction: str, size: int
     ) -> PreparedGroup:
         """Everything the MLLM body reads, made and checked on the CPU before any weight is needed."""
-        pixels = read_pixels(images, self.config, size)
+        pixels = self.reader.pixels(images, size)
         grid = grid_of(pixels, self.config)
         counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
         input_ids = tokenize(self.tokenizer, instruction + prompt, counts)

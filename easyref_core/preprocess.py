@@ -48,6 +48,12 @@ def read_pixels(
     images: PIL images of any mode, or (H, W, C) float tensors in 0..1; sizes may differ, alpha is dropped.
     Raises ValueError on an empty group and on an image that holds no picture.
     """
+    check_group(images, config, size)
+    return [pixels_of(image, f"reference {i + 1}", config, size) for i, image in enumerate(images)]
+
+
+def check_group(images: Sequence[Image.Image | Tensor], config: EasyRefConfig, size: int) -> None:
+    """Raises ValueError for a size outside its bounds and for an empty group."""
     unit = config.pixels_per_token
     if not 2 * unit <= size <= LARGEST * unit:
         raise ValueError(
@@ -59,8 +65,11 @@ def read_pixels(
         raise ValueError(
             "The group holds no reference. Give it at least one image (EasyRef works best with 3 or more)."
         )
-    named = ((image, f"reference {i + 1}") for i, image in enumerate(images))
-    return [np.asarray(resize(to_rgb(image, name), config, size)) for image, name in named]
+
+
+def pixels_of(image: Image.Image | Tensor, name: str, config: EasyRefConfig, size: int) -> np.ndarray:
+    """One reference as read_pixels gives it; errors call it `name`."""
+    return np.asarray(resize(to_rgb(image, name), config, size))
 
 
 def patches_of(pixels: Sequence[np.ndarray], config: EasyRefConfig) -> Tensor:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import easyref_core as er
-from easyref_core import group_reader, pieces
+from easyref_core import group_reader, pieces, preprocess
 from easyref_core.kept import Kept
 from easyref_core.pieces import in_pieces, is_out_of_memory
 
@@ -134,6 +134,34 @@ def test_an_image_that_is_changed_in_place_is_another(own: er.EasyRef) -> None:
     assert error(after, cold(own, picture, B)) <= EXACT
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_an_image_is_resized_once(
+    own: er.EasyRef, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    resized = []
+    resize = preprocess.resize
+    monkeypatch.setattr(preprocess, "resize", lambda *args: resized.append(1) or resize(*args))
+    images = [golden.as_tensor(image).to(dtype) for image in (A, B)]
+    wanted = [pixels.tobytes() for pixels in own.reader.pixels(images, SIZE)]
+    copies = [image.clone() for image in reversed(images)]
+    assert [pixels.tobytes() for pixels in own.reader.pixels(copies, SIZE)] == wanted[::-1]
+    assert len(resized) == 2
+    own.reader.pixels(images, 112)  # another size is another picture
+    assert len(resized) == 4
+    transposed = images[0].transpose(0, 1)
+    assert (
+        own.reader.pixels([transposed], SIZE)[0].shape[:2]
+        == own.reader.pixels([images[0]], SIZE)[0].shape[1::-1]
+    )
+    assert len(resized) == 5
+
+
+def test_what_is_kept_of_pixels_cannot_be_changed(own: er.EasyRef) -> None:
+    (pixels,) = own.reader.pixels([golden.as_tensor(A)], SIZE)
+    with pytest.raises(ValueError, match="read-only"):
+        pixels[0] = 0
+
+
 def test_weights_of_references_are_not_kept(own: er.EasyRef) -> None:
     """They enter in the aggregation alone."""
     context = own.encode([A, B], "a cat", size=SIZE)
@@ -216,7 +244,7 @@ def test_the_bytes_kept_are_the_bytes_alive(own: er.EasyRef) -> None:
     for prefix, _ in reader._prefixes._values.values():
         tensors += [prefix.states, *(t for key_value in prefix.key_values for t in key_value)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    assert sum(storages.values()) == reader.nbytes
+    assert sum(storages.values()) + reader._pixels.nbytes == reader.nbytes
 
 
 def test_what_does_not_fit_is_read_again(own: er.EasyRef) -> None:
