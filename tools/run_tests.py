@@ -1,6 +1,7 @@
 """Runs every check there is: ruff, the tests that need no ComfyUI, and the host tests once for each ComfyUI.
 
-The last line printed is the sum, "N passed, N failed, N skipped".
+As many of these parts run at once as there are cores; what a part prints comes when it has ended. The last line
+printed is the sum, "N passed, N failed, N skipped".
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -39,29 +41,45 @@ def run_ruff() -> Counts:
     return Counts(len(checks) - failed, failed, 0)
 
 
-def run_pytest(*arguments: str, env: Mapping[str, str] | None = None) -> Counts:
+def run_pytest(name: str, *arguments: str, env: Mapping[str, str] | None = None) -> Counts:
     """One pytest process; a crash that reports no failed test counts as one."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments]
-        code = subprocess.run(command, cwd=ROOT, env={**os.environ, **(env or {})}).returncode
+        ran = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
         suite = ElementTree.parse(report).find("testsuite") if report.is_file() else None
+    print(f"\n{name}\n{ran.stdout}", flush=True)
     total, failures, errors, skipped = (
         int(suite.get(name)) if suite is not None else 0
         for name in ("tests", "failures", "errors", "skipped")
     )
     failed = failures + errors
-    return Counts(max(total - failed - skipped, 0), failed or int(code != 0), skipped)
+    return Counts(max(total - failed - skipped, 0), failed or int(ran.returncode != 0), skipped)
 
 
 def main() -> None:
     """Run the parts, print the summary, and fail when anything failed."""
-    parts = {"ruff": run_ruff(), "core": run_pytest("tests", "--ignore=tests/host")}
+    parts = {"ruff": run_ruff()}
     hosts = find_hosts()
-    for host in hosts:
-        name = f"ComfyUI {host_version(host)}"
-        print(f"\n{name} at {host}", flush=True)
-        parts[name] = run_pytest("tests/host", env={"COMFYUI_PATH": str(host)})
+    print(f"running the core's tests and those of {len(hosts)} ComfyUI ...", flush=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = {
+            f"ComfyUI {host_version(host)}": pool.submit(
+                run_pytest, f"ComfyUI at {host}", "tests/host", env={"COMFYUI_PATH": str(host)}
+            )
+            for host in hosts
+        }
+        core = pool.submit(run_pytest, "core", "tests", "--ignore=tests/host")
+        parts["core"] = core.result()
+        parts |= {name: part.result() for name, part in running.items()}
 
     print()
     for name, counts in parts.items():
