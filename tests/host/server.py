@@ -246,13 +246,17 @@ class ComfyServer:
         """Versions, memory and devices."""
         return json.loads(self.get("/system_stats"))
 
-    def interrupt(self) -> None:
-        """Stop the prompt that is running."""
-        self.post("/interrupt", {})
+    def interrupt(self, prompt_id: str | None = None) -> None:
+        """Stop this prompt if it is running, or, with None, whichever is."""
+        self.post("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
 
-    def free(self) -> None:
-        """Ask the host to unload all models and drop its cache; it does so when it is next idle."""
-        self.post("/free", {"unload_models": True, "free_memory": True})
+    def delete(self, prompt_id: str) -> None:
+        """Take a prompt that has not begun out of the queue."""
+        self.post("/queue", {"delete": [prompt_id]})
+
+    def free(self, cache: bool = True) -> None:
+        """Ask the host to unload all models, and to drop its cache too; it does so when it is next idle."""
+        self.post("/free", {"unload_models": True, **({"free_memory": True} if cache else {})})
 
     def get(self, path: str) -> bytes:
         """The body of a GET request."""
