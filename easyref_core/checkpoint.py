@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from .qwen2_vl import Unfilled
 from .reference_tokens import ReferenceAggregator
 from .tensor_files import Source, open_tensors, read_sources
 from .unet_layout import Site
+from .whole_files import whole
 
 FINGERPRINT_VALUES = 32  # at either end of a tensor
 
@@ -197,9 +197,8 @@ def save(
         stored_name(name, sites): _stored_tensor(name, tensor, config) for name, tensor in tensors.items()
     }
     metadata = {METADATA_KEY: json.dumps(dataclasses.asdict(config)), "format": "pt"}
-    partial = path.with_name(path.name + ".partial")
-    save_file(stored, partial, metadata)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        save_file(stored, partial, metadata)
 
 
 def _base_mllm(path: Path, mllm: Path | None, final_layers: int) -> dict[str, Source]:
