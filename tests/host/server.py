@@ -27,8 +27,9 @@ from PIL import Image
 
 from ..hosts import ROOT, find_hosts, overlay
 
-PACKS = {"ComfyUI-EasyRef": ROOT, "tiny_nodes": ROOT / "tests" / "host" / "tiny_nodes"}
-LAUNCH = Path(__file__).resolve().with_name("launch.py")
+HERE = Path(__file__).resolve().parent
+PACKS = {"ComfyUI-EasyRef": ROOT, **{name: HERE / name for name in ("tiny_nodes", "fault_nodes")}}
+LAUNCH = HERE / "launch.py"
 LAST_EVENTS = ("execution_success", "execution_error", "execution_interrupted")
 
 
