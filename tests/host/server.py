@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import io
 import json
 import os
@@ -72,9 +73,8 @@ class ComfyServer:
         self.env = env or {}
         self.packs = packs
         self.start_timeout = start_timeout
-        self.client_id = str(uuid.uuid4())
+        self.client_id = ""
         self.events: list[Event] = []
-        self._news = threading.Condition()
         # A proxy set in the environment is not for this machine's own ports.
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
@@ -138,8 +138,7 @@ class ComfyServer:
             time.sleep(0.1)
         if "(IMPORT FAILED)" in self.log:
             raise RuntimeError(f"{self.host} could not import a node pack; {self._log_tail()}")
-        threading.Thread(target=lambda: asyncio.run(self._listen()), daemon=True).start()
-        self.wait_event(lambda event: event.type == "status", timeout=30)
+        self._connect()
 
     def _answers(self) -> bool:
         try:
@@ -153,6 +152,17 @@ class ComfyServer:
             raise RuntimeError(f"{self.host} ended with exit code {code}; {self._log_tail()}")
 
     # Events
+
+    def another_client(self) -> ComfyServer:
+        """The same server as a second browser sees it: with a websocket and events of its own, until the server ends."""
+        client = copy.copy(self)
+        client._connect()
+        return client
+
+    def _connect(self) -> None:
+        self.client_id, self.events, self._news = str(uuid.uuid4()), [], threading.Condition()
+        threading.Thread(target=lambda: asyncio.run(self._listen()), daemon=True).start()
+        self.wait_event(lambda event: event.type == "status", timeout=30)
 
     async def _listen(self) -> None:
         """Collect the server's messages until it ends; binary ones are preview images."""
