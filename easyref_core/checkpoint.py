@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -65,6 +66,11 @@ class Checkpoint:
 
     def lora(self) -> dict[str, torch.Tensor]:
         """The attention LoRA, mapped, by diffusers path: <path>.processor.to_q_lora.down.weight."""
+        return dict(self._lora)
+
+    @functools.cached_property
+    def _lora(self) -> dict[str, torch.Tensor]:
+        # mapped once: safetensors 0.8 loses 64 bytes with every tensor it reads, and each Apply node asks for all of these
         return self.state("unet.", lambda _, tensor: tensor) if self.config.lora_rank else {}
 
     def fingerprint(self) -> str:
