@@ -1,8 +1,9 @@
 """A test-only pack without nodes: says what the server's process holds, and what it logged as a warning or worse.
 
-GET /watch -> {"resident": bytes, "unique": bytes, "tensors": live torch tensors, "tensor_bytes": their memory, "objects":
-what the garbage collector tracks, "threads", "files": open files and sockets, "logged": [[level, logger, file, text]]}, all
-measured after a garbage collection and after the C library gave its free pages back.
+GET /watch -> {"own": bytes of memory that are no file's, "mapped": bytes of files' pages, "tensors": live torch tensors,
+"tensor_bytes": their memory, "objects": what the garbage collector tracks, "threads", "files": open files and sockets,
+"logged": [[level, logger, file, text]]}, all measured after a garbage collection and after the C library gave its free pages
+back.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ async def watch(_: web.Request) -> web.Response:
     gc.collect()
     trim()
     process = psutil.Process()
-    memory = process.memory_full_info()
+    memory = process.memory_info()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return web.json_response(
         {
-            "resident": memory.rss,
-            "unique": memory.uss,
+            "own": memory.rss - memory.shared,
+            "mapped": memory.shared,
             "tensors": len(tensors),
             "tensor_bytes": sum(storages.values()),
             "objects": len(gc.get_objects()),
