@@ -16,7 +16,7 @@ The flow, in reading order (K references, S about 145 K + 60 tokens of context, 
 
     model.py             load() and EasyRef: encode, aggregate, unconditional
     combine.py           sets of reference tokens made into one; token_frames.py makes one row a picture or frame
-    token_files.py       reference tokens as files
+    token_files.py       reference tokens as files; whole_files.py writes them, and all others, whole or not at all
     negative.py          what the unconditional side reads in place of references
     formats.py           checkpoint formats as data; checkpoint.py opens one, from tensor_files.py, with the sizes of config.py
     presets.py           instructions to choose from; budget.py what a group will take; duplicates.py, crop.py for references

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +31,7 @@ from .qwen2_vl import Unfilled
 from .reference_tokens import ReferenceAggregator
 from .tensor_files import Source, open_tensors, read_sources
 from .unet_layout import Site
+from .whole_files import whole
 
 FINGERPRINT_VALUES = 32  # at either end of a tensor
 
@@ -65,6 +66,11 @@ class Checkpoint:
 
     def lora(self) -> dict[str, torch.Tensor]:
         """The attention LoRA, mapped, by diffusers path: <path>.processor.to_q_lora.down.weight."""
+        return dict(self._lora)
+
+    @functools.cached_property
+    def _lora(self) -> dict[str, torch.Tensor]:
+        # mapped once: safetensors 0.8 loses 64 bytes with every tensor it reads, and each Apply node asks for all of these
         return self.state("unet.", lambda _, tensor: tensor) if self.config.lora_rank else {}
 
     def fingerprint(self) -> str:
@@ -197,9 +203,8 @@ def save(
         stored_name(name, sites): _stored_tensor(name, tensor, config) for name, tensor in tensors.items()
     }
     metadata = {METADATA_KEY: json.dumps(dataclasses.asdict(config)), "format": "pt"}
-    partial = path.with_name(path.name + ".partial")
-    save_file(stored, partial, metadata)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        save_file(stored, partial, metadata)
 
 
 def _base_mllm(path: Path, mllm: Path | None, final_layers: int) -> dict[str, Source]:

@@ -67,6 +67,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._state = _state(path)
         try:
             with safe_open(path, framework="pt") as file:
                 self.metadata: Mapping[str, str] = file.metadata() or {}
@@ -78,7 +79,16 @@ class SafetensorsFile:
             ) from error
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        return _read_in_parts(self.path, names, lambda: safe_open(self.path, framework="pt").get_tensor)
+        return _read_in_parts(self.path, names, self._map)
+
+    def _map(self) -> Callable[[str], torch.Tensor]:
+        try:
+            get = safe_open(self.path, framework="pt").get_tensor
+        except SafetensorError:
+            _require_unchanged(self.path, self._state)
+            raise
+        _require_unchanged(self.path, self._state)
+        return get
 
 
 class PickledTensors:
@@ -90,14 +100,20 @@ class PickledTensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: Mapping[str, str] = {}
+        self._state = _state(path)
         tensors = _load_weights_only(path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self._kept = None if _is_zip(path) else tensors  # what is no zip archive cannot be mapped
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        return _read_in_parts(
-            self.path, names, lambda: (self._kept or _load_weights_only(self.path)).__getitem__
-        )
+        return _read_in_parts(self.path, names, self._map)
+
+    def _map(self) -> Callable[[str], torch.Tensor]:
+        if self._kept:
+            return self._kept.__getitem__
+        tensors = _load_weights_only(self.path)
+        _require_unchanged(self.path, self._state)
+        return tensors.__getitem__
 
 
 class FolderOfTensors:
@@ -124,6 +140,21 @@ def _read_in_parts(
             tensor = get(names[0])
             mapped += tensor.nbytes
             yield names.pop(0), tensor
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """By which another file under the same name is known: bytes, and when they were last written."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _require_unchanged(path: Path, opened: tuple[int, int]) -> None:
+    """Tensors of two files must not become one model: a checkpoint is read in several passes, its LoRA when applied."""
+    if _state(path) != opened:
+        raise ValueError(
+            f"{path} was replaced or written to after it was opened ({opened[0]:,} bytes then, "
+            f"{path.stat().st_size:,} now). Load it again."
+        )
 
 
 def _is_pickle(path: Path) -> bool:

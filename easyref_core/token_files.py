@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from .preprocess import to_rgb
 from .reference_tokens import Provenance, ReferenceTokens
+from .whole_files import whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,16 +62,9 @@ def save_tokens(
         tensors[THUMBNAILS] = torch.stack([thumbnail(image) for image in references])
     about = {"version": FORMAT, "pack": VERSION}
     about |= {side: dataclasses.asdict(provenance) for side, provenance in made.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            partial,
-            {METADATA_KEY: json.dumps(about), "format": "pt"},
-        )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with whole(path) as partial:
+        save_file(tensors, partial, {METADATA_KEY: json.dumps(about), "format": "pt"})
 
 
 def load_tokens(path: Path | str) -> SavedTokens:

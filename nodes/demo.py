@@ -83,8 +83,7 @@ class EasyRefDemo(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **_: object) -> str:
         """A model trained anew is another one."""
-        found = sorted(files.tiny_base().rglob("*.safetensors"))
-        return " ".join(f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in found)
+        return files.state_of(sorted(files.tiny_base().rglob("*.safetensors")))
 
     @classmethod
     def execute(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import comfy.text_encoders
@@ -138,6 +139,13 @@ def find_tokens(name: str) -> Path:
         f"{', '.join(folder_paths.get_folder_paths(TOKENS))}; there: {', '.join(present) or 'no .safetensors files'}. "
         "Save tokens with Save Reference Tokens, or put a saved file into input/easyref."
     )
+
+
+def state_of(files: Iterable[Path]) -> str:
+    """By which the host knows whether files are still the same: another file under a name is noticed, and one that was
+    written to, also where it has the size and the time of the old one."""
+    found = [file.stat() for file in files]
+    return " ".join(f"{s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in found)
 
 
 def tiny_base() -> Path:

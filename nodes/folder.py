@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from PIL import Image, ImageOps
 
 from ..easyref_core.preprocess import to_rgb
+from . import files
 from .pictures import image_of
 from .references import show_group
 from .sockets import EasyRefGroupSocket
@@ -68,12 +69,12 @@ class EasyRefGroupFromFolder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None, limit: int | None, start: int | None, **_: object) -> str:
-        """Another file, another size or another time of change is another group."""
+        """Other files, or files of other content, are another group."""
         if folder is None or limit is None or start is None:  # linked: not known yet
             return ""
         try:
             found = pictures_in(folder, start, limit)
-            return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in found)
+            return " ".join([*(file.name for file in found), files.state_of(found)])
         except (OSError, ValueError) as error:  # execute says it
             return str(error)
 

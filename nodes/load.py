@@ -76,7 +76,7 @@ class EasyRefLoader(io.ComfyNode):
         found = [files.find_checkpoint(checkpoint)] if checkpoint else []
         if mllm and (folder := files.find_mllm(mllm)):
             found += sorted(folder.iterdir())
-        return " ".join(f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in found)
+        return files.state_of(found)
 
     @classmethod
     def execute(cls, checkpoint: str, mllm: str, precision: str, last_layer_attention: str) -> io.NodeOutput:

@@ -48,10 +48,7 @@ class EasyRefLoadTokens(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str | None) -> str:
         """A file replaced under the same name holds other tokens."""
-        if file is None:
-            return ""
-        found = files.find_tokens(file).stat()
-        return f"{found.st_size} {found.st_mtime_ns}"
+        return "" if file is None else files.state_of([files.find_tokens(file)])
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from ..duplicates import Fingerprint, find_duplicates, fingerprint, first_of_each
+from ..whole_files import whole
 from .captions import NO_CATEGORY, CaptionedImage, read_folder
 from .leaks import leaks
 from .manifest import Attributes, Group, Manifest, write_manifest
@@ -175,7 +176,8 @@ def _write_group(folder: Path, group_id: str, split: str, category: str, group: 
     for picture, file in zip(
         (*group.references, group.target), (*references, place / "target.png"), strict=True
     ):
-        picture.save(file)
+        with whole(file) as partial:
+            picture.save(partial, format="PNG")
     captions = tuple(getattr(group, "captions", ()))  # not every maker of groups describes its references
     attributes = Attributes(dict(group.shared), dict(group.named))
     return Group(

@@ -7,12 +7,12 @@ added later. Under `accelerate launch` every process paints its share of the gro
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..whole_files import whole
 from .manifest import Group, Manifest, read_manifest, usable
 from .methods import Method, Sampling, Task, build, check
 from .pictures import Exclusion, open_picture
@@ -215,9 +215,8 @@ def chunks(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write it whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    picture.save(partial, format="PNG")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        picture.save(partial, format="PNG")
 
 
 def _check_keys(where: object, data: Any, fields: Mapping[str, dataclasses.Field]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..whole_files import whole
 from .metrics import bootstrap
 from .rows import Row
 from .summary import LABELS, compare, group_means
@@ -45,7 +46,8 @@ def plot_references(rows: Sequence[Row], metrics: Sequence[str], methods: Sequen
         ax.set(title=LABELS[metric], xlabel="references shown", ylabel=_unit(metric), xticks=sizes)
         ax.grid(alpha=0.3)
     _legend(figure, axes[0])
-    figure.savefig(file, dpi=120)
+    with whole(file) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def plot_win_rates(
@@ -70,7 +72,8 @@ def plot_win_rates(
         )
         ax.set_yticks(range(len(others)), others)
         ax.grid(axis="x", alpha=0.3)
-    figure.savefig(file, dpi=120)
+    with whole(file) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ..whole_files import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,9 +87,7 @@ def merge(folder: Path, old: Record | None, new: Record) -> Record:
 def write_record(folder: Path, record: Record) -> None:
     """Write it whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (FILE + ".partial")
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, folder / FILE)
+    write_whole(folder / FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str, str]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..whole_files import write_whole
 from .metrics import Interval
 from .paper_numbers import CAVEATS, ROWS, SOURCE, PaperRow, row_of
 from .plots import plot_references, plot_win_rates
@@ -47,7 +48,7 @@ def write_report(results: Path, first: str | None = None, methods: Sequence[str]
         plot_win_rates(rows, names, methods, first, results / WIN_RATES)
         sections.append(_wins(rows, methods, names, first))
     sections += [_paper(), _excluded(results / EXCLUDED)]
-    (results / REPORT).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    write_whole(results / REPORT, "\n\n".join(sections) + "\n")
     return results / REPORT
 
 

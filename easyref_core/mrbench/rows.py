@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..whole_files import whole
 from .pictures import Exclusion
 
 PICTURES, EXCLUDED, PARTS = "pictures.csv", "excluded.csv", "parts"
@@ -65,13 +65,11 @@ def read_rows(folder: Path) -> list[Row]:
 def write_csv(file: Path, columns: Sequence[str], lines: Iterable[dict[str, Any]]) -> None:
     """Write the file whole or not at all; what is NaN becomes an empty field."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as content:
+    with whole(file) as partial, partial.open("w", newline="", encoding="utf-8") as content:
         writer = csv.DictWriter(content, columns, lineterminator="\n")
         writer.writeheader()
         for line in lines:
             writer.writerow({key: _text(value) for key, value in line.items()})
-    os.replace(partial, file)
 
 
 def write_rows(folder: Path, rows: Iterable[Row]) -> None:

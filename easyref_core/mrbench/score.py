@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+from ..whole_files import write_whole
 from .group_scores import Extractors, Picture, Work, bundles, score_bundle
 from .manifest import Group, Manifest, read_manifest, usable
 from .pictures import Exclusion
@@ -152,7 +153,7 @@ def _gather(
         "pictures": len(rows),
         "excluded": len(exclusions),
     }
-    (results / RESULTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_whole(results / RESULTS, json.dumps(facts, indent=1) + "\n")
     remove_parts(results)
     old = {(*row.place, row.picture, row.scorer) for row in known.values()}
     return Outcome(rows, exclusions, sum((*row.place, row.picture, row.scorer) not in old for row in rows))

@@ -32,8 +32,10 @@ LOG_EVERY = 100
 
 def make_clip(folder: Path, log: Callable[[str], None]) -> Path:
     """The tiny CLIP's folder."""
-    if not (folder / CLIP / "model.safetensors").is_file():
-        found = pretrain_image_encoder(draw_pool(POOL_SEED, COPIES), folder / CLIP, log=log, **CLIP_TRAINING)
+    if not (folder / CLIP).is_dir():
+        making = folder / f"{CLIP}.partial"  # named when it is whole
+        found = pretrain_image_encoder(draw_pool(POOL_SEED, COPIES), making, log=log, **CLIP_TRAINING)
+        making.rename(folder / CLIP)
         log("zero-shot accuracy: " + ", ".join(f"{name} {part:.3f}" for name, part in found.items()))
     return folder / CLIP
 

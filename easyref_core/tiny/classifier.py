@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from ..whole_files import whole
 from .pictures import ATTRIBUTES, COUNTS, NAMES, every_picture, render
 
 if TYPE_CHECKING:
@@ -106,7 +107,10 @@ def train_classifier(
         if step % 100 == 0 or step == steps - 1:
             log(f"classifier {step}: loss {loss.item():.4f}")
     model.eval()
-    save_file({n: t.half() if t.is_floating_point() else t for n, t in model.state_dict().items()}, file)
+    with whole(file) as partial:
+        save_file(
+            {n: t.half() if t.is_floating_point() else t for n, t in model.state_dict().items()}, partial
+        )
     attributes = every[rng.integers(len(every), size=4096)]
     right = model.indices(to_tensor(render(attributes, rng))) == torch.from_numpy(attributes)
     return dict(zip(NAMES, right.float().mean(dim=0).tolist(), strict=True))

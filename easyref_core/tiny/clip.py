@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax, normalize
 
 from ..mrbench.methods.clip_pixels import clip_pixels_of
+from ..whole_files import write_whole
 from .classifier import to_tensor
 from .pictures import COUNTS, NAMES, PICTURE, caption, every_picture, held_out, render
 from .words import PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
@@ -188,4 +189,4 @@ def save_processor(folder: Path) -> None:
         "image_mean": [round(float(value), 8) for value in CLIP_MEAN],
         "image_std": [round(float(value), 8) for value in CLIP_STD],
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    write_whole(folder / "preprocessor_config.json", json.dumps(settings, indent=1) + "\n")

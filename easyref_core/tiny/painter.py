@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..training.base_model import BaseModel
+from ..whole_files import whole, write_whole
 from .pictures import NAMES, PICTURE, caption
 from .words import PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
 
@@ -77,7 +78,7 @@ def make_painter(folder: Path, seed: int) -> None:
         "vae": ("diffusers", "AutoencoderKL"),
     }
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": False, **parts}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+    write_whole(folder / "model_index.json", json.dumps(index, indent=1) + "\n")
 
 
 def pretrain_painter(
@@ -129,7 +130,8 @@ def _prefix(file: Path) -> None:
 
     tensors = load_file(file)
     named = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in tensors.items()}
-    save_file(named, file, {"format": "pt"})
+    with whole(file) as partial:
+        save_file(named, partial, {"format": "pt"})
 
 
 @torch.no_grad()

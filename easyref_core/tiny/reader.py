@@ -16,6 +16,7 @@ from ..config import EasyRefConfig
 from ..group_encoder import GroupEncoder
 from ..instructions import image_token_id, load_tokenizer, tokenize
 from ..preprocess import patchify, resize
+from ..whole_files import whole, write_whole
 from .groups import plan_group
 from .pictures import caption
 from .pool import Pool
@@ -160,8 +161,9 @@ def save_mllm(folder: Path, model: GroupEncoder) -> None:
         if name == "visual.patch_embed.weight":
             name, tensor = "visual.patch_embed.proj.weight", tensor.unflatten(1, (3, 2, patch, patch))
         tensors[name if name.startswith("visual.") else f"model.{name}"] = tensor.half().contiguous()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config_json(), indent=1) + "\n")
+    write_whole(folder / "config.json", json.dumps(config_json(), indent=1) + "\n")
+    with whole(folder / "model.safetensors") as partial:  # last: by it the folder is known to be complete
+        save_file(tensors, partial, {"format": "pt"})
 
 
 def _initialised(config: EasyRefConfig) -> GroupEncoder:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..instructions import INSTRUCTION
+from ..whole_files import write_whole
 from .pictures import NAMES, caption, every_picture
 
 if TYPE_CHECKING:
@@ -55,13 +56,13 @@ def train_mllm_tokenizer(folder: Path) -> None:
     tokenizer = _byte_bpe(VOCABULARY - len(SPECIAL), [])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    write_whole(folder / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
 
 
 def train_clip_tokenizer(folder: Path) -> None:
@@ -73,7 +74,7 @@ def train_clip_tokenizer(folder: Path) -> None:
     places = [(token, tokenizer.token_to_id(token)) for token in (start, end)]
     tokenizer.post_processor = TemplateProcessing(single=f"{start} $A {end}", special_tokens=places)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": start,
@@ -82,7 +83,7 @@ def train_clip_tokenizer(folder: Path) -> None:
         "unk_token": end,
         "model_max_length": PROMPT_TOKENS,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    write_whole(folder / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
 
 
 def _byte_bpe(size: int, special: list[str]) -> Tokenizer:

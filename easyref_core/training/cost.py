@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..whole_files import write_whole
 from .full_size import (
     EASYREF,
     IMAGE_TOKENS,
@@ -315,7 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = document()
     print(text)  # noqa: T201
     if file:
-        file.write_text(text, encoding="utf-8")
+        write_whole(file, text)
 
 
 if __name__ == "__main__":

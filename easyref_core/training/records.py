@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..whole_files import whole
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -31,7 +33,7 @@ class Records:
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
         self.metrics = output / "metrics.csv"
         kept = [row for row in read_metrics(self.metrics) if row["update"] <= start]
-        with self.metrics.open("w", newline="") as file:
+        with whole(self.metrics) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
@@ -52,7 +54,8 @@ class Records:
     def add_sheet(self, update: int, sheet: Image.Image) -> None:
         """A picture under samples/ and in TensorBoard."""
         (self.folder / "samples").mkdir(exist_ok=True)
-        sheet.save(self.folder / "samples" / f"{update:07}.png")
+        with whole(self.folder / "samples" / f"{update:07}.png") as partial:
+            sheet.save(partial, format="PNG")
         self.board.add_image("samples", np.asarray(sheet), update, dataformats="HWC")
 
     def close(self) -> None:

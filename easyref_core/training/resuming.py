@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import open_checkpoint
+from ..whole_files import write_whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -78,7 +79,7 @@ def require_same_run(settings: Settings, processes: int) -> None:
                 f"{settings.output} holds a run with other settings ({'; '.join(differ)}). "
                 "Set them back to continue it, or set another output."
             )
-    file.write_text(json.dumps(mine, indent=1), encoding="utf-8")
+    write_whole(file, json.dumps(mine, indent=1))
 
 
 def contents(settings: Settings) -> dict[str, str]:

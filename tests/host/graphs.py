@@ -131,7 +131,12 @@ def of_images(link: list, nodes: Graph, **changes: Any) -> Graph:
 
 def picture(server: ComfyServer, graph: Graph) -> bytes:
     """The pixels of the one picture that a workflow ends in; a PNG file's own bytes also hold the workflow."""
-    (png,) = server.images(server.run(graph), "output")
+    return picture_of(server, server.queue(graph))
+
+
+def picture_of(server: ComfyServer, prompt_id: str) -> bytes:
+    """The same of a workflow that was queued, once it has ended."""
+    (png,) = server.images(server.wait(prompt_id), "output")
     return pixels(png).tobytes()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import io
 import json
 import os
@@ -27,8 +28,9 @@ from PIL import Image
 
 from ..hosts import ROOT, find_hosts, overlay
 
-PACKS = {"ComfyUI-EasyRef": ROOT, "tiny_nodes": ROOT / "tests" / "host" / "tiny_nodes"}
-LAUNCH = Path(__file__).resolve().with_name("launch.py")
+HERE = Path(__file__).resolve().parent
+PACKS = {"ComfyUI-EasyRef": ROOT, **{name: HERE / name for name in ("tiny_nodes", "fault_nodes")}}
+LAUNCH = HERE / "launch.py"
 LAST_EVENTS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -71,9 +73,8 @@ class ComfyServer:
         self.env = env or {}
         self.packs = packs
         self.start_timeout = start_timeout
-        self.client_id = str(uuid.uuid4())
+        self.client_id = ""
         self.events: list[Event] = []
-        self._news = threading.Condition()
         # A proxy set in the environment is not for this machine's own ports.
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
@@ -137,8 +138,7 @@ class ComfyServer:
             time.sleep(0.1)
         if "(IMPORT FAILED)" in self.log:
             raise RuntimeError(f"{self.host} could not import a node pack; {self._log_tail()}")
-        threading.Thread(target=lambda: asyncio.run(self._listen()), daemon=True).start()
-        self.wait_event(lambda event: event.type == "status", timeout=30)
+        self._connect()
 
     def _answers(self) -> bool:
         try:
@@ -152,6 +152,17 @@ class ComfyServer:
             raise RuntimeError(f"{self.host} ended with exit code {code}; {self._log_tail()}")
 
     # Events
+
+    def another_client(self) -> ComfyServer:
+        """The same server as a second browser sees it: with a websocket and events of its own, until the server ends."""
+        client = copy.copy(self)
+        client._connect()
+        return client
+
+    def _connect(self) -> None:
+        self.client_id, self.events, self._news = str(uuid.uuid4()), [], threading.Condition()
+        threading.Thread(target=lambda: asyncio.run(self._listen()), daemon=True).start()
+        self.wait_event(lambda event: event.type == "status", timeout=30)
 
     async def _listen(self) -> None:
         """Collect the server's messages until it ends; binary ones are preview images."""
@@ -246,13 +257,17 @@ class ComfyServer:
         """Versions, memory and devices."""
         return json.loads(self.get("/system_stats"))
 
-    def interrupt(self) -> None:
-        """Stop the prompt that is running."""
-        self.post("/interrupt", {})
+    def interrupt(self, prompt_id: str | None = None) -> None:
+        """Stop this prompt if it is running, or, with None, whichever is."""
+        self.post("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
 
-    def free(self) -> None:
-        """Ask the host to unload all models and drop its cache; it does so when it is next idle."""
-        self.post("/free", {"unload_models": True, "free_memory": True})
+    def delete(self, prompt_id: str) -> None:
+        """Take a prompt that has not begun out of the queue."""
+        self.post("/queue", {"delete": [prompt_id]})
+
+    def free(self, cache: bool = True) -> None:
+        """Ask the host to unload all models, and to drop its cache too; it does so when it is next idle."""
+        self.post("/free", {"unload_models": True, **({"free_memory": True} if cache else {})})
 
     def get(self, path: str) -> bytes:
         """The body of a GET request."""

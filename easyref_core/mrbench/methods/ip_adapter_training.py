@@ -7,7 +7,6 @@ or both are dropped, each at 0.05. Loss: plain epsilon MSE, uniform timesteps; A
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from ...whole_files import whole
 from .clip_pixels import clip_pixels_of
 from .ip_adapter import Adapter, AdapterState, attached, embedding, image_processors, load_adapter
 
@@ -159,9 +159,8 @@ def save_adapter(state: AdapterState, file: Path) -> None:
         for name, t in tensors.items()
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    save_file(flat, partial)
-    os.replace(partial, file)
+    with whole(file) as partial:
+        save_file(flat, partial)
 
 
 def draw(seeds: Tensor, shape: Sequence[int], last: int, drop: float) -> Drawn:

@@ -7,7 +7,6 @@ for a topic that none was trained on.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ...whole_files import whole
 from .clip_pixels import framed
 from .method import Method, Task, number_of
 
@@ -198,6 +198,5 @@ def save_whole(lora: LoRA, file: Path) -> None:
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    save_file(lora, partial)
-    os.replace(partial, file)
+    with whole(file) as partial:
+        save_file(lora, partial)

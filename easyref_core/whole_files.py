@@ -1,0 +1,30 @@
+"""Files that appear whole or not at all, whenever the process is killed or the disk is full."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: Path | str) -> Iterator[Path]:
+    """A name beside `path` to write to. It becomes `path` when the block ends, and is removed when the block raises.
+
+    A killed process leaves .<name>.partial behind: no list of ours shows it, and the next writing of `path` replaces it.
+    Savers that tell the format by the suffix must be told it.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path | str, text: str) -> None:
+    """Write a text file in UTF-8."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")

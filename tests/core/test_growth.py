@@ -1,0 +1,18 @@
+"""A leak is told from noise."""
+
+from __future__ import annotations
+
+import random
+
+from tools.growth import growth
+
+
+def test_noise_is_no_growth() -> None:
+    noise = random.Random(0)
+    assert abs(growth([500 + noise.random() for _ in range(15)]).worst) < 1
+
+
+def test_leak_is_growth_and_a_high_point_is_not() -> None:
+    leak = growth([500 + i for i in range(15)])
+    assert (leak.trend, leak.quarters) == (14, 12)
+    assert growth([500] * 7 + [900] + [500] * 7).worst == 0

@@ -1,0 +1,143 @@
+"""A running server after things went wrong: cancelled at any stage, out of memory, files replaced, two clients at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from . import golden, graphs
+from .faults import (
+    AGGREGATION,
+    DECODER,
+    KEY_VALUES,
+    LOADING,
+    MEMORY,
+    PREPROCESSING,
+    SAMPLING,
+    VISION,
+    Stage,
+    emptied,
+    failed,
+    interrupted_then_whole,
+)
+from .graphs import node
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _golden(server) -> None:
+    graphs.install_golden(server)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server) -> bytes:
+    """What the whole path makes on a server that nothing has happened to."""
+    return graphs.picture_uncached(server, graphs.easyref())
+
+
+@pytest.mark.parametrize(
+    ("stage", "call"),
+    [(PREPROCESSING, 1), (VISION, 1), (DECODER, 2), (AGGREGATION, 1), (KEY_VALUES, 1), (SAMPLING, 1)],
+)
+def test_interrupted_and_nothing_left(server, undisturbed, stage: Stage, call: int) -> None:
+    assert interrupted_then_whole(server, graphs.easyref(), undisturbed, stage, call)
+
+
+@pytest.mark.parametrize("stage", [LOADING, AGGREGATION, KEY_VALUES, SAMPLING])
+def test_out_of_memory_is_one_error_and_nothing_left(server, undisturbed, stage: Stage) -> None:
+    emptied(server)
+    error = failed(server, graphs.easyref(), stage, 1, MEMORY)
+    assert error.kind == "execution_error"
+    assert error.details["node_id"] == stage.node
+    assert error.details["exception_type"].endswith("OutOfMemoryError")
+    assert "tried to allocate 20.00 GiB" in error.details["exception_message"]
+    assert graphs.picture(server, graphs.easyref()) == undisturbed
+
+
+# The checkpoint replaced on disk
+
+LOADED = {"checkpoint": "faults.safetensors"}
+
+
+@pytest.fixture
+def checkpoint(server):
+    """The golden checkpoint under a name of its own, loaded by the server, which maps it."""
+    path = server.base / "models" / "easyref" / LOADED["checkpoint"]
+    shutil.copy(golden.CHECKPOINT, path)
+    graphs.picture(server, graphs.easyref(load=LOADED))
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def other_content(path) -> None:
+    """Replace the file by another checkpoint of the same size and with the same time of writing."""
+    new, old = path.with_name("new"), path.stat()
+    golden.write_changed(new, lambda tensors: tensors["mllm_final_layer.reference_tokens"].mul_(2))
+    os.utime(new, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert new.stat().st_size == old.st_size
+    new.replace(path)
+
+
+def test_replaced_checkpoint_of_the_same_size_and_time_is_noticed(server, undisturbed, checkpoint) -> None:
+    keep = {"keep": node("EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="faults/old")}
+    history = server.run({**graphs.easyref(load=LOADED), **keep})
+    (saved,) = history["outputs"]["keep"]["easyref_tokens"]
+    other_content(checkpoint)
+    replaced = graphs.picture(server, graphs.easyref(load=LOADED))
+    assert replaced != undisturbed
+    assert graphs.picture_uncached(server, graphs.easyref(load=LOADED)) == replaced
+
+    old_tokens = graphs.easyref({"tokens": ["tokens", 0]}, load=LOADED)
+    old_tokens["tokens"] = node("EasyRefLoadTokens", file=f"faults/{saved['filename']}")
+    assert "was made by another EasyRef checkpoint" in graphs.failure(server, old_tokens)
+
+
+def test_damaged_or_deleted_checkpoint_is_an_error_until_it_is_back(server, undisturbed, checkpoint) -> None:
+    graph = graphs.easyref(load=LOADED)
+    whole = golden.CHECKPOINT.read_bytes()
+    for written in (lambda: os.truncate(checkpoint, 1000), lambda: checkpoint.write_bytes(whole[:-1000])):
+        written()  # in place, under the mapping of the model that is loaded
+        assert "is not a complete safetensors file" in graphs.failure(server, graph)
+    checkpoint.unlink()
+    assert "was not found" in graphs.failure(server, graph)
+    checkpoint.write_bytes(whole)
+    assert graphs.picture(server, graph) == undisturbed
+
+
+# A killed save
+
+
+def test_what_a_killed_save_leaves_is_not_offered(server) -> None:
+    folder = server.base / "output" / "easyref" / "faults"
+    folder.mkdir(parents=True, exist_ok=True)
+    left = folder / ".killed_00001_.safetensors.partial"
+    left.write_bytes(b"half")
+    listed = server.object_info()["EasyRefLoadTokens"]["input"]["required"]["file"][1]["options"]
+    assert not [name for name in listed if "killed" in name]
+    keep = node("EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="faults/killed")
+    server.run({**graphs.easyref(), "keep": keep})
+    assert not left.exists()
+    assert (folder / "killed_00001_.safetensors").is_file()
+
+
+# Two clients
+
+
+def test_two_clients_get_what_each_gets_alone(server) -> None:
+    mine = [graphs.easyref(encode={"prompt": f"mine {i}"}) for i in range(2)]
+    other = graphs.easyref(encode={"prompt": "other"}, seed=3)
+    other["group"] = graphs.group(["image2", 0], ["image0", 0])
+    theirs = [{**other, "sample": node("KSampler", **other["sample"]["inputs"] | {"cfg": c})} for c in (1, 5)]
+    alone = [graphs.picture_uncached(server, graph) for graph in (*mine, *theirs)]
+    emptied(server)
+    second = server.another_client()
+    queued = []
+    for ours, others in zip(mine, theirs, strict=True):
+        queued += [(server, server.queue(ours)), (second, second.queue(others))]
+    found = [graphs.picture_of(client, prompt_id) for client, prompt_id in queued]
+    assert [found[i] for i in (0, 2, 1, 3)] == alone
+    for client, prompt_id in queued:
+        stranger = second if client is server else server
+        assert client.executed(prompt_id)
+        assert not stranger.executed(prompt_id)

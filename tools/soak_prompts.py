@@ -1,0 +1,244 @@
+"""The workflows of tools/soak.py: drawn at random from a seed, and the fixed ones it compares at the start and the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import NamedTuple
+
+from easyref_core.attention import SCALINGS
+from easyref_core.combine import METHODS
+from easyref_core.layer_weights import WEIGHT_TYPES
+from easyref_core.presets import PRESETS
+from tests.host import golden, graphs
+from tests.host.graphs import Graph, node
+
+CHECKPOINTS = ("easyref.safetensors", "second.safetensors")
+FILES = [f"{i}.png" for i in range(golden.SETTINGS["images"])]
+SHAPES = {"1x64x64x3": 1, "1x96x64x3": 1, "2x56x84x3": 2, "1x128x72x3": 1}  # pictures of each
+PROMPTS = (
+    "a cat on a sofa",
+    "an oil painting of a harbour",
+    "a dog in the snow, 35mm",
+    "猫",
+    "a portrait, " * 8,
+)
+SCHEDULES = ("1, 0.5, 0", "0, 1", "0.2:1, 0.8:0", "0.1:0.3, 0.5:1.5, 0.9:0.2")
+LARGE = 10  # pictures of 336 x 336: they take long enough to be cancelled while they are read
+ALWAYS = {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, "lora_strength": 1.0}
+TOKEN_KINDS = ("plain", "plain", "combine", "batch", "save", "load")
+
+
+class Saved(NamedTuple):
+    """A file of tokens that an earlier workflow saved."""
+
+    file: str
+    checkpoint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A workflow, what it is made of (for the table), and how many pictures it must give."""
+
+    graph: Graph
+    kinds: tuple[str, ...]
+    checkpoint: str
+    pictures: int
+
+
+def draw(random: Random, saved: Sequence[Saved]) -> Drawn:
+    """A workflow of random references, texts, settings and token nodes. saved: files that it may load tokens from."""
+    checkpoint = random.choice(CHECKPOINTS)
+    own = [file.file for file in saved if file.checkpoint == checkpoint]
+    kind = random.choice(TOKEN_KINDS)
+    kind = "plain" if kind == "load" and not own else kind
+    kinds = [kind]
+    precision = random.choice(("auto", "auto", "auto", "fp32", "bf16"))
+    graph = graphs.easyref(
+        load={"checkpoint": checkpoint, "precision": precision}, seed=random.randrange(1000)
+    )
+    for i in range(len(FILES)):
+        del graph[f"image{i}"]
+    graph["tiny"] = node("TinySDXL", seed=random.randrange(3), prompt_tokens=random.choice((77, 154)))
+    graph["sample"]["inputs"] |= {"steps": random.choice((2, 3)), "cfg": random.choice((1.0, 5.0))}
+    large = random.random() < 0.1
+    references = _group(random, graph, "group", large)
+    _context(random, graph, "", large)
+    kinds += ["large"] * large
+    if random.random() < 0.25:
+        weights = ", ".join(str(random.choice((0.5, 1, 2))) for _ in range(references))
+        graph["weigh"] = node("EasyRefWeighReferences", context=["encode", 0], weights=weights)
+        graph["aggregate"]["inputs"]["context"] = ["weigh", 0]
+        kinds.append("weigh")
+    pictures = TOKENS[kind](random, graph, own)
+    _negative(random, graph, kinds)
+    _settings(random, graph, kinds)
+    _looks(random, graph, kinds)
+    return Drawn(graph, tuple(kinds), checkpoint, pictures)
+
+
+def probes() -> dict[str, Drawn]:
+    """Workflows that must give the same pictures at the start and at the end."""
+    first = graphs.easyref()
+    second = graphs.easyref(
+        {
+            "weight": 0.8,
+            "lora_strength": 0.5,
+            "weight_schedule": "1, 0.5, 0",
+            "weight_type": "style transfer",
+        },
+        load={"checkpoint": CHECKPOINTS[1], "precision": "fp32"},
+        seed=3,
+    )
+    masked = graphs.easyref({"mask": ["mask", 0], "embeds_scaling": SCALINGS[1]}, {"prompt": PROMPTS[1]})
+    masked["mask"] = node("SolidMask", value=0.7, width=64, height=32)
+    combined = graphs.easyref({"tokens": ["tokens", 0]})
+    _second_group(combined, [["image0", 0], ["image2", 0]], PROMPTS[2])
+    combined["tokens"] = _joined("EasyRefCombineTokens", method="concat", factor=0.5, weights="")
+    made = {"plain": first, "second checkpoint": second, "masked": masked, "combined": combined}
+    return {name: Drawn(graph, (name,), CHECKPOINTS[0], 1) for name, graph in made.items()}
+
+
+def shorter(probe: Drawn) -> Graph:
+    """The probe with the last reference of its group left out: what may be kept of it is the start of the probe's."""
+    graph = {name: {**entry, "inputs": dict(entry["inputs"])} for name, entry in probe.graph.items()}
+    sockets = [name for name in graph["group"]["inputs"] if name.startswith("images.")]
+    del graph["group"]["inputs"][sockets[-1]]
+    return graph
+
+
+def _group(random: Random, graph: Graph, name: str, large: bool = False) -> int:
+    """A group of 1 to 5 nodes' pictures, from files and drawn, in any order, and many large ones -> their number."""
+    links, references = [], 0
+    for i in range(random.randint(1, 5)):
+        shape = random.choice(list(SHAPES))
+        from_file = random.random() < 0.5
+        drawn = graphs.tiny_images(shape, seed=random.randrange(4))
+        graph[f"{name} {i}"] = node("LoadImage", image=random.choice(FILES)) if from_file else drawn
+        links.append([f"{name} {i}", 0])
+        references += 1 if from_file else SHAPES[shape]
+    if large:
+        graph[f"{name} large"] = graphs.tiny_images(f"{LARGE}x336x336x3", seed=random.randrange(2))
+        links.append([f"{name} large", 0])
+        references += LARGE
+    graph[name] = graphs.group(*links)
+    return references
+
+
+def _context(random: Random, graph: Graph, prefix: str, large: bool = False) -> None:
+    texts = {
+        "prompt": random.choice(PROMPTS),
+        "instruction": random.choice([text for preset in PRESETS.values() for text in preset.values()]),
+        "size": 336 if large else random.choice((golden.SIZE, 112)),
+    }
+    graph[f"{prefix}encode"]["inputs"] |= texts
+
+
+def _second_group(graph: Graph, images: list[list], prompt: str) -> None:
+    inputs = {**graph["encode"]["inputs"], "group": ["other group", 0], "prompt": prompt}
+    graph["other group"] = graphs.group(*images)
+    graph["other encode"] = node("EasyRefEncodeGroup", **inputs)
+    graph["other tokens"] = node("EasyRefAggregate", easyref=["load", 0], context=["other encode", 0])
+
+
+def _other(random: Random, graph: Graph) -> None:
+    """A second group with an encoder and tokens of its own."""
+    _second_group(graph, [], "")
+    _group(random, graph, "other group")
+    _context(random, graph, "other ")
+
+
+def _joined(kind: str, **settings: object) -> dict:
+    links = {"tokens.tokens0": ["aggregate", 0], "tokens.tokens1": ["other tokens", 0]}
+    return node(kind, **links, **settings)
+
+
+def _plain(random: Random, graph: Graph, own: Sequence[str]) -> int:
+    return 1
+
+
+def _combine(random: Random, graph: Graph, own: Sequence[str]) -> int:
+    _other(random, graph)
+    settings = {"method": random.choice(list(METHODS)), "factor": random.random()}
+    graph["tokens"] = _joined("EasyRefCombineTokens", weights=random.choice(("", "1, 0.5")), **settings)
+    graph["apply"]["inputs"]["tokens"] = ["tokens", 0]
+    return 1
+
+
+def _batch(random: Random, graph: Graph, own: Sequence[str]) -> int:
+    _other(random, graph)
+    graph["tokens"] = _joined("EasyRefBatchTokens")
+    graph["apply"]["inputs"]["tokens"] = ["tokens", 0]
+    graph["latent"]["inputs"]["batch_size"] = 2
+    return 2
+
+
+def _save(random: Random, graph: Graph, own: Sequence[str]) -> int:
+    graph["keep"] = node("EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="soak/tokens")
+    if random.random() < 0.5:
+        graph["keep"]["inputs"]["references"] = ["group", 0]
+    return 1
+
+
+def _load(random: Random, graph: Graph, own: Sequence[str]) -> int:
+    graph["tokens"] = node("EasyRefLoadTokens", file=random.choice(own))
+    graph["apply"]["inputs"]["tokens"] = ["tokens", 0]
+    return 1
+
+
+TOKENS: dict[str, Callable[[Random, Graph, Sequence[str]], int]] = {
+    "plain": _plain,
+    "combine": _combine,
+    "batch": _batch,
+    "save": _save,
+    "load": _load,
+}
+
+
+def _negative(random: Random, graph: Graph, kinds: list[str]) -> None:
+    if random.random() < 0.15:
+        noise = {"negative": "noise", "noise_seed": random.randrange(30), "noise_strength": 0.5}
+        graph["aggregate"]["inputs"] |= noise
+        kinds.append("noise")
+
+
+def _settings(random: Random, graph: Graph, kinds: list[str]) -> None:
+    """Weight, window, mask, layers, schedule, scaling and LoRA of the Apply node."""
+    start = random.choice((0.0, 0.0, 0.2, 0.5))
+    settings = {
+        "weight": random.choice((0.0, 0.4, 1.0, 1.5)),
+        "start_percent": start,
+        "end_percent": random.choice((start, 0.6, 1.0, 1.0)),
+        "lora_strength": random.choice((0.0, 0.5, 1.0)),
+    }
+    if random.random() < 0.3:
+        size = {"width": random.choice((16, 64, 200)), "height": random.choice((16, 48))}
+        graph["mask"] = node("SolidMask", value=random.choice((0.0, 0.5, 1.0)), **size)
+        settings["mask"] = ["mask", 0]
+        kinds.append("mask")
+    if random.random() < 0.3:
+        settings["weight_schedule"] = random.choice(SCHEDULES)
+        kinds.append("schedule")
+    if random.random() < 0.3:
+        settings["weight_type"] = random.choice(list(WEIGHT_TYPES))
+        settings["embeds_scaling"] = random.choice(SCALINGS)
+        kinds.append("layers")
+    graph["apply"]["inputs"] |= settings
+
+
+def _looks(random: Random, graph: Graph, kinds: list[str]) -> None:
+    """Now and then a node that looks: they hook into the model while it runs."""
+    if random.random() < 0.1:
+        linked = {"easyref": ["load", 0], "context": ["encode", 0], "group": ["group", 0]}
+        graph["attention"] = node("EasyRefReferenceAttention", token=-1, **linked)
+        kinds.append("attention")
+    if random.random() < 0.1:
+        graph["record"] = node("EasyRefRecord", model=["apply", 0])
+        graph["where"] = node(
+            "EasyRefWhereItActs", record=["record", 1], sampled=["decode", 0], side="prompt"
+        )
+        graph["sample"]["inputs"]["model"] = ["record", 0]
+        apply = graph["apply"]["inputs"]  # there must be something to record
+        graph["apply"]["inputs"] = {name: apply[name] for name in ("model", "easyref", "tokens")} | ALWAYS
+        kinds.append("record")
