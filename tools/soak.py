@@ -42,8 +42,8 @@ LIMITS = {
     "threads": 1,
     "files": 1,
 }
-# Bytes that are lost without this pack too, measured in workflows that only repeat the one thing (docs/reliability.md):
-# by the host for each prompt, and for each model by safetensors 0.8, which loses 64 bytes with every tensor it reads.
+# Bytes that the libraries lose, measured in workflows that only repeat the one thing (docs/reliability.md): by the host for
+# each prompt, and for each model loaded by safetensors 0.8, which loses 64 bytes with every tensor it reads.
 LOST = {"prompts": 7 * 1024, "TinySDXL": 33 * 1024, "EasyRefLoader": 65 * 1024}
 NEARLY = 1  # of 255: how far a picture may be off that was made on top of kept work
 CANCELLED_AT = ("load", "group", "encode", "aggregate", "apply", "sample", "decode", "save")

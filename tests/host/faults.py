@@ -23,7 +23,7 @@ class Stage(NamedTuple):
     node: str
 
 
-PREPROCESSING = Stage("easyref_core.model:preprocess", "encode")
+PREPROCESSING = Stage("easyref_core.group_reader:pixels_of", "encode")
 VISION = Stage("easyref_core.qwen2_vl:VisionBlock.forward", "encode")
 DECODER = Stage("easyref_core.qwen2_vl:DecoderLayer.forward", "encode")
 AGGREGATION = Stage("easyref_core.reference_tokens:ReferenceAggregator.forward", "aggregate")
