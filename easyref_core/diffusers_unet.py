@@ -50,10 +50,14 @@ class ReferenceProcessor:
         text = scaled_dot_product_attention(*heads, attn_mask=attention_mask)
         out = rearrange(text, "b h n d -> b n (h d)")
         if self.weight:
-            out = plus(out, reference_attention(q, self.key_value, attn.heads, self.real))
+            out = self.with_references(out, q, attn.heads)
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+    def with_references(self, text: Tensor, q: Tensor, heads: int) -> Tensor:
+        """What the text's attention gave (batch, tokens, inner), and the reference term of the same queries."""
+        return plus(text, reference_attention(q, self.key_value, heads, self.real))
 
 
 class Attachment:
