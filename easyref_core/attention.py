@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from einops import rearrange
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -38,22 +37,25 @@ class KVProjections(nn.Module):
         return [(to_k(tokens), to_v(tokens)) for to_k, to_v in zip(self.to_k_ip, self.to_v_ip, strict=True)]
 
 
-def reference_attention(
-    q: Tensor, key_value: KeyValue, heads: int, weight: float, real: Tensor | None = None
-) -> Tensor:
-    """The reference term, weight * softmax(Q K^T) V, to be added to the text's attention before the output projection.
+def reference_attention(q: Tensor, key_value: KeyValue, heads: int, real: Tensor | None = None) -> Tensor:
+    """The reference term, softmax(Q K^T) V, to be added to the text's attention before the output projection.
 
     q: (batch, tokens, inner), the query the text attention uses too (LoRA included). key_value: rows (chunks, T, inner)
     where the batch is `chunks` equal runs of rows that share their references; the runs become longer sequences
-    (a view), so nothing is repeated along the batch. real: (chunks, T), False at tokens that only fill up a shorter row.
-    -> (batch, tokens, inner), in q's dtype.
+    (a view), so nothing is repeated along the batch. The weight is in V, see `scaled`. real: (chunks, T), False at tokens
+    that only fill up a shorter row. -> (batch, tokens, inner), in q's dtype, memory of its own.
     """
-    k, v = (rearrange(t, "c t (h d) -> c h t d", h=heads) for t in key_value)
-    chunks, batch = k.shape[0], q.shape[0]
-    queries = rearrange(q, "(c b) n (h d) -> c h (b n) d", c=chunks, h=heads)
+    # plain views: this runs 70 times a step, and parsing einops' patterns would take longer than a GPU's kernels
+    queries = q.reshape(len(key_value[0]), -1, q.shape[-1])  # -> (chunks, batch / chunks * tokens, inner)
+    per_head = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (queries, *key_value))
     mask = None if real is None else real[:, None, None]
-    out = scaled_dot_product_attention(queries, k, v, attn_mask=mask)
-    return rearrange(out, "c h (b n) d -> (c b) n (h d)", b=batch // chunks) * weight
+    term = scaled_dot_product_attention(*per_head, attn_mask=mask)
+    return term.transpose(1, 2).reshape(q.shape)
+
+
+def plus(text: Tensor, term: Tensor) -> Tensor:
+    """text + term, both (batch, tokens, inner), in the memory of the term unless a gradient may want it."""
+    return text + term if term.requires_grad or text.requires_grad else term.add_(text)
 
 
 def require_scaling(scaling: str) -> None:
@@ -62,18 +64,18 @@ def require_scaling(scaling: str) -> None:
         raise ValueError(f"There is no embeds_scaling {scaling!r}. Choose one of: {', '.join(SCALINGS)}.")
 
 
-def scaled(key_value: KeyValue, weight: float, scaling: str, widest: int) -> tuple[KeyValue, float]:
-    """K and V (rows, T, inner) as `scaling` wants them at this weight, and the weight that is left for the output.
+def scaled(key_value: KeyValue, weight: float, scaling: str = SCALINGS[0], widest: int = 0) -> KeyValue:
+    """K and V (rows, T, inner) with the weight in them, so that no layer of no step multiplies its term by it.
 
-    "K+V" makes the attention itself sharper with the weight; "C penalty" weakens narrow layers, by inner / widest
+    "V only" is the term times the weight; "K+V" makes the attention itself sharper with the weight; "C penalty" weakens narrow layers, by inner / widest
     (widest: inner width of the widest attention of the UNet, 1280 in SDXL); "mean(V)" scales only what all tokens' V
     share.
     """
-    if scaling == SCALINGS[0]:
-        return key_value, weight
     k, v = key_value
+    if scaling == SCALINGS[0]:
+        return k, v if weight == 1 else v * weight
     if "penalty" in scaling:
         weight = weight * (k.shape[-1] / widest)
     if "mean" in scaling:
-        return (k * weight, v + (weight - 1) * v.mean(dim=1, keepdim=True)), 1.0
-    return (k * weight, v), weight
+        return k * weight, v + (weight - 1) * v.mean(dim=1, keepdim=True)
+    return k * weight, v * weight

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from .attention import KeyValue, reference_attention
+from .attention import KeyValue, plus, reference_attention, scaled
 from .reference_tokens import ReferenceTokens
 from .unet_layout import Site, in_processor_order, parse_diffusers, require_fit
 
@@ -28,7 +28,7 @@ Update = Callable[["Tensor"], "Tensor"]
 class ReferenceProcessor:
     """Attention processor of one cross-attention: text attention plus the weighted reference term."""
 
-    key_value: KeyValue  # set by Attachment.condition
+    key_value: KeyValue  # set by Attachment.condition, the weight in it
     real: Tensor | None = None  # (rows, T), False at tokens that only fill up a shorter row
 
     def __init__(self, weight: float) -> None:
@@ -50,10 +50,14 @@ class ReferenceProcessor:
         text = scaled_dot_product_attention(*heads, attn_mask=attention_mask)
         out = rearrange(text, "b h n d -> b n (h d)")
         if self.weight:
-            out = out + reference_attention(q, self.key_value, attn.heads, self.weight, self.real)
+            out = self.with_references(out, q, attn.heads)
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+    def with_references(self, text: Tensor, q: Tensor, heads: int) -> Tensor:
+        """What the text's attention gave (batch, tokens, inner), and the reference term of the same queries."""
+        return plus(text, reference_attention(q, self.key_value, heads, self.real))
 
 
 class Attachment:
@@ -77,7 +81,8 @@ class Attachment:
             self._unet.parameters()
         )  # diffusers' own .device and .dtype walk the whole UNet each time
         for processor, (k, v) in zip(self._processors, key_values, strict=True):
-            processor.key_value = tuple(t.to(place.device, place.dtype) for t in (k, v))
+            placed = k.to(place.device, place.dtype), v.to(place.device, place.dtype)
+            processor.key_value = scaled(placed, processor.weight)
             processor.real = real
 
     def remove(self) -> None:

@@ -36,8 +36,9 @@ class View(NamedTuple):
 class Acting(NamedTuple):
     """One injection in one UNet call."""
 
-    key_values: Sequence[KeyValue | None]  # per site, one row for each run (or each row) of the batch
-    weights: Sequence[float]  # per site
+    key_values: Sequence[
+        KeyValue
+    ]  # per site, one row for each run (or each row) of the batch, the weight in them
     mask: Callable[..., Tensor] | None = None  # (grid, q), see Injection.mask_at
     recorder: Recorder | None = None
 
@@ -103,17 +104,12 @@ class Injection:
         weight = self.strength.at(sigma)
         if not weight:
             return None
-        weights = [weight * factor for factor in self.strength.factors]
-        key_values = self._rows(device, dtype, view)
-        if self.strength.scaling != SCALINGS[0]:
-            key_values, weights = self._once(
-                "scaled",
-                (weight, self._numbered(view)),
-                (device, dtype, view.unconditional),
-                lambda: self._scaled(key_values, weights),
-            )
+        era, place = (weight, self._numbered(view)), (device, dtype, view.unconditional)
+        key_values = self._once(
+            "scaled", era, place, lambda: self._scaled(self._rows(device, dtype, view), weight)
+        )
         mask = None if self.mask is None else partial(self.mask_at, view)
-        return Acting(key_values, weights, mask, self.recorder)
+        return Acting(key_values, mask, self.recorder)
 
     def mask_at(self, view: View, grid: tuple[int, int], q: Tensor) -> Tensor:
         """The mask for the queries q (batch, tokens, inner) of a site, (1 or batch, tokens, 1), as q in device and dtype.
@@ -194,10 +190,10 @@ class Injection:
                     numbers.append(unconditional + min(frame, conditional - 1))
         return numbers
 
-    def _scaled(self, key_values: list[KeyValue], weights: list[float]) -> tuple[list[KeyValue], list[float]]:
-        pairs = zip(key_values, weights, strict=True)
-        made = [scaled(pair, weight, self.strength.scaling, self._widest) for pair, weight in pairs]
-        return [pair for pair, _ in made], [weight for _, weight in made]
+    def _scaled(self, key_values: list[KeyValue], weight: float) -> list[KeyValue]:
+        scaling, widest = self.strength.scaling, self._widest
+        pairs = zip(key_values, self.strength.factors, strict=True)
+        return [scaled(pair, weight * factor, scaling, widest) for pair, factor in pairs]
 
     def __deepcopy__(self, memo: dict) -> Injection:
         return self

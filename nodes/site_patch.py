@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy.ldm.modules.attention import optimized_attention
 
-from ..easyref_core.attention import reference_attention
+from ..easyref_core.attention import plus, reference_attention
 from ..easyref_core.unet_layout import Site
 from .injection import IDLE, STEP, Acting, Step
 
@@ -35,17 +35,17 @@ class SitePatch:
             previous = step.whole_blocks.get(extra_options.get("block"), previous)
         out = previous(q, k, v, extra_options)
         if self.injection in step.acting:
-            out = out + self._term(q, out, step, extra_options)
+            out = plus(out, self._term(q, out, step, extra_options))
         for callback, options in self.added:
             if options.get("sigma_end", 0.0) <= step.sigma <= options.get("sigma_start", math.inf):
                 out = out + callback(out, q, k, v, extra_options, **options)
         return out.to(q.dtype)
 
     def _term(self, q: Tensor, out: Tensor, step: Step, extra_options: dict[str, Any]) -> Tensor:
-        """The weighted, masked reference term, (rows, tokens, inner) as q. out: what it will be added to."""
+        """The weighted, masked reference term, (rows, tokens, inner) as q, its own. out: what it will be added to."""
         acting: Acting = step.acting[self.injection]
         key_value = tuple(t.to(q.dtype) for t in acting.key_values[self.position])
-        term = reference_attention(q, key_value, extra_options["n_heads"], acting.weights[self.position])
+        term = reference_attention(q, key_value, extra_options["n_heads"])
         if acting.mask is not None:
             term = term * acting.mask(_grid(extra_options, q), q)
         if acting.recorder is not None:

@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine, rows = describe(), []
     for part in parsed.parts:
         _say(f"{part}:")
-        with torch.inference_mode():
+        with (
+            torch.no_grad()
+        ):  # not inference mode, in which what is counted on meta would show attention matrices
             rows += import_module(f".{PARTS[part]}", __package__).measure(options, _say)
     _say(f"\n{markdown(machine, rows)}")
     if parsed.json:

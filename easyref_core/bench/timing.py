@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
@@ -52,12 +53,17 @@ def interleaved(
 ) -> Pairs:
     """Time two calls in turn: A B, B A, A B, ... after one run of each that is not counted."""
     ways, found = (first, second), ([], [])
-    for way in ways:
-        seconds(way, device)
-    for pair in range(pairs):
-        for place in (0, 1) if pair % 2 == 0 else (1, 0):
-            found[place].append(seconds(ways[place], device))
-        say(f"  pair {pair + 1} of {pairs}: {found[0][-1]:.3f} s, {found[1][-1]:.3f} s")
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked through again between the calls
+    try:
+        for way in ways:
+            seconds(way, device)
+        for pair in range(pairs):
+            for place in (0, 1) if pair % 2 == 0 else (1, 0):
+                found[place].append(seconds(ways[place], device))
+            say(f"  pair {pair + 1} of {pairs}: {found[0][-1]:.3f} s, {found[1][-1]:.3f} s")
+    finally:
+        gc.unfreeze()
     return Pairs(*map(tuple, found))
 
 
@@ -89,6 +95,7 @@ class Peak:
 def peak_memory() -> Iterator[Peak]:
     """Watch this process's anonymous memory while the block runs."""
     gc.collect()
+    _give_back()
     peak, before, done = Peak(), anonymous_bytes(), Event()
     if before is None:
         yield peak
@@ -108,6 +115,12 @@ def peak_memory() -> Iterator[Peak]:
         peak.added = max(peak.added, anonymous_bytes() - before)
         done.set()
         watcher.join()
+
+
+def _give_back() -> None:
+    """Freed memory that the allocator keeps would be taken again unseen. Of glibc; elsewhere there is no such call."""
+    if STATUS.exists() and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _finish(device: str) -> None:

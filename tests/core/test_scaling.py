@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from easyref_core.attention import SCALINGS, reference_attention, require_scaling, scaled
+from easyref_core.attention import SCALINGS, plus, reference_attention, require_scaling, scaled
 
 HEADS, INNER, WIDEST = 2, 8, 16
 
@@ -33,13 +33,34 @@ def test_scaling(qkv, scaling: str, weight: float) -> None:
         "K+V w/ C penalty": lambda: attention(q, k * narrow, v * narrow),
         "K+mean(V) w/ C penalty": lambda: attention(q, k * narrow, v - v.mean(1) + v.mean(1) * narrow),
     }[scaling]()
-    key_value, left = scaled((k, v), weight, scaling, WIDEST)
-    torch.testing.assert_close(reference_attention(q, key_value, HEADS, left), wanted)
+    torch.testing.assert_close(reference_attention(q, scaled((k, v), weight, scaling, WIDEST), HEADS), wanted)
 
 
-def test_v_only_hands_on_what_it_gets(qkv) -> None:
-    pair = qkv[1:]
-    assert scaled(pair, 0.3, "V only", WIDEST) == (pair, 0.3)
+def test_v_only_leaves_the_keys_and_at_weight_1_the_values(qkv) -> None:
+    keys, values = qkv[1:]
+    half, full = (scaled((keys, values), weight, "V only", WIDEST) for weight in (0.5, 1.0))
+    assert half[0] is full[0] is keys
+    assert full[1] is values
+    assert torch.equal(half[1], values * 0.5)
+
+
+def test_sum_is_made_in_the_memory_of_the_term() -> None:
+    text, term = torch.randn(2, 1, 3, 4)
+    wanted, before = text + term, text.clone()
+    found = plus(text, term)
+    assert found.data_ptr() == term.data_ptr()
+    assert torch.equal(found, wanted)
+    assert torch.equal(text, before)
+
+
+@pytest.mark.parametrize("learning", [0, 1])
+def test_sum_that_wants_gradients_leaves_both_parts(learning: int) -> None:
+    parts = list(torch.randn(2, 1, 3, 4))
+    parts[learning].requires_grad_()
+    before = [part.detach().clone() for part in parts]
+    plus(*parts).sum().backward()
+    assert all(torch.equal(part, was) for part, was in zip(parts, before, strict=True))
+    assert parts[learning].grad is not None
 
 
 def test_unknown_scaling_is_refused() -> None:

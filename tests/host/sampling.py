@@ -134,11 +134,10 @@ def cfg_guider(model: ModelPatcher, positive: list, negative: list, cfg: float =
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attended:
-    """One computation of the reference term: where, with which K and V, how strongly."""
+    """One computation of the reference term: where, and with which K and V."""
 
     site: str  # path of the attention in the host's UNet
-    key_value: tuple[Tensor, Tensor]
-    weight: float
+    key_value: tuple[Tensor, Tensor]  # the weight in them
 
 
 @contextmanager
@@ -149,9 +148,9 @@ def watch_attention(pack: ModuleType, model: ModelPatcher) -> Iterator[list[Atte
     calls: list[Attended] = []
     site = [""]
 
-    def watched(q: Tensor, key_value: tuple[Tensor, Tensor], heads: int, weight: float) -> Tensor:
-        calls.append(Attended(site[0], key_value, weight))
-        return compute(q, key_value, heads, weight)
+    def watched(q: Tensor, key_value: tuple[Tensor, Tensor], heads: int) -> Tensor:
+        calls.append(Attended(site[0], key_value))
+        return compute(q, key_value, heads)
 
     def enter(path: str) -> Callable[..., None]:
         return lambda *_: site.__setitem__(0, path)

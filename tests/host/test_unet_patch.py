@@ -239,7 +239,7 @@ def test_site_takes_queries_of_another_dtype_than_its_key_values(easy, model, dt
     injection = golden.part(easy.pack, "nodes.injection")
     patched = easy.apply(model)
     site = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 4, 0]
-    acting = injection.Acting(easy.key_values, [1.0] * SITES)
+    acting = injection.Acting(easy.key_values)
     step = injection.Step(1.0, {site.injection: acting}, {})
     q, k, v = (torch.randn(2, tokens, 32).to(dtype) for tokens in (5, 7, 7))
     out = site(q, k, v, {injection.STEP: step, "n_heads": 2})

@@ -1,0 +1,122 @@
+"""The benchmark's own parts, at small shapes: rows that hold to their contract, counts that are right, pairs that interleave."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from easyref_core.bench import loading, unet, unet_counts
+from easyref_core.bench.report import markdown, write_json
+from easyref_core.bench.rows import Limit, Options, Row
+from easyref_core.bench.timing import Pairs, interleaved
+from easyref_core.training.full_size import EASYREF, released_shapes
+
+QUICK = Options(quick=True, pairs=1, pixels=(64,))
+
+
+def check(rows: list[Row]) -> None:
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        assert isinstance(row, Row)
+        assert math.isfinite(row.value)
+        assert row.unit
+        assert row.ratio is None or math.isfinite(row.ratio)
+        assert row.spread is None or row.spread[0] <= row.ratio <= row.spread[1]
+
+
+@pytest.fixture(scope="module")
+def unet_rows() -> list[Row]:
+    with torch.no_grad():
+        return unet.measure(QUICK, lambda _: None)
+
+
+def test_rows_of_the_unet(unet_rows) -> None:
+    check(unet_rows)
+    wanted = [row for row in unet_rows if row.wanted]
+    assert [(row.ratio, row.met) for row in wanted] == [(pytest.approx(0.0039, abs=1e-4), True)]
+
+
+def test_other_ways_add_more(unet_rows) -> None:
+    ours, authors, plus = (
+        next(row.ratio for row in unet_rows if row.name.startswith(start))
+        for start in ("references add", "they would the authors'", "they would IPAdapter_plus'")
+    )
+    assert ours < plus / 10
+    assert plus < authors
+
+
+def test_count_is_that_by_hand(unet_rows) -> None:
+    (counted,) = [row.value * 1e9 for row in unet_rows if row.name.startswith("references add")]
+    assert round(counted) == unet_counts.term_by_hand(256)
+
+
+def test_lora_by_hand() -> None:
+    """At 64 pixels (8 x 8 latents): 16 queries at the 10 sites 640 wide, 4 at the 60 sites 1280 wide."""
+    operations = 0
+    for number, width, tokens in ((10, 640, 16), (60, 1280, 4)):
+        own = (
+            2 * 128 * (width + width) * tokens
+        )  # a product to the rank and one from it, for each row of the batch
+        text = 2 * 128 * (2048 + width) * 77
+        operations += 2 * number * ((4 + 2) * own + 2 * text)
+    assert unet_counts.lora_by_hand(64) == operations
+
+
+def test_rows_of_loading() -> None:
+    rows = loading.measure(QUICK, lambda _: None)
+    check(rows)
+    assert len([row for row in rows if "plain read" in row.name]) == len(loading.PRECISIONS)
+
+
+def test_released_shapes_are_counted() -> None:
+    assert {name: tuple(shape) for name, shape in loading.shapes(EASYREF).items()} == released_shapes()
+
+
+class TestPairs:
+    """Interleaved timing."""
+
+    def test_order_is_swapped_every_other_pair(self) -> None:
+        order: list[str] = []
+
+        def way(name: str) -> Callable[[], None]:
+            return lambda: order.append(name)
+
+        interleaved(way("A"), way("B"), 3)
+        assert "".join(order) == "AB" + "AB" + "BA" + "AB"
+
+    def test_ratio_is_of_each_pair(self) -> None:
+        pairs = Pairs((1.0, 10.0, 2.0), (2.0, 10.0, 3.0))
+        assert pairs.medians == (2.0, 3.0)
+        assert pairs.ratio == 1.5
+        assert pairs.spread == (1.25, 1.75)
+
+
+def test_limit_is_of_the_ratio_where_there_is_one() -> None:
+    assert Row("a", 9.0, "s", 1.0, wanted=Limit("<=", 1.03)).met
+    assert not Row("a", 9.0, "s", wanted=Limit("<=", 1.03)).met
+    assert Row("a", 9.0, "s", wanted=Limit(">=", 9.0)).met
+    assert Row("a", 9.0, "s").met is None
+
+
+def test_report(tmp_path) -> None:
+    rows = [Row("a", 2.0, "s", 1.5, (1.4, 1.6), Limit("<=", 1.03))]
+    assert markdown({"CPU": "x"}, rows).endswith("| a | 2 s | 1.5 | 1.4 to 1.6 | <= 1.03 | **no** |")
+    write_json(tmp_path / "rows.json", {"CPU": "x"}, rows)
+    assert json.loads((tmp_path / "rows.json").read_text()) == {
+        "machine": {"CPU": "x"},
+        "rows": [
+            {
+                "name": "a",
+                "value": 2.0,
+                "unit": "s",
+                "ratio": 1.5,
+                "spread": [1.4, 1.6],
+                "wanted": "<= 1.03",
+                "met": False,
+            }
+        ],
+    }
