@@ -12,7 +12,7 @@ class Options:
 
     quick: bool = False  # small shapes and few pairs, for tests: seconds in all
     pairs: int = 5  # interleaved pairs of each comparison
-    references: tuple[int, ...] = (1, 3, 6)  # group sizes to encode
+    references: tuple[int, ...] = (1, 2, 4, 8, 16, 112)  # group sizes to encode
     pixels: tuple[int, ...] = (256, 512)  # sides of the pictures that are timed, CFG
     device: str = "cpu"
 

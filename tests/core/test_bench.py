@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from easyref_core.bench import loading, unet, unet_counts
+from easyref_core.bench import encoding, loading, unet, unet_counts
 from easyref_core.bench.report import markdown, write_json
 from easyref_core.bench.rows import Limit, Options, Row
 from easyref_core.bench.timing import Pairs, interleaved
@@ -64,6 +65,17 @@ def test_lora_by_hand() -> None:
         text = 2 * 128 * (2048 + width) * 77
         operations += 2 * number * ((4 + 2) * own + 2 * text)
     assert unet_counts.lora_by_hand(64) == operations
+
+
+def test_rows_of_encoding() -> None:
+    """What is timed is the same computation, warm and cold, ours and transformers'."""
+    with torch.inference_mode():
+        rows = encoding.measure(dataclasses.replace(QUICK, references=(2, 17)), lambda _: None)
+    check(rows)
+    distances = [row for row in rows if "distance" in row.name]
+    assert len(distances) == 6 + 2
+    assert all(row.met for row in distances)
+    assert all(row.met for row in rows if "memory" in row.name)
 
 
 def test_rows_of_loading() -> None:
