@@ -36,6 +36,7 @@ def chat(text: str, image_tokens: Sequence[int]) -> list[tuple[str, bool]]:
 
 def tokenize(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int]) -> Tensor:
     """input_ids (1, S) of `text` asked about references of so many image tokens each."""
+    require_text(text, "instruction and prompt")
     ids: list[int] = []
     for piece, special in chat(text, image_tokens):
         if special:
@@ -43,6 +44,17 @@ def tokenize(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int]) -> Te
         else:
             ids += tokenizer.encode(piece, add_special_tokens=False).ids
     return torch.tensor([ids])
+
+
+def require_text(text: str, name: str) -> None:
+    """Raises ValueError for half a character: a lone surrogate, which no file and no connection can hold either."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: character {error.start + 1}, {text[error.start]!r}, is half of one. "
+            "Remove it; it was cut in two where the text was copied."
+        ) from error
 
 
 def image_token_id(tokenizer: Tokenizer) -> int:

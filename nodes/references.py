@@ -91,7 +91,7 @@ class EasyRefSelectReferences(io.ComfyNode):
     def execute(cls, group: tuple[Tensor, ...], references: str) -> io.NodeOutput:
         chosen = numbers(references, "list of references") or range(1, len(group) + 1)
         for number in chosen:
-            if number != int(number) or not 1 <= number <= len(group):
+            if not 1 <= number <= len(group) or number != int(number):  # NaN is in no range
                 raise ValueError(
                     f"There is no reference {number:g} in a group of {len(group)}; wanted whole numbers from 1 to "
                     f"{len(group)}."

@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: this pack's `nodes` must not hide ComfyUI's nodes.py
+sys.path.append(
+    str(Path(__file__).resolve().parents[1])
+)  # last: this pack's `nodes` must not hide ComfyUI's nodes.py
 
 from tools.fuzzing.cases import KINDS
 from tools.fuzzing.judge import ERROR, FAILURE, RIGHT
@@ -60,7 +62,9 @@ def progress(kind: str, of: int):
     """Prints how far a kind is, on a terminal."""
     if not os.isatty(2):
         return lambda _: None
-    return lambda tally: print(f"\r{kind}: {tally.cases} of {of}, {len(tally.failures)} failed ", end="", file=sys.stderr)
+    return lambda tally: print(
+        f"\r{kind}: {tally.cases} of {of}, {len(tally.failures)} failed ", end="", file=sys.stderr
+    )
 
 
 def show_failures(kind: str, seed: int, tally: Tally) -> None:
@@ -82,7 +86,13 @@ def table(tallies: dict[str, Tally]) -> str:
         if tally.skipped:
             lines.append(f"| {name} | skipped: {tally.skipped} | | | | |")
             continue
-        counts = [tally.cases, tally.counts[RIGHT], tally.counts[ERROR], len(tally.messages), len(tally.failures)]
+        counts = [
+            tally.cases,
+            tally.counts[RIGHT],
+            tally.counts[ERROR],
+            len(tally.messages),
+            len(tally.failures),
+        ]
         lines.append(f"| {name} | {' | '.join(f'{count:,}' for count in counts)} |")
     total = [sum(t.counts[how] for t in tallies.values()) for how in (RIGHT, ERROR, FAILURE)]
     messages = len({message for tally in tallies.values() for message in tally.messages})

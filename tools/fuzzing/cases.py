@@ -8,7 +8,15 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple, Protocol
 
-KINDS = ("checkpoint", "mllm_folder", "token_files", "images", "text", "numerics", "paths")  # modules of this package
+KINDS = (
+    "checkpoint",
+    "mllm_folder",
+    "token_files",
+    "images",
+    "text",
+    "numerics",
+    "paths",
+)  # modules of this package
 
 
 class Case(NamedTuple):

@@ -91,7 +91,9 @@ class Cases:
         else:
             how, content = "code", {"module": self.tensors, "x": code(path.parent.parent / "ran", random)}
         protocol = random.choice([2, 2, 3, 4])
-        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=random.random() < 0.5)
+        torch.save(
+            content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=random.random() < 0.5
+        )
         return f"{how}, protocol {protocol}"
 
 
@@ -112,7 +114,7 @@ def code(marker: Path, random: Random) -> Payload:
             Payload(os.system, f"touch {marker}"),
             Payload(eval, f"open({str(marker)!r}, 'w')"),
             Payload(exec, f"open({str(marker)!r}, 'w')"),
-            Payload(getattr, torch, "nn"),
+            Payload(getattr, "a", "upper"),
             Payload(torch.load, str(marker)),
             Payload(torch.hub.load, "a/b", "c"),
             Payload(Path, "a"),
@@ -164,13 +166,17 @@ def _broken_records(data: bytes, path: Path, random: Random) -> str:
     names = source.namelist()
     chosen = random.choice(names if random.random() < 0.5 else [n for n in names if "/data/" not in n])
     what = random.choice(["missing", "cut", "empty", "compressed", "twice", "renamed", "broken", "none"])
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if what == "compressed" else zipfile.ZIP_STORED) as made:
+    with zipfile.ZipFile(
+        path, "w", zipfile.ZIP_DEFLATED if what == "compressed" else zipfile.ZIP_STORED
+    ) as made:
         for name in names if what != "none" else []:
             content, written = source.read(name), name
             if name == chosen:
                 if what == "missing":
                     continue
-                content = {"cut": content[:-1], "empty": b"", "broken": broken_bytes(content, random)[1]}.get(what, content)
+                content = {"cut": content[:-1], "empty": b"", "broken": broken_bytes(content, random)[1]}.get(
+                    what, content
+                )
                 written = random.choice(["../x", "/x", "x", f"{name}x"]) if what == "renamed" else name
             made.writestr(written, content)
             if name == chosen and what == "twice":

@@ -22,7 +22,21 @@ from .mutations import ODD, broken_bytes
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"]
 MODES += ["I", "F", "I;16", "I;16B", "I;16L"]
 SIDES = [0, 1, 2, 13, 14, 15, 27, 28, 64, 100, 199, 333, 1000, 2801, 4000]
-VALUES = [0.0, 0.5, 1.0, -1.0, 2.0, 255.0, 1e-30, 1e30, -1e30, 3e38, float("nan"), float("inf"), float("-inf")]
+VALUES = [
+    0.0,
+    0.5,
+    1.0,
+    -1.0,
+    2.0,
+    255.0,
+    1e-30,
+    1e30,
+    -1e30,
+    3e38,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+]
 DTYPES = [
     torch.float32,
     torch.float64,
@@ -85,7 +99,9 @@ class Cases:
 
 
 def odd_image(random: Random) -> tuple[str, Any]:
-    return random.choice([odd_picture, odd_picture, odd_tensor, odd_tensor, odd_tensor, odd_file, odd_thing])(random)
+    return random.choice([odd_picture, odd_picture, odd_tensor, odd_tensor, odd_tensor, odd_file, odd_thing])(
+        random
+    )
 
 
 def odd_sides(random: Random) -> tuple[int, int]:
@@ -107,7 +123,10 @@ def odd_picture(random: Random) -> tuple[str, Image.Image]:
 def odd_tensor(random: Random) -> tuple[str, torch.Tensor]:
     height, width = odd_sides(random)
     channels = random.choice([3, 3, 3, 1, 4, 0, 2, 5])
-    shape = random.choice([(height, width, channels)] * 6 + [(height, width), (1, height, width, channels), (channels, height, width), (), (3,)])
+    shape = random.choice(
+        [(height, width, channels)] * 6
+        + [(height, width), (1, height, width, channels), (channels, height, width), (), (3,)]
+    )
     dtype = random.choice([torch.float32] * 4 + DTYPES)
     tensor = torch.rand(shape, generator=torch.Generator().manual_seed(random.randrange(99)))
     value = random.choice([None, None, None, *VALUES])

@@ -16,7 +16,13 @@ from .mutations import ODD, broken_json
 from .safetensors_files import broken_file
 
 INDEX = "model.safetensors.index.json"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 OUTSIDE = "outside.safetensors"  # beside the folder: no index may lead to it
 
 
@@ -81,7 +87,9 @@ class Cases:
             )
             (mllm / INDEX).write_text(json.dumps({"weight_map": {names[0]: led, names[1]: part}}))
             return f"index names {str(led)[:60]!r}"
-        how, text = broken_json({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, part)}, random)
+        how, text = broken_json(
+            {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, part)}, random
+        )
         (mllm / INDEX).write_bytes(text)
         return f"index: {how}"
 

@@ -77,7 +77,10 @@ def _run_worker(
     last: list[str] = []  # of what it wrote as errors
     readers = [
         Thread(target=_pass_on, args=(process.stdout, lines.put), daemon=True),
-        Thread(target=_pass_on, args=(process.stderr, lambda line: last.__setitem__(slice(None), [*last[-5:], line]))),
+        Thread(
+            target=_pass_on,
+            args=(process.stderr, lambda line: last.__setitem__(slice(None), [*last[-5:], line])),
+        ),
     ]
     for reader in readers:
         reader.start()

@@ -10,7 +10,21 @@ from typing import Any
 
 from .mutations import ODD, broken_bytes, broken_json, broken_value
 
-DTYPES = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "C64", "I64", "I32", "I16"]
+DTYPES = [
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F8_E8M0",
+    "F4",
+    "F6_E2M3",
+    "C64",
+    "I64",
+    "I32",
+    "I16",
+]
 DTYPES += ["I8", "U8", "U16", "U64", "BOOL", "f32", "", "F128"]
 NUMBERS = [0, 1, -1, 7, 2**31, 2**32 + 1, 2**63 - 1, 2**63, 2**64, 2**64 + 8, 10**30, 0.5, "3", None, True]
 METADATA = "__metadata__"
@@ -36,7 +50,9 @@ def broken_file(data: bytes, random: Random) -> tuple[str, bytes]:
     if what == "bytes":
         return broken_bytes(data, random)
     if what == "length":
-        length = random.choice([0, 1, len(text) - 1, len(text) + 1, 2**31, 2**63, 2**64 - 1, len(data) - 8, -8])
+        length = random.choice(
+            [0, 1, len(text) - 1, len(text) + 1, 2**31, 2**63, 2**64 - 1, len(data) - 8, -8]
+        )
         return f"header length {length}", put_together(text, body, length)
     if what == "json":
         how, text = broken_json(header, random)
@@ -107,12 +123,16 @@ def broken_names(header: Header, body: bytes, random: Random) -> tuple[str, Head
         name = random.choice(numbered)
         parts = name.split(".")
         at = [i for i, part in enumerate(parts) if part.isdecimal()] or [0]
-        parts[random.choice(at)] = random.choice(["99", "100000", "9" * 12, "9" * 5000, "-1", "٣", "", "1.0", "01"])
+        parts[random.choice(at)] = random.choice(
+            ["99", "100000", "9" * 12, "9" * 5000, "-1", "٣", "", "1.0", "01"]
+        )
         new = ".".join(parts)
     elif what == "prefix":
         new = random.choice(["module.", "unet.", "multimodal_llm.", "mllm_final_layer.", "kv."]) + name
     else:
-        new = random.choice([name + ".weight", name.replace(".", "_"), name.upper(), name[:-1], "." + name, name + "\n"])
+        new = random.choice(
+            [name + ".weight", name.replace(".", "_"), name.upper(), name[:-1], "." + name, name + "\n"]
+        )
     changed = {new if n == name else n: entry for n, entry in header.items()}
     return f"{name} as {new[:100]!r}", changed, body
 
@@ -121,7 +141,9 @@ def broken_metadata(header: Header, body: bytes, random: Random) -> tuple[str, H
     """The texts beside the tensors; a JSON text among them has its own parts broken."""
     metadata = header.get(METADATA)
     if not isinstance(metadata, dict) or random.random() < 0.1:
-        odd = random.choice([*ODD, {"a": "b"}, {"easyref": "{}"}, {"easyref": "[]"}, {"easyref_tokens": "{}"}])
+        odd = random.choice(
+            [*ODD, {"a": "b"}, {"easyref": "{}"}, {"easyref": "[]"}, {"easyref_tokens": "{}"}]
+        )
         return f"metadata {str(odd)[:60]}", header | {METADATA: odd}, body
     texts = [key for key, text in metadata.items() if text.startswith("{")]
     if texts and random.random() < 0.8:
