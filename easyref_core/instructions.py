@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .tensor_files import brief
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
@@ -76,9 +78,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     wanted = "The folder needs tokenizer.json, or vocab.json and merges.txt, beside tokenizer_config.json."
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+        # trust_remote_code False: left out, transformers may ask on the console whether to run a folder's code
+        found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = found.backend_tokenizer
     except Exception as error:  # tokenizers raises bare Exceptions for files it cannot read
-        raise ValueError(f"No Qwen2-VL tokenizer could be read from {folder} ({error}). {wanted}") from error
+        raise ValueError(
+            f"No Qwen2-VL tokenizer could be read from {folder} ({brief(error)}). {wanted}"
+        ) from error
     # Where files are missing, transformers 5 makes an empty one.
     if tokenizer.token_to_id(IMAGE_TOKEN) is None:
         raise ValueError(f"The tokenizer in {folder} has no {IMAGE_TOKEN}: it is not Qwen2-VL's. {wanted}")

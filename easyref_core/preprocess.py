@@ -85,6 +85,10 @@ def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
             f"{name} has shape {tuple(image.shape)}; wanted (height, width, channels) with 1, 3 or 4 channels. "
             "Pass the images of a batch one by one."
         )
+    if image.is_meta or image.layout is not torch.strided:
+        raise ValueError(
+            f"{name} is a {image.layout} tensor on {image.device}; wanted one that holds its values."
+        )
     if not image.is_floating_point():
         raise ValueError(f"{name} holds {image.dtype} values; wanted floats in 0..1. Divide 0..255 by 255.")
     pixels = image.detach().to("cpu", torch.float32)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+ZIP = b"PK\x03\x04"
 BRIEF = 200  # characters of what a file says that an error repeats
 MAPPED_AT_ONCE = 64 * 2**20  # bytes; more of files above 2 GB, so that none is mapped more than 32 times
 
@@ -143,12 +144,14 @@ def _read_in_parts(
 def _is_pickle(path: Path) -> bool:
     """By content: a zip archive (PyTorch since 1.6) or a bare pickle. The name is not asked."""
     with path.open("rb") as file:
-        return _is_zip(path) or file.read(1) == b"\x80"
+        start = file.read(9)
+    # a safetensors file starts with the length of its header, which may be anything, and then the header
+    return start.startswith(ZIP) or (start.startswith(b"\x80") and start[8:] != b"{")
 
 
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+        return file.read(len(ZIP)) == ZIP
 
 
 def _load_weights_only(path: Path) -> dict[str, torch.Tensor]:

@@ -51,7 +51,6 @@ from .weigh import EasyRefWeighReferences
 from .weight_sheet import EasyRefSheet, EasyRefWeightSheet
 from .where_it_acts import EasyRefWhereItActs
 
-
 NODES = [
     EasyRefLoader,
     EasyRefGroup,

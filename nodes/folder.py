@@ -93,7 +93,7 @@ class EasyRefGroupFromFolder(io.ComfyNode):
         if not taken:
             raise ValueError(
                 f"No picture was found in {brief(repr(folder))} of the input folder "
-                f"({len(files)} files tried, from number {start} on). {' '.join(notes)}".rstrip()
+                f"({len(files)} files tried, from number {start} on). Put pictures there, or give another folder. {' '.join(notes)}".rstrip()
             )
         references = (*(group or ()), *taken)
         return io.NodeOutput(references, "\n".join(names), ui=show_group(references, notes))
@@ -109,7 +109,7 @@ def pictures_in(folder: str, start: int, limit: int) -> list[Path]:
     if not path.is_dir():
         there = sorted(entry.name for entry in base.iterdir() if entry.is_dir())
         raise FileNotFoundError(
-            f"There is no folder {brief(repr(folder))} in {base}. Give one of those there: {', '.join(there) or 'none'}."
+            f"There is no folder {brief(repr(folder))} in {base}. Give one that is. Folders there: {', '.join(there) or 'none'}."
         )
     names = folder_paths.filter_files_content_types(
         [entry.name for entry in path.iterdir() if entry.is_file()], ["image"]

@@ -106,11 +106,7 @@ def same_message(text: str) -> str:
 
 def _raised_by_us(traceback: TracebackType | None) -> bool:
     """The error comes from a raise statement of ours, not from what one of our lines called or computed."""
-    last = None
-    for last in _frames(traceback):
-        pass
-    if last is None:
-        return False
+    *_, last = _frames(traceback)
     file, line = last.tb_frame.f_code.co_filename, last.tb_lineno
     return file.startswith(OURS) and linecache.getline(file, line).strip().startswith("raise ")
 

@@ -94,6 +94,20 @@ class Cases:
         return f"index: {how}"
 
 
+def _add_code(mllm: Path, random: Random) -> str:
+    """A tokenizer and a model of their own, as transformers runs them where it is told to trust a folder."""
+    (mllm / "own.py").write_text(
+        "import os\nos.mkdir(os.path.dirname(__file__) + '/../ran')\nclass Own: pass\n"
+    )
+    changed = random.sample(["tokenizer_config.json", "config.json"], random.choice([1, 2]))
+    for name in changed:
+        config = json.loads((mllm / name).read_text())
+        config["auto_map"] = {"AutoTokenizer": ["own.Own", "own.Own"], "AutoConfig": "own.Own"}
+        config |= {"tokenizer_class": random.choice(["Own", "OwnFast", None])} if "tokenizer" in name else {}
+        (mllm / name).write_text(json.dumps(config))
+    return f"code for {changed}"
+
+
 def _break_json(file: Path, random: Random) -> str:
     how, text = broken_json(json.loads(file.read_text()), random)
     file.write_bytes(text)
@@ -101,7 +115,9 @@ def _break_json(file: Path, random: Random) -> str:
 
 
 def _break_tokenizer(mllm: Path, random: Random) -> str:
-    what = random.choice(["json", "json", "json", "missing", "merges"])
+    what = random.choice(["json", "json", "json", "missing", "merges", "code"])
+    if what == "code":
+        return _add_code(mllm, random)
     if what == "json":
         return _break_json(mllm / random.choice(TOKENIZER), random)
     if what == "missing":
