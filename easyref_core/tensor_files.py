@@ -221,9 +221,11 @@ def _listed_files(index: Path) -> list[Path]:
     """The weight files that an index names, which lie beside it."""
     where = read_json(index).get("weight_map")
     names = list(where.values()) if isinstance(where, dict) else []
-    wrong = next((name for name in names if not _is_file_name(name)), None)
-    if not names or wrong is not None:
-        found = "names no weight files" if not names else f"names {brief(repr(wrong))} as a file of weights"
+    wrong = [name for name in names if not _is_file_name(name)]
+    if not names or wrong:
+        found = (
+            "names no weight files" if not names else f"names {brief(repr(wrong[0]))} as a file of weights"
+        )
         raise ValueError(
             f"{index} {found}; wanted the names of files beside it. Download the whole folder again."
         )

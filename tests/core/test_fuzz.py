@@ -17,9 +17,10 @@ from tools.fuzzing.judge import ERROR, FAILURE, RIGHT, digest, judged
 from tools.fuzzing.watch import files_of, left_behind
 
 
+@pytest.mark.filterwarnings("ignore")  # torch and PIL warn of some files that are broken
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("checkpoint", 60), ("mllm_folder", 40), ("token_files", 150), ("images", 40), ("text", 25)],
+    [("checkpoint", 40), ("mllm_folder", 40), ("token_files", 150), ("images", 40), ("text", 25)],
 )
 def test_bad_input_gives_a_right_result_or_one_clear_error(tmp_path: Path, kind: str, count: int) -> None:
     cases = open_kind(kind, tmp_path)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = tuple(str(ROOT / part) for part in ("easyref_core", "nodes"))  # where a clear error is raised
 CLEAR = (ValueError, FileNotFoundError, TypeError)  # these themselves, not what is derived from them
 REMEDY = re.compile(
-    r"\b(wanted|Wanted|Use|Choose|Give|Write|Connect|Download|download|Put|Save|save|Remove|remove|Update|Crop|Check|"
+    r"\b(wanted|Wanted|use|Use|Choose|Give|Write|Connect|Download|download|Put|Save|save|Remove|remove|Update|Crop|Check|"
     r"Load|Pass|Encode|Make|Set|Shorten|Paint|Name|Combine|Link|Install|needs|Divide)\b"
 )
 SHORTEST, LONGEST = 20, 2000  # characters of an error that somebody reads
