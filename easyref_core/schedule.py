@@ -34,7 +34,7 @@ def parse_schedule(text: str, start: float, end: float) -> list[Point]:
     percents = [percent for percent, _ in points]
     if any(not 0 <= percent <= 1 for percent in percents):
         raise ValueError(
-            f"weight_schedule {brief(repr(text))} names a percent outside 0 to 1. 0.5 is half of the denoising."
+            f"weight_schedule {brief(repr(text))} names a percent outside 0 to 1. Write 0.5 for half of the denoising."
         )
     if all(paired) and len(set(percents)) < len(percents):
         raise ValueError(f"weight_schedule {brief(repr(text))} names a percent twice. Name each once.")

@@ -64,7 +64,8 @@ def _number(declared: io.Float.Input | io.Int.Input, value: Any) -> None:
     low, high = declared.min, declared.max
     kind, wanted = (Integral, "a whole number") if isinstance(declared, io.Int.Input) else (Real, "a number")
     within = isinstance(value, kind) and (low is None or low <= value) and (high is None or value <= high)
-    if within and (isinstance(value, Integral) or math.isfinite(value)):
+    # true and false are numbers to Python, but not where they choose a place in a tensor
+    if within and not isinstance(value, bool) and (isinstance(value, Integral) or math.isfinite(value)):
         return
     bounds = "" if low is None or high is None else f" from {low} to {high}"
     raise ValueError(

@@ -421,6 +421,7 @@ def test_term_by_hand_still_holds_with_every_setting_neutral(easy, model) -> Non
         ("weight", float("nan"), "a number from -1.0 to 3.0"),
         ("weight", 10**30, "a number from -1.0 to 3.0"),
         ("weight", "0.5", "a number from -1.0 to 3.0"),
+        ("weight", True, "a number from -1.0 to 3.0"),
         ("end_percent", 1.1, "a number from 0.0 to 1.0"),
         ("lora_strength", None, "a number from 0.0 to 2.0"),
         ("weight_type", ["linear"], "one of: linear"),
