@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import comfy.text_encoders
 import folder_paths
@@ -25,6 +25,9 @@ TOKENS = "easyref_tokens"  # the host's name of the folders that hold reference 
 TOKENS_FOLDER = "easyref"  # in the host's output and input folders
 NO_TOKENS = "no file in output/easyref"
 BASE_MLLM = "https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct"
+DEVICE = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|clock\$|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.I
+)  # of Windows
 LONGEST_PREFIX = 150  # characters; a name may have 255 bytes
 SHIPPED = Path(__file__).absolute().parents[1] / "easyref_core" / "tiny" / "weights"
 TINY = "tiny_easyref.safetensors"  # the checkpoint there; the rest are parts of the demo's other models
@@ -164,9 +167,7 @@ def host_tokenizer() -> Path:
 def _is_name(name: str) -> bool:
     """Whether a file or folder can be called so anywhere. Windows has names for devices, and a : for other streams."""
     forbidden = any(character in '<>:"|?*' or not character.isprintable() for character in name)
-    return (
-        bool(name) and name == name.rstrip(". ") and not forbidden and not PureWindowsPath(name).is_reserved()
-    )
+    return bool(name) and name == name.rstrip(". ") and not forbidden and not DEVICE.fullmatch(name)
 
 
 def _stays_inside(path: Path, folder: Path) -> bool:
