@@ -29,7 +29,7 @@ from .formats import (
 from .group_encoder import GroupEncoder
 from .qwen2_vl import Unfilled
 from .reference_tokens import ReferenceAggregator
-from .tensor_files import Source, open_tensors, read_sources
+from .tensor_files import Source, brief, open_tensors, read_json, read_sources
 from .unet_layout import Site
 from .whole_files import whole
 
@@ -59,6 +59,11 @@ class Checkpoint:
         wanted = {name: source for name, source in self.sources.items() if name.startswith(prefix)}
         state = {}
         for name, tensor in read_sources(wanted):
+            if not tensor.is_floating_point():
+                raise ValueError(
+                    f"{self.path}: {stored_name(name, self.sites)} holds {tensor.dtype} values; wanted floating-point "
+                    "numbers. Quantized files are not read; use the release, or save it in float16 or bfloat16."
+                )
             if name == "encoder.visual.patch_embed.weight":
                 tensor = tensor.flatten(1)  # stored as a Conv3d of stride = kernel
             state[name.removeprefix(prefix)] = cast(name, tensor)
@@ -113,7 +118,7 @@ def open_checkpoint(path: Path, mllm: Path | None = None, causal: bool | None = 
         sources |= _base_mllm(path, mllm, final_layers=1 + _last_layer(sources))
     sites, sources = number_sites(sources)
     shapes = {name: _shape(name, source) for name, source in sources.items()}
-    _require_layers(path, shapes)
+    _require_layers(path, shapes, sites)
     config = EasyRefConfig.read(shapes, settings, _own_settings(path, file.metadata))
     if causal is not None:
         config = dataclasses.replace(config, causal=causal)
@@ -129,7 +134,7 @@ def _own_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         settings = json.loads(metadata.get(METADATA_KEY, "{}"))
         if isinstance(settings, dict) and isinstance(settings.get("causal", True), bool):
             return settings
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise ValueError(
         f"{path}: the metadata {METADATA_KEY!r} is {metadata[METADATA_KEY][:80]!r}; wanted a JSON object of "
@@ -144,15 +149,10 @@ def read_config(mllm: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{mllm} has no config.json: it is not an MLLM folder. Put all files of Qwen2-VL there."
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}). Download it again.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}; wanted a JSON object. Download it again.")
+    config = read_json(file)
     if config.get("model_type") != "qwen2_vl":
         raise ValueError(
-            f"{file} describes a model of type {config.get('model_type')!r}; EasyRef needs 'qwen2_vl' "
+            f"{file} describes a model of type {brief(repr(config.get('model_type')))}; EasyRef needs 'qwen2_vl' "
             "(Qwen/Qwen2-VL-2B-Instruct; Qwen2.5-VL is another architecture)."
         )
     return config
@@ -216,7 +216,7 @@ def _base_mllm(path: Path, mllm: Path | None, final_layers: int) -> dict[str, So
         )
     file = open_tensors(mllm)
     sources = {new: Source(file, name) for name, new in translate(file.shapes, MLLM_NAMES).items()}
-    layer = re.compile(r"encoder\.layers\.(\d+)\.")
+    layer = re.compile(r"encoder\.layers\.(\d{1,3})\.")
     numbers = {name: int(match[1]) for name in sources if (match := layer.match(name))}
     body = max(numbers.values(), default=-1) + 1 - final_layers
     return {name: source for name, source in sources.items() if numbers.get(name, -1) < body}
@@ -224,13 +224,13 @@ def _base_mllm(path: Path, mllm: Path | None, final_layers: int) -> dict[str, So
 
 def _last_layer(names: Iterable[str]) -> int:
     return max(
-        (int(m[1]) for name in names if (m := re.match(r"aggregator\.layers\.(\d+)\.", name))), default=0
+        (int(m[1]) for name in names if (m := re.match(r"aggregator\.layers\.(\d{1,3})\.", name))), default=0
     )
 
 
 def _shape(name: str, source: Source) -> tuple[int, ...]:
     shape = source.file.shapes[source.name]
-    if name == "encoder.visual.patch_embed.weight":
+    if name == "encoder.visual.patch_embed.weight" and shape:
         return shape[0], int(torch.Size(shape[1:]).numel())
     return shape
 
@@ -241,7 +241,7 @@ def _stored_tensor(name: str, tensor: torch.Tensor, config: EasyRefConfig) -> to
     return tensor.detach().cpu().contiguous()
 
 
-def _require_layers(path: Path, shapes: Shapes) -> None:
+def _require_layers(path: Path, shapes: Shapes, sites: Sequence[Site]) -> None:
     """The tensors from which the sizes are read; without them there is nothing to compare the others with."""
     wanted = [
         "encoder.embed_tokens.weight",
@@ -254,13 +254,19 @@ def _require_layers(path: Path, shapes: Shapes) -> None:
         "aggregator.projector.2.weight",
     ]
     _raise_missing(path, [name for name in wanted if name not in shapes])
+    flat = [name for name, shape in shapes.items() if 0 in shape or len(shape) < (2 if name in wanted else 1)]
+    if flat:
+        raise ValueError(
+            f"{path}: {len(flat)} tensors hold no weights of a model, first {stored_name(flat[0], sites)} of shape "
+            f"{brief(shapes[flat[0]])}. The file is damaged; download or export it again ({RELEASE})."
+        )
 
 
 def _compare(checkpoint: Checkpoint, found: Shapes) -> None:
     path, sites, wanted = checkpoint.path, checkpoint.sites, expected_shapes(checkpoint)
     _raise_missing(path, sorted(wanted.keys() - found.keys()), sites)
     wrong = [
-        f"{stored_name(name, sites)}: found {tuple(found[name])}, wanted {tuple(shape)}"
+        f"{stored_name(name, sites)}: found {brief(tuple(found[name]))}, wanted {tuple(shape)}"
         for name, shape in wanted.items()
         if tuple(found[name]) != tuple(shape)
     ]
@@ -273,7 +279,7 @@ def _compare(checkpoint: Checkpoint, found: Shapes) -> None:
     if unknown:
         raise ValueError(
             f"{path} holds {len(unknown)} tensors in places where an EasyRef model on Qwen2-VL has none, first "
-            f"{', '.join(unknown[:10])}. It is of another architecture, or damaged; use the release ({RELEASE})."
+            f"{', '.join(map(brief, unknown[:5]))}. It is of another architecture, or damaged; use the release ({RELEASE})."
         )
 
 

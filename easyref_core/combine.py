@@ -6,14 +6,15 @@ from the same learned token, so they are comparable. What there is nothing to co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import torch
 
+from .layer_weights import LARGEST_FACTOR
 from .reference_tokens import Provenance, ReferenceTokens
+from .tensor_files import brief
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +104,9 @@ def combine(
     Raises ValueError for sets of different checkpoints or sizes, and for weights that leave nothing.
     """
     if method not in METHODS:
-        raise ValueError(f"There is no way to combine called {method!r}; there are {', '.join(METHODS)}.")
+        raise ValueError(
+            f"There is no way to combine called {method!r}; wanted one of: {', '.join(METHODS)}."
+        )
     require_one_checkpoint(tokens)
     weights = _checked_weights(weights, tokens, method)
     sets = [(t, w) for t, w in zip(tokens, weights, strict=True) if w or method in BY_PLACE]
@@ -145,8 +148,10 @@ def _checked_weights(
         raise ValueError(
             f"There are {len(weights)} weights for {len(tokens)} sets of reference tokens; wanted one for each."
         )
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-        raise ValueError(f"The weights are {weights}; wanted numbers from 0. To take away, use subtract.")
+    if not all(0 <= weight <= LARGEST_FACTOR for weight in weights):  # NaN is in no range
+        raise ValueError(
+            f"The weights are {brief(weights)}; wanted numbers from 0 to {LARGEST_FACTOR}. To take away, use subtract."
+        )
     if not any(weights):
         raise ValueError(f"All weights are 0: {method} has nothing left. Give at least one set a weight.")
     return weights

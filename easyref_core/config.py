@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from .tensor_files import brief
 
 Shapes = Mapping[str, tuple[int, ...]]  # tensor name in this package's own module names -> shape
 
@@ -18,6 +21,7 @@ QWEN2_VL_DEFAULTS = {
     "rope_theta": 1e6,
     "max_position_embeddings": 32768,
 }
+DAMAGED = "The MLLM's config.json or the checkpoint's metadata is damaged; download or export it again."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,22 +80,27 @@ class EasyRefConfig:
         text, vision = _mllm_sections(mllm)
         known = dict(metadata or {})
 
-        def setting(field: str, *keys: str, of: Mapping[str, Any] = text, default: Any) -> Any:
+        def setting(field: str, *keys: str, of: Mapping[str, Any] = text, default: int) -> int:
             found = [of[key] for key in keys if key in of]
-            return found[0] if found else known.get(field, default)
+            return _size(field, found[0] if found else known.get(field, default))
 
         hidden = shapes["encoder.embed_tokens.weight"][1]
-        heads = setting("heads", "num_attention_heads", default=hidden // QWEN2_VL_HEAD_DIM)
         vision_width, patch_values = shapes["encoder.visual.patch_embed.weight"]
-        vision_heads = setting(
-            "vision_heads", "num_heads", of=vision, default=vision_width // QWEN2_VL_VISION_HEAD_DIM
-        )
-        if not heads or not vision_heads:
+        try:
+            heads = setting("heads", "num_attention_heads", default=hidden // QWEN2_VL_HEAD_DIM)
+            vision_heads = setting(
+                "vision_heads", "num_heads", of=vision, default=vision_width // QWEN2_VL_VISION_HEAD_DIM
+            )
+        except ValueError as error:
+            if mllm or known:
+                raise
             raise ValueError(
                 f"The checkpoint's MLLM is {hidden} wide (vision tower {vision_width}), too narrow for a Qwen2-VL-2B "
                 "(1536 and 1280), and its tensors do not tell how many attention heads it has. "
                 "Choose the MLLM folder (config.json, tokenizer) it was trained with."
-            )
+            ) from error
+        _require_whole_heads("The MLLM", hidden, heads, 2)
+        _require_whole_heads("The vision tower", vision_width, vision_heads, 4)
         head_dim = hidden // heads
         temporal = setting("temporal_patch_size", "temporal_patch_size", of=vision, default=2)
         patch = setting("patch_size", "spatial_patch_size", "patch_size", of=vision, default=14)
@@ -99,18 +108,18 @@ class EasyRefConfig:
             vocab_size=shapes["encoder.embed_tokens.weight"][0],
             hidden_size=hidden,
             intermediate_size=shapes["aggregator.layers.0.mlp.gate_proj.weight"][0],
-            body_layers=_count(shapes, r"encoder\.layers\.(\d+)\."),
-            final_layers=_count(shapes, r"aggregator\.layers\.(\d+)\."),
+            body_layers=_count(shapes, r"encoder\.layers\.(\d{1,3})\."),
+            final_layers=_count(shapes, r"aggregator\.layers\.(\d{1,3})\."),
             heads=heads,
             kv_heads=shapes["aggregator.layers.0.self_attn.k_proj.weight"][0] // head_dim,
-            rms_norm_eps=setting("rms_norm_eps", "rms_norm_eps", default=QWEN2_VL_DEFAULTS["rms_norm_eps"]),
+            rms_norm_eps=_number("rms_norm_eps", text, known),
             rope_theta=_rope_theta(text, known),
             max_positions=setting(
                 "max_positions",
                 "max_position_embeddings",
                 default=QWEN2_VL_DEFAULTS["max_position_embeddings"],
             ),
-            vision_depth=_count(shapes, r"encoder\.visual\.blocks\.(\d+)\."),
+            vision_depth=_count(shapes, r"encoder\.visual\.blocks\.(\d{1,3})\."),
             vision_width=vision_width,
             vision_mlp_width=shapes["encoder.visual.blocks.0.mlp.fc1.weight"][0],
             vision_heads=vision_heads,
@@ -129,6 +138,12 @@ class EasyRefConfig:
                 f"the checkpoint's vision tower reads {patch_values}. Choose the MLLM folder it was trained with."
             )
         _check_folder(config, text, vision)
+        if config.heads % max(config.kv_heads, 1) or config.max_positions <= config.num_tokens:
+            raise ValueError(
+                f"A model of {config.heads} attention heads, {config.kv_heads} of keys and values, and a context of "
+                f"{config.max_positions} tokens for {config.num_tokens} reference tokens cannot be. "
+                "Choose the MLLM folder (config.json, tokenizer) the checkpoint was trained with."
+            )
         return config
 
 
@@ -136,15 +151,50 @@ def _mllm_sections(mllm: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], M
     """Text and vision part of a config.json; newer transformers nest the text part under "text_config"."""
     if mllm is None:
         return {}, {}
-    return {**mllm, **(mllm.get("text_config") or {})}, mllm.get("vision_config") or {}
+    return {**mllm, **_section(mllm, "text_config")}, _section(mllm, "vision_config")
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of a config.json, {} where it has none."""
+    section = config.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{name} is {brief(repr(section))}; wanted a JSON object. {DAMAGED}")
+    return section
+
+
+def _size(name: str, value: Any) -> int:
+    """A count or width as a file gives it. Raises ValueError for what is none."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31:
+        return value
+    raise ValueError(f"{name} is {brief(repr(value))}; wanted a whole number from 1. {DAMAGED}")
+
+
+def _number(name: str, *sections: Mapping[str, Any]) -> float:
+    """A positive number from the first section that has it, or Qwen2-VL's own."""
+    value = next((section[name] for section in sections if name in section), QWEN2_VL_DEFAULTS[name])
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and 0 < value < 1e30
+        and math.isfinite(value)
+    ):
+        return float(value)
+    raise ValueError(f"{name} is {brief(repr(value))}; wanted a positive number. {DAMAGED}")
+
+
+def _require_whole_heads(what: str, width: int, heads: int, multiple: int) -> None:
+    """Every head is as wide as the others, and as its rotary embedding asks: a multiple of 2, of 4 in two dimensions."""
+    if width % heads or width // heads % multiple:
+        raise ValueError(
+            f"{what} is {width} wide, which {heads} attention heads do not divide into whole multiples of {multiple}. "
+            "Choose the MLLM folder (config.json, tokenizer) the checkpoint was trained with."
+        )
 
 
 def _rope_theta(text: Mapping[str, Any], known: Mapping[str, Any]) -> float:
     """Newer transformers keep rope_theta inside "rope_parameters" (5.x) or "rope_scaling"."""
-    for section in (text, text.get("rope_parameters") or {}, text.get("rope_scaling") or {}, known):
-        if "rope_theta" in section:
-            return section["rope_theta"]
-    return QWEN2_VL_DEFAULTS["rope_theta"]
+    nested = (_section(text, name) for name in ("rope_parameters", "rope_scaling"))
+    return _number("rope_theta", text, *nested, known)
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -165,7 +215,7 @@ def _check_folder(config: EasyRefConfig, text: Mapping[str, Any], vision: Mappin
         "vision embed_dim": (vision.get("embed_dim"), config.vision_width),
     }
     wrong = [
-        f"{name}: folder {folder}, checkpoint {checkpoint}"
+        f"{name}: folder {brief(folder)}, checkpoint {checkpoint}"
         for name, (folder, checkpoint) in pairs.items()
         if folder is not None and folder != checkpoint
     ]

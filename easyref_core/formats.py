@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from .tensor_files import brief
 from .unet_layout import Site, in_processor_order, parse_diffusers, sdxl_sites
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,8 @@ def require_easyref(path: Path, names: Iterable[str]) -> None:
         return
     what = next(
         (what for what, patterns in OTHER_FILES if all(_occurs(p, names) for p in patterns)),
-        f"a file of {len(names)} tensors" + (f" such as {', '.join(sorted(names)[:3])}" if names else ""),
+        f"a file of {len(names)} tensors"
+        + (f" such as {brief(', '.join(sorted(names)[:3]))}" if names else ""),
     )
     raise ValueError(
         f"{path} is not an EasyRef checkpoint but {what}. Wanted: a file with the keys mllm_final_layer.*, "
@@ -102,7 +104,7 @@ def by_processor_path(names: Iterable[str]) -> dict[str, str]:
     i counts self- and cross-attentions alternately, in the order of diffusers' attn_processors.
     """
     paths = [f"{site.diffusers}.{attention}" for site in sdxl_sites() for attention in ("attn1", "attn2")]
-    matches = {name: re.fullmatch(r"adapter_modules\.(\d+)\.(.+)", name) for name in names}
+    matches = {name: re.fullmatch(r"adapter_modules\.(\d{1,3})\.(.+)", name) for name in names}
     return {
         name: f"unet.{paths[int(match[1])]}.processor.{match[2]}"
         for name, match in matches.items()

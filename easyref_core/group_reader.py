@@ -257,8 +257,10 @@ def digest(pixels: np.ndarray) -> bytes:
 
 def values_digest(image: Image.Image | Tensor) -> bytes | None:
     """Of every value of an image tensor (H, W, C), its shape and dtype included; None for anything else."""
-    if not isinstance(image, torch.Tensor) or image.ndim != 3 or not image.numel():
+    if not isinstance(image, torch.Tensor) or image.ndim != 3 or not image.is_floating_point():
         return None
+    if image.is_meta or image.layout is not torch.strided or not image.numel():
+        return None  # the error is to_rgb's
     values = image.detach().cpu().contiguous()
     found = hashlib.sha256(f"{tuple(values.shape)} {values.dtype}".encode())
     found.update(values.view(torch.uint8).numpy())

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .tensor_files import brief
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
@@ -36,6 +38,7 @@ def chat(text: str, image_tokens: Sequence[int]) -> list[tuple[str, bool]]:
 
 def tokenize(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int]) -> Tensor:
     """input_ids (1, S) of `text` asked about references of so many image tokens each."""
+    require_text(text, "instruction and prompt")
     ids: list[int] = []
     for piece, special in chat(text, image_tokens):
         if special:
@@ -43,6 +46,17 @@ def tokenize(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int]) -> Te
         else:
             ids += tokenizer.encode(piece, add_special_tokens=False).ids
     return torch.tensor([ids])
+
+
+def require_text(text: str, name: str) -> None:
+    """Raises ValueError for half a character: a lone surrogate, which no file and no connection can hold either."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: character {error.start + 1}, {text[error.start]!r}, is half of one. "
+            "Remove it; it was cut in two where the text was copied."
+        ) from error
 
 
 def image_token_id(tokenizer: Tokenizer) -> int:
@@ -64,9 +78,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     wanted = "The folder needs tokenizer.json, or vocab.json and merges.txt, beside tokenizer_config.json."
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+        # trust_remote_code False: left out, transformers may ask on the console whether to run a folder's code
+        found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = found.backend_tokenizer
     except Exception as error:  # tokenizers raises bare Exceptions for files it cannot read
-        raise ValueError(f"No Qwen2-VL tokenizer could be read from {folder} ({error}). {wanted}") from error
+        raise ValueError(
+            f"No Qwen2-VL tokenizer could be read from {folder} ({brief(error)}). {wanted}"
+        ) from error
     # Where files are missing, transformers 5 makes an empty one.
     if tokenizer.token_to_id(IMAGE_TOKEN) is None:
         raise ValueError(f"The tokenizer in {folder} has no {IMAGE_TOKEN}: it is not Qwen2-VL's. {wanted}")

@@ -10,16 +10,19 @@ A spatial transformer holds 1 to 10 cross-attentions (2 2 10 10 · 10 · 10 10 1
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from .tensor_files import brief
 from .unet_layout import Site
 
 LAYERS = 11
 COMPOSITION, MIDDLE, STYLE = 3, 4, 6
 WEAK = 0.2
 LINEAR = "linear"
+LARGEST_FACTOR = (
+    100  # of a weight: with a weight of 3 and two such factors, half precision still holds the result
+)
 
 
 class Sides(NamedTuple):
@@ -103,18 +106,21 @@ def parse_layer_weights(text: str) -> tuple[float, ...]:
             layer, factor = int(index), float(weight)
         except ValueError:
             raise ValueError(
-                f"layer_weights has {entry!r}, which is not index:weight. Write for example "
+                f"layer_weights has {brief(repr(entry))}, which is not index:weight. Write for example "
                 '"3:1, 6:0.5"; layers that are not named get 0.'
             ) from None
         if not 0 <= layer < LAYERS:
             raise ValueError(
-                f"layer_weights names layer {layer}; SDXL has the layers 0 to {LAYERS - 1} (0-3 input, 4 middle, "
+                f"layer_weights names layer {brief(layer)}; SDXL has the layers 0 to {LAYERS - 1} (0-3 input, 4 middle, "
                 "5-10 output)."
             )
         if layer in factors:
             raise ValueError(f"layer_weights names layer {layer} twice. Name each layer once.")
-        if not math.isfinite(factor):
-            raise ValueError(f"layer_weights gives layer {layer} the weight {weight}. Use a finite number.")
+        if not abs(factor) <= LARGEST_FACTOR:  # NaN too
+            raise ValueError(
+                f"layer_weights gives layer {layer} the weight {brief(weight)}. Use a number from -{LARGEST_FACTOR} to "
+                f"{LARGEST_FACTOR}."
+            )
         factors[layer] = factor
     return _only(factors).factors
 

@@ -7,7 +7,7 @@ Sources: qwen_vl_utils 0.0.8 `fetch_image`, transformers 4.45.2 `Qwen2VLImagePro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,6 +61,10 @@ def check_group(images: Sequence[Image.Image | Tensor], config: EasyRefConfig, s
         )
     if isinstance(images, Image.Image):
         raise TypeError("images is one image; wanted a list of them, even of one.")
+    if not hasattr(images, "__len__") or isinstance(images, (str, bytes, Mapping)):
+        raise TypeError(
+            f"images is a {type(images).__name__}; wanted a list of PIL images or (height, width, 3) tensors."
+        )
     if not len(images):
         raise ValueError(
             "The group holds no reference. Give it at least one image (EasyRef works best with 3 or more)."
@@ -94,7 +98,13 @@ def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
         if image.mode.startswith("I"):  # 16 bits: PIL's convert would clip at 255, which leaves white
             image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
         check_sides(*image.size, name)
-        return image.convert("RGB")
+        try:
+            return image.convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(
+                f"{name}, of PIL's mode {image.mode}, cannot be read as RGB ({error}). Its file is damaged, or convert it first: "
+                "wanted any mode that PIL converts to RGB."
+            ) from error
     if not isinstance(image, torch.Tensor):
         raise TypeError(
             f"{name} is a {type(image).__name__}; wanted a PIL image or a (height, width, 3) float tensor."
@@ -103,6 +113,10 @@ def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
         raise ValueError(
             f"{name} has shape {tuple(image.shape)}; wanted (height, width, channels) with 1, 3 or 4 channels. "
             "Pass the images of a batch one by one."
+        )
+    if image.is_meta or image.layout is not torch.strided:
+        raise ValueError(
+            f"{name} is a {image.layout} tensor on {image.device}; wanted one that holds its values."
         )
     if not image.is_floating_point():
         raise ValueError(f"{name} holds {image.dtype} values; wanted floats in 0..1. Divide 0..255 by 255.")

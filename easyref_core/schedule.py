@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from .layer_weights import LARGEST_FACTOR
+from .tensor_files import brief
+
 STEPS = 999  # SDXL was trained with 1000 timesteps: between two of them log sigma is linear in the percent
 NEARLY = 1e-9  # percent_to_sigma gives no schedule's sigmas at exactly 0 and 1
 
@@ -20,7 +23,7 @@ def parse_schedule(text: str, start: float, end: float) -> list[Point]:
     paired = [":" in entry for entry in entries]
     if any(paired) and not all(paired):
         raise ValueError(
-            f"weight_schedule {text!r} mixes numbers and percent:weight pairs. Use only numbers, as in "
+            f"weight_schedule {brief(repr(text))} mixes numbers and percent:weight pairs. Use only numbers, as in "
             '"1, 0.5, 0", or only pairs, as in "0.2:1, 0.8:0".'
         )
     if all(paired):
@@ -31,10 +34,10 @@ def parse_schedule(text: str, start: float, end: float) -> list[Point]:
     percents = [percent for percent, _ in points]
     if any(not 0 <= percent <= 1 for percent in percents):
         raise ValueError(
-            f"weight_schedule {text!r} names a percent outside 0 to 1. 0.5 is half of the denoising."
+            f"weight_schedule {brief(repr(text))} names a percent outside 0 to 1. Write 0.5 for half of the denoising."
         )
     if all(paired) and len(set(percents)) < len(percents):
-        raise ValueError(f"weight_schedule {text!r} names a percent twice. Name each once.")
+        raise ValueError(f"weight_schedule {brief(repr(text))} names a percent twice. Name each once.")
     return points
 
 
@@ -43,9 +46,9 @@ def _number(text: str) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST_FACTOR:  # NaN too
         raise ValueError(
-            f'weight_schedule has {text.strip()!r} where a number is wanted. Write numbers, as in "1, 0.5, 0", or '
+            f'weight_schedule has {brief(repr(text.strip()))} where a number is wanted, of at most {LARGEST_FACTOR}. Write numbers, as in "1, 0.5, 0", or '
             'percent:weight pairs, as in "0.2:1, 0.8:0".'
         )
     return number

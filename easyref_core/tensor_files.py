@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+ZIP = b"PK\x03\x04"
+BRIEF = 200  # characters of what a file says that an error repeats
 MAPPED_AT_ONCE = 64 * 2**20  # bytes; more of files above 2 GB, so that none is mapped more than 32 times
 
 
@@ -45,7 +45,9 @@ def open_tensors(path: Path) -> TensorFile:
     if path.is_dir():
         return FolderOfTensors(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
+        raise FileNotFoundError(
+            f"{path} does not exist. Give the path of a checkpoint file or of a model's folder."
+        )
     return PickledTensors(path) if _is_pickle(path) else SafetensorsFile(path)
 
 
@@ -74,7 +76,7 @@ class SafetensorsFile:
                 self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is not a complete safetensors file: {error} ({path.stat().st_size:,} bytes on disk). "
+                f"{path} is not a complete safetensors file: {brief(error)} ({path.stat().st_size:,} bytes on disk). "
                 "It was cut short or is of another format; download it again."
             ) from error
 
@@ -83,11 +85,20 @@ class SafetensorsFile:
 
     def _map(self) -> Callable[[str], torch.Tensor]:
         try:
-            get = safe_open(self.path, framework="pt").get_tensor
+            file = safe_open(self.path, framework="pt")
         except SafetensorError:
             _require_unchanged(self.path, self._state)
             raise
         _require_unchanged(self.path, self._state)
+
+        def get(name: str) -> torch.Tensor:
+            try:
+                return file.get_tensor(name)
+            except (SafetensorError, AttributeError) as error:  # a type that this torch has not
+                raise ValueError(
+                    f"{self.path}: {name} cannot be read ({brief(error)}). Save the file in float32, float16 or bfloat16."
+                ) from error
+
         return get
 
 
@@ -160,19 +171,24 @@ def _require_unchanged(path: Path, opened: tuple[int, int]) -> None:
 def _is_pickle(path: Path) -> bool:
     """By content: a zip archive (PyTorch since 1.6) or a bare pickle. The name is not asked."""
     with path.open("rb") as file:
-        return _is_zip(path) or file.read(1) == b"\x80"
+        start = file.read(9)
+    # a safetensors file starts with the length of its header, which may be anything, and then the header
+    return start.startswith(ZIP) or (start.startswith(b"\x80") and start[8:] != b"{")
 
 
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+        return file.read(len(ZIP)) == ZIP
 
 
 def _load_weights_only(path: Path) -> dict[str, torch.Tensor]:
     """The named tensors of a PyTorch file, of a DeepSpeed file those of the model."""
+    # Of a name that ends so, torch 2.13 does not ask what the file is; a file object has no name.
+    mapped = _is_zip(path) and path.suffix.lower() not in SAFETENSORS_SUFFIXES
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, struct.error) as error:
+        with path.open("rb") as file:
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # damaged pickles and archives end in errors of every kind
         raise ValueError(
             f"{path} is damaged or holds Python objects other than tensors, which could run code when loaded, "
             f"so it was not opened ({_reason(error)}). Use the .safetensors file, or save plain tensors."
@@ -191,22 +207,77 @@ def _load_weights_only(path: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def _only_tensors(content: dict[str, object]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+def _only_tensors(content: dict[object, object]) -> dict[str, torch.Tensor]:
+    """What has a name and values of its own, one after the other; not what is sparse, quantized or only a shape."""
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, torch.Tensor) and _is_plain(value)
+    }
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
 def _reason(error: Exception) -> str:
     """The telling sentence of torch.load's error, without its advice on how to load the file all the same."""
     text = str(error) or type(error).__name__
     found = re.search(r"unsupported .+", text, re.IGNORECASE)
-    return (found[0] if found else text.splitlines()[0]).partition(". ")[0].removesuffix(".")
+    return brief((found[0] if found else text.splitlines()[0]).partition(". ")[0].removesuffix("."))
+
+
+def brief(found: object) -> str:
+    """What a file says, as an error repeats it: not longer than it takes to see what it is, in letters that can be sent."""
+    text = str(found).encode(errors="backslashreplace").decode()
+    return text if len(text) <= BRIEF else f"{text[:BRIEF]}..."
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError naming the file where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({brief(error)}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}; wanted a JSON object. Download it again.")
+    return content
+
+
+def _listed_files(index: Path) -> list[Path]:
+    """The weight files that an index names, which lie beside it."""
+    where = read_json(index).get("weight_map")
+    names = list(where.values()) if isinstance(where, dict) else []
+    wrong = [name for name in names if not _is_file_name(name)]
+    if not names or wrong:
+        found = (
+            "names no weight files" if not names else f"names {brief(repr(wrong[0]))} as a file of weights"
+        )
+        raise ValueError(
+            f"{index} {found}; wanted the names of files beside it. Download the whole folder again."
+        )
+    files = [index.parent / name for name in sorted(set(names))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{index.parent} lacks {brief(', '.join(missing))}, which {index.name} names. Download the whole folder again."
+        )
+    return files
+
+
+def _is_file_name(name: object) -> bool:
+    """A name and no path, on any system; an index that somebody else wrote leads nowhere else."""
+    return (
+        isinstance(name, str)
+        and re.fullmatch(r"[\w. +=@-]{1,200}", name) is not None
+        and name.strip(". ") != ""
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
     for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
         if index.is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / name for name in sorted(set(names))]
+            return _listed_files(index)
     for suffixes in (SAFETENSORS_SUFFIXES, PICKLE_SUFFIXES):  # beside safetensors, a .bin is no weights file
         if found := sorted(file for suffix in suffixes for file in folder.glob(f"*{suffix}")):
             return found

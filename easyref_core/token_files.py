@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from .preprocess import to_rgb
 from .reference_tokens import Provenance, ReferenceTokens
+from .tensor_files import brief
 from .whole_files import whole
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ VERSION = "0.1.0"  # of this pack, as in pyproject.toml
 SIDES = ("conditional", "unconditional")
 THUMBNAILS = "thumbnails"
 THUMBNAIL = 64  # pixels
+DEEPEST = 100  # combinations of combinations; reading them takes a stack that has an end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ def load_tokens(path: Path | str) -> SavedTokens:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
+        raise FileNotFoundError(f"{path} does not exist. Give the path of a file that save_tokens wrote.")
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -83,7 +85,7 @@ def load_tokens(path: Path | str) -> SavedTokens:
             found = {name: file.get_tensor(name).clone() for name in names & {*SIDES, THUMBNAILS}}
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a complete safetensors file: {error} ({path.stat().st_size:,} bytes on disk). "
+            f"{path} is not a complete safetensors file: {brief(error)} ({path.stat().st_size:,} bytes on disk). "
             "It was cut short or is of another format; save the tokens again."
         ) from error
     made = {side: _read_provenance(path, side, about.get(side)) for side in SIDES}
@@ -107,36 +109,45 @@ def _read_about(path: Path, metadata: Mapping[str, str], names: set[str]) -> dic
     if METADATA_KEY not in metadata or not names >= set(SIDES):
         raise ValueError(
             f"{path} is not a file of reference tokens: it holds {len(names)} tensors"
-            + (f" such as {', '.join(sorted(names)[:3])}" if names else "")
+            + (f" such as {brief(', '.join(sorted(names)[:3]))}" if names else "")
             + f"; wanted {' and '.join(SIDES)}, and {METADATA_KEY} in the metadata, as Save Reference Tokens writes."
         )
     try:
         about = json.loads(metadata[METADATA_KEY])
         version = about["version"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise _damaged(path, f"its metadata is {metadata[METADATA_KEY][:80]!r}") from error
+        raise _damaged(path, f"its metadata is {brief(repr(metadata[METADATA_KEY]))}") from error
     if version != FORMAT:
         raise ValueError(
-            f"{path} is of format {version!r}, written by version {about.get('pack')!r} of this pack; this is version "
+            f"{path} is of format {brief(repr(version))}, written by version {brief(repr(about.get('pack')))} of this pack; this is version "
             f"{VERSION}, which reads format {FORMAT}. Update the pack, or save the tokens again."
         )
     return about
 
 
-def _read_provenance(path: Path, side: str, about: Any) -> Provenance:
-    """A Provenance from its dictionary; what a later version adds to it is left out."""
+def _read_provenance(path: Path, side: str, about: Any, depth: int = 0) -> Provenance:
+    """A Provenance from its dictionary; what a later version adds to it is left out. depth: combinations it is inside."""
+    if depth > DEEPEST:
+        raise _damaged(path, f"what made the {side} tokens was combined more than {DEEPEST} times")
     fields = {field.name for field in dataclasses.fields(Provenance)}
     try:
         values = {name: _as_tuple(value) for name, value in about.items() if name in fields}
-        parts = tuple(_read_provenance(path, side, part) for part in about.get("parts", ()))
+        parts = tuple(_read_provenance(path, side, part, depth + 1) for part in about.get("parts", ()))
         made = Provenance(**{**values, "parts": parts})
-    except (TypeError, AttributeError) as error:
-        raise _damaged(path, f"what made the {side} tokens is {str(about)[:80]}") from error
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"what made the {side} tokens is {brief(about)}") from error
     kinds = {"checkpoint": str, "instruction": str, "prompt": str, "references": int, "size": int, "how": str}
     for name, kind in kinds.items():
-        if not isinstance(getattr(made, name), kind):
-            raise _damaged(path, f"{name} of the {side} tokens is {getattr(made, name)!r}")
+        if not isinstance(getattr(made, name), kind) or not _fits(getattr(made, name)):
+            raise _damaged(path, f"{name} of the {side} tokens is {brief(repr(getattr(made, name)))}")
     return made
+
+
+def _fits(value: str | int) -> bool:
+    """A text without halves of characters, a count that is one."""
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    return not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _as_tuple(value: Any) -> Any:
@@ -149,14 +160,14 @@ def _check_tensors(path: Path, found: Mapping[str, Tensor]) -> None:
         if tokens.ndim != 3 or not tokens.numel() or not tokens.is_floating_point():
             raise _damaged(
                 path,
-                f"the {side} tokens are {tuple(tokens.shape)} of {tokens.dtype}; wanted (rows, tokens, width) of floats",
+                f"the {side} tokens are {brief(tuple(tokens.shape))} of {tokens.dtype}; wanted (rows, tokens, width) of floats",
             )
-        if not torch.isfinite(tokens).all():
+        if not torch.isfinite(tokens.float()).all():  # what is finite as float64 may not be as float32
             raise _damaged(path, f"the {side} tokens hold values that are NaN or infinite")
     pictures = found.get(THUMBNAILS)
     wanted = (THUMBNAIL, THUMBNAIL, 3)
     if pictures is not None and (tuple(pictures.shape[1:]) != wanted or pictures.dtype != torch.uint8):
-        raise _damaged(path, f"the thumbnails are {tuple(pictures.shape)} of {pictures.dtype}")
+        raise _damaged(path, f"the thumbnails are {brief(tuple(pictures.shape))} of {pictures.dtype}")
 
 
 def _require_a_pair(name: str, shapes: Mapping[str, tuple[int, ...]], made: Mapping[str, Provenance]) -> None:
@@ -169,8 +180,8 @@ def _require_a_pair(name: str, shapes: Mapping[str, tuple[int, ...]], made: Mapp
         )
     if made[SIDES[0]].checkpoint != made[SIDES[1]].checkpoint:
         raise ValueError(
-            f"{name}: the two sides were made by different EasyRef checkpoints ({made[SIDES[0]].checkpoint} and "
-            f"{made[SIDES[1]].checkpoint}). Make both with one."
+            f"{name}: the two sides were made by different EasyRef checkpoints ({brief(made[SIDES[0]].checkpoint)} and "
+            f"{brief(made[SIDES[1]].checkpoint)}). Make both with one."
         )
 
 

@@ -41,7 +41,7 @@ def over_frames(tokens: Sequence[ReferenceTokens], frames: int, easing: str = "l
     Raises ValueError as `batch` does, for an unknown easing, and for fewer frames than rows.
     """
     if easing not in EASINGS:
-        raise ValueError(f"There is no easing called {easing!r}; there are {', '.join(EASINGS)}.")
+        raise ValueError(f"There is no easing called {easing!r}; wanted one of: {', '.join(EASINGS)}.")
     rows = _rows(tokens, "a cross-fade")
     if frames < len(rows):
         raise ValueError(

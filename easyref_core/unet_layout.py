@@ -41,7 +41,8 @@ class Site(NamedTuple):
 def parse_diffusers(path: str) -> Site | None:
     """The site a diffusers path lies in, or None: down_blocks.1.attentions.0.transformer_blocks.3.attn2.processor."""
     match = re.match(
-        r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.transformer_blocks\.(\d+)(?:\.|$)", path
+        r"(?:(down|up)_blocks\.(\d{1,3})|mid_block)\.attentions\.(\d{1,3})\.transformer_blocks\.(\d{1,3})(?:\.|$)",
+        path,
     )
     if match is None:
         return None
@@ -55,7 +56,7 @@ def parse_diffusers(path: str) -> Site | None:
 def parse_comfy(path: str) -> Site | None:
     """The site a ComfyUI path lies in, or None: input_blocks.4.1.transformer_blocks.0.attn2."""
     match = re.match(
-        r"(?:(input|output)_blocks\.(\d+)|middle_block)\.1\.transformer_blocks\.(\d+)(?:\.|$)", path
+        r"(?:(input|output)_blocks\.(\d{1,3})|middle_block)\.1\.transformer_blocks\.(\d{1,3})(?:\.|$)", path
     )
     if match is None:
         return None

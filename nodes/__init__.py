@@ -21,7 +21,7 @@ files.py finds checkpoints and MLLM folders, mllm_patcher.py gives the weights t
 UNet: injection.py is what one Apply node adds, site_patch.py adds it at one attention, handout.py tells each UNet call what
 acts, guidance.py what the guider is doing. tiny_sdxl.py, tiny_text.py and tiny_vae.py are the demo's model. token_pairs.py is
 what the nodes that take several tokens share, inputs.py inputs that several have, pictures.py what is between IMAGE and PIL,
-shown.py what nodes show, numbers.py how they read lists.
+shown.py what nodes show, numbers.py how they read lists, declared.py that inputs are what their nodes declare.
 """
 
 from comfy_api.latest import ComfyExtension, io
@@ -32,6 +32,7 @@ from .batch_tokens import EasyRefBatchTokens
 from .combine_tokens import EasyRefCombineTokens
 from .consistency import EasyRefConsistency
 from .crop import EasyRefCropReference
+from .declared import keep_to_schema
 from .demo import EasyRefDemo
 from .encode import EasyRefEncodeGroup
 from .files import register_folders
@@ -50,38 +51,42 @@ from .weigh import EasyRefWeighReferences
 from .weight_sheet import EasyRefSheet, EasyRefWeightSheet
 from .where_it_acts import EasyRefWhereItActs
 
+NODES = [
+    EasyRefLoader,
+    EasyRefGroup,
+    EasyRefEncodeGroup,
+    EasyRefAggregate,
+    EasyRefApply,
+    EasyRefDemo,
+    EasyRefSaveTokens,
+    EasyRefLoadTokens,
+    EasyRefCombineTokens,
+    EasyRefBatchTokens,
+    EasyRefTokensOverFrames,
+    EasyRefGroupFromFolder,
+    EasyRefCropReference,
+    EasyRefSelectReferences,
+    EasyRefInstruction,
+    EasyRefGroupBudget,
+    EasyRefWeighReferences,
+    EasyRefReferenceAttention,
+    EasyRefReferenceInfluence,
+    EasyRefRecord,
+    EasyRefWhereItActs,
+    EasyRefConsistency,
+    EasyRefWeightSheet,
+    EasyRefSheet,
+]
+for node in NODES:
+    keep_to_schema(node)
+
 
 class EasyRefExtension(ComfyExtension):
     async def on_load(self) -> None:
         register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
-            EasyRefLoader,
-            EasyRefGroup,
-            EasyRefEncodeGroup,
-            EasyRefAggregate,
-            EasyRefApply,
-            EasyRefDemo,
-            EasyRefSaveTokens,
-            EasyRefLoadTokens,
-            EasyRefCombineTokens,
-            EasyRefBatchTokens,
-            EasyRefTokensOverFrames,
-            EasyRefGroupFromFolder,
-            EasyRefCropReference,
-            EasyRefSelectReferences,
-            EasyRefInstruction,
-            EasyRefGroupBudget,
-            EasyRefWeighReferences,
-            EasyRefReferenceAttention,
-            EasyRefReferenceInfluence,
-            EasyRefRecord,
-            EasyRefWhereItActs,
-            EasyRefConsistency,
-            EasyRefWeightSheet,
-            EasyRefSheet,
-        ]
+        return NODES
 
 
 async def comfy_entrypoint() -> EasyRefExtension:

@@ -7,6 +7,7 @@ from functools import partial
 from comfy_api.latest import io
 
 from ..easyref_core.combine import METHODS, combine
+from ..easyref_core.tensor_files import brief
 from .sockets import EasyRefTokens, TokenPair
 from .token_pairs import both_sides, in_order, several_tokens
 
@@ -65,11 +66,11 @@ def parse_weights(text: str, count: int) -> list[float]:
         weights = [float(word) for word in words]
     except ValueError as error:
         raise ValueError(
-            f"The weights are {text!r}; wanted numbers with commas between them, such as 1, 0.5."
+            f"The weights are {brief(repr(text))}; wanted numbers with commas between them, such as 1, 0.5."
         ) from error
     if len(weights) > count:
         raise ValueError(
-            f"There are {len(weights)} weights ({text}) for {count} sets of reference tokens. Remove the others, or "
+            f"There are {len(weights)} weights ({brief(text)}) for {count} sets of reference tokens. Remove the others, or "
             "connect what they are for."
         )
     return weights + [1.0] * (count - len(weights))

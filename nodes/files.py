@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import comfy.text_encoders
 import folder_paths
 
 from ..easyref_core.formats import RELEASE
+from ..easyref_core.tensor_files import brief
 
 FOLDER = "easyref"
 MLLM_KINDS = (FOLDER, "text_encoders", "LLM")
@@ -24,6 +26,10 @@ TOKENS = "easyref_tokens"  # the host's name of the folders that hold reference 
 TOKENS_FOLDER = "easyref"  # in the host's output and input folders
 NO_TOKENS = "no file in output/easyref"
 BASE_MLLM = "https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct"
+DEVICE = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|clock\$|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.I
+)  # of Windows
+LONGEST_PREFIX = 150  # characters; a name may have 255 bytes
 SHIPPED = Path(__file__).absolute().parents[1] / "easyref_core" / "tiny" / "weights"
 TINY = "tiny_easyref.safetensors"  # the checkpoint there; the rest are parts of the demo's other models
 
@@ -66,7 +72,7 @@ def find_checkpoint(name: str) -> Path:
         return Path(path)
     present = [file for file in checkpoints() if file != NOTHING_FOUND]
     raise FileNotFoundError(
-        f"EasyRef checkpoint {name!r} was not found. Searched: {', '.join(folder_paths.get_folder_paths(FOLDER))}; "
+        f"EasyRef checkpoint {brief(repr(name))} was not found. Searched: {', '.join(folder_paths.get_folder_paths(FOLDER))}; "
         f"there: {', '.join(present) or 'no weight files'}. Download the checkpoint (.safetensors) from {RELEASE} "
         "into models/easyref."
     )
@@ -92,7 +98,7 @@ def find_mllm(name: str) -> Path | None:
         return folders[name]
     searched = [base for kind in MLLM_KINDS for base in folder_paths.get_folder_paths(kind)]
     raise FileNotFoundError(
-        f"MLLM folder {name!r} was not found. Searched: {', '.join(searched)}; "
+        f"MLLM folder {brief(repr(name))} was not found. Searched: {', '.join(searched)}; "
         f"Qwen2-VL folders there: {', '.join(folders) or 'none'}. Put all files of {BASE_MLLM} into a folder of "
         "their own in models/easyref, models/text_encoders or models/LLM."
     )
@@ -106,11 +112,14 @@ def saved_tokens() -> Path:
 def new_tokens_file(prefix: str) -> Path:
     """A path in output/easyref that is not taken: <prefix>_00001_.safetensors. Its folder is made.
 
-    Raises ValueError for a prefix that is empty or leads out of the folder.
+    Raises ValueError for a prefix that is empty, leads out of the folder, or is no name on one of the systems that
+    ComfyUI runs on.
     """
-    if not prefix.strip(" ./\\") or Path(prefix).is_absolute() or ".." in Path(prefix).parts:
+    parts = re.split(r"[/\\]", prefix)
+    allowed = len(prefix) <= LONGEST_PREFIX and all(map(_is_name, parts))
+    if not allowed or not _stays_inside(saved_tokens().joinpath(*parts[:-1]), saved_tokens()):
         raise ValueError(
-            f"filename_prefix is {prefix!r}; wanted the start of a file's name in {saved_tokens()}, such as tokens or "
+            f"filename_prefix is {brief(repr(prefix))}; wanted the start of a file's name in {saved_tokens()}, such as tokens or "
             "faces/anna."
         )
     folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, str(saved_tokens()))
@@ -135,7 +144,7 @@ def find_tokens(name: str) -> Path:
         return path
     present = [file for file in token_files() if file != NO_TOKENS]
     raise FileNotFoundError(
-        f"The file of reference tokens {name!r} was not found. Searched: "
+        f"The file of reference tokens {brief(repr(name))} was not found. Searched: "
         f"{', '.join(folder_paths.get_folder_paths(TOKENS))}; there: {', '.join(present) or 'no .safetensors files'}. "
         "Save tokens with Save Reference Tokens, or put a saved file into input/easyref."
     )
@@ -161,6 +170,17 @@ def tiny_base() -> Path:
 def host_tokenizer() -> Path:
     """The tokenizer ComfyUI ships for Qwen2.5-VL: Qwen2-VL's vocabulary and merges, and a few tokens of later models."""
     return Path(comfy.text_encoders.__path__[0]) / "qwen25_tokenizer"
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file or folder can be called so anywhere. Windows has names for devices, and a : for other streams."""
+    forbidden = any(character in '<>:"|?*' or not character.isprintable() for character in name)
+    return bool(name) and name == name.rstrip(". ") and not forbidden and not DEVICE.fullmatch(name)
+
+
+def _stays_inside(path: Path, folder: Path) -> bool:
+    """Whether a path that need not exist yet is in a folder, links followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _inside_mllm(name: str) -> bool:

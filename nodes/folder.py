@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
 
 import folder_paths
@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from PIL import Image, ImageOps
 
 from ..easyref_core.preprocess import to_rgb
+from ..easyref_core.tensor_files import brief
 from . import files
 from .pictures import image_of
 from .references import show_group
@@ -92,8 +93,8 @@ class EasyRefGroupFromFolder(io.ComfyNode):
                 notes.append(f"Warning: {file.name} was left out, it could not be read ({error}).")
         if not taken:
             raise ValueError(
-                f"No picture was found in {folder!r} of the input folder "
-                f"({len(files)} files tried, from number {start} on). {' '.join(notes)}".rstrip()
+                f"No picture was found in {brief(repr(folder))} of the input folder "
+                f"({len(files)} files tried, from number {start} on). Put pictures there, or give another folder. {' '.join(notes)}".rstrip()
             )
         references = (*(group or ()), *taken)
         return io.NodeOutput(references, "\n".join(names), ui=show_group(references, notes))
@@ -109,7 +110,7 @@ def pictures_in(folder: str, start: int, limit: int) -> list[Path]:
     if not path.is_dir():
         there = sorted(entry.name for entry in base.iterdir() if entry.is_dir())
         raise FileNotFoundError(
-            f"There is no folder {folder!r} in {base}. Folders there: {', '.join(there) or 'none'}."
+            f"There is no folder {brief(repr(folder))} in {base}. Give one that is. Folders there: {', '.join(there) or 'none'}."
         )
     names = folder_paths.filter_files_content_types(
         [entry.name for entry in path.iterdir() if entry.is_file()], ["image"]
@@ -120,10 +121,15 @@ def pictures_in(folder: str, start: int, limit: int) -> list[Path]:
 
 def inside(base: Path, relative: str) -> Path:
     """The file or folder at a relative path, followed through links. Raises ValueError if it is not inside `base`."""
-    path = (base / relative).resolve()
-    if not relative.strip() or Path(relative).is_absolute() or not path.is_relative_to(base):
+    try:
+        path = (base / relative).resolve()
+        path.exists()
+    except (OSError, ValueError, RuntimeError):  # no name at all: too long, with a NUL, a link to itself
+        path = None
+    absolute = Path(relative).is_absolute() or PureWindowsPath(relative).drive
+    if path is None or not relative.strip() or absolute or not path.is_relative_to(base):
         raise ValueError(
-            f"{relative!r} is not inside ComfyUI's input folder ({base}). Give a path relative to it; links that lead "
+            f"{brief(repr(relative))} is not inside ComfyUI's input folder ({base}). Give a path relative to it; links that lead "
             "out of it are not followed."
         )
     return path

@@ -16,6 +16,7 @@ from .sockets import EasyRefGroupSocket
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST = 1000  # references of a selection, which may name one again and again
 FEW = 2  # the authors advise more references than this
 
 
@@ -90,8 +91,12 @@ class EasyRefSelectReferences(io.ComfyNode):
     @classmethod
     def execute(cls, group: tuple[Tensor, ...], references: str) -> io.NodeOutput:
         chosen = numbers(references, "list of references") or range(1, len(group) + 1)
+        if len(chosen) > MOST:
+            raise ValueError(
+                f"The list of references names {len(chosen):,}; wanted at most {MOST:,}. Shorten it."
+            )
         for number in chosen:
-            if number != int(number) or not 1 <= number <= len(group):
+            if not 1 <= number <= len(group) or number != int(number):  # NaN is in no range
                 raise ValueError(
                     f"There is no reference {number:g} in a group of {len(group)}; wanted whole numbers from 1 to "
                     f"{len(group)}."

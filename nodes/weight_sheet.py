@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io, ui
 from PIL import Image
 
+from ..easyref_core.tensor_files import brief
 from ..easyref_core.visualize import contact_sheet, fitted
 from .pictures import image_of, pictures_of
 
@@ -118,7 +119,7 @@ def read_numbers(text: str, name: str, low: float, high: float) -> list[float]:
             number = float("nan")
         if not low <= number <= high:
             raise ValueError(
-                f"{name}: {word!r} is not a number from {low:g} to {high:g}. Write numbers with commas between them, "
+                f"{name}: {brief(repr(word))} is not a number from {low:g} to {high:g}. Write numbers with commas between them, "
                 'such as "0.4, 0.7, 1.0".'
             )
         numbers.append(number)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 import easyref_core as er
 from easyref_core.checkpoint import open_checkpoint
+from easyref_core.tensor_files import open_tensors
 
 from . import golden
 from .errors import assert_says, error_of, folder_with
@@ -174,7 +177,70 @@ def test_a_pickle_that_is_no_dictionary(tmp_path: Path) -> None:
     )
 
 
+def test_a_header_as_long_as_a_pickle_s_first_byte(tmp_path: Path) -> None:
+    """A safetensors file starts with the length of its header; 128 is also how pickles start."""
+    path = tmp_path / "a.safetensors"
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(128)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    assert open_tensors(path).shapes == {"a": (1,)}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_a_pytorch_file_that_is_called_safetensors(tmp_path: Path, zipped: bool) -> None:
+    """Since 2.13 torch.load goes by that name, and refuses it."""
+    path = tmp_path / "a.safetensors"
+    torch.save(checkpoint_tensors(), path, _use_new_zipfile_serialization=zipped)
+    assert open_checkpoint(path, golden.MLLM).sources
+
+
+def test_names_that_are_no_texts_and_tensors_without_values(tmp_path: Path) -> None:
+    odd = {3: torch.zeros(1), "sparse": torch.eye(2).to_sparse(), "meta": torch.zeros(2, device="meta")}
+    torch.save({"module": {**odd, **checkpoint_tensors()}}, tmp_path / "odd.pt")
+    assert open_checkpoint(tmp_path / "odd.pt", golden.MLLM).sources
+
+
+def test_a_record_of_the_archive_that_is_no_text(tmp_path: Path) -> None:
+    torch.save(checkpoint_tensors(), tmp_path / "a.pt")
+    data = (tmp_path / "a.pt").read_bytes().replace(b"little", b"\xb7\xb7\xb7\xb7\xb7\xb7")
+    (tmp_path / "a.pt").write_bytes(data)
+    assert_says(
+        error_of(lambda: open_checkpoint(tmp_path / "a.pt")), "a.pt is damaged", "Use the .safetensors"
+    )
+
+
 # Tensors that lack, disagree or have no place
+
+
+def test_weights_that_are_no_floating_point_numbers(tmp_path: Path) -> None:
+    key = "multimodal_llm.model.layers.1.mlp.up_proj.weight"
+    tensors = checkpoint_tensors()
+    path = write(tmp_path / "int8.safetensors", tensors | {key: tensors[key].to(torch.int8)})
+    text = error_of(lambda: er.load(path, golden.MLLM))
+    assert_says(text, str(path), f"{key} holds torch.int8 values", "Quantized files are not read")
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("multimodal_llm.model.embed_tokens.weight", (416,)),
+        ("mllm_final_layer.norm.weight", ()),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_k_ip.weight", (0, 32)),
+    ],
+)
+def test_a_tensor_without_sides(tmp_path: Path, key: str, shape: tuple[int, ...]) -> None:
+    path = write(tmp_path / "flat.safetensors", checkpoint_tensors() | {key: torch.zeros(shape)})
+    assert_says(
+        error_of(lambda: open_checkpoint(path, golden.MLLM)), "1 tensors hold no weights", key, str(shape)
+    )
+
+
+@pytest.mark.parametrize("number", ["9" * 12, "9" * 5000])
+def test_a_layer_of_an_absurd_number_takes_no_time(tmp_path: Path, number: str) -> None:
+    key = f"multimodal_llm.model.layers.{number}.mlp.up_proj.weight"
+    path = write(tmp_path / "far.safetensors", checkpoint_tensors() | {key: torch.zeros(2, 2)})
+    assert_says(
+        error_of(lambda: open_checkpoint(path, golden.MLLM)), "holds 1 tensors in places where", key[:60]
+    )
 
 
 def test_missing_keys_are_counted_and_the_first_ten_named(tmp_path: Path) -> None:
@@ -223,7 +289,87 @@ def test_a_tensor_of_another_architecture(tmp_path: Path) -> None:
     )
 
 
+# Indices of weights
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """The golden MLLM folder, beside it a file that its index must not lead to."""
+    folder = tmp_path / "mllm"
+    shutil.copytree(golden.MLLM, folder)
+    shutil.copy(folder / "model.safetensors", tmp_path / "outside.safetensors")
+    return folder
+
+
+def indexed(folder: Path, text: str) -> str:
+    (folder / "model.safetensors.index.json").write_text(text)
+    return error_of(lambda: open_tensors(folder))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.safetensors", "{outside}", ".", "..", "", 3, None, ["a"], "a\x00b", "C:x", "x" * 5000],
+)
+def test_an_index_that_leads_elsewhere(sharded: Path, name: object) -> None:
+    if name == "{outside}":
+        name = str(sharded.parent / "outside.safetensors")
+    text = indexed(sharded, json.dumps({"weight_map": {"a": name}}))
+    assert_says(
+        text, "index.json names ", "wanted the names of files beside it", "Download the whole folder again"
+    )
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{", "[" * 100_000, '{"weight_map": 3}'])
+def test_an_index_that_is_none(sharded: Path, content: str) -> None:
+    assert_says(indexed(sharded, content), "index.json", "ownload")
+
+
+def test_an_index_whose_files_are_not_all_there(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "gone.safetensors"}})
+    )
+    text = error_of(lambda: open_tensors(sharded), FileNotFoundError)
+    assert_says(text, str(sharded), "lacks gone.safetensors", "Download the whole folder again")
+
+
 # MLLM folders that do not belong
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"num_attention_heads": "4"}, "heads is '4'; wanted a whole number from 1"),
+        ({"num_attention_heads": 0}, "heads is 0; wanted a whole number from 1"),
+        ({"num_attention_heads": 7}, "is 64 wide, which 7 attention heads do not divide"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan; wanted a positive number"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1; wanted a positive number"),
+        ({"max_position_embeddings": 10**30}, "max_positions is 1000000000000000000000000000000; wanted"),
+        ({"max_position_embeddings": 1}, "a context of 1 tokens"),
+        ({"vision_config": [1]}, "vision_config is [1]; wanted a JSON object"),
+    ],
+)
+def test_a_config_with_a_value_that_cannot_be(tmp_path: Path, changes: dict, found: str) -> None:
+    folder = folder_with(tmp_path / "mllm", **changes)
+    assert found in error_of(lambda: open_checkpoint(golden.CHECKPOINT, folder))
+
+
+def test_a_config_nested_without_end(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "mllm")
+    (folder / "config.json").write_text('{"a":' * 100_000)
+    assert_says(
+        error_of(lambda: open_checkpoint(golden.CHECKPOINT, folder)), "config.json is damaged", "Download"
+    )
+
+
+def test_code_in_an_mllm_folder_is_not_run(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "mllm", auto_map={"AutoConfig": "own.Own"})
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    changes = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | changes))
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Own: pass\n")
+    with contextlib.suppress(ValueError):
+        er.load(golden.CHECKPOINT, folder)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

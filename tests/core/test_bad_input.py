@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -106,6 +107,9 @@ NO_PICTURE: dict[str, tuple[Image.Image | torch.Tensor, str, str]] = {
     "batch": (torch.zeros(2, 20, 20, 3), "has shape (2, 20, 20, 3)", FORM),
     "no channels": (torch.zeros(20, 20), "has shape (20, 20)", FORM),
     "two channels": (torch.zeros(20, 20, 2), "has shape (20, 20, 2)", FORM),
+    "meta": (torch.zeros(20, 20, 3, device="meta"), "on meta", "wanted one that holds its values"),
+    "sparse": (torch.zeros(20, 20, 3).to_sparse(), "sparse", "wanted one that holds its values"),
+    "LAB": (Image.new("La", (20, 20)), "of PIL's mode La, cannot be read as RGB", "wanted any mode"),
     "bytes": (
         torch.zeros(20, 20, 3, dtype=torch.uint8),
         "holds torch.uint8 values",
@@ -118,7 +122,7 @@ NO_PICTURE: dict[str, tuple[Image.Image | torch.Tensor, str, str]] = {
 def test_an_image_that_holds_no_picture(
     model: er.EasyRef, image: Image.Image | torch.Tensor, found: str, wanted: str
 ) -> None:
-    assert_says(error_of(lambda: model.encode([color(), image])), f"reference 2 {found}", wanted)
+    assert_says(error_of(lambda: model.encode([color(), image])), "reference 2", found, wanted)
 
 
 def test_one_value_that_is_not_a_number_is_found() -> None:
@@ -131,6 +135,20 @@ def test_one_value_that_is_not_a_number_is_found() -> None:
 def test_the_smallest_and_longest_pictures_are_accepted(model: er.EasyRef, size: tuple[int, int]) -> None:
     context = model.encode([Image.new("RGB", size)], size=golden.SIZE)
     assert torch.isfinite(context.states).all()
+
+
+def test_a_picture_file_cut_short(model: er.EasyRef) -> None:
+    data = io.BytesIO()
+    color().save(data, "BMP")
+    cut = Image.open(io.BytesIO(data.getvalue()[:-500]))
+    assert_says(
+        error_of(lambda: model.encode([cut])), "reference 1", "cannot be read", "truncated", "is damaged"
+    )
+
+
+@pytest.mark.parametrize("images", [3, None, True, "0.png", b"", {"a": 1}, (image for image in ())])
+def test_what_is_no_list_of_images(model: er.EasyRef, images: object) -> None:
+    assert_says(error_of(lambda: model.encode(images), TypeError), "images is a ", "wanted a list")
 
 
 # Length
@@ -283,6 +301,12 @@ def test_special_tokens_in_a_text_are_read_letter_by_letter(model: er.EasyRef, t
 def test_an_image_token_in_prompt_and_instruction_takes_no_image_feature(model: er.EasyRef) -> None:
     context = model.encode(many(1), "<|image_pad|>" * 5, "Look at <|image_pad|>: ", golden.SIZE)
     assert torch.isfinite(context.states).all()
+
+
+@pytest.mark.parametrize("half", ["\ud83d", "\ud83d\ude00"])
+def test_half_a_character(model: er.EasyRef, half: str) -> None:
+    text = error_of(lambda: model.encode(many(1), f"a {half}", "", golden.SIZE))
+    assert_says(text, "instruction and prompt: character 3", "is half of one", "Remove it")
 
 
 def test_a_tokenizer_without_image_tokens(tmp_path: Path) -> None:

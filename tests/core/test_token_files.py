@@ -242,3 +242,51 @@ def test_tokens_of_another_checkpoint_are_refused_where_they_are_used(saved: Pat
     found = er.load_tokens(saved)
     error = error_of(lambda: er.diffusers_unet.apply(unet, model, found.conditional, found.unconditional))
     assert_says(error, "another EasyRef checkpoint (checkpoint;", model.fingerprint)
+
+
+# What only somebody who breaks files on purpose writes
+
+
+def deep(times: int) -> dict:
+    about = dataclasses.asdict(MADE)
+    for _ in range(times):
+        about = {**dataclasses.asdict(MADE), "parts": [about]}
+    return about
+
+
+@pytest.mark.parametrize(
+    ("about", "found"),
+    [
+        (
+            {"conditional": dataclasses.asdict(MADE) | {"prompt": "\ud800"}},
+            "prompt of the conditional tokens",
+        ),
+        (
+            {"conditional": dataclasses.asdict(MADE) | {"references": -1}},
+            "references of the conditional tokens is -1",
+        ),
+        (
+            {"conditional": dataclasses.asdict(MADE) | {"size": "x" * 9000}},
+            "size of the conditional tokens is 'xxx",
+        ),
+        ({"conditional": deep(150)}, "was combined more than 100 times"),
+    ],
+)
+def test_metadata_that_no_node_wrote(saved: Path, about: dict, found: str) -> None:
+    text = error_of(lambda: er.load_tokens(changed(saved, about)))
+    assert_says(text, "damaged file of reference tokens", found, "Save the tokens again")
+    assert len(text) < 1000
+
+
+def test_values_that_only_float64_holds(saved: Path) -> None:
+    path = changed(saved, conditional=torch.full((1, 4, 8), 1e300, dtype=torch.float64))
+    assert_says(
+        error_of(lambda: er.load_tokens(path)), "the conditional tokens hold values that are NaN or infinite"
+    )
+
+
+def test_a_hundred_combinations_are_read(saved: Path) -> None:
+    assert (
+        er.load_tokens(changed(saved, {"conditional": deep(100)})).conditional.provenance.prompt
+        == MADE.prompt
+    )

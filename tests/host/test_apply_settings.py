@@ -154,8 +154,8 @@ def test_precise_types_cross_the_sides(easy, model, core, name: str) -> None:
         ({"layer_weights": "11:1"}, "names layer 11"),
         ({"layer_weights": "style"}, "not index:weight"),
         ({"weight_schedule": "1, fast"}, "'fast' where a number is wanted"),
-        ({"weight_type": "bold"}, "no weight type 'bold'"),
-        ({"embeds_scaling": "Q"}, "no embeds_scaling 'Q'"),
+        ({"weight_type": "bold"}, "weight_type is 'bold'; wanted one of: linear"),
+        ({"embeds_scaling": "Q"}, "embeds_scaling is 'Q'; wanted one of: V only"),
     ],
 )
 def test_settings_that_cannot_be_read(easy, model, settings: dict, message: str) -> None:
@@ -424,3 +424,40 @@ def test_term_by_hand_still_holds_with_every_setting_neutral(easy, model) -> Non
     wanted = predict(by_hand(easy, 0.5)(with_lora))
     found = predict(easy.apply(model, 0.5, mask=torch.ones(1, 4, 4), layer_weights=EVERY_LAYER))
     assert golden.error(found, wanted) <= 1e-6
+
+
+# What comes through links, which the host does not compare with the schema
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "wanted"),
+    [
+        ("weight", float("nan"), "a number from -1.0 to 3.0"),
+        ("weight", 10**30, "a number from -1.0 to 3.0"),
+        ("weight", "0.5", "a number from -1.0 to 3.0"),
+        ("weight", True, "a number from -1.0 to 3.0"),
+        ("end_percent", 1.1, "a number from 0.0 to 1.0"),
+        ("lora_strength", None, "a number from 0.0 to 2.0"),
+        ("weight_type", ["linear"], "one of: linear"),
+        ("layer_weights", 3, "a text"),
+    ],
+)
+def test_a_value_that_the_schema_does_not_allow(
+    easy, model, setting: str, value: object, wanted: str
+) -> None:
+    inputs = {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, "lora_strength": 1.0, setting: value}
+    node = golden.part(easy.pack, "nodes.apply").EasyRefApply
+    with pytest.raises((ValueError, TypeError), match=f"^{setting} is .*; wanted {wanted}"):
+        node.execute(model, easy.easyref, easy.tokens, **inputs)
+
+
+@pytest.mark.parametrize("settings", [{"layer_weights": "3:1e308"}, {"weight_schedule": "1, 1e308"}])
+def test_a_factor_that_no_picture_survives(easy, model, settings: dict) -> None:
+    with pytest.raises(ValueError, match="100"):
+        easy.apply(model, **settings)
+
+
+def test_every_node_keeps_to_its_schema(easy) -> None:
+    nodes = golden.part(easy.pack, "nodes").NODES
+    assert len(nodes) == 24
+    assert all(hasattr(node.execute.__func__, "__wrapped__") for node in nodes)

@@ -75,6 +75,33 @@ def test_saved_tokens_make_the_same_prediction_bit_for_bit(easy, output) -> None
     assert torch.equal(predict(easy.apply(load_tiny_sdxl(), tokens=loaded)), wanted)
 
 
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "link/new",
+        "a\x00b",
+        "x:y",
+        "CON",
+        "faces/aux.txt",
+        "tokens.",
+        "tokens ",
+        "x" * 300,
+        "C:\\a",
+        "..\\..\\a",
+        "a//b",
+        "\u202ea",
+    ],
+)
+def test_a_prefix_that_is_no_name_everywhere(easy, files, output, tmp_path, prefix: str) -> None:
+    (tmp_path / "outside").mkdir()
+    output.mkdir(exist_ok=True)
+    (output / "link").symlink_to(tmp_path / "outside")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="filename_prefix is .*; wanted the start of a file's name"):
+        save(easy, prefix)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_nothing_is_overwritten(easy, files, output) -> None:
     names = [save(easy), save(easy), save(easy, "faces/anna"), save(easy, "猫")]
     assert names[:2] == ["tokens_00001_.safetensors", "tokens_00002_.safetensors"]

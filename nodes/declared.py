@@ -1,0 +1,93 @@
+"""Nodes take what they say they take: numbers within their bounds, choices that there are, texts.
+
+The host asks this of what is typed into a workflow, not of what comes to the same inputs through links.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..easyref_core.instructions import require_text
+from ..easyref_core.tensor_files import brief
+
+Checks = dict[str, Callable[[Any], None]]  # by the input's name
+
+
+def keep_to_schema(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """The node, whose `execute` raises ValueError or TypeError for a value that its schema does not allow."""
+    run = node.__dict__["execute"].__func__
+    signature = inspect.signature(run)
+
+    @functools.wraps(run)
+    def execute(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        checks, takes_lists = _checks(node)
+        for name, value in signature.bind(cls, *args, **kwargs).arguments.items():
+            if name in checks:
+                for one in _each(name, value) if takes_lists else [value]:
+                    checks[name](one)
+        return run(cls, *args, **kwargs)
+
+    node.execute = classmethod(execute)
+    return node
+
+
+@functools.cache
+def _checks(node: type[io.ComfyNode]) -> tuple[Checks, bool]:
+    """What to ask of each input, and whether the node takes lists. Names of files are what validate_inputs asks about."""
+    schema = node.define_schema()
+    own = inspect.signature(node.validate_inputs).parameters if "validate_inputs" in node.__dict__ else ()
+    kinds = {
+        io.Int.Input: _number,
+        io.Float.Input: _number,
+        io.Boolean.Input: _switch,
+        io.String.Input: _text,
+        io.Combo.Input: _choice,
+    }
+    inputs = [one for one in schema.inputs if type(one) in kinds and one.id not in own]
+    return {one.id: functools.partial(kinds[type(one)], one) for one in inputs}, schema.is_input_list
+
+
+def _each(name: str, values: Any) -> Any:
+    if not len(values):
+        raise ValueError(f"{name} is an empty list; wanted at least one value. Check what is linked to it.")
+    return values
+
+
+def _number(declared: io.Float.Input | io.Int.Input, value: Any) -> None:
+    low, high = declared.min, declared.max
+    kind, wanted = (Integral, "a whole number") if isinstance(declared, io.Int.Input) else (Real, "a number")
+    within = isinstance(value, kind) and (low is None or low <= value) and (high is None or value <= high)
+    # true and false are numbers to Python, but not where they choose a place in a tensor
+    if within and not isinstance(value, bool) and (isinstance(value, Integral) or math.isfinite(value)):
+        return
+    bounds = "" if low is None or high is None else f" from {low} to {high}"
+    raise ValueError(
+        f"{declared.id} is {brief(repr(value))}; wanted {wanted}{bounds}. Check what is linked to it."
+    )
+
+
+def _switch(declared: io.Boolean.Input, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{declared.id} is {brief(repr(value))}; wanted true or false. Check what is linked to it."
+        )
+
+
+def _text(declared: io.String.Input, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{declared.id} is {brief(repr(value))}; wanted a text. Check what is linked to it.")
+    require_text(value, declared.id)
+
+
+def _choice(declared: io.Combo.Input, value: Any) -> None:
+    if not isinstance(value, str) or value not in declared.options:
+        raise ValueError(
+            f"{declared.id} is {brief(repr(value))}; wanted one of: {', '.join(declared.options)}. Choose one of them."
+        )

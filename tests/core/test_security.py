@@ -1,0 +1,133 @@
+"""What SECURITY.md says of the sources and of the distributions is so."""
+
+from __future__ import annotations
+
+import ast
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SOURCES = [*ROOT.glob("nodes/**/*.py"), *ROOT.glob("easyref_core/**/*.py")]
+
+# the benchmark tells the allocator to let go of freed memory before it measures; no node runs it
+ALLOWED = {"easyref_core/bench/timing.py": {"ctypes"}}
+
+NO_MODULES = {
+    "subprocess",
+    "socket",
+    "urllib",
+    "requests",
+    "http",
+    "httpx",
+    "aiohttp",
+    "ftplib",
+    "pickle",
+    "marshal",
+}
+NO_MODULES |= {
+    "shelve",
+    "dill",
+    "joblib",
+    "ctypes",
+    "cffi",
+    "webbrowser",
+    "huggingface_hub",
+    "pip",
+    "telnetlib",
+    "smtplib",
+}
+NO_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "os.startfile",
+    "torch.hub.load",
+}
+NO_CALLS |= {"os.execv", "os.spawnv", "numpy.load", "np.load"}
+
+
+def found_in(source: str) -> set[str]:
+    """The forbidden things that a source does."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names} & NO_MODULES
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {node.module.partition(".")[0]} & NO_MODULES
+        elif isinstance(node, ast.Call):
+            name, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            found |= {name} & NO_CALLS
+            if name == "torch.load" and keywords.get("weights_only") != "True":
+                found.add("torch.load without weights_only")
+            if keywords.get("trust_remote_code", "False") != "False":
+                found.add("trust_remote_code")
+    return found
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_source_does_nothing_forbidden(file: Path) -> None:
+    allowed = ALLOWED.get(file.relative_to(ROOT).as_posix(), set())
+    assert found_in(file.read_text(encoding="utf-8")) == allowed
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval('1')",
+        "exec('1')",
+        "import pickle\npickle.load(f)",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "from urllib.request import urlopen",
+        "import requests",
+        "import socket",
+        "import subprocess",
+        "os.system('ls')",
+        "AutoModel.from_pretrained(f, trust_remote_code=True)",
+    ],
+)
+def test_the_scan_finds(source: str) -> None:
+    assert len(found_in(source)) == 1
+
+
+def test_the_tokenizer_is_read_without_code_and_network() -> None:
+    source = (ROOT / "easyref_core" / "instructions.py").read_text(encoding="utf-8")
+    assert "local_files_only=True, trust_remote_code=False" in source
+
+
+LISTED = dict(re.findall(r"^\| ([a-z][a-z0-9-]+) \| ([^|]+) \| [^|]+ \|$", SECURITY, re.M))
+EXTRAS = [
+    re.match(r"[\w-]+", wanted)[0] for extra in PROJECT["optional-dependencies"].values() for wanted in extra
+]
+
+
+@pytest.mark.parametrize("name", sorted(set(EXTRAS) - {PROJECT["name"]}))
+def test_distribution_is_listed(name: str) -> None:
+    assert name in LISTED
+
+
+@pytest.mark.parametrize("name", sorted(set(LISTED) - {"distribution"}))
+def test_licence_is_what_the_package_says(name: str) -> None:
+    try:
+        about = metadata.metadata(name)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{name} is not installed")
+    said = [about.get("License-Expression"), (about.get("License") or "").partition("\n")[0]]
+    said += [
+        text.rpartition(" :: ")[2] for text in about.get_all("Classifier") or [] if text.startswith("License")
+    ]
+    assert any(text and text.strip() in LISTED[name] for text in said), said
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", SECURITY))))
+def test_linked_file_exists(link: str) -> None:
+    assert (ROOT / link).is_file()
