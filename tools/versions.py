@@ -26,7 +26,7 @@ from xml.etree import ElementTree
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.hosts import ROOT
-from tools.setup_env import TORCH
+from tools.setup_env import TORCH, TORCHVISION
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TRANSFORMERS = ("==4.50.3", "==4.57.*", ">=5")
@@ -103,8 +103,8 @@ def with_torch(interpreter: Path, version: str, folder: Path) -> list[Path]:
     libraries = folder / "cuda"
     environment = Environment(folder / f"python{version}")
     environment.make(interpreter, libraries)
-    if not list(environment.packages.glob("torch-*.dist-info")):
-        environment.install("--no-deps", TORCH)
+    if not list(environment.packages.glob("torchvision-*.dist-info")):
+        environment.install("--no-deps", TORCH, TORCHVISION)
     common, cuda = requirements_of_torch(environment.packages)
     environment.install(*common, *COMMON)
     if cuda and not libraries.is_dir():
