@@ -188,4 +188,4 @@ def save_processor(folder: Path) -> None:
         "image_mean": [round(float(value), 8) for value in CLIP_MEAN],
         "image_std": [round(float(value), 8) for value in CLIP_STD],
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

@@ -77,7 +77,7 @@ def make_painter(folder: Path, seed: int) -> None:
         "vae": ("diffusers", "AutoencoderKL"),
     }
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": False, **parts}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def pretrain_painter(

@@ -161,7 +161,7 @@ def save_mllm(folder: Path, model: GroupEncoder) -> None:
             name, tensor = "visual.patch_embed.proj.weight", tensor.unflatten(1, (3, 2, patch, patch))
         tensors[name if name.startswith("visual.") else f"model.{name}"] = tensor.half().contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config_json(), indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def _initialised(config: EasyRefConfig) -> GroupEncoder:

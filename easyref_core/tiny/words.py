@@ -61,7 +61,7 @@ def train_mllm_tokenizer(folder: Path) -> None:
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def train_clip_tokenizer(folder: Path) -> None:
@@ -82,7 +82,7 @@ def train_clip_tokenizer(folder: Path) -> None:
         "unk_token": end,
         "model_max_length": PROMPT_TOKENS,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def _byte_bpe(size: int, special: list[str]) -> Tokenizer:
