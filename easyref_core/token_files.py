@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def save_tokens(
         tensors[THUMBNAILS] = torch.stack([thumbnail(image) for image in references])
     about = {"version": FORMAT, "pack": VERSION}
     about |= {side: dataclasses.asdict(provenance) for side, provenance in made.items()}
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # no longer than a name may be, whatever path is
     try:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},

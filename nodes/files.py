@@ -107,7 +107,7 @@ def new_tokens_file(prefix: str) -> Path:
 
     Raises ValueError for a prefix that is empty or leads out of the folder.
     """
-    if not prefix.strip(" ./\\") or Path(prefix).is_absolute() or ".." in Path(prefix).parts:
+    if not prefix.strip(" ./\\") or Path(prefix).anchor or ".." in Path(prefix).parts:
         raise ValueError(
             f"filename_prefix is {prefix!r}; wanted the start of a file's name in {saved_tokens()}, such as tokens or "
             "faces/anna."
@@ -171,12 +171,7 @@ def _tokens_path(name: str) -> Path | None:
     model that a user has linked there."""
     folders = folder_paths.get_folder_paths(TOKENS)
     path = folder_paths.get_full_path(TOKENS, name)
-    if (
-        path is None
-        or not _is_inside(Path(path), folders)
-        or Path(name).is_absolute()
-        or ".." in Path(name).parts
-    ):
+    if path is None or not _is_inside(Path(path), folders) or Path(name).anchor or ".." in Path(name).parts:
         return None
     real = Path(os.path.realpath(path))
     return Path(path) if any(real.is_relative_to(os.path.realpath(folder)) for folder in folders) else None
