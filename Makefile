@@ -1,7 +1,7 @@
 # make demo   what EasyRef does, shown on this machine
 # make test   every test; the host tests run once for each ComfyUI found (COMFYUI_PATH, ~/comfy/ComfyUI*)
 # make tiny   trains the tiny model that ships with the pack again, from nothing (about an hour on two cores)
-# All need only python3 (3.11 or newer) and the package index: they set up .venv themselves.
+# All need only python3 (3.10 or newer) and the package index: they set up .venv themselves.
 
 PYTHON ?= python3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,11 @@ from pathlib import Path
 def whole(path: Path | str) -> Iterator[Path]:
     """A name beside `path` to write to. It becomes `path` when the block ends, and is removed when the block raises.
 
-    A killed process leaves .<name>.partial behind: no list of ours shows it, and the next writing of `path` replaces it.
-    Savers that tell the format by the suffix must be told it.
+    A killed process leaves .<digest of the name>.partial behind (shorter than a name may be, whatever path is): no list of
+    ours shows it, and the next writing of `path` replaces it. Savers that tell the format by the suffix must be told it.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}.partial")
     try:
         yield partial
         os.replace(partial, path)

@@ -199,12 +199,7 @@ def _tokens_path(name: str) -> Path | None:
     model that a user has linked there."""
     folders = folder_paths.get_folder_paths(TOKENS)
     path = folder_paths.get_full_path(TOKENS, name)
-    if (
-        path is None
-        or not _is_inside(Path(path), folders)
-        or Path(name).is_absolute()
-        or ".." in Path(name).parts
-    ):
+    if path is None or not _is_inside(Path(path), folders) or Path(name).anchor or ".." in Path(name).parts:
         return None
     real = Path(os.path.realpath(path))
     return Path(path) if any(real.is_relative_to(os.path.realpath(folder)) for folder in folders) else None

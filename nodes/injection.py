@@ -33,6 +33,19 @@ class View(NamedTuple):
     crops: tuple[Crop, ...]  # of each run: the part of the latent it is
 
 
+class Rows(NamedTuple):
+    """Rows of K and V to take, brought to their device once for all sites."""
+
+    numbers: Tensor
+    nothing: tuple[int, ...]  # places of those that attend to nothing
+
+    @classmethod
+    def of(cls, numbers: Sequence[int | None], device: torch.device) -> Rows:
+        """numbers: None where a row attends to nothing."""
+        nothing = tuple(place for place, number in enumerate(numbers) if number is None)
+        return cls(torch.tensor([number or 0 for number in numbers], device=device), nothing)
+
+
 class Acting(NamedTuple):
     """One injection in one UNet call."""
 
@@ -119,8 +132,9 @@ class Injection:
         """
         batch, tokens, _ = q.shape
         place = view, grid, batch, tokens, q.device, q.dtype
+        # narrowed before it moves: it is computed in float64, which not every device has
         return self._once(
-            "mask", None, place, lambda: self._masked(view, grid, batch, tokens).to(*place[-2:])
+            "mask", None, place, lambda: self._masked(view, grid, batch, tokens).to(q.dtype).to(q.device)
         )
 
     def release(self) -> None:
@@ -169,7 +183,8 @@ class Injection:
     def _gathered(
         self, source: list[KeyValue], frames: tuple[int, ...], runs: tuple[bool, ...]
     ) -> list[KeyValue]:
-        rows = {sides: self._row_numbers(sides, frames, runs) for sides in set(self.sides)}
+        device = source[0][0].device
+        rows = {sides: Rows.of(self._row_numbers(sides, frames, runs), device) for sides in set(self.sides)}
         return [
             tuple(_take(tensor, rows[sides]) for tensor in key_value)
             for key_value, sides in zip(source, self.sides, strict=True)
@@ -199,10 +214,9 @@ class Injection:
         return self
 
 
-def _take(tensor: Tensor, rows: list[int | None]) -> Tensor:
-    """These rows of a tensor, a copy; None is a row of zeros, whose reference term is 0."""
-    taken = tensor[[row or 0 for row in rows]]
-    for place, row in enumerate(rows):
-        if row is None:
-            taken[place] = 0
+def _take(tensor: Tensor, rows: Rows) -> Tensor:
+    """These rows of a tensor, a copy; what attends to nothing has zeros, whose reference term is 0."""
+    taken = tensor.index_select(0, rows.numbers)
+    for place in rows.nothing:
+        taken[place] = 0
     return taken

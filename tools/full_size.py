@@ -35,7 +35,7 @@ GIB = 2**30
 def write_checkpoint(path: Path) -> int:
     """Random bfloat16 tensors of every key and shape of the released file; their bytes."""
     random = torch.Generator().manual_seed(0)
-    shapes: dict[str, list[int]] = json.loads(LAYOUT.read_text())["keys"]
+    shapes: dict[str, list[int]] = json.loads(LAYOUT.read_text(encoding="utf-8"))["keys"]
     tensors = {
         name: torch.ones(shape, dtype=torch.bfloat16)
         if len(shape) == 1 and name.endswith("weight")  # norms
@@ -48,7 +48,7 @@ def write_checkpoint(path: Path) -> int:
 
 def memory() -> dict[str, int]:
     """This process's resident memory in bytes: anonymous, and pages of mapped files (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines if line.startswith(("RssAnon", "RssFile")))
     return {name: int(value.split()[0]) * 1024 for name, value in fields.items()}
 

@@ -11,11 +11,10 @@ import sys
 import venv
 from pathlib import Path
 
-import tomllib
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.hosts import ROOT, find_hosts, host_version, overlay
+from tests.project import pyproject
 
 # One release of each, because torchvision is installed without its dependencies and must match torch.
 TORCH, TORCHVISION = "torch==2.13.0", "torchvision==0.28.0"
@@ -27,7 +26,7 @@ PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/pytho
 
 def extras(name: str) -> list[str]:
     """The requirements of one extra in pyproject.toml, with those of the extras it includes."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = pyproject()["project"]
     included = f"{project['name']}["
     lines: list[str] = []
     for line in project["optional-dependencies"][name]:
@@ -37,7 +36,10 @@ def extras(name: str) -> list[str]:
 
 def host_requirements(host: Path) -> list[str]:
     """A ComfyUI checkout's own requirements, without the torch family, which is the same for all hosts."""
-    lines = [line.partition("#")[0].strip() for line in (host / "requirements.txt").read_text().splitlines()]
+    lines = [
+        line.partition("#")[0].strip()
+        for line in (host / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    ]
     return [line for line in lines if line and line not in TORCH_FAMILY]
 
 
@@ -45,14 +47,14 @@ def install(name: str, arguments: list[str]) -> None:
     """Run `pip install` with these arguments, unless it was run with the same ones before."""
     stamp = VENV / "stamps" / name
     wanted = "\n".join(arguments)
-    if stamp.is_file() and stamp.read_text() == wanted:
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return
     print(f"setup: installing {name} (the first time this takes minutes)", flush=True)
     pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if subprocess.run([*pip, *arguments]).returncode:
         sys.exit(f"setup: pip could not install {name}: {' '.join(arguments)}; see pip's message above")
     stamp.parent.mkdir(exist_ok=True)
-    stamp.write_text(wanted)
+    stamp.write_text(wanted, encoding="utf-8")
 
 
 def main() -> None:

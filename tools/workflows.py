@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tomllib
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import ImageOps
@@ -24,7 +22,8 @@ from screenshots import LANCZOS, THUMBNAIL, WORKFLOWS, shot
 
 from tests.host import browser
 from tests.host.server import ComfyServer
-from tests.hosts import ROOT, find_hosts
+from tests.hosts import find_hosts
+from tests.project import pyproject
 from tools.workflow_plans import EASYREF, PLANS, SDXL, Link, Plan
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ WIDTH = {
 USUAL = 300
 CANVAS = (20, 20, 20)  # the frontend's background
 NOTE = 440  # pixels, width of the note
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+VERSION = pyproject()["project"]["version"]
 FILES = (
     f"checkpoints/{SDXL[0]}",
     f"easyref/{EASYREF[0]}",

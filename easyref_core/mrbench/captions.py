@@ -53,7 +53,8 @@ def read_folder(folder: Path, category: str = NO_CATEGORY) -> tuple[list[Caption
 
 def _text_beside(file: Path) -> str:
     caption = file.with_suffix(".txt")
-    return caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
+    # Windows editors put a mark first
+    return caption.read_text(encoding="utf-8-sig").strip() if caption.is_file() else ""
 
 
 def _read_metadata(folder: Path) -> dict[Path, tuple[str, str | None]]:
@@ -61,7 +62,7 @@ def _read_metadata(folder: Path) -> dict[Path, tuple[str, str | None]]:
     path = folder / METADATA
     if not path.is_file():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines also parts captions, at U+2028
     rows = [_read_line(f"{path} line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     return {folder / row["file_name"]: (row["text"].strip(), row.get("category")) for row in rows}
 

@@ -72,7 +72,7 @@ def read_manifest(path: Path | str) -> Manifest:
             f"There is no manifest at {path}. `python -m easyref_core.mrbench build` makes one."
         )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     where = f"Manifest {path.name}"

@@ -33,7 +33,7 @@ class Records:
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
         self.metrics = output / "metrics.csv"
         kept = [row for row in read_metrics(self.metrics) if row["update"] <= start]
-        with whole(self.metrics) as partial, partial.open("w", newline="") as file:
+        with whole(self.metrics) as partial, partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
@@ -46,7 +46,7 @@ class Records:
         if not self.main:
             return
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-        with self.metrics.open("a", newline="") as file:
+        with self.metrics.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow({"update": update, **values})
         for name, value in values.items():
             self.board.add_scalar(name, value, update)
@@ -68,7 +68,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.csv as numbers; none where there is no file."""
     if not file.is_file():
         return []
-    with file.open(newline="") as lines:
+    with file.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
     return [
         {name: int(value) if name == "update" else float(value) for name, value in row.items()}

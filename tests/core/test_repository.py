@@ -8,12 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
-import tomllib
+
+from ..project import pyproject
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINKS = [link for link in re.findall(r"\]\(([^)#]+)", README) if not link.startswith("http")]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = pyproject()
 
 
 @pytest.mark.parametrize("link", LINKS)

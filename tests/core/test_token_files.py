@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import tomllib
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -20,6 +19,7 @@ from easyref_core import token_files
 from easyref_core.reference_tokens import Provenance
 from easyref_core.token_files import METADATA_KEY, thumbnail
 
+from ..project import pyproject
 from . import golden
 from .errors import assert_says, error_of
 
@@ -72,7 +72,7 @@ def test_metadata_is_readable_by_others(saved: Path) -> None:
 
 
 def test_version_is_the_pack_s() -> None:
-    project = tomllib.loads((golden.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = pyproject()["project"]
     assert token_files.VERSION == project["version"]
 
 

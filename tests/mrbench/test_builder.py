@@ -79,6 +79,17 @@ def test_captions_and_categories_from_metadata(tmp_path: Path) -> None:
     assert only.prompt == f"caption {only.target.stem}"
 
 
+def test_captions_that_windows_wrote(tmp_path: Path) -> None:
+    """A mark before the text, and line ends of two characters; U+2028 is no line end of JSON lines."""
+    folder, mark = topics(tmp_path, 3, 3), b"\xef\xbb\xbf"
+    lines = [f'{{"file_name": "a/{i}.png", "text": "one\u2028two {i}"}}\r\n'.encode() for i in range(3)]
+    (folder / "metadata.jsonl").write_bytes(mark + b"".join(lines))
+    for i in range(3):
+        (folder / "b" / f"{i}.txt").write_bytes(mark + f"Größe {i}\r\n".encode())
+    prompts = {one.prompt[:-2] for one in from_folder(folder).manifest.groups}
+    assert prompts == {"one\u2028two", "Größe"}
+
+
 def test_a_wrong_line_of_metadata_is_named(tmp_path: Path) -> None:
     folder = topics(tmp_path, 3)
     (folder / "a" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}\n{"file": "1.png"}\n')

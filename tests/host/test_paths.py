@@ -1,0 +1,108 @@
+"""Names as people and Windows have them, through the nodes: spaces, other scripts, emoji, backslashes, drive letters."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import folder_paths
+import pytest
+import torch
+from PIL import Image
+
+from . import golden
+
+NAME = "Größe, 猫 & 😀 (new)"
+LONG = "x" * 200
+
+
+@pytest.fixture
+def files(pack, tmp_path, monkeypatch) -> Any:
+    """The files part of the pack, the host's models, input and output folders being in a folder of an awkward name."""
+    base = tmp_path / NAME
+    monkeypatch.setattr(folder_paths, "models_dir", str(base / "models"))
+    monkeypatch.setattr(
+        folder_paths,
+        "folder_names_and_paths",
+        {"text_encoders": ([str(base / "models" / "text_encoders")], {".safetensors"})},
+    )
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(folder_paths, "output_directory", str(base / "output"))
+    monkeypatch.setattr(folder_paths, "input_directory", str(base / "input"))
+    for folder in ("models/easyref", "models/LLM", "output/easyref", "input"):
+        (base / folder).mkdir(parents=True)
+    files = golden.part(pack, "nodes.files")
+    files.register_folders()
+    return files
+
+
+@pytest.mark.parametrize("name", [NAME, LONG])
+def test_a_checkpoint_and_an_mllm_of_any_name_are_listed_and_found(files, name: str) -> None:
+    models = Path(folder_paths.models_dir)
+    shutil.copy(golden.CHECKPOINT, models / "easyref" / f"{name}.safetensors")
+    shutil.copytree(golden.MLLM, models / "LLM" / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert files.checkpoints()[0] == f"{name}.safetensors"
+    assert files.find_checkpoint(f"{name}.safetensors").is_file()
+    assert files.find_mllm(f"LLM/{name}") == models / "LLM" / name
+
+
+@pytest.mark.parametrize("name", [NAME, LONG, f"{NAME}/{LONG}"])
+def test_tokens_of_any_name_are_saved_and_found(pack, files, easy, name: str) -> None:
+    save = golden.part(pack, "nodes.save_tokens").EasyRefSaveTokens
+    with torch.inference_mode():
+        save.execute(tokens=easy.tokens, filename_prefix=name)
+    (listed,) = files.token_files()
+    assert listed == f"{name}_00001_.safetensors"
+    assert golden.part(pack, "easyref_core").load_tokens(files.find_tokens(listed)).conditional.shape
+
+
+def test_a_folder_of_pictures_may_have_any_name(pack, files) -> None:
+    folder = Path(folder_paths.get_input_directory(), NAME)
+    folder.mkdir()
+    for name in ("2 猫.png", "10 😀.png", "1 Größe.PNG"):
+        Image.new("RGB", (8, 8)).save(folder / name)
+    found = golden.part(pack, "nodes.folder").pictures_in(NAME, 0, 10)
+    assert [file.name for file in found] == ["1 Größe.PNG", "2 猫.png", "10 😀.png"]
+
+
+# Windows, where a path may be rooted without being absolute, and absolute without being rooted
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "C:\\tokens",
+        "C:tokens",
+        "\\tokens",
+        "/tokens",
+        "\\\\server\\share\\tokens",
+        "..\\tokens",
+        "a\\..\\..\\b",
+        ".\\",
+    ],
+)
+def test_a_windows_prefix_that_leads_out_is_refused(files, monkeypatch, prefix: str) -> None:
+    monkeypatch.setattr(files, "Path", PureWindowsPath)
+    with pytest.raises(ValueError, match="filename_prefix"):
+        files.new_tokens_file(prefix)
+
+
+@pytest.mark.parametrize("prefix", ["tokens", "faces\\anna", "faces/anna", "猫"])
+def test_a_windows_prefix_inside_is_taken(files, monkeypatch, prefix: str) -> None:
+    monkeypatch.setattr(files, "Path", PureWindowsPath)
+    folder = PureWindowsPath(folder_paths.get_output_directory(), "easyref")
+    monkeypatch.setattr(folder_paths, "get_save_image_path", lambda name, out: (out, "name", 1, "", ""))
+    assert files.new_tokens_file(prefix) == folder / "name_00001_.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name", ["C:secret.safetensors", "C:\\secret.safetensors", "\\secret.safetensors", "..\\x"]
+)
+def test_a_windows_name_of_tokens_that_leads_out_is_not_found(files, monkeypatch, name: str) -> None:
+    """Whatever the host makes of it."""
+    inside = str(PureWindowsPath(folder_paths.get_folder_paths(files.TOKENS)[0], "there.safetensors"))
+    monkeypatch.setattr(folder_paths, "get_full_path", lambda *_: inside)
+    monkeypatch.setattr(files, "_is_inside", lambda *_: True)
+    monkeypatch.setattr(files, "Path", PureWindowsPath)
+    assert files._tokens_path(name) is None
