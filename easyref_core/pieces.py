@@ -32,7 +32,7 @@ def in_pieces(
             if not is_out_of_memory(error):
                 raise
             if end - start <= least:
-                raise torch.cuda.OutOfMemoryError(f"{remedy} ({str(error).partition('.')[0]}.)") from error
+                raise torch.OutOfMemoryError(f"{remedy} ({str(error).partition('.')[0]}.)") from error
         else:
             start = end
             continue
@@ -43,6 +43,6 @@ def in_pieces(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether this is how some device says that it has no memory left."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in MESSAGES)

@@ -140,7 +140,9 @@ def load_hosted(
     device = mm.get_torch_device()
     compute = compute_dtype(device, precision)
     opened = open_checkpoint(checkpoint, mllm, causal)
-    model = build(opened, tokenizer, device, compute, storage(precision, compute), comfy.ops.manual_cast)
+    model = build(
+        opened, tokenizer, device, compute, storage(precision, compute, device), comfy.ops.manual_cast
+    )
     return HostedEasyRef(model)
 
 
@@ -149,9 +151,9 @@ def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
     return torch.bfloat16 if precision != "fp32" and mm.should_use_bf16(device) else torch.float32
 
 
-def storage(precision: str, compute: torch.dtype) -> Cast:
+def storage(precision: str, compute: torch.dtype, device: torch.device) -> Cast:
     """How each weight is kept. `auto` keeps the file's own bytes mapped, unless they are wider than the arithmetic."""
-    embeddings = precision == "fp8_e4m3fn" and looks_up_fp8(mm.get_torch_device())
+    embeddings = precision == "fp8_e4m3fn" and looks_up_fp8(device)
 
     def kept_as(name: str, tensor: Tensor) -> torch.dtype:
         if precision == "bf16":
@@ -164,6 +166,8 @@ def storage(precision: str, compute: torch.dtype) -> Cast:
 
     def cast(name: str, tensor: Tensor) -> Tensor:
         dtype = kept_as(name, tensor)
+        if not mm.supports_cast(device, dtype):  # fp8 on MPS, bf16 on DirectML
+            dtype = compute
         return tensor if tensor.dtype == dtype else _converted(tensor, dtype)
 
     return cast

@@ -29,7 +29,7 @@ def describe() -> dict[str, str]:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
 
@@ -38,7 +38,7 @@ def _memory() -> str:
     info = Path("/proc/meminfo")
     if not info.exists():
         return "unknown"
-    fields = dict(line.split(":") for line in info.read_text().splitlines())
+    fields = dict(line.split(":") for line in info.read_text(encoding="utf-8").splitlines())
     total, free = (int(fields[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
     return f"{total:.1f} GiB, {free:.1f} available"
 
@@ -55,5 +55,5 @@ def free_bytes() -> int | None:
     info = Path("/proc/meminfo")
     if not info.exists():
         return None
-    fields = dict(line.split(":") for line in info.read_text().splitlines())
+    fields = dict(line.split(":") for line in info.read_text(encoding="utf-8").splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024

@@ -81,7 +81,9 @@ def anonymous_bytes() -> int | None:
     """This process's anonymous memory: what it holds itself, without pages of mapped files. None but on Linux."""
     if not STATUS.exists():
         return None
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon"))
+    line = next(
+        line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("RssAnon")
+    )
     return int(line.split()[1]) * 1024
 
 

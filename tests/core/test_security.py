@@ -8,11 +8,12 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import tomllib
+
+from ..project import pyproject
 
 ROOT = Path(__file__).resolve().parents[2]
 SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = pyproject()["project"]
 SOURCES = [*ROOT.glob("nodes/**/*.py"), *ROOT.glob("easyref_core/**/*.py")]
 
 # the benchmark tells the allocator to let go of freed memory before it measures; no node runs it

@@ -13,8 +13,9 @@ from ..hosts import ROOT
 SOURCES = sorted(
     file for folder in ("nodes", "easyref_core", "tools") for file in (ROOT / folder).rglob("*.py")
 )
-# Runs inside the host; training and mrbench choose their device themselves, and tiny is made by both of them.
-RUNTIME = [file for file in SOURCES if not {"training", "mrbench", "tiny", "tools"} & set(file.parts)]
+# Runs inside the host; training, mrbench and bench choose their device themselves, and tiny is made by the first two.
+OUTSIDE = {"training", "mrbench", "bench", "tiny", "tools"}
+RUNTIME = [file for file in SOURCES if not OUTSIDE & set(file.parts)]
 DEVICES = ("cuda", "mps", "xpu", "privateuseone")
 TEXT = ("read_text", "write_text")
 
@@ -58,7 +59,7 @@ def opens_text_unnamed(call: ast.AST) -> bool:
         if call.func.attr in TEXT:
             return True
         owner = call.func.value
-        other = isinstance(owner, ast.Name) and owner.id in ("Image", "self")
+        other = isinstance(owner, ast.Name) and owner.id in ("Image", "self", "os")
         return call.func.attr == "open" and not other and "b" not in mode_of(call)
     return isinstance(call.func, ast.Name) and call.func.id == "open" and "b" not in mode_of(call)
 

@@ -107,7 +107,8 @@ def test_fp8_takes_half_of_bf16_at_full_size(pack, monkeypatch):
     monkeypatch.setattr(hosted, "_converted", lambda tensor, dtype: tensor.to(dtype))
     size = {
         precision: sum(
-            hosted.storage(precision, torch.bfloat16)(name, tensor).nbytes for name, tensor in released(pack)
+            hosted.storage(precision, torch.bfloat16, torch.device("cpu"))(name, tensor).nbytes
+            for name, tensor in released(pack)
         )
         for precision in ("bf16", "fp8_e4m3fn")
     }

@@ -85,7 +85,9 @@ class Cases:
                     *ODD,
                 ]
             )
-            (mllm / INDEX).write_text(json.dumps({"weight_map": {names[0]: led, names[1]: part}}))
+            (mllm / INDEX).write_text(
+                json.dumps({"weight_map": {names[0]: led, names[1]: part}}), encoding="utf-8"
+            )
             return f"index names {str(led)[:60]!r}"
         how, text = broken_json(
             {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, part)}, random
@@ -97,19 +99,19 @@ class Cases:
 def _add_code(mllm: Path, random: Random) -> str:
     """A tokenizer and a model of their own, as transformers runs them where it is told to trust a folder."""
     (mllm / "own.py").write_text(
-        "import os\nos.mkdir(os.path.dirname(__file__) + '/../ran')\nclass Own: pass\n"
+        "import os\nos.mkdir(os.path.dirname(__file__) + '/../ran')\nclass Own: pass\n", encoding="utf-8"
     )
     changed = random.sample(["tokenizer_config.json", "config.json"], random.choice([1, 2]))
     for name in changed:
-        config = json.loads((mllm / name).read_text())
+        config = json.loads((mllm / name).read_text(encoding="utf-8"))
         config["auto_map"] = {"AutoTokenizer": ["own.Own", "own.Own"], "AutoConfig": "own.Own"}
         config |= {"tokenizer_class": random.choice(["Own", "OwnFast", None])} if "tokenizer" in name else {}
-        (mllm / name).write_text(json.dumps(config))
+        (mllm / name).write_text(json.dumps(config), encoding="utf-8")
     return f"code for {changed}"
 
 
 def _break_json(file: Path, random: Random) -> str:
-    how, text = broken_json(json.loads(file.read_text()), random)
+    how, text = broken_json(json.loads(file.read_text(encoding="utf-8")), random)
     file.write_bytes(text)
     return f"{file.name}: {how}"
 

@@ -106,7 +106,7 @@ def limit_memory() -> None:
     try:
         import resource
 
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     except (ImportError, OSError):
         return
     most = pages * resource.getpagesize() + MEMORY
