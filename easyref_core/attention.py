@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from einops import rearrange
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,8 +35,20 @@ class KVProjections(nn.Module):
         self.to_k_ip, self.to_v_ip = linears(), linears()
 
     def forward(self, tokens: Tensor) -> list[KeyValue]:
-        """tokens (rows, T, C) -> per site K and V (rows, T, inner)."""
-        return [(to_k(tokens), to_v(tokens)) for to_k, to_v in zip(self.to_k_ip, self.to_v_ip, strict=True)]
+        """tokens (rows, T, C) -> per site K and V (rows, T, inner).
+
+        Raises ValueError, except in training, where one of them is NaN or infinite.
+        """
+        made = [(to_k(tokens), to_v(tokens)) for to_k, to_v in zip(self.to_k_ip, self.to_v_ip, strict=True)]
+        if not self.training:
+            # one answer from the device for all sites
+            finite = torch.stack([torch.isfinite(part).all() for pair in made for part in pair])
+            if not finite.all():
+                raise ValueError(
+                    f"{int((~finite).sum())} of the {len(finite)} keys and values are not finite (computed in {tokens.dtype}): "
+                    "the checkpoint's to_k_ip and to_v_ip are damaged, or the tokens are. Download the checkpoint again."
+                )
+        return made
 
 
 def reference_attention(
