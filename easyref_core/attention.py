@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -35,6 +36,16 @@ class KVProjections(nn.Module):
     def forward(self, tokens: Tensor) -> list[KeyValue]:
         """tokens (rows, T, C) -> per site K and V (rows, T, inner)."""
         return [(to_k(tokens), to_v(tokens)) for to_k, to_v in zip(self.to_k_ip, self.to_v_ip, strict=True)]
+
+
+def require_finite(key_values: Sequence[KeyValue], computed_in: torch.dtype) -> None:
+    """Raises ValueError where one of these is NaN or infinite, which would show as a black picture."""
+    finite = torch.stack([torch.isfinite(part).all() for pair in key_values for part in pair])
+    if not finite.all():
+        raise ValueError(
+            f"{int((~finite).sum())} of the {len(finite)} keys and values are not finite (computed in {computed_in}): "
+            "the checkpoint's to_k_ip and to_v_ip are damaged, or the tokens are. Download the checkpoint again."
+        )
 
 
 def reference_attention(q: Tensor, key_value: KeyValue, heads: int, real: Tensor | None = None) -> Tensor:

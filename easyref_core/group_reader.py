@@ -145,7 +145,7 @@ class GroupReader:
         work, layers = self.work(group), len(self.encoder.layers)
         steps = _Steps(progress, len(self.encoder.visual.blocks) * bool(work.unseen) + layers)
         seen = self._see(group, work.unread, work.unseen, steps)
-        features = [seen[group.digests[number]].to(self.device) for number in work.unread]
+        features = [seen[group.digests[number]] for number in work.unread]
         x = self.encoder.embed(
             group.input_ids[:, work.start :].to(self.device),
             self.image_token,
@@ -196,13 +196,14 @@ class GroupReader:
     def _see(
         self, group: PreparedGroup, numbers: Sequence[int], unseen: Sequence[int], steps: _Steps
     ) -> dict[bytes, Tensor]:
-        """What is seen in these references, by digest; the vision tower runs for the unseen ones alone."""
+        """What is seen in these references, by digest, on the device; the vision tower runs for the unseen ones alone."""
         config = self.encoder.config
         seen = {
-            digest: self._features.get(digest)
-            for digest in (group.digests[number] for number in numbers)
+            digest: self._features.get(digest).to(self.device)
+            for digest in dict.fromkeys(group.digests[number] for number in numbers)
             if digest in self._features
         }
+        kept: dict[bytes, Tensor] = {}
 
         def see_piece(start: int, end: int) -> None:
             piece = unseen[start:end]
@@ -210,15 +211,16 @@ class GroupReader:
             patches, grid = patches_of(pixels, config).to(self.device, self.dtype), grid_of(pixels, config)
             tokens = self.encoder.visual(patches, grid, steps.counting(len(piece) / len(unseen)))
             counts = (grid.prod(dim=1) // config.merge_size**2).tolist()
-            for number, part in zip(piece, tokens.split(counts), strict=True):
-                # a copy, as a part would hold all of the piece
-                seen[group.digests[number]] = part.to(self.kept_on, copy=True)
+            digests = [group.digests[number] for number in piece]
+            seen.update(zip(digests, tokens.split(counts), strict=True))
+            # brought over at once; a part would hold all of them, a copy of it does not
+            parts = tokens.to(self.kept_on).split(counts)
+            kept.update(zip(digests, (part.clone() for part in parts), strict=True))
 
         at_once = VISION_PIECE // max((group.patches[number] for number in unseen), default=1)
         in_pieces(len(unseen), at_once, 1, see_piece, self.free, REMEDY)
-        for number in unseen:
-            digest = group.digests[number]
-            self._features.put(digest, seen[digest], seen[digest].nbytes)
+        for digest, part in kept.items():
+            self._features.put(digest, part, part.nbytes)
         return seen
 
     def _known(self, group: PreparedGroup) -> tuple[Prefix | None, int]:

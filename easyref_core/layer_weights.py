@@ -111,7 +111,7 @@ def parse_layer_weights(text: str) -> tuple[float, ...]:
             ) from None
         if not 0 <= layer < LAYERS:
             raise ValueError(
-                f"layer_weights names layer {brief(layer)}; SDXL has the layers 0 to {LAYERS - 1} (0-3 input, 4 middle, "
+                f"layer_weights names layer {brief(layer)}; wanted SDXL's layers 0 to {LAYERS - 1} (0-3 input, 4 middle, "
                 "5-10 output)."
             )
         if layer in factors:

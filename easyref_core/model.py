@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .attention import KeyValue, KVProjections
+from .attention import KeyValue, KVProjections, require_finite
 from .budget import Budget, budget, largest_size
 from .checkpoint import Cast, Checkpoint, open_checkpoint, save
 from .group_encoder import GroupEncoder
@@ -178,12 +178,19 @@ class EasyRef:
             self._unconditional[key] = tokens
         return self._unconditional[key]
 
-    def key_values(self, tokens: Tensor, dtype: torch.dtype | None = None) -> list[KeyValue]:
+    def key_values(
+        self, tokens: Tensor, dtype: torch.dtype | None = None, kept_on: torch.device | None = None
+    ) -> list[KeyValue]:
         """K and V (rows, T, inner) of reference tokens (rows, T, C) at every cross-attention site, in processor order.
 
-        dtype: what to compute in, the model's own by default.
+        dtype: what to compute in, the model's own by default. kept_on: where they are wanted, the model's device by default.
+        Raises ValueError where one of them is not finite.
         """
-        return self.kv(tokens.to(self.device, dtype or self.dtype))
+        dtype, kept_on = dtype or self.dtype, kept_on or self.device
+        projected = self.kv(tokens.to(self.device, dtype))
+        key_values = [(k.to(kept_on), v.to(kept_on)) for k, v in projected]
+        require_finite(key_values, dtype)
+        return key_values
 
     def forget(self) -> None:
         """Give back what is kept of groups read before, and of the unconditional side."""

@@ -29,7 +29,8 @@ BASE_MLLM = "https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct"
 DEVICE = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|clock\$|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.I
 )  # of Windows
-LONGEST_PREFIX = 150  # characters; a name may have 255 bytes
+LONGEST_PREFIX = 1000  # characters
+LONGEST_NAME = 255 - len("_00001_.safetensors")  # bytes
 SHIPPED = Path(__file__).absolute().parents[1] / "easyref_core" / "tiny" / "weights"
 TINY = "tiny_easyref.safetensors"  # the checkpoint there; the rest are parts of the demo's other models
 
@@ -175,7 +176,8 @@ def host_tokenizer() -> Path:
 def _is_name(name: str) -> bool:
     """Whether a file or folder can be called so anywhere. Windows has names for devices, and a : for other streams."""
     forbidden = any(character in '<>:"|?*' or not character.isprintable() for character in name)
-    return bool(name) and name == name.rstrip(". ") and not forbidden and not DEVICE.fullmatch(name)
+    short = len(name.encode(errors="replace")) <= LONGEST_NAME
+    return short and bool(name) and name == name.rstrip(". ") and not forbidden and not DEVICE.fullmatch(name)
 
 
 def _stays_inside(path: Path, folder: Path) -> bool:

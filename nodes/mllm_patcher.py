@@ -115,9 +115,7 @@ class HostedEasyRef:
         if tokens not in self._key_values:
             mm.load_models_gpu([self._kv_patcher])
             rows = torch.cat([tokens.unconditional, tokens.conditional])
-            projected = self.model.key_values(rows, torch.float32)
-            device = mm.intermediate_device()
-            self._key_values[tokens] = [(k.to(device), v.to(device)) for k, v in projected]
+            self._key_values[tokens] = self.model.key_values(rows, torch.float32, mm.intermediate_device())
         return self._key_values[tokens]
 
     def require_own(self, tokens: TokenPair) -> None:

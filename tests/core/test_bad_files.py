@@ -289,6 +289,16 @@ def test_a_tensor_of_another_architecture(tmp_path: Path) -> None:
     )
 
 
+def test_keys_and_values_that_are_not_finite(tmp_path: Path) -> None:
+    key = next(name for name in checkpoint_tensors() if name.endswith("to_v_ip.weight"))
+    tensors = checkpoint_tensors()
+    path = write(tmp_path / "nan.safetensors", tensors | {key: tensors[key] * torch.nan})
+    model = er.load(path, golden.MLLM)
+    with torch.inference_mode():
+        text = error_of(lambda: model.key_values(model.unconditional(size=golden.SIZE)))
+    assert_says(text, "1 of the 34 keys and values are not finite", "Download the checkpoint again")
+
+
 # Indices of weights
 
 

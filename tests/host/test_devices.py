@@ -150,7 +150,8 @@ def test_a_group_is_read_on_the_device_and_kept_where_the_host_says(pack, loaded
     with torch.inference_mode(), fake:
         context = read(pack, easyref)
         assert len(fake.brought) == 3  # patches, ids, and the patches' places: nothing in a block or layer
-        assert len(fake.read_back) == 1  # the states, at the end
+        # what is kept, when all is computed: features, the states, keys and values of each layer
+        assert len(fake.read_back) == 2 + 2 * easyref.model.config.body_layers
         assert context.states.device == mm.intermediate_device()
         assert context.states.dtype == easyref.model.dtype
         weighed = golden.part(pack, "easyref_core.reference_tokens").weight_bias(

@@ -19,7 +19,7 @@ from tests.core import golden
 
 from .cases import Case
 from .mutations import ODD, broken_bytes
-from .safetensors_files import broken_file
+from .safetensors_files import broken_file, steady
 
 TINY = golden.ROOT / "easyref_core" / "tiny" / "weights"
 
@@ -45,7 +45,7 @@ class Cases:
         er.load(golden.CHECKPOINT, golden.MLLM).save(own)
         self.files = {
             "released": (golden.CHECKPOINT.read_bytes(), golden.MLLM, 56),
-            "own": (own.read_bytes(), golden.MLLM, 56),
+            "own": (steady(own.read_bytes()), golden.MLLM, 56),
             "tiny": ((TINY / "tiny_easyref.safetensors").read_bytes(), TINY / "tiny-qwen2-vl", 64),
         }
         tensors = golden.checkpoint_tensors()

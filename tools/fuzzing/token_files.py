@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from random import Random
 
@@ -10,7 +11,7 @@ import easyref_core as er
 from tests.core import golden
 
 from .cases import Case
-from .safetensors_files import broken_file, broken_metadata, put_together, taken_apart
+from .safetensors_files import broken_file, broken_metadata, put_together, steady, taken_apart
 
 
 def used(path: Path) -> object:
@@ -44,7 +45,9 @@ class Cases:
         er.save_tokens(self.saved, tokens, uncond, golden.references())
         er.save_tokens(folder / "combined.safetensors", both, uncond)
         er.save_tokens(folder / "batch.safetensors", rows, uncond)
-        self.files = [(folder / f"{name}.safetensors").read_bytes() for name in ("good", "combined", "batch")]
+        self.files = [
+            steady((folder / f"{name}.safetensors").read_bytes()) for name in ("good", "combined", "batch")
+        ]
 
     def good(self) -> object:
         return used(self.saved)
@@ -54,8 +57,6 @@ class Cases:
         if random.random() < 0.5:
             how, broken = broken_file(data, random)
         else:
-            import json
-
             how, header, body = broken_metadata(*taken_apart(data), random)
             broken = put_together(json.dumps(header).encode(), body)
         path = folder / "tokens.safetensors"
