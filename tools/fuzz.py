@@ -20,7 +20,7 @@ from tools.fuzzing.cases import KINDS
 from tools.fuzzing.judge import ERROR, FAILURE, RIGHT
 from tools.fuzzing.pool import Tally, run_kind
 
-CASES = 18_000  # in about ten minutes on one core
+CASES = 18_000  # in five to ten minutes on one core
 SHARE = {  # of the cases, in hundredths
     "checkpoint": 25,
     "mllm_folder": 15,
