@@ -208,7 +208,8 @@ class GroupReader:
         def see_piece(start: int, end: int) -> None:
             piece = unseen[start:end]
             pixels = [group.pixels[number] for number in piece]
-            patches, grid = patches_of(pixels, config).to(self.device, self.dtype), grid_of(pixels, config)
+            patches = patches_of(pixels, config).to(self.device, self.dtype)
+            grid = grid_of([image.shape[:2] for image in pixels], config)
             tokens = self.encoder.visual(patches, grid, steps.counting(len(piece) / len(unseen)))
             counts = (grid.prod(dim=1) // config.merge_size**2).tolist()
             digests = [group.digests[number] for number in piece]

@@ -17,7 +17,7 @@ from .group_encoder import GroupEncoder
 from .group_reader import GroupReader, PreparedGroup, digest
 from .instructions import INSTRUCTION, image_spans, image_token_id, load_tokenizer, tokenize
 from .negative import noise_image
-from .preprocess import SIZE, check_sides, grid_of
+from .preprocess import SIZE, check_group, check_sides, grid_of, resized_sides
 from .qwen2_vl import Unfilled
 from .reference_tokens import ContextStates, Provenance, ReferenceAggregator, ReferenceTokens, weight_bias
 
@@ -90,12 +90,17 @@ class EasyRef:
     def prepare(
         self, images: Sequence[Image.Image | Tensor], prompt: str, instruction: str, size: int
     ) -> PreparedGroup:
-        """Everything the MLLM body reads, made and checked on the CPU before any weight is needed."""
-        pixels = self.reader.pixels(images, size)
-        grid = grid_of(pixels, self.config)
+        """Everything the MLLM body reads, made and checked on the CPU before any weight is needed.
+
+        The length is checked first: a thousand references are refused before one of them is resized.
+        """
+        pictures = check_group(images, self.config, size)
+        sides = [resized_sides(height, width, self.config, size)[-1] for width, height in pictures]
+        grid = grid_of(sides, self.config)
         counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
-        input_ids = tokenize(self.tokenizer, instruction + prompt, counts)
+        input_ids = tokenize(self.tokenizer, _asked(instruction, prompt), counts)
         self._check_length(input_ids.shape[1], counts)
+        pixels = self.reader.pixels(images, size)
         made = Provenance(self.fingerprint, instruction, prompt, len(counts), size)
         spans = image_spans(input_ids, self.image_token, counts)
         return PreparedGroup(tuple(pixels), grid, input_ids, made, spans, tuple(map(digest, pixels)))
@@ -149,7 +154,8 @@ class EasyRef:
         tokens = self.mllm.aggregator(context.states.to(self.device, self.dtype), bias=bias).float()
         if not torch.isfinite(tokens).all():
             raise ValueError(
-                f"The reference tokens are not finite (computed in {self.dtype}). Load EasyRef with precision fp32."
+                f"The reference tokens are not finite (computed in {self.dtype}). Load EasyRef with precision fp32; "
+                "if it is, the checkpoint is damaged: download it again."
             )
         return ReferenceTokens.of(tokens, context.provenance)
 
@@ -187,7 +193,9 @@ class EasyRef:
         Raises ValueError where one of them is not finite.
         """
         dtype, kept_on = dtype or self.dtype, kept_on or self.device
-        projected = self.kv(tokens.to(self.device, dtype))
+        # `aggregate` makes tokens in inference mode, of which nothing can be kept for a gradient
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not tokens.is_inference()):
+            projected = self.kv(tokens.to(self.device, dtype))
         key_values = [(k.to(kept_on), v.to(kept_on)) for k, v in projected]
         require_finite(key_values, dtype)
         return key_values
@@ -217,7 +225,7 @@ class EasyRef:
     def _text_tokens(self, pictures: Sequence[tuple[int, int]], prompt: str, instruction: str) -> int:
         for i, (width, height) in enumerate(pictures):
             check_sides(width, height, f"reference {i + 1}")
-        return tokenize(self.tokenizer, instruction + prompt, [0] * len(pictures)).shape[1]
+        return tokenize(self.tokenizer, _asked(instruction, prompt), [0] * len(pictures)).shape[1]
 
     def _check_length(self, length: int, image_tokens: list[int]) -> None:
         limit = self.config.max_positions - self.config.num_tokens
@@ -282,6 +290,13 @@ def build(
     mllm.aggregator.load_state_dict(checkpoint.state("aggregator.", cast), assign=True)
     kv.load_state_dict(checkpoint.state("kv.", cast), assign=True)
     return EasyRef(checkpoint, mllm, kv, load_tokenizer(tokenizer), device, dtype)
+
+
+def _asked(instruction: str, prompt: str) -> str:
+    for name, text in (("instruction", instruction), ("prompt", prompt)):
+        if not isinstance(text, str):
+            raise TypeError(f"The {name} is a {type(text).__name__}; wanted a text. Pass a str.")
+    return instruction + prompt
 
 
 def _tokenizer_folder(mllm: Path | str | None, tokenizer: Path | str | None) -> Path:

@@ -37,7 +37,7 @@ def preprocess(
     Arguments and errors as for read_pixels.
     """
     pixels = read_pixels(images, config, size)
-    return patches_of(pixels, config), grid_of(pixels, config)
+    return patches_of(pixels, config), grid_of([image.shape[:2] for image in pixels], config)
 
 
 def read_pixels(
@@ -52,8 +52,13 @@ def read_pixels(
     return [pixels_of(image, f"reference {i + 1}", config, size) for i, image in enumerate(images)]
 
 
-def check_group(images: Sequence[Image.Image | Tensor], config: EasyRefConfig, size: int) -> None:
-    """Raises ValueError for a size outside its bounds and for an empty group."""
+def check_group(
+    images: Sequence[Image.Image | Tensor], config: EasyRefConfig, size: int
+) -> list[tuple[int, int]]:
+    """Width and height of each reference.
+
+    Raises ValueError for a size outside its bounds, for an empty group and for what is no picture by its form.
+    """
     unit = config.pixels_per_token
     if not 2 * unit <= size <= LARGEST * unit:
         raise ValueError(
@@ -69,6 +74,7 @@ def check_group(images: Sequence[Image.Image | Tensor], config: EasyRefConfig, s
         raise ValueError(
             "The group holds no reference. Give it at least one image (EasyRef works best with 3 or more)."
         )
+    return [check_image(image, f"reference {i + 1}") for i, image in enumerate(images)]
 
 
 def pixels_of(image: Image.Image | Tensor, name: str, config: EasyRefConfig, size: int) -> np.ndarray:
@@ -81,10 +87,11 @@ def patches_of(pixels: Sequence[np.ndarray], config: EasyRefConfig) -> Tensor:
     return torch.cat([patchify(image[None], config) for image in pixels])
 
 
-def grid_of(pixels: Sequence[np.ndarray], config: EasyRefConfig) -> Tensor:
-    """Frames, rows and columns of each image in patches, (K, 3)."""
-    side = config.patch_size
-    return torch.tensor([(1, image.shape[0] // side, image.shape[1] // side) for image in pixels])
+def grid_of(sides: Sequence[tuple[int, int]], config: EasyRefConfig) -> Tensor:
+    """Frames, rows and columns in patches, (K, 3), of images as read_pixels gives them. sides: height, width of each."""
+    return torch.tensor(
+        [(1, height // config.patch_size, width // config.patch_size) for height, width in sides]
+    )
 
 
 def black_image() -> Image.Image:
@@ -92,19 +99,11 @@ def black_image() -> Image.Image:
     return Image.new("RGB", (512, 512))
 
 
-def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
-    """One reference as an RGB image. Alpha is dropped, not composited, as PIL's convert does in the authors' code."""
+def check_image(image: Image.Image | Tensor, name: str = "reference") -> tuple[int, int]:
+    """Width and height of one reference. Raises ValueError or TypeError for what is no picture by its form."""
     if isinstance(image, Image.Image):
-        if image.mode.startswith("I"):  # 16 bits: PIL's convert would clip at 255, which leaves white
-            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
         check_sides(*image.size, name)
-        try:
-            return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(
-                f"{name}, of PIL's mode {image.mode}, cannot be read as RGB ({error}). Its file is damaged, or convert it first: "
-                "wanted any mode that PIL converts to RGB."
-            ) from error
+        return image.size
     if not isinstance(image, torch.Tensor):
         raise TypeError(
             f"{name} is a {type(image).__name__}; wanted a PIL image or a (height, width, 3) float tensor."
@@ -120,6 +119,24 @@ def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
         )
     if not image.is_floating_point():
         raise ValueError(f"{name} holds {image.dtype} values; wanted floats in 0..1. Divide 0..255 by 255.")
+    height, width, _ = image.shape
+    check_sides(width, height, name)
+    return width, height
+
+
+def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
+    """One reference as an RGB image. Alpha is dropped, not composited, as PIL's convert does in the authors' code."""
+    check_image(image, name)
+    if isinstance(image, Image.Image):
+        if image.mode.startswith("I"):  # 16 bits: PIL's convert would clip at 255, which leaves white
+            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+        try:
+            return image.convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(
+                f"{name}, of PIL's mode {image.mode}, cannot be read as RGB ({error}). Its file is damaged, or convert it first: "
+                "wanted any mode that PIL converts to RGB."
+            ) from error
     pixels = image.detach().to("cpu", torch.float32)
     if not torch.isfinite(pixels).all():
         broken = int((~torch.isfinite(pixels)).sum())
@@ -128,7 +145,6 @@ def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
         )
     # Rounding (not truncating) gives back the exact bytes of a picture that was divided by 255.
     pixels = (pixels[..., :3].clamp(0, 1) * 255).round().to(torch.uint8)
-    check_sides(pixels.shape[1], pixels.shape[0], name)
     return Image.fromarray(pixels.expand(-1, -1, 3).numpy())
 
 

@@ -73,7 +73,7 @@ class Encoder:
     def group(self, pictures: list[int], prompt: int = 0) -> PreparedGroup:
         """The pictures of these numbers, with the prompt of this number."""
         pixels = tuple(picture(number, self.config) for number in pictures)
-        grid = grid_of(pixels, self.config)
+        grid = grid_of([image.shape[:2] for image in pixels], self.config)
         ids, spans = words(BEFORE, 0), []
         for count in (grid.prod(dim=1) // self.config.merge_size**2).tolist():
             spans.append((len(ids) + 1, len(ids) + 1 + count))

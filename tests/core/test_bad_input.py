@@ -372,3 +372,16 @@ def test_a_model_without_cross_attentions(model: er.EasyRef, tokens: er.Referenc
     assert_says(
         text, "it has no cross-attentions of Stable Diffusion's kind", "not SD1.5, Flux or the SDXL refiner"
     )
+
+
+def test_a_group_that_is_too_long_is_refused_before_it_is_resized(
+    model: er.EasyRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.reader, "pixels", lambda *_: pytest.fail("resized"))
+    assert_says(error_of(lambda: model.encode([color()] * 1000)), "too long for the MLLM", "1000 references")
+
+
+@pytest.mark.parametrize(("prompt", "instruction"), [(None, "x"), ("x", 3), (b"x", "x")])
+def test_what_is_no_text_is_refused(model: er.EasyRef, prompt: object, instruction: object) -> None:
+    text = error_of(lambda: model.encode([color()], prompt, instruction), TypeError)
+    assert_says(text, "wanted a text")

@@ -89,3 +89,8 @@ def test_tensors_and_pil_images_give_the_same_patches(model: er.EasyRef, case: s
     images, _ = CASES[case]()
     from_tensors, _ = preprocess([golden.as_tensor(image) for image in images], model.config, golden.SIZE)
     assert torch.equal(from_tensors, preprocessed(model, case)[0])
+
+
+def test_keys_and_values_need_no_inference_mode(model: er.EasyRef, tokens: er.ReferenceTokens) -> None:
+    assert tokens.is_inference()
+    assert len(model.key_values(tokens)) == len(model.checkpoint.sites)

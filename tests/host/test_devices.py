@@ -167,8 +167,10 @@ def test_a_group_is_read_on_the_device_and_kept_where_the_host_says(pack, loaded
 
 
 @pytest.mark.parametrize("name", ["CUDA", "MPS", "DirectML"])
-def test_keys_and_values_are_kept_where_the_host_says(pack, loaded, easy, name: str) -> None:
+def test_keys_and_values_are_kept_where_the_host_says(pack, monkeypatch, loaded, easy, name: str) -> None:
     easyref, fake = loaded(name)
+    # looks at the numbers, where they are kept; there are none here
+    monkeypatch.setattr(golden.part(pack, "easyref_core.model"), "require_finite", lambda *_: None)
     with torch.inference_mode(), fake:
         key_values = easyref.key_values(easy.tokens)
     assert {tensor.device for pair in key_values for tensor in pair} == {mm.intermediate_device()}
