@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .kept import Kept
-from .pieces import in_pieces
+from .pieces import in_pieces, is_out_of_memory
 from .preprocess import check_group, grid_of, patches_of, pixels_of
 from .qwen2_vl import Past
 
@@ -239,17 +239,21 @@ class GroupReader:
         end = group.spans[-1][1] + 1  # the mark after the image
         if work.start >= end:
             return
-        reads = group.reads[:end]
-        if work.prefix and work.prefix.reads == reads[: len(work.prefix.reads)]:
-            self._prefixes.drop(work.prefix.reads)
         size = states[:, :end].nbytes + sum(t[:, :, :end].nbytes for p in past for t in p.key_value)
         if size > self._prefixes.limit:
             return
-        key_values = []
-        for layer in past:  # one after the other, so that no more than one is there twice
-            key_values.append(tuple(t[:, :, :end].to(self.kept_on, copy=True) for t in layer.key_value))
-            layer.key_value = None
-        prefix = Prefix(reads, tuple(key_values), states[:, :end].clone())
+        reads, key_values = group.reads[:end], []
+        try:
+            for layer in past:  # one after the other, so that no more than one is there twice
+                key_values.append(tuple(t[:, :, :end].to(self.kept_on, copy=True) for t in layer.key_value))
+                layer.key_value = None
+            prefix = Prefix(reads, tuple(key_values), states[:, :end].clone())
+        except Exception as error:
+            if is_out_of_memory(error):
+                return  # the group was read all the same; the next one is read anew
+            raise
+        if work.prefix and work.prefix.reads == reads[: len(work.prefix.reads)]:
+            self._prefixes.drop(work.prefix.reads)
         self._prefixes.put(reads, prefix, prefix.nbytes)
 
 

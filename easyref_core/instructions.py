@@ -49,7 +49,10 @@ def tokenize(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int]) -> Te
 
 
 def require_text(text: str, name: str) -> None:
-    """Raises ValueError for half a character: a lone surrogate, which no file and no connection can hold either."""
+    """Raises TypeError for what is no text, ValueError for half a character: a lone surrogate, which no file and no
+    connection can hold either."""
+    if not isinstance(text, str):
+        raise TypeError(f"The {name} is a {type(text).__name__}; wanted a text. Pass a str.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -15,7 +15,14 @@ from .budget import Budget, budget, largest_size
 from .checkpoint import Cast, Checkpoint, open_checkpoint, save
 from .group_encoder import GroupEncoder
 from .group_reader import GroupReader, PreparedGroup, digest
-from .instructions import INSTRUCTION, image_spans, image_token_id, load_tokenizer, tokenize
+from .instructions import (
+    INSTRUCTION,
+    image_spans,
+    image_token_id,
+    load_tokenizer,
+    require_text,
+    tokenize,
+)
 from .negative import noise_image
 from .preprocess import SIZE, check_group, check_sides, grid_of, resized_sides
 from .qwen2_vl import Unfilled
@@ -293,9 +300,8 @@ def build(
 
 
 def _asked(instruction: str, prompt: str) -> str:
-    for name, text in (("instruction", instruction), ("prompt", prompt)):
-        if not isinstance(text, str):
-            raise TypeError(f"The {name} is a {type(text).__name__}; wanted a text. Pass a str.")
+    require_text(instruction, "instruction")
+    require_text(prompt, "prompt")
     return instruction + prompt
 
 

@@ -372,6 +372,26 @@ def test_where_nothing_fits_one_error_says_what_to_do(own: er.EasyRef, part: str
     assert error(tokens(own, A, B), wanted) <= EXACT
 
 
+def test_what_cannot_be_kept_is_read_all_the_same(own: er.EasyRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    wanted = cold(own, A, B)
+    own.forget()
+    monkeypatch.setattr(group_reader, "Prefix", full)
+    assert torch.equal(tokens(own, A, B), wanted)
+    assert not list(own.reader._prefixes)
+
+
+def test_a_group_too_large_to_be_kept_takes_nothing_from_a_smaller_one(own: er.EasyRef) -> None:
+    tokens(own, A, B)
+    own.reader._prefixes.limit = own.reader._prefixes.nbytes
+    tokens(own, A, B, C)
+    with watched(own) as ran:
+        tokens(own, A, B, prompt="a dog")
+    assert ran.tokens < 40
+
+
 def test_other_errors_are_not_tried_again(own: er.EasyRef) -> None:
     hook = heavy(own)[3].register_forward_pre_hook(failing(1, 1, KeyError))
     with pytest.raises(KeyError):
