@@ -6,7 +6,8 @@ The flow, in reading order (K references, S about 145 K + 60 tokens of context, 
     instructions.py      instruction and prompt   -> input_ids (1, S)
     qwen2_vl.py          the vision tower and the decoder layer
     group_encoder.py     patches and ids          -> context states (1, S, D)         the MLLM body
-    group_reader.py      runs it: what two groups have in common once (kept.py), in pieces where memory is short (pieces.py)
+    group_reader.py      runs it: what two groups have in common once (kept.py), in pieces where memory is short (pieces.py);
+                         sums in the memory of a term (in_place.py)
     reference_tokens.py  64 learned tokens appended, last layer, projector -> reference tokens (1, 64, 2048)
     attention.py         K, V (1, 64, C) for each of the 70 cross-attentions, computed once; the reference term
     unet_layout.py       where those 70 are in a UNet

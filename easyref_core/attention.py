@@ -64,11 +64,6 @@ def reference_attention(q: Tensor, key_value: KeyValue, heads: int, real: Tensor
     return term.transpose(1, 2).reshape(q.shape)
 
 
-def plus(text: Tensor, term: Tensor) -> Tensor:
-    """text + term, both (batch, tokens, inner), in the memory of the term unless a gradient may want it."""
-    return text + term if term.requires_grad or text.requires_grad else term.add_(text)
-
-
 def require_scaling(scaling: str) -> None:
     """Raises ValueError for an unknown one."""
     if scaling not in SCALINGS:

@@ -10,7 +10,8 @@ import torch
 from einops import rearrange
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from .attention import KeyValue, plus, reference_attention, scaled
+from .attention import KeyValue, reference_attention, scaled
+from .in_place import plus
 from .reference_tokens import ReferenceTokens
 from .unet_layout import Site, in_processor_order, parse_diffusers, require_fit
 

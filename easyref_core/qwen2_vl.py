@@ -15,6 +15,8 @@ from einops import rearrange
 from torch import nn
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention, silu
 
+from .in_place import plus, times
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -121,7 +123,7 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(x * (1.702 * x).sigmoid_())  # QuickGELU
+        return self.fc2(times(x, (1.702 * x).sigmoid_()))  # QuickGELU
 
 
 class VisionBlock(nn.Module):
@@ -133,8 +135,8 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(config, operations, **factory)
 
     def forward(self, x: Tensor, turn: Rotation, lengths: list[int]) -> Tensor:
-        x = x + self.attn(self.norm1(x), turn, lengths)
-        return x + self.mlp(self.norm2(x))
+        x = plus(x, self.attn(self.norm1(x), turn, lengths))
+        return plus(x, self.mlp(self.norm2(x)))
 
 
 class PatchMerger(nn.Module):
@@ -292,7 +294,9 @@ class GatedMLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        gate = silu(gate, inplace=not gate.requires_grad)
+        return self.down_proj(times(self.up_proj(x), gate))
 
 
 class DecoderLayer(nn.Module):
@@ -323,5 +327,5 @@ class DecoderLayer(nn.Module):
         attention_mask. past: what the layer has read before x; x is added to it.
         """
         attended = self.self_attn(self.input_layernorm(x), turn, causal, queries, real, bias, past)
-        x = x[:, -attended.shape[1] :] + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = plus(x[:, -attended.shape[1] :], attended)
+        return plus(x, self.mlp(self.post_attention_layernorm(x)))

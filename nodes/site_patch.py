@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from comfy.ldm.modules.attention import optimized_attention
 
-from ..easyref_core.attention import plus, reference_attention
+from ..easyref_core.attention import reference_attention
+from ..easyref_core.in_place import plus
 from ..easyref_core.unet_layout import Site
 from .injection import IDLE, STEP, Acting, Step
 
