@@ -159,11 +159,12 @@ class TestEasyRef:
         return er.load(tiny.CHECKPOINT, tiny.MLLM)
 
     def alone(self, model: er.EasyRef) -> list[Tensor]:
-        task = TASKS[1]
-        return [
-            model.aggregate(model.encode([r], task.prompt, size=tiny.REFERENCE)).as_subclass(torch.Tensor)
-            for r in task.references
-        ]
+        def tokens(reference: Image.Image) -> Tensor:
+            model.reader.forget()
+            context = model.encode([reference], TASKS[1].prompt, size=tiny.REFERENCE)
+            return model.aggregate(context).as_subclass(torch.Tensor)
+
+        return [tokens(reference) for reference in TASKS[1].references]
 
     def test_average_is_the_mean_of_single_tokens(self, model: er.EasyRef) -> None:
         tokens = reference_tokens(model, TASKS[1], "average", er.INSTRUCTION, tiny.REFERENCE)
@@ -173,6 +174,14 @@ class TestEasyRef:
         tokens = reference_tokens(model, TASKS[1], "concatenation", er.INSTRUCTION, tiny.REFERENCE)
         assert torch.equal(tokens, torch.cat(self.alone(model), dim=1))
         assert tokens.shape[1] == 3 * model.config.num_tokens
+
+    def test_tokens_of_a_task_do_not_depend_on_the_tasks_before(self, model: er.EasyRef) -> None:
+        def tokens(task: Task) -> Tensor:
+            return reference_tokens(model, task, "easyref", er.INSTRUCTION, tiny.REFERENCE)
+
+        first = tokens(TASKS[0])
+        tokens(Task("more", "a dog", [*TASKS[0].references, *TASKS[1].references]))
+        assert torch.equal(tokens(TASKS[0]), first)
 
     def test_of_one_reference_all_three_are_the_same(self, model: er.EasyRef) -> None:
         task = Task("one", "a cat", TASKS[0].references[:1])
