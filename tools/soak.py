@@ -35,7 +35,8 @@ EVERY = 20  # prompts between two measurements; the first measurement, after as 
 MB = 2**20
 # What may grow at most between the first measurement and the last, by either way of telling (tools/growth.py).
 LIMITS = {
-    "unexplained": 6 * MB,  # 22 KB a prompt; runs of a pack that leaks nothing known gave 3 to 5, most of it early
+    "unexplained": 6
+    * MB,  # 22 KB a prompt; runs of a pack that leaks nothing known gave 3 to 5, most of it early
     "mapped": 4 * MB,
     "tensor_bytes": MB / 4,
     "tensors": 4,
