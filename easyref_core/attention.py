@@ -57,7 +57,8 @@ def reference_attention(q: Tensor, key_value: KeyValue, heads: int, real: Tensor
     that only fill up a shorter row. -> (batch, tokens, inner), in q's dtype, memory of its own.
     """
     # plain views: this runs 70 times a step, and parsing einops' patterns would take longer than a GPU's kernels
-    queries = q.reshape(len(key_value[0]), -1, q.shape[-1])  # -> (chunks, batch / chunks * tokens, inner)
+    # -> (chunks, batch / chunks * tokens, inner); raises where the batch is no multiple of the chunks
+    queries = q.unflatten(0, (len(key_value[0]), -1)).flatten(1, 2)
     per_head = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (queries, *key_value))
     mask = None if real is None else real[:, None, None]
     term = scaled_dot_product_attention(*per_head, attn_mask=mask)

@@ -7,15 +7,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def plus(x: Tensor, own: Tensor) -> Tensor:
     """x + own."""
-    return x + own if own.requires_grad or x.requires_grad else own.add_(x)
+    return own.add_(x) if _may_hold(own, x) else x + own
 
 
 def times(x: Tensor, own: Tensor) -> Tensor:
     """x * own."""
-    return x * own if own.requires_grad or x.requires_grad else own.mul_(x)
+    return own.mul_(x) if _may_hold(own, x) else x * own
+
+
+def _may_hold(own: Tensor, x: Tensor) -> bool:
+    """Whether the result can lie in `own`: no gradient wants it, and its type is the one that the two together make."""
+    wanted = own.requires_grad or x.requires_grad
+    return not wanted and own.dtype == torch.result_type(x, own)

@@ -67,3 +67,16 @@ def test_sum_that_wants_gradients_leaves_both_parts(learning: int) -> None:
 def test_unknown_scaling_is_refused() -> None:
     with pytest.raises(ValueError, match="no embeds_scaling 'Q'"):
         require_scaling("Q")
+
+
+def test_a_batch_that_is_no_multiple_of_the_rows_is_refused() -> None:
+    key_value = (torch.randn(2, 4, 8), torch.randn(2, 4, 8))
+    for batch in (1, 3):
+        with pytest.raises(RuntimeError):
+            reference_attention(torch.randn(batch, 4, 8), key_value, 2)
+
+
+def test_a_sum_has_the_type_that_its_terms_make() -> None:
+    wide, narrow = torch.ones(2), torch.ones(2, dtype=torch.bfloat16)
+    assert plus(wide, narrow).dtype == torch.float32
+    assert plus(narrow, wide).dtype == torch.float32
