@@ -26,4 +26,4 @@ def times(x: Tensor, own: Tensor) -> Tensor:
 def _may_hold(own: Tensor, x: Tensor) -> bool:
     """Whether the result can lie in `own`: no gradient wants it, and its type is the one that the two together make."""
     wanted = own.requires_grad or x.requires_grad
-    return not wanted and own.dtype == torch.result_type(x, own)
+    return not wanted and own.dtype == torch.promote_types(x.dtype, own.dtype)
