@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,19 +27,16 @@ from ..training.full_size import EASYREF
 from .random_weights import materialised
 from .rows import Limit, Options, Row
 from .timing import interleaved, peak_memory, seconds
+from .transformers_mllm import body_of
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 GIB = 2**30
 PICTURES = ((1024, 1024), (832, 1216), (1216, 832))  # width, height, one after the other
 IMAGE_TOKEN = 151655  # of Qwen2-VL's tokenizer: <|image_pad|>
-BEFORE, INSTRUCTION, PROMPT, AFTER = (
-    14,
-    25,
-    16,
-    5,
-)  # text tokens: the template, what is asked, what is wanted, its end
+# text tokens: the template, what is asked, what is wanted, the template's end
+BEFORE, INSTRUCTION, PROMPT, AFTER = 14, 25, 16, 5
 WARM = 8  # references of the group that is changed
 WHOLE = 8  # references up to which all layers are run; beyond, one in eight
 QUICK = dataclasses.replace(
@@ -187,7 +184,7 @@ def _cold(encoder: Encoder, count: int, options: Options, say: Callable[[str], N
     encoder.reader.forget()
     bound = activation_bytes(config, group.patches, group.input_ids.shape[1], encoder.dtype.itemsize)
     rows = []
-    theirs = transformers_body(encoder)
+    theirs = body_of(encoder.mllm.encoder, encoder.image_token, encoder.device)
     if theirs is None:
         say("  transformers is not installed: not compared")
         took = seconds(ours, options.device)
@@ -224,83 +221,3 @@ def _cold(encoder: Encoder, count: int, options: Options, say: Callable[[str], N
         )
     encoder.reader.forget()
     return rows
-
-
-def transformers_body(encoder: Encoder) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """The same body as transformers computes it, on the same weights: patches, grid, ids -> states (1, S, D)."""
-    try:
-        from transformers import Qwen2VLConfig
-        from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
-    except ImportError:
-        return None
-    config = Qwen2VLConfig(**transformers_sizes(encoder.config))
-    kind = getattr(qwen2_vl, "Qwen2VLTextModel", None) or qwen2_vl.Qwen2VLModel  # the latter before 4.52
-    with torch.device("meta"):
-        tower = qwen2_vl.Qwen2VisionTransformerPretrainedModel._from_config(
-            config.vision_config, attn_implementation="sdpa"
-        )
-        text = kind._from_config(config.get_text_config(), attn_implementation="sdpa")
-    body = encoder.mllm.encoder
-    _share(tower, body.visual.state_dict(), encoder)
-    _share(text, {k: v for k, v in body.state_dict().items() if not k.startswith("visual.")}, encoder)
-
-    def run(patches: Tensor, grid: Tensor, ids: Tensor) -> Tensor:
-        seen: Any = tower(patches, grid_thw=grid.to(ids.device))
-        seen = getattr(seen, "pooler_output", seen)  # from 5.0 on
-        x = text.get_input_embeddings()(ids)
-        x = x.masked_scatter((ids == encoder.image_token)[..., None], seen.to(x.dtype))
-        # as the authors' code: plain positions, also over images
-        places = torch.arange(ids.shape[1], device=ids.device)[None, None].expand(3, 1, -1)
-        return text(inputs_embeds=x, position_ids=places, use_cache=False).last_hidden_state
-
-    return run
-
-
-def transformers_sizes(config: EasyRefConfig) -> dict[str, Any]:
-    """The same sizes as arguments of transformers' Qwen2VLConfig."""
-    half = config.head_dim // 2
-    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]  # 16, 24, 24 of 64, as released
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.body_layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": sections},
-        "max_position_embeddings": config.max_positions,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "vision_config": {
-            "depth": config.vision_depth,
-            "embed_dim": config.vision_width,
-            "hidden_size": config.hidden_size,
-            "num_heads": config.vision_heads,
-            "mlp_ratio": config.vision_mlp_width // config.vision_width,
-            "patch_size": config.patch_size,
-        },
-    }
-
-
-def _share(theirs: nn.Module, ours: dict[str, Tensor], encoder: Encoder) -> None:
-    """Give a module of transformers our weights, not copies of them, and its buffers their values."""
-    wanted = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
-    named = {name.replace("patch_embed.weight", "patch_embed.proj.weight"): t for name, t in ours.items()}
-    theirs.load_state_dict({name: named[name].view(shape) for name, shape in wanted.items()}, assign=True)
-    for module in list(theirs.modules()):  # rotary frequencies, which are computed and not stored
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                setattr(module, name, _frequencies(module, buffer).to(encoder.device))
-    theirs.eval()
-
-
-def _frequencies(module: nn.Module, buffer: Tensor) -> Tensor:
-    dim = 2 * len(buffer)
-    theta = getattr(module, "theta", 10_000.0)
-    if hasattr(module, "config"):
-        text = module.config
-        theta = getattr(text, "rope_theta", None) or text.rope_parameters["rope_theta"]
-    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)

@@ -6,11 +6,12 @@ Runs with transformers from 4.50 on: the text model moved and the vision tower's
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from easyref_core.bench.transformers_mllm import text_model, vision_tower
 from easyref_core.config import EasyRefConfig
 from easyref_core.formats import MLLM_NAMES, translate
 from easyref_core.group_encoder import GroupEncoder
@@ -20,7 +21,6 @@ from .golden import EXACT, Tensors, error
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
 
 CONFIG = EasyRefConfig(
     vocab_size=120,
@@ -54,35 +54,6 @@ GROUPS = {
 LENGTH = 37
 
 
-def transformers_config(config: EasyRefConfig) -> Any:
-    """The same sizes as transformers' Qwen2VLConfig."""
-    from transformers import Qwen2VLConfig
-
-    return Qwen2VLConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.body_layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
-        rope_scaling={"type": "default", "rope_type": "default", "mrope_section": [2, 3, 3]},
-        max_position_embeddings=config.max_positions,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        vision_config={
-            "depth": config.vision_depth,
-            "embed_dim": config.vision_width,
-            "hidden_size": config.hidden_size,
-            "num_heads": config.vision_heads,
-            "mlp_ratio": config.vision_mlp_width // config.vision_width,
-            "patch_size": config.patch_size,
-        },
-    )
-
-
 def randomize(module: nn.Module) -> None:
     """Weights under which every parameter counts, biases and norms included."""
     generator = torch.Generator().manual_seed(0)
@@ -94,19 +65,6 @@ def randomize(module: nn.Module) -> None:
 def small(*shape: int) -> torch.Tensor:
     """Random inputs so small that the epsilon of each norm shows."""
     return 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-
-def vision_model() -> PreTrainedModel:
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel as Tower
-
-    return Tower._from_config(transformers_config(CONFIG).vision_config, attn_implementation="sdpa").eval()
-
-
-def text_model(config: EasyRefConfig) -> PreTrainedModel:
-    from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
-
-    kind = getattr(qwen2_vl, "Qwen2VLTextModel", None) or qwen2_vl.Qwen2VLModel  # the latter before 4.52
-    return kind._from_config(transformers_config(config).get_text_config(), attn_implementation="sdpa").eval()
 
 
 def translated(theirs: nn.Module, prefix: str) -> Tensors:
@@ -121,7 +79,7 @@ def translated(theirs: nn.Module, prefix: str) -> Tensors:
 @torch.inference_mode()
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 def test_vision_tower(group: list[tuple[int, int, int]]) -> None:
-    theirs, ours = vision_model(), VisionTower(CONFIG)
+    theirs, ours = vision_tower(CONFIG), VisionTower(CONFIG)
     randomize(theirs)
     ours.load_state_dict({k.removeprefix("visual."): v for k, v in translated(theirs, "visual.").items()})
     grid = torch.tensor(group)
