@@ -20,7 +20,7 @@ import torch
 
 from .kept import Kept
 from .pieces import in_pieces, is_out_of_memory
-from .preprocess import check_group, grid_of, patches_of, pixels_of
+from .preprocess import grid_of, patches_of, pixels_of
 from .qwen2_vl import Past
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ class GroupReader:
         self._prefixes.clear()
 
     def pixels(self, images: Sequence[Image.Image | Tensor], size: int) -> list[np.ndarray]:
-        """Each reference as the MLLM reads it; arguments and errors as for preprocess.read_pixels."""
-        check_group(images, self.encoder.config, size)
+        """Each reference as the MLLM reads it, of a group that check_group let pass; values are preprocess.read_pixels'."""
         return [self._pixels_of(image, f"reference {i + 1}", size) for i, image in enumerate(images)]
 
     def work(self, group: PreparedGroup) -> Work:

@@ -160,7 +160,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 def _require_unchanged(path: Path, opened: tuple[int, int]) -> None:
-    """Tensors of two files must not become one model: a checkpoint is read in several passes, its LoRA when applied."""
+    """Tensors of two files must not become one model: a checkpoint is read in several passes, its LoRA when first asked for."""
     if _state(path) != opened:
         raise ValueError(
             f"{path} was replaced or written to after it was opened ({opened[0]:,} bytes then, "

@@ -203,8 +203,7 @@ def _tokens_path(name: str) -> Path | None:
     path = folder_paths.get_full_path(TOKENS, name)
     if path is None or not _is_inside(Path(path), folders) or Path(name).anchor or ".." in Path(name).parts:
         return None
-    real = Path(os.path.realpath(path))
-    return Path(path) if any(real.is_relative_to(os.path.realpath(folder)) for folder in folders) else None
+    return Path(path) if any(_stays_inside(Path(path), Path(folder)) for folder in folders) else None
 
 
 def _is_inside(path: Path, folders: list[str]) -> bool:

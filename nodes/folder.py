@@ -83,9 +83,9 @@ class EasyRefGroupFromFolder(io.ComfyNode):
     def execute(
         cls, folder: str, limit: int, start: int, group: tuple[Tensor, ...] | None = None
     ) -> io.NodeOutput:
-        files = pictures_in(folder, start, limit)
+        found = pictures_in(folder, start, limit)
         taken, names, notes = [], [], []
-        for file in files:
+        for file in found:
             try:
                 taken.append(read(file))
                 names.append(file.name)
@@ -94,7 +94,7 @@ class EasyRefGroupFromFolder(io.ComfyNode):
         if not taken:
             raise ValueError(
                 f"No picture was found in {brief(repr(folder))} of the input folder "
-                f"({len(files)} files tried, from number {start} on). Put pictures there, or give another folder. {' '.join(notes)}".rstrip()
+                f"({len(found)} files tried, from number {start} on). Put pictures there, or give another folder. {' '.join(notes)}".rstrip()
             )
         references = (*(group or ()), *taken)
         return io.NodeOutput(references, "\n".join(names), ui=show_group(references, notes))

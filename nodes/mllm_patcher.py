@@ -20,7 +20,7 @@ from comfy_execution.utils import get_executing_context
 
 from ..easyref_core.aggregation_attention import AttentionShares, read_shares
 from ..easyref_core.budget import activation_bytes, operations
-from ..easyref_core.checkpoint import Cast, open_checkpoint
+from ..easyref_core.checkpoint import Cast, may_be_fp8, open_checkpoint
 from ..easyref_core.influence import pooled_features
 from ..easyref_core.model import EasyRef, build
 from ..easyref_core.preprocess import black_image
@@ -158,7 +158,7 @@ def storage(precision: str, compute: torch.dtype, device: torch.device) -> Cast:
             return torch.bfloat16
         if precision == "fp32":
             return torch.float32
-        if precision == "fp8_e4m3fn" and _may_be_fp8(name, tensor, embeddings):
+        if precision == "fp8_e4m3fn" and may_be_fp8(name, tensor, embeddings):
             return torch.float8_e4m3fn
         return compute if tensor.dtype.itemsize > compute.itemsize else tensor.dtype
 
@@ -175,16 +175,6 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy in pages of its own, which go back to the system with it; freed heap memory would mostly stay."""
     pages = mmap.mmap(-1, tensor.numel() * dtype.itemsize)
     return torch.frombuffer(pages, dtype=dtype).view(tensor.shape).copy_(tensor)
-
-
-def _may_be_fp8(name: str, tensor: Tensor, embeddings: bool) -> bool:
-    """Whether fp8 is enough for a weight: for the matrices of the MLLM body and of K and V, 98 % of the model.
-
-    Not for the last layer and the projector, on which the tokens depend most. Norms and biases are no matrices.
-    """
-    if "embed_tokens" in name:
-        return embeddings
-    return tensor.ndim == 2 and name.startswith(("encoder.", "kv."))
 
 
 def looks_up_fp8(device: torch.device) -> bool:
@@ -205,7 +195,8 @@ def _hosted(module: nn.Module, device: torch.device) -> ModelPatcher:
 def _forget(model: ref[EasyRef], _: ModelPatcher, unpatch_all: bool) -> None:
     """ON_DETACH. Where a prompt runs, SDXL needs the room on the device: what was read is kept elsewhere, and worth it.
 
-    Otherwise it is the user who unloads the models. Without unpatch_all the model is about to be loaded again.
+    Otherwise it is the user who unloads the models, or the host after a node ran out of memory. Without unpatch_all the model
+    is about to be loaded again.
     """
     if unpatch_all and get_executing_context() is None and (unloaded := model()):
         unloaded.forget()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoint import Checkpoint, expected_shapes, open_checkpoint, save
+from ..checkpoint import Checkpoint, expected_shapes, may_be_fp8, open_checkpoint, save
 from ..model import EasyRef, build
 from ..training.full_size import EASYREF
 from ..unet_layout import Site, sdxl_sites
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..config import EasyRefConfig
 
 Say = Callable[[str], None]
-Kept = Callable[[str, "Tensor"], torch.dtype]  # name in the model, tensor -> how it is kept
+KeptAs = Callable[[str, "Tensor"], torch.dtype]  # name in the model, tensor -> how it is kept
 
 TOKENIZER = Path(__file__).parents[1] / "tiny" / "weights" / "tiny-qwen2-vl"
 PEAK, HALF = Limit("<=", 1.1), Limit("<=", 0.5)
@@ -74,15 +74,14 @@ def in_float32(_: str, __: Tensor) -> torch.dtype:
 
 
 def in_fp8(name: str, tensor: Tensor) -> torch.dtype:
-    """As the nodes' fp8_e4m3fn keeps them: the matrices of the MLLM body, without the embeddings."""
-    is_body_matrix = name.startswith("encoder.") and tensor.ndim == 2 and "embed_tokens" not in name
-    return torch.float8_e4m3fn if is_body_matrix else tensor.dtype
+    """As the nodes' fp8_e4m3fn keeps them, on a device that looks up fp8."""
+    return torch.float8_e4m3fn if may_be_fp8(name, tensor) else tensor.dtype
 
 
-PRECISIONS: dict[str, Kept] = {"as stored": as_stored, "to float32": in_float32, "to fp8": in_fp8}
+PRECISIONS: dict[str, KeptAs] = {"as stored": as_stored, "to float32": in_float32, "to fp8": in_fp8}
 
 
-def load(file: Path, kept: Kept) -> EasyRef:
+def load(file: Path, kept: KeptAs) -> EasyRef:
     """The model with each weight kept as `kept` says; what is kept as it is stored stays mapped."""
     return build(open_checkpoint(file), TOKENIZER, "cpu", torch.float32, lambda name, t: t.to(kept(name, t)))
 
@@ -134,7 +133,7 @@ PARTS = {
 }
 
 
-def _loaded(name: str, file: Path, kept: Kept, options: Options, say: Say) -> list[Row]:
+def _loaded(name: str, file: Path, kept: KeptAs, options: Options, say: Say) -> list[Row]:
     pairs = interleaved(partial(plain_read, file), partial(load, file, kept), options.pairs, say)
     rows = [
         Row(

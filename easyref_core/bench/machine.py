@@ -35,12 +35,8 @@ def _cpu_name() -> str:
 
 
 def _memory() -> str:
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return "unknown"
-    fields = dict(line.split(":") for line in info.read_text(encoding="utf-8").splitlines())
-    total, free = (int(fields[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
-    return f"{total:.1f} GiB, {free:.1f} available"
+    total, free = (_bytes(name) for name in ("MemTotal", "MemAvailable"))
+    return f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} available" if total and free else "unknown"
 
 
 def _version(package: str) -> str:
@@ -52,8 +48,13 @@ def _version(package: str) -> str:
 
 def free_bytes() -> int | None:
     """Memory that can be had without swapping; None where the system does not say."""
+    return _bytes("MemAvailable")
+
+
+def _bytes(name: str) -> int | None:
+    """A field of Linux's /proc/meminfo."""
     info = Path("/proc/meminfo")
     if not info.exists():
         return None
     fields = dict(line.split(":") for line in info.read_text(encoding="utf-8").splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return int(fields[name].split()[0]) * 1024
