@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .config import EasyRefConfig
 
 SMALLEST = 2  # image tokens along a side, see preprocess
+# Bytes that a device's allocator keeps of what was freed, in pieces that do not fit what comes next. On a CPU 1 to 8
+# references took up to 101 MiB more than their tensors are counted here (docs/performance.md).
+HELD_BACK = 128 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +78,12 @@ def largest_size(
 def activation_bytes(
     config: EasyRefConfig, patches: Sequence[int], tokens: int, itemsize: int, before: int = 0
 ) -> int:
-    """Upper bound of the memory one encoding works in, beside the weights; linear in the size of the group.
+    """Upper bound of the memory one encoding works in, beside the weights; grows by as much with each reference.
 
     patches: of each reference for the vision tower; tokens: that the decoder reads, `before`: after so many that it has
     read already. Counted: the widest moment of a vision block (QKV, their rotated float32 copies, both sides of the
     MLP), which sees a piece of the group at a time, or of a decoder layer, with the keys and values of all layers,
-    whichever is larger; the image tokens and the embeddings.
+    whichever is larger; the image tokens and the embeddings; and HELD_BACK.
     """
     c = config
     piece = min(sum(patches), max(VISION_PIECE, *patches)) if patches else 0
@@ -94,7 +97,8 @@ def activation_bytes(
         decoder += before * 2 * c.hidden_size * itemsize + min(MASKED, tokens * (before + tokens)) * (
             1 + itemsize
         )
-    return max(vision, decoder) + 2 * tokens * c.hidden_size * itemsize
+    seen = max(tokens, sum(patches) // c.merge_size**2)
+    return max(vision, decoder) + (seen + tokens) * c.hidden_size * itemsize + HELD_BACK
 
 
 def operations(config: EasyRefConfig, patches: Sequence[int], tokens: int, before: int = 0) -> int:

@@ -29,11 +29,8 @@ Update = Callable[["Tensor"], "Tensor"]
 class ReferenceProcessor:
     """Attention processor of one cross-attention: text attention plus the weighted reference term."""
 
-    key_value: KeyValue  # set by Attachment.condition, the weight in it
+    key_value: KeyValue | None = None  # set by Attachment.condition, the weight in it; None: no term
     real: Tensor | None = None  # (rows, T), False at tokens that only fill up a shorter row
-
-    def __init__(self, weight: float) -> None:
-        self.weight = weight
 
     def __call__(
         self,
@@ -50,7 +47,7 @@ class ReferenceProcessor:
             attention_mask = rearrange(mask, "(b h) m n -> b h m n", h=attn.heads)
         text = scaled_dot_product_attention(*heads, attn_mask=attention_mask)
         out = rearrange(text, "b h n d -> b n (h d)")
-        if self.weight:
+        if self.key_value:
             out = self.with_references(out, q, attn.heads)
         for layer in attn.to_out:
             out = layer(out)
@@ -68,9 +65,10 @@ class Attachment:
         self,
         unet: UNet2DConditionModel,
         processors: Sequence[ReferenceProcessor],
+        weight: float,
         undo: list[Callable[[], None]],
     ) -> None:
-        self._unet, self._processors, self._undo = unet, processors, undo
+        self._unet, self._processors, self._weight, self._undo = unet, processors, weight, undo
 
     def condition(self, key_values: Sequence[KeyValue], real: Tensor | None = None) -> None:
         """Attend to these from now on: K and V (rows, T, inner) of every site, in processor order.
@@ -78,12 +76,14 @@ class Attachment:
         A batch is as many equal runs of images as there are rows. real: (rows, T), False at tokens that only fill up a
         shorter row.
         """
+        if not self._weight:
+            return
         place = next(
             self._unet.parameters()
         )  # diffusers' own .device and .dtype walk the whole UNet each time
         for processor, (k, v) in zip(self._processors, key_values, strict=True):
             placed = k.to(place.device, place.dtype), v.to(place.device, place.dtype)
-            processor.key_value = scaled(placed, processor.weight)
+            processor.key_value = scaled(placed, self._weight)
             processor.real = real
 
     def remove(self) -> None:
@@ -154,14 +154,14 @@ def attach(
     for site in cross_attention_widths(unet):
         attn2 = attentions[f"{site.diffusers}.attn2"]
         undo.append(partial(setattr, attn2, "processor", attn2.processor))
-        attn2.processor = ReferenceProcessor(weight)
+        attn2.processor = ReferenceProcessor()
         processors.append(attn2.processor)
     for path, update in (lora or {}).items():
         attention, _, part = path.rpartition(".")
         layer = getattr(attentions[attention], part)
         layer = layer[0] if part == "to_out" else layer
         undo.append(layer.register_forward_hook(_adding(update, lora_strength)).remove)
-    return Attachment(unet, processors, undo)
+    return Attachment(unet, processors, weight, undo)
 
 
 def low_rank_updates(lora: Mapping[str, Tensor]) -> dict[str, Update]:

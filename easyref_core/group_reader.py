@@ -155,15 +155,23 @@ class GroupReader:
         past = [Past(key_value and tuple(t[:, :, : work.start] for t in key_value)) for key_value in before]
         states = [work.prefix.states[:, : work.start]] if work.prefix else []
 
-        def read_piece(start: int, end: int) -> None:
+        def at_once(start: int) -> int:
+            # what is read on from something needs a mask; the first piece of a group does not
+            return MASKED // group.input_ids.shape[1] if work.start + start else work.tokens
+
+        def put_back() -> None:
+            steps.again()
+            read = sum(part.shape[1] for part in states)
             for layer in past:
-                layer.cut(work.start + start)  # what an attempt that failed has left
+                layer.cut(read)
+            self.free()
+
+        def read_piece(start: int, end: int) -> None:
             piece = x[:, start:end]
             part = self.encoder.read(piece, past, steps.counting((end - start) / work.tokens))
             states.append(part.to(self.kept_on))
 
-        at_once = MASKED // group.input_ids.shape[1] if work.start else work.tokens
-        in_pieces(work.tokens, at_once, SMALLEST_PIECE, read_piece, self.free, REMEDY)
+        in_pieces(work.tokens, at_once, SMALLEST_PIECE, read_piece, put_back, REMEDY)
         read = torch.cat(states, dim=1) if len(states) > 1 else states[0]
         self._keep(group, work, past, read)
         return read
@@ -176,6 +184,10 @@ class GroupReader:
         steps = _Steps(progress, len(self.encoder.visual.blocks))
         seen = self._see(group, numbers, self._unseen(group, numbers), steps)
         return [seen[digest] for digest in group.digests]
+
+    def unseen_patches(self, group: PreparedGroup) -> list[int]:
+        """Of each reference that the vision tower has yet to see for features()."""
+        return [group.patches[number] for number in self._unseen(group, range(len(group.digests)))]
 
     def _pixels_of(self, image: Image.Image | Tensor, name: str, size: int) -> np.ndarray:
         values = values_digest(image)
@@ -212,13 +224,17 @@ class GroupReader:
             tokens = self.encoder.visual(patches, grid, steps.counting(len(piece) / len(unseen)))
             counts = (grid.prod(dim=1) // config.merge_size**2).tolist()
             digests = [group.digests[number] for number in piece]
-            seen.update(zip(digests, tokens.split(counts), strict=True))
             # brought over at once; a part would hold all of them, a copy of it does not
-            parts = tokens.to(self.kept_on).split(counts)
-            kept.update(zip(digests, (part.clone() for part in parts), strict=True))
+            parts = [part.clone() for part in tokens.to(self.kept_on).split(counts)]
+            seen.update(zip(digests, tokens.split(counts), strict=True))
+            kept.update(zip(digests, parts, strict=True))
+
+        def put_back() -> None:
+            steps.again()
+            self.free()
 
         at_once = VISION_PIECE // max((group.patches[number] for number in unseen), default=1)
-        in_pieces(len(unseen), at_once, 1, see_piece, self.free, REMEDY)
+        in_pieces(len(unseen), lambda _: at_once, 1, see_piece, put_back, REMEDY)
         for digest, part in kept.items():
             self._features.put(digest, part, part.nbytes)
         return seen
@@ -282,11 +298,18 @@ class _Steps:
     """Counts blocks, of which a piece of the work is only a part, and tells how much is done."""
 
     def __init__(self, progress: Callable[[float], None], blocks: int) -> None:
-        self.progress, self.blocks, self.done = progress, blocks, 0.0
+        self.progress, self.blocks, self.done, self.before = progress, blocks, 0.0, 0.0
 
     def counting(self, part: float) -> Callable[[], None]:
+        """To be called after each block of a piece that is this part of the work."""
+        self.before = self.done
+
         def step() -> None:
             self.done = min(self.done + part / self.blocks, 1.0)
             self.progress(self.done)
 
         return step
+
+    def again(self) -> None:
+        """The piece last begun has failed: what it had done is not done."""
+        self.done = self.before

@@ -6,39 +6,48 @@ from collections.abc import Callable
 
 import torch
 
-# How a CPU, Apple's GPU and DirectML say it, in a plain RuntimeError.
-MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "could not allocate")
+# How a CPU, cuBLAS and cuDNN, Apple's GPU and DirectML say it, in a plain RuntimeError.
+MESSAGES = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "status_alloc_failed",
+    "could not allocate",
+)
+QUOTED = 200  # characters of what the allocator says
 
 
 def in_pieces(
     count: int,
-    at_once: int,
+    at_once: Callable[[int], int],
     least: int,
     run: Callable[[int, int], None],
-    free: Callable[[], None],
+    put_back: Callable[[], None],
     remedy: str,
 ) -> None:
-    """run(start, end) for all of 0 .. count, `at_once` in each; where memory is short half as many, down to `least`.
+    """run(start, end) for all of 0 .. count; where memory is short again in halves, down to `least`.
 
-    run: must leave nothing behind where it raises. free: gives memory back before the next attempt.
+    at_once: how many there are in a piece, from where it starts. put_back: makes good what a run that raised has left,
+    and gives memory back, before the next attempt.
     Raises torch.OutOfMemoryError, with the remedy, where a piece of `least` does not fit either.
     """
-    start, at_once = 0, max(at_once, least)
+    start, fit = 0, count
     while start < count:
-        end = min(start + at_once, count)
+        end = min(start + max(least, min(fit, at_once(start))), count)
         try:
             run(start, end)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             if end - start <= least:
-                raise torch.OutOfMemoryError(f"{remedy} ({str(error).partition('.')[0]}.)") from error
+                said = (str(error) or type(error).__name__).splitlines()[0][:QUOTED]
+                raise torch.OutOfMemoryError(f"{remedy} ({said})") from error
         else:
             start = end
             continue
         # out of the except clause, as an error holds on to the tensors of the frames it came through
-        at_once = max(least, (end - start) // 2)
-        free()
+        fit = (end - start) // 2
+        put_back()
 
 
 def is_out_of_memory(error: Exception) -> bool:

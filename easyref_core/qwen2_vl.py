@@ -231,10 +231,10 @@ class Past:
         return k, v
 
     def cut(self, length: int) -> None:
-        """Forget what was read after the first `length` positions."""
+        """Forget what was read after the first `length` positions, and give its memory back."""
         if self.length > length:
             k, v = self.key_value
-            self.key_value = (k[:, :, :length], v[:, :, :length]) if length else None
+            self.key_value = (k[:, :, :length].clone(), v[:, :, :length].clone()) if length else None
 
 
 class SelfAttention(nn.Module):

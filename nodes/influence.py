@@ -34,14 +34,12 @@ class EasyRefReferenceInfluence(io.ComfyNode):
             display_name="Reference Influence",
             category="EasyRef/look",
             description="What each reference does: how much the reference tokens change without it, how alike the "
-            "references look to the MLLM, and which one does not belong. It reads the group once for every reference.",
+            "references look to the MLLM, and which one does not belong. The group is read again without each one; no picture is looked at twice.",
             search_aliases=["outlier", "leave one out", "reference similarity", "ip adapter", "reference"],
             is_output_node=True,
             inputs=[
                 EasyRefModel.Input("easyref", tooltip="From Load EasyRef."),
-                group_input(
-                    "A reference group or an image batch, of 2 or more. K references take K + 1 readings."
-                ),
+                group_input("A reference group or an image batch, of 2 or more."),
                 io.String.Input(
                     "prompt",
                     multiline=True,

@@ -40,15 +40,22 @@ class HostedEasyRef:
 
     def __init__(self, model: EasyRef) -> None:
         self.model = model
-        model.reader.kept_on, model.reader.free = mm.intermediate_device(), mm.soft_empty_cache
+        model.reader.kept_on, model.reader.free = mm.intermediate_device(), _free
         self.patcher = _hosted(model.mllm, model.device)
-        self.patcher.add_callback(CallbacksMP.ON_DETACH, partial(_forget, ref(model)))
         self._kv_patcher = _hosted(model.kv, model.device)
+        for patcher in self.get_models():
+            self.forget_with(patcher)
         self._key_values: WeakKeyDictionary[TokenPair, list[KeyValue]] = WeakKeyDictionary()
         self.rate: float | None = None  # operations a second of the last encoding, for estimates
 
     def get_models(self) -> list[ModelPatcher]:
         return [self.patcher, self._kv_patcher]
+
+    def forget_with(self, patcher: ModelPatcher) -> None:
+        """What was read goes when the user unloads this model; the MLLM may have had to make room before that."""
+        key = f"easyref {id(self.model)}"
+        patcher.remove_callbacks_with_key(CallbacksMP.ON_DETACH, key)
+        patcher.add_callback_with_key(CallbacksMP.ON_DETACH, key, partial(_forget, ref(self.model)))
 
     def encode(
         self,
@@ -107,7 +114,7 @@ class HostedEasyRef:
     ) -> Tensor:
         """What the vision tower sees in each image (K, D); see pooled_features."""
         group = self.model.prepare(images, "", "", size)
-        self._load_for(group.patches, 0)
+        self._load_for(self.model.reader.unseen_patches(group), 0)
         return pooled_features(self.model, group, progress)
 
     def key_values(self, tokens: TokenPair) -> list[KeyValue]:
@@ -190,6 +197,12 @@ def looks_up_fp8(device: torch.device) -> bool:
 def _hosted(module: nn.Module, device: torch.device) -> ModelPatcher:
     mm.archive_model_dtypes(module)
     return CoreModelPatcher(module, load_device=device, offload_device=mm.text_encoder_offload_device())
+
+
+def _free() -> None:
+    """Give memory back where an allocation failed; on a GPU the error may be reported a second time, by what comes next."""
+    mm.discard_cuda_async_error()
+    mm.soft_empty_cache()
 
 
 def _forget(model: ref[EasyRef], _: ModelPatcher, unpatch_all: bool) -> None:

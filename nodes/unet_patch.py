@@ -88,6 +88,8 @@ def condition(
         _inject(patched, injection, checkpoint.sites)
     if lora_strength:
         _add_lora(patched, easyref, lora_strength)
+    if patched.get_attachment(KEY):
+        easyref.forget_with(patched)
     return patched
 
 

@@ -131,7 +131,7 @@ def both_ways(unet: UNet2DConditionModel, dtype: torch.dtype, device: str) -> Wa
     )
     patched = []
     for attention in attentions:
-        patched.append(Timed(1.0) if device == "cpu" else ReferenceProcessor(1.0))
+        patched.append(Timed() if device == "cpu" else ReferenceProcessor())
         patched[-1].key_value = attention.processor.key_value
     attached.remove()
     return Ways(unet, attentions, bare, patched)

@@ -16,6 +16,7 @@ import easyref_core as er
 from easyref_core import group_reader, pieces, preprocess
 from easyref_core.kept import Kept
 from easyref_core.pieces import in_pieces, is_out_of_memory
+from easyref_core.qwen2_vl import Past
 
 from . import golden
 from .errors import assert_says, error_of
@@ -358,6 +359,73 @@ def test_encoding_goes_on_in_smaller_pieces_wherever_memory_runs_out(
             )
 
 
+@pytest.mark.parametrize("before", [[], [A]])
+def test_what_a_failed_attempt_has_read_is_gone_before_the_next(
+    own: er.EasyRef, monkeypatch: pytest.MonkeyPatch, before: list[Image.Image]
+) -> None:
+    layers: list[Past] = []
+
+    class Watched(Past):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            layers.append(self)
+
+    lengths: list[set[int]] = []
+
+    def free() -> None:
+        lengths.append({layer.length for layer in layers})
+        for tensor in (t for layer in layers for t in layer.key_value or ()):
+            assert before or tensor.nbytes == tensor.untyped_storage().nbytes()
+
+    if before:
+        tokens(own, *before)
+    monkeypatch.setattr(group_reader, "SMALLEST_PIECE", 8)
+    monkeypatch.setattr(group_reader, "Past", Watched)
+    own.reader.free = free
+    start = own.reader.work(own.prepare([A, B, C, D], "a cat", er.INSTRUCTION, SIZE)).start
+    last = own.mllm.encoder.layers[-1].mlp.down_proj
+    # the first piece of all tokens fails, of the two halves that follow the second one
+    hooks = [last.register_forward_pre_hook(failing(at)) for at in (1, 2)]
+    tokens(own, A, B, C, D)
+    for hook in hooks:
+        hook.remove()
+    assert len(lengths) == 2
+    assert lengths[0] == {start}
+    assert len(lengths[1]) == 1
+    assert lengths[1].pop() > start
+
+
+def test_after_a_failure_a_group_is_read_on_in_pieces_that_the_mask_allows(
+    own: er.EasyRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = own.prepare([A, B, C, D], "a cat", er.INSTRUCTION, SIZE).input_ids.shape[1]
+    monkeypatch.setattr(group_reader, "SMALLEST_PIECE", 2)
+    monkeypatch.setattr(group_reader, "MASKED", 5 * length)
+    read: list[int] = []
+    layer = own.mllm.encoder.layers[0]
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1])),
+        layer.register_forward_pre_hook(failing(1)),
+    ]
+    own.encode([A, B, C, D], "a cat", size=SIZE)
+    for hook in hooks:
+        hook.remove()
+    assert read[:2] == [length, length // 2]
+    assert set(read[2:-1]) == {5}
+    assert sum(read[1:]) == length
+
+
+@pytest.mark.parametrize("part", ["vision tower", "decoder"])
+def test_progress_counts_what_failed_once(own: er.EasyRef, part: str) -> None:
+    encoder, told = own.mllm.encoder, []
+    module = encoder.visual.blocks[-1] if part == "vision tower" else encoder.layers[-1]
+    hook = module.register_forward_pre_hook(failing(1))
+    own.encode([A, B, C, D], "a cat", size=SIZE, progress=told.append)
+    hook.remove()
+    assert told[-1] == pytest.approx(1)
+    assert max(told[:-1]) < 0.99
+
+
 @pytest.mark.parametrize("part", ["vision tower", "decoder"])
 def test_where_nothing_fits_one_error_says_what_to_do(own: er.EasyRef, part: str) -> None:
     wanted = cold(own, A, B)
@@ -406,6 +474,8 @@ def test_other_errors_are_not_tried_again(own: er.EasyRef) -> None:
         (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("Could not allocate tensor with 9 bytes. There is not enough GPU video memory"), True),
         (MemoryError(), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
@@ -426,10 +496,21 @@ def test_pieces_cover_everything_once() -> None:
 
     for count, at_once in ((0, 5), (1, 1), (17, 17), (17, 4), (5, 0)):
         done.clear()
-        in_pieces(count, at_once, 1, run, lambda: None, "")
+        in_pieces(count, lambda _, at_once=at_once: at_once, 1, run, lambda: None, "")
         assert done == list(range(count))
     with pytest.raises(torch.OutOfMemoryError):
-        in_pieces(17, 17, 4, run, lambda: None, "")
+        in_pieces(17, lambda _: 17, 4, run, lambda: None, "")
+
+
+def test_the_error_repeats_what_the_allocator_says() -> None:
+    said = "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: 9 bytes."
+
+    def run(*_: int) -> None:
+        raise RuntimeError(f"{said}\nException raised from alloc_cpu")
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        in_pieces(1, lambda _: 1, 1, run, lambda: None, "Free memory.")
+    assert str(caught.value) == f"Free memory. ({said})"
 
 
 @pytest.mark.parametrize(("name", "value"), [("VISION_PIECE", 40), ("MASKED", 300)])
@@ -454,6 +535,6 @@ def test_no_error_holds_on_to_memory_while_it_is_tried_again() -> None:
             alive.append(weakref.ref(big))
             raise MemoryError
 
-    in_pieces(8, 8, 1, run, gc.collect, "")
+    in_pieces(8, lambda _: 8, 1, run, gc.collect, "")
     assert len(alive) == 2
     assert pieces.is_out_of_memory(MemoryError())
