@@ -90,7 +90,7 @@ def test_weights_are_kept_in_the_precision_asked_for(pack, precision: str, dtype
 
 
 @pytest.mark.parametrize("lookup", [True, False])
-def test_fp8_is_for_the_matrices_but_of_the_last_layer(pack, monkeypatch, lookup: bool):
+def test_fp8_is_for_the_matrices_on_which_the_tokens_depend_less(pack, monkeypatch, lookup: bool):
     hosted = golden.part(pack, "nodes.mllm_patcher")
     assert hosted.looks_up_fp8(torch.device("cpu"))
     monkeypatch.setattr(hosted, "looks_up_fp8", lambda _: lookup)
@@ -99,7 +99,7 @@ def test_fp8_is_for_the_matrices_but_of_the_last_layer(pack, monkeypatch, lookup
     matrices = {
         name
         for name, weight in weights(easyref).items()
-        if weight.ndim == 2 and not name.startswith("aggregator.")
+        if weight.ndim == 2 and (not name.startswith("aggregator.") or "mlp" in name)
     }
     assert fp8 == (matrices if lookup else matrices - {"encoder.embed_tokens.weight"})
 
@@ -116,7 +116,7 @@ def test_fp8_takes_half_of_bf16_at_full_size(pack, monkeypatch):
         for precision in ("bf16", "fp8_e4m3fn")
     }
     assert size["bf16"] == pytest.approx(5.1e9, rel=0.01)
-    assert size["fp8_e4m3fn"] / size["bf16"] == pytest.approx(0.51, abs=0.003)
+    assert size["fp8_e4m3fn"] / size["bf16"] == pytest.approx(0.5023, abs=0.0002)
 
 
 def released(pack) -> list[tuple[str, torch.Tensor]]:
