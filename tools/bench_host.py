@@ -62,6 +62,7 @@ def with_references(pack: ModuleType, model: Any, start: float = 0.0) -> Any:
         model=SimpleNamespace(checkpoint=checkpoint),
         key_values=lambda _: key_values,
         require_own=lambda _: None,
+        forget_with=lambda _: None,
     )
     tokens = SimpleNamespace(conditional=torch.empty(TOKENS), unconditional=torch.empty(TOKENS))
     return unet_patch.condition(model, easyref, tokens, 1.0, start, 1.0, lora_strength=0.0)

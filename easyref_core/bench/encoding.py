@@ -38,6 +38,7 @@ IMAGE_TOKEN = 151655  # of Qwen2-VL's tokenizer: <|image_pad|>
 # text tokens: the template, what is asked, what is wanted, the template's end
 BEFORE, INSTRUCTION, PROMPT, AFTER = 14, 25, 16, 5
 WARM = 8  # references of the group that is changed
+SHORT = 2  # references up to which all pairs are run; beyond, half of them
 WHOLE = 8  # references up to which all layers are run; beyond, one in eight
 QUICK = dataclasses.replace(
     EASYREF,
@@ -179,7 +180,7 @@ def _cold(encoder: Encoder, count: int, options: Options, say: Callable[[str], N
         encoder.reader.forget()
         return encoder.reader.read(group)
 
-    with peak_memory() as peak:
+    with peak_memory(options.device) as peak:
         states = ours()
     encoder.reader.forget()
     bound = activation_bytes(config, group.patches, group.input_ids.shape[1], encoder.dtype.itemsize)
@@ -195,9 +196,8 @@ def _cold(encoder: Encoder, count: int, options: Options, say: Callable[[str], N
         apart = theirs(patches, group.grid, ids)
         distance = float((states - apart).float().norm() / apart.float().norm())
         del apart
-        pairs = interleaved(
-            lambda: theirs(patches, group.grid, ids), ours, max(1, options.pairs // 2), say, options.device
-        )
+        wanted = options.pairs if count <= SHORT else max(1, options.pairs // 2)
+        pairs = interleaved(lambda: theirs(patches, group.grid, ids), ours, wanted, say, options.device)
         rows += [
             Row(
                 f"{name}, cold / transformers",

@@ -88,17 +88,27 @@ def anonymous_bytes() -> int | None:
 
 
 class Peak:
-    """The most anonymous memory while a block runs, above what there was before, in bytes; None but on Linux."""
+    """The most memory while a block runs, above what there was before, in bytes.
+
+    Of a GPU what its tensors take, of a CPU the process's anonymous memory; None where neither is known.
+    """
 
     added: int | None = None
 
 
 @contextmanager
-def peak_memory() -> Iterator[Peak]:
-    """Watch this process's anonymous memory while the block runs."""
+def peak_memory(device: str = "cpu") -> Iterator[Peak]:
+    """Watch the memory of the device while the block runs."""
     gc.collect()
+    peak = Peak()
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.added = torch.cuda.max_memory_allocated(device) - before
+        return
     _give_back()
-    peak, before, done = Peak(), anonymous_bytes(), Event()
+    before, done = anonymous_bytes(), Event()
     if before is None:
         yield peak
         return

@@ -18,7 +18,7 @@ from ..diffusers_unet import ReferenceProcessor, attach, cross_attention_widths
 from .machine import free_bytes
 from .random_weights import materialised
 from .rows import Limit, Options, Row
-from .timing import Pairs, interleaved, seconds
+from .timing import Pairs, interleaved, peak_memory, seconds
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -170,11 +170,34 @@ def _timed_at(
     bare, patched = (partial(ways.step, way, given) for way in (ways.bare, ways.patched))
     pairs = interleaved(bare, patched, options.pairs, say, device)
     rows = [pair_row(f"{name}; patched to unpatched", pairs, options.quick)]
+    same = interleaved(bare, bare, options.pairs, say, device)
+    rows.append(
+        Row(
+            f"{name}; unpatched to itself: what the clock can tell",
+            same.medians[1],
+            "s",
+            same.ratio,
+            same.spread,
+        )
+    )
     if device == "cpu":
         rows.append(_terms_row(name, patched, options))
     else:
-        rows += _roofline_rows(ways, name, bare, patched, pairs, dtype, device)
-    return rows
+        rows += _roofline_rows(ways, name, patched, pairs, dtype, device)
+    return rows + _memory_rows(name, bare, patched, device)
+
+
+def _memory_rows(name: str, bare: Callable[[], Any], patched: Callable[[], Any], device: str) -> list[Row]:
+    """The most memory of a step beside the weights: with references, to that without."""
+    found = []
+    for way in (bare, patched):
+        with peak_memory(device) as peak:
+            way()
+        found.append(peak.added)
+    if None in found:
+        return []
+    label = f"{name}: most memory beside the weights; to unpatched"
+    return [Row(label, found[1] / GIB, "GiB", found[1] / found[0])]
 
 
 def pair_row(name: str, pairs: Pairs, small: bool = False) -> Row:
@@ -202,7 +225,6 @@ def _terms_row(name: str, patched: Callable[[], Any], options: Options) -> Row:
 def _roofline_rows(
     ways: Ways,
     name: str,
-    bare: Callable[[], Any],
     patched: Callable[[], Any],
     pairs: Pairs,
     dtype: torch.dtype,
@@ -216,16 +238,10 @@ def _roofline_rows(
     weights = sum(parameter.nbytes for parameter in ways.unet.parameters())
     speed, copying = peaks(dtype, device)
     floor = max(operations.get_total_flops() / speed, weights / copying)
-    found = []
-    for way in (bare, patched):
-        torch.cuda.reset_peak_memory_stats(device)
-        way()
-        found.append(torch.cuda.max_memory_allocated(device))
     return [
         Row(f"{name}: at the device's peak; the step's time to it", floor, "s", pairs.medians[1] / floor),
         Row(f"{name}: peak of a large matrix product, {dtype}", speed / 1e12, "10^12 operations/s"),
         Row(f"{name}: peak of a large copy, read and written", copying / 1e9, "10^9 bytes/s"),
-        Row(f"{name}: most memory; to unpatched", found[1] / GIB, "GiB", found[1] / found[0]),
     ]
 
 

@@ -44,7 +44,12 @@ def released(pack) -> SimpleNamespace:
     )
     key_values = [(torch.empty(2, 64, width, device="meta"),) * 2 for width in widths]
     model = SimpleNamespace(checkpoint=checkpoint, fingerprint="released")
-    return SimpleNamespace(model=model, key_values=lambda tokens: key_values, require_own=lambda tokens: None)
+    return SimpleNamespace(
+        model=model,
+        key_values=lambda tokens: key_values,
+        require_own=lambda tokens: None,
+        forget_with=lambda model: None,
+    )
 
 
 def apply(pack: Any, model: ModelPatcher, released: SimpleNamespace) -> ModelPatcher:
