@@ -129,8 +129,13 @@ def apply(
         lora = low_rank_updates(
             {name: t.to(unet.device, unet.dtype) for name, t in model.checkpoint.lora().items()}
         )
+    key_values = model.key_values(rows)
     attachment = attach(unet, lora, weight, lora_strength)
-    attachment.condition(model.key_values(rows))
+    try:
+        attachment.condition(key_values)
+    except BaseException:  # out of memory, Ctrl-C: nobody else could take it off again
+        attachment.remove()
+        raise
     return attachment
 
 

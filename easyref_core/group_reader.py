@@ -161,10 +161,10 @@ class GroupReader:
 
         def put_back() -> None:
             steps.again()
+            self._give_back()
             read = sum(part.shape[1] for part in states)
             for layer in past:
                 layer.cut(read)
-            self.free()
 
         def read_piece(start: int, end: int) -> None:
             piece = x[:, start:end]
@@ -231,13 +231,20 @@ class GroupReader:
 
         def put_back() -> None:
             steps.again()
-            self.free()
+            self._give_back()
 
         at_once = VISION_PIECE // max((group.patches[number] for number in unseen), default=1)
         in_pieces(len(unseen), lambda _: at_once, 1, see_piece, put_back, REMEDY)
         for digest, part in kept.items():
             self._features.put(digest, part, part.nbytes)
         return seen
+
+    def _give_back(self) -> None:
+        """Memory is short: what is kept of other groups on the device makes room for this one."""
+        if self.kept_on == self.device:
+            self._features.clear()
+            self._prefixes.clear()
+        self.free()
 
     def _known(self, group: PreparedGroup) -> tuple[Prefix | None, int]:
         """The prefix that has most of a group in common with it, and how many tokens that are; at least one image."""

@@ -208,8 +208,8 @@ def _free() -> None:
 def _forget(model: ref[EasyRef], _: ModelPatcher, unpatch_all: bool) -> None:
     """ON_DETACH. Where a prompt runs, SDXL needs the room on the device: what was read is kept elsewhere, and worth it.
 
-    Otherwise it is the user who unloads the models, or the host after a node ran out of memory. Without unpatch_all the model
-    is about to be loaded again.
+    Otherwise it is the user who unloads the models, or the host: after a node ran out of memory, after each prompt with
+    --disable-smart-memory. Without unpatch_all the model is about to be loaded again.
     """
     if unpatch_all and get_executing_context() is None and (unloaded := model()):
         unloaded.forget()

@@ -26,7 +26,7 @@ from ..reference_tokens import Provenance
 from ..training.full_size import EASYREF
 from .random_weights import materialised
 from .rows import Limit, Options, Row
-from .timing import interleaved, peak_memory, seconds
+from .timing import Pairs, interleaved, peak_memory, seconds
 from .transformers_mllm import body_of
 
 if TYPE_CHECKING:
@@ -151,15 +151,15 @@ def _changed(encoder: Encoder, count: int, options: Options, say: Callable[[str]
             say(f"  cold {cold[-1]:.3f} s, {name} {took[-1]:.3f} s")
         apart = encoder.cold(changed)
         distance = float((found[-1] - apart).norm() / apart.norm())
-        ratios = sorted(b / a for a, b in zip(cold, took, strict=True))
+        pairs = Pairs(tuple(cold), tuple(took))
         what = f"{count} references, {name}"
         rows += [
             Row(
                 f"{what}: encoding / the group before, cold",
-                sorted(took)[len(took) // 2],
+                pairs.medians[1],
                 "s",
-                ratios[len(ratios) // 2],
-                (ratios[0], ratios[-1]),
+                pairs.ratio,
+                pairs.spread if len(took) > 1 else None,
                 None if bound is None else Limit("<=", bound),
             ),
             Row(
@@ -180,6 +180,7 @@ def _cold(encoder: Encoder, count: int, options: Options, say: Callable[[str], N
         encoder.reader.forget()
         return encoder.reader.read(group)
 
+    encoder.reader.forget()  # before it is measured what is there
     with peak_memory(options.device) as peak:
         states = ours()
     encoder.reader.forget()

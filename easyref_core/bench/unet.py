@@ -194,7 +194,7 @@ def _memory_rows(name: str, bare: Callable[[], Any], patched: Callable[[], Any],
         with peak_memory(device) as peak:
             way()
         found.append(peak.added)
-    if None in found:
+    if not all(found):  # not known, or too small to be seen
         return []
     label = f"{name}: most memory beside the weights; to unpatched"
     return [Row(label, found[1] / GIB, "GiB", found[1] / found[0])]

@@ -196,6 +196,22 @@ def test_gradients_reach_the_tokens(
     assert rows.grad.abs().min() > 0
 
 
+@pytest.mark.parametrize("where", ["key_values", "condition"])
+def test_unet_is_left_bare_where_conditioning_fails(
+    model, unet, tokens, uncond, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    before = hooks(unet)
+    monkeypatch.setattr(er.EasyRef if where == "key_values" else diffusers_unet.Attachment, where, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        diffusers_unet.apply(unet, model, tokens, uncond)
+    monkeypatch.undo()
+    assert hooks(unet) == before
+    diffusers_unet.apply(unet, model, tokens, uncond).remove()
+
+
 def test_unet_that_is_conditioned_already_is_refused(model, unet, tokens, uncond) -> None:
     attachment = er.diffusers_unet.apply(unet, model, tokens, uncond)
     with pytest.raises(ValueError, match=r"conditioned on references already.*remove\(\)"):

@@ -372,7 +372,7 @@ def test_what_a_failed_attempt_has_read_is_gone_before_the_next(
 
     lengths: list[set[int]] = []
 
-    def free() -> None:
+    def attempt(*_: object) -> None:
         lengths.append({layer.length for layer in layers})
         for tensor in (t for layer in layers for t in layer.key_value or ()):
             assert before or tensor.nbytes == tensor.untyped_storage().nbytes()
@@ -381,18 +381,36 @@ def test_what_a_failed_attempt_has_read_is_gone_before_the_next(
         tokens(own, *before)
     monkeypatch.setattr(group_reader, "SMALLEST_PIECE", 8)
     monkeypatch.setattr(group_reader, "Past", Watched)
-    own.reader.free = free
     start = own.reader.work(own.prepare([A, B, C, D], "a cat", er.INSTRUCTION, SIZE)).start
     last = own.mllm.encoder.layers[-1].mlp.down_proj
     # the first piece of all tokens fails, of the two halves that follow the second one
     hooks = [last.register_forward_pre_hook(failing(at)) for at in (1, 2)]
-    tokens(own, A, B, C, D)
+    hooks.append(own.mllm.encoder.layers[0].register_forward_pre_hook(attempt))
+    own.encode([A, B, C, D], "a cat", size=SIZE)
     for hook in hooks:
         hook.remove()
-    assert len(lengths) == 2
-    assert lengths[0] == {start}
-    assert len(lengths[1]) == 1
-    assert lengths[1].pop() > start
+    whole, half, other, again, *_ = lengths
+    assert whole == half == {start}
+    assert len(other) == 1
+    assert again == other != {start}
+
+
+@pytest.mark.parametrize("part", ["vision tower", "decoder"])
+def test_what_is_kept_of_other_groups_makes_room(
+    own: er.EasyRef, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    monkeypatch.setattr(group_reader, "SMALLEST_PIECE", 8)
+    wanted = cold(own, A, B, C)
+    own.forget()
+    tokens(own, A, D)
+    encoder, kept = own.mllm.encoder, []
+    own.reader.free = lambda: kept.append(own.reader._features.nbytes + own.reader._prefixes.nbytes)
+    module = encoder.visual.blocks[0] if part == "vision tower" else encoder.layers[-1]
+    hook = module.register_forward_pre_hook(failing(1))
+    found = tokens(own, A, B, C)
+    hook.remove()
+    assert kept == [0]
+    assert error(found, wanted) <= EXACT
 
 
 def test_after_a_failure_a_group_is_read_on_in_pieces_that_the_mask_allows(
