@@ -1,4 +1,4 @@
-"""Runs every check there is: ruff, the tests that need no ComfyUI, and the host tests once for each ComfyUI.
+"""Runs every check there is: ruff, the tests that need no ComfyUI, folder by folder, and the host tests once for each ComfyUI.
 
 As many of these parts run at once as there are cores; what a part prints comes when it has ended. The last line
 printed is the sum, "N passed, N failed, N skipped".
@@ -77,8 +77,9 @@ def main() -> None:
             )
             for host in hosts
         }
-        core = pool.submit(run_pytest, "core", "tests", "--ignore=tests/host")
-        parts["core"] = core.result()
+        for folder in sorted({test.parent for test in (ROOT / "tests").glob("*/test_*.py")}):
+            if folder.name != "host":
+                running[folder.name] = pool.submit(run_pytest, folder.name, f"tests/{folder.name}")
         parts |= {name: part.result() for name, part in running.items()}
 
     print()
