@@ -129,7 +129,7 @@ def measure(pack: ModuleType, host: str, pixels: tuple[int, ...], pairs: int) ->
 
     from easyref_core.bench.rows import Row
     from easyref_core.bench.timing import interleaved, seconds
-    from easyref_core.bench.unet import NOTHING, pair_row, terms_row
+    from easyref_core.bench.unet import IN_TERMS, NOTHING, SLOWER, terms_row
 
     say = partial(print, flush=True)
     say("making random weights")
@@ -140,15 +140,14 @@ def measure(pack: ModuleType, host: str, pixels: tuple[int, ...], pairs: int) ->
         name = f"ComfyUI {host}, SDXL step at {side} x {side}, CFG, float32"
         say(f"{name}: unpatched, patched")
         step = stepping(patched, side)
-        rows.append(
-            pair_row(f"{name}; patched to unpatched", interleaved(stepping(bare, side), step, pairs, say))
-        )
+        found = interleaved(stepping(bare, side), step, pairs, say)
+        rows.append(found.row(f"{name}; patched to unpatched", SLOWER))
         whole, terms = [], []
         for _ in range(pairs):
             with watched(pack):
                 whole.append(seconds(step))
             terms.append(Spent.patches - Spent.text)
-        rows.append(terms_row(name, whole, terms))
+        rows.append(terms_row(name, whole, terms, IN_TERMS))
     counts = []
     for model in (bare, later):
         with FlopCounterMode(display=False) as operations:

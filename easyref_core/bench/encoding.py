@@ -154,13 +154,8 @@ def _changed(encoder: Encoder, count: int, options: Options, say: Callable[[str]
         pairs = Pairs(tuple(cold), tuple(took))
         what = f"{count} references, {name}"
         rows += [
-            Row(
-                f"{what}: encoding / the group before, cold",
-                pairs.medians[1],
-                "s",
-                pairs.ratio,
-                pairs.spread if len(took) > 1 else None,
-                None if bound is None else Limit("<=", bound),
+            pairs.row(
+                f"{what}: encoding / the group before, cold", None if bound is None else Limit("<=", bound)
             ),
             Row(
                 f"{what}: distance of the tokens from a cold run's", distance, "of them", wanted=encoder.exact
@@ -182,8 +177,7 @@ def _cold(encoder: Encoder, count: int, options: Options, say: Callable[[str], N
 
     encoder.reader.forget()  # before it is measured what is there
     with peak_memory(options.device) as peak:
-        states = ours()
-    encoder.reader.forget()
+        states = encoder.reader.read(group)
     bound = activation_bytes(config, group.patches, group.input_ids.shape[1], encoder.dtype.itemsize)
     rows = []
     theirs = body_of(encoder.mllm.encoder, encoder.image_token, encoder.device)
@@ -200,14 +194,7 @@ def _cold(encoder: Encoder, count: int, options: Options, say: Callable[[str], N
         wanted = options.pairs if count <= SHORT else max(1, options.pairs // 2)
         pairs = interleaved(lambda: theirs(patches, group.grid, ids), ours, wanted, say, options.device)
         rows += [
-            Row(
-                f"{name}, cold / transformers",
-                pairs.medians[1],
-                "s",
-                pairs.ratio,
-                pairs.spread,
-                Limit("<=", 1.0),
-            ),
+            pairs.row(f"{name}, cold / transformers", Limit("<=", 1.0)),
             Row(f"{name}, distance of the states from its", distance, "of them", wanted=encoder.exact),
         ]
     if peak.added is not None:

@@ -136,15 +136,7 @@ PARTS = {
 
 def _loaded(name: str, file: Path, kept: KeptAs, options: Options, say: Say) -> list[Row]:
     pairs = interleaved(partial(plain_read, file), partial(load, file, kept), options.pairs, say)
-    rows = [
-        Row(
-            f"{name}, page cache warm; to a plain read of the file",
-            pairs.medians[1],
-            "s",
-            pairs.ratio,
-            pairs.spread,
-        )
-    ]
+    rows = [pairs.row(f"{name}, page cache warm; to a plain read of the file")]
     if options.quick:  # so little comes from what the allocator has kept
         return rows
     with peak_memory() as peak:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .rows import Limit, Row
+
 STATUS = Path("/proc/self/status")
 WATCHED_EVERY = 0.005  # seconds
 
@@ -40,12 +42,16 @@ class Pairs(NamedTuple):
         return statistics.median(self.ratios)
 
     @property
-    def spread(self) -> tuple[float, float]:
-        """Lower and upper quartile of the ratios; the one ratio twice where there is one pair."""
+    def spread(self) -> tuple[float, float] | None:
+        """Lower and upper quartile of the ratios; None of one pair."""
         if len(self.ratios) < 2:
-            return self.ratio, self.ratio
+            return None
         lower, _, upper = statistics.quantiles(self.ratios, n=4, method="inclusive")
         return lower, upper
+
+    def row(self, name: str, wanted: Limit | None = None) -> Row:
+        """Seconds of the second way, and its ratio to the first."""
+        return Row(name, self.medians[1], "s", self.ratio, self.spread, wanted)
 
 
 def interleaved(

@@ -169,17 +169,9 @@ def _timed_at(
     say(f"  {name}: unpatched, patched")
     bare, patched = (partial(ways.step, way, given) for way in (ways.bare, ways.patched))
     pairs = interleaved(bare, patched, options.pairs, say, device)
-    rows = [pair_row(f"{name}; patched to unpatched", pairs, options.quick)]
+    rows = [pairs.row(f"{name}; patched to unpatched", None if options.quick else SLOWER)]
     same = interleaved(bare, bare, options.pairs, say, device)
-    rows.append(
-        Row(
-            f"{name}; unpatched to itself: what the clock can tell",
-            same.medians[1],
-            "s",
-            same.ratio,
-            same.spread,
-        )
-    )
+    rows.append(same.row(f"{name}; unpatched to itself: what the clock can tell"))
     if device == "cpu":
         rows.append(_terms_row(name, patched, options))
     else:
@@ -200,17 +192,11 @@ def _memory_rows(name: str, bare: Callable[[], Any], patched: Callable[[], Any],
     return [Row(label, found[1] / GIB, "GiB", found[1] / found[0])]
 
 
-def pair_row(name: str, pairs: Pairs, small: bool = False) -> Row:
-    """Seconds of the second way, and its ratio to the first. small: shapes of which nothing is wanted."""
-    return Row(name, pairs.medians[1], "s", pairs.ratio, pairs.spread, None if small else SLOWER)
-
-
-def terms_row(name: str, whole: Sequence[float], terms: Sequence[float], small: bool = False) -> Row:
+def terms_row(name: str, whole: Sequence[float], terms: Sequence[float], wanted: Limit | None) -> Row:
     """Seconds in the reference terms of a step, and their ratio to the rest of the step: one figure of each per step."""
     rest = tuple(step - term for step, term in zip(whole, terms, strict=True))
-    found = Pairs(rest, tuple(terms))
     label = f"{name}: time in all reference terms; to the rest of their step"
-    return Row(label, found.medians[1], "s", found.ratio, found.spread, None if small else IN_TERMS)
+    return Pairs(rest, tuple(terms)).row(label, wanted)
 
 
 def _terms_row(name: str, patched: Callable[[], Any], options: Options) -> Row:
@@ -219,7 +205,7 @@ def _terms_row(name: str, patched: Callable[[], Any], options: Options) -> Row:
         Timed.spent = 0.0
         whole.append(seconds(patched))
         terms.append(Timed.spent)
-    return terms_row(name, whole, terms, options.quick)
+    return terms_row(name, whole, terms, None if options.quick else IN_TERMS)
 
 
 def _roofline_rows(

@@ -105,6 +105,13 @@ class TestPairs:
         assert pairs.ratio == 1.5
         assert pairs.spread == (1.25, 1.75)
 
+    def test_row_is_of_the_second_way(self) -> None:
+        limit = Limit("<=", 1.03)
+        assert Pairs((1.0, 10.0, 2.0), (2.0, 10.0, 3.0)).row("a", limit) == Row(
+            "a", 3.0, "s", 1.5, (1.25, 1.75), limit
+        )
+        assert Pairs((2.0,), (3.0,)).row("a") == Row("a", 3.0, "s", 1.5)
+
 
 def test_limit_is_of_the_ratio_where_there_is_one() -> None:
     assert Row("a", 9.0, "s", 1.0, wanted=Limit("<=", 1.03)).met
