@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -160,8 +161,7 @@ class GroupReader:
             return MASKED // group.input_ids.shape[1] if work.start + start else work.tokens
 
         def put_back() -> None:
-            steps.again()
-            self._give_back()
+            self._give_back(steps)
             read = sum(part.shape[1] for part in states)
             for layer in past:
                 layer.cut(read)
@@ -229,18 +229,15 @@ class GroupReader:
             seen.update(zip(digests, tokens.split(counts), strict=True))
             kept.update(zip(digests, parts, strict=True))
 
-        def put_back() -> None:
-            steps.again()
-            self._give_back()
-
         at_once = VISION_PIECE // max((group.patches[number] for number in unseen), default=1)
-        in_pieces(len(unseen), lambda _: at_once, 1, see_piece, put_back, REMEDY)
+        in_pieces(len(unseen), lambda _: at_once, 1, see_piece, partial(self._give_back, steps), REMEDY)
         for digest, part in kept.items():
             self._features.put(digest, part, part.nbytes)
         return seen
 
-    def _give_back(self) -> None:
-        """Memory is short: what is kept of other groups on the device makes room for this one."""
+    def _give_back(self, steps: _Steps) -> None:
+        """Memory was short: the piece is still to be done, and what is kept of other groups on the device makes room."""
+        steps.again()
         if self.kept_on == self.device:
             self._features.clear()
             self._prefixes.clear()
