@@ -41,6 +41,17 @@ class Ran:
 
 
 @contextmanager
+def hooked(*hooks: tuple[torch.nn.Module, Callable]) -> Iterator[None]:
+    """Pairs of a module and what is called before each of its calls, while the block runs."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def watched(model: er.EasyRef) -> Iterator[Ran]:
     ran, encoder = Ran(), model.mllm.encoder
 
@@ -50,15 +61,8 @@ def watched(model: er.EasyRef) -> Iterator[Ran]:
     def read(_: object, inputs: tuple) -> None:
         ran.tokens += inputs[0].shape[1]
 
-    hooks = [
-        encoder.visual.register_forward_pre_hook(saw),
-        encoder.layers[0].register_forward_pre_hook(read),
-    ]
-    try:
+    with hooked((encoder.visual, saw), (encoder.layers[0], read)):
         yield ran
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def tokens(model: er.EasyRef, *images: Image.Image, prompt: str = "a cat", **how: object) -> torch.Tensor:
@@ -348,9 +352,8 @@ def test_encoding_goes_on_in_smaller_pieces_wherever_memory_runs_out(
     for number, module in enumerate(heavy(own)):
         for times in (1, 2):
             own.forget()
-            hook = module.register_forward_pre_hook(failing(1, times))
-            found = tokens(own, A, B, C, D)
-            hook.remove()
+            with hooked((module, failing(1, times))):
+                found = tokens(own, A, B, C, D)
             assert len(freed) == times, number
             freed.clear()
             assert error(found, wanted) <= EXACT
@@ -384,11 +387,8 @@ def test_what_a_failed_attempt_has_read_is_gone_before_the_next(
     start = own.reader.work(own.prepare([A, B, C, D], "a cat", er.INSTRUCTION, SIZE)).start
     last = own.mllm.encoder.layers[-1].mlp.down_proj
     # the first piece of all tokens fails, of the two halves that follow the second one
-    hooks = [last.register_forward_pre_hook(failing(at)) for at in (1, 2)]
-    hooks.append(own.mllm.encoder.layers[0].register_forward_pre_hook(attempt))
-    own.encode([A, B, C, D], "a cat", size=SIZE)
-    for hook in hooks:
-        hook.remove()
+    with hooked((last, failing(1)), (last, failing(2)), (own.mllm.encoder.layers[0], attempt)):
+        own.encode([A, B, C, D], "a cat", size=SIZE)
     whole, half, other, again, *_ = lengths
     assert whole == half == {start}
     assert len(other) == 1
@@ -406,9 +406,8 @@ def test_what_is_kept_of_other_groups_makes_room(
     encoder, kept = own.mllm.encoder, []
     own.reader.free = lambda: kept.append(own.reader._features.nbytes + own.reader._prefixes.nbytes)
     module = encoder.visual.blocks[0] if part == "vision tower" else encoder.layers[-1]
-    hook = module.register_forward_pre_hook(failing(1))
-    found = tokens(own, A, B, C)
-    hook.remove()
+    with hooked((module, failing(1))):
+        found = tokens(own, A, B, C)
     assert kept == [0]
     assert error(found, wanted) <= EXACT
 
@@ -421,13 +420,8 @@ def test_after_a_failure_a_group_is_read_on_in_pieces_that_the_mask_allows(
     monkeypatch.setattr(group_reader, "MASKED", 5 * length)
     read: list[int] = []
     layer = own.mllm.encoder.layers[0]
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1])),
-        layer.register_forward_pre_hook(failing(1)),
-    ]
-    own.encode([A, B, C, D], "a cat", size=SIZE)
-    for hook in hooks:
-        hook.remove()
+    with hooked((layer, lambda _, inputs: read.append(inputs[0].shape[1])), (layer, failing(1))):
+        own.encode([A, B, C, D], "a cat", size=SIZE)
     assert read[:2] == [length, length // 2]
     assert set(read[2:-1]) == {5}
     assert sum(read[1:]) == length
@@ -437,9 +431,8 @@ def test_after_a_failure_a_group_is_read_on_in_pieces_that_the_mask_allows(
 def test_progress_counts_what_failed_once(own: er.EasyRef, part: str) -> None:
     encoder, told = own.mllm.encoder, []
     module = encoder.visual.blocks[-1] if part == "vision tower" else encoder.layers[-1]
-    hook = module.register_forward_pre_hook(failing(1))
-    own.encode([A, B, C, D], "a cat", size=SIZE, progress=told.append)
-    hook.remove()
+    with hooked((module, failing(1))):
+        own.encode([A, B, C, D], "a cat", size=SIZE, progress=told.append)
     assert told[-1] == pytest.approx(1)
     assert max(told[:-1]) < 0.99
 
@@ -450,10 +443,9 @@ def test_where_nothing_fits_one_error_says_what_to_do(own: er.EasyRef, part: str
     own.forget()
     encoder = own.mllm.encoder
     module = encoder.visual.merger.mlp[0] if part == "vision tower" else encoder.layers[-1].mlp.up_proj
-    hook = module.register_forward_pre_hook(failing(1, 10**9))
-    text = error_of(lambda: tokens(own, A, B), torch.OutOfMemoryError)
+    with hooked((module, failing(1, 10**9))):
+        text = error_of(lambda: tokens(own, A, B), torch.OutOfMemoryError)
     assert_says(text, "Out of memory", "smallest pieces", "smaller size", "fp8", "CUDA out of memory")
-    hook.remove()
     assert torch.equal(tokens(own, A, B), wanted) or part == "decoder"
     assert error(tokens(own, A, B), wanted) <= EXACT
 
@@ -479,10 +471,8 @@ def test_a_group_too_large_to_be_kept_takes_nothing_from_a_smaller_one(own: er.E
 
 
 def test_other_errors_are_not_tried_again(own: er.EasyRef) -> None:
-    hook = heavy(own)[3].register_forward_pre_hook(failing(1, 1, KeyError))
-    with pytest.raises(KeyError):
+    with hooked((heavy(own)[3], failing(1, 1, KeyError))), pytest.raises(KeyError):
         tokens(own, A, B)
-    hook.remove()
 
 
 @pytest.mark.parametrize(
