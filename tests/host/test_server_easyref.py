@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 
 import comfy.utils
 import pytest
@@ -256,10 +255,10 @@ def test_cancel_stops_the_encoding_at_once_and_harms_nothing(server):
     prompt_id = server.queue(deep("24x336x336x3", size=336))
     server.wait_event(lambda event: event.type == "progress" and event.data["max"] == 24)
     server.interrupt()
-    asked = time.monotonic()
     with pytest.raises(PromptFailed) as failed:
         server.wait(prompt_id)
-    assert time.monotonic() - asked < 2
+    progress = [e.data["value"] for e in server.events_of(prompt_id) if e.type == "progress"]
+    assert max(progress) < 12
     assert failed.value.kind == "execution_interrupted"
     assert "aggregate" not in server.executed(prompt_id)
 
