@@ -103,22 +103,43 @@ def _coverage(points: NDArray[np.bool_]) -> NDArray[np.float32]:
 
 def _inside(shape: NDArray, x: NDArray, y: NDArray) -> NDArray:
     """Which points (N, H, W), in radii from the centre, lie in each picture's shape."""
-    far = np.hypot(x, y)
-    angle = np.arctan2(x, -y)  # 0 at the top
-    fifth = 2 * np.pi / 5
-    inner = np.abs((angle + fifth / 2) % fifth - fifth / 2) / (
-        fifth / 2
-    )  # 0 at a point of the star, 1 between two
+    inside = np.empty(x.shape, bool)
+    for number, holds in enumerate(SHAPES):
+        drawn = shape == number
+        inside[drawn] = holds(x[drawn], y[drawn])
+    return inside
+
+
+def _circle(x: NDArray, y: NDArray) -> NDArray:
+    return np.hypot(x, y) < 0.95
+
+
+def _square(x: NDArray, y: NDArray) -> NDArray:
+    return np.maximum(np.abs(x), np.abs(y)) < 0.82
+
+
+def _triangle(x: NDArray, y: NDArray) -> NDArray:
+    return (y < 0.72) & (y > -1.0 + 1.9 * np.abs(x))
+
+
+def _cross(x: NDArray, y: NDArray) -> NDArray:
     left, down = np.abs(x), np.abs(y)
-    shapes = [
-        far < 0.95,
-        np.maximum(left, down) < 0.82,
-        (y < 0.72) & (y > -1.0 + 1.9 * left),
-        (np.minimum(left, down) < 0.3) & (np.maximum(left, down) < 0.95),
-        (far < 1.0) & (far > 0.5),
-        far < 1.1 - 0.66 * inner**0.8,
-    ]
-    return np.choose(shape[:, None, None], shapes)
+    return (np.minimum(left, down) < 0.3) & (np.maximum(left, down) < 0.95)
+
+
+def _ring(x: NDArray, y: NDArray) -> NDArray:
+    far = np.hypot(x, y)
+    return (far < 1.0) & (far > 0.5)
+
+
+def _star(x: NDArray, y: NDArray) -> NDArray:
+    angle, fifth = np.arctan2(x, -y), 2 * np.pi / 5  # 0 at the top
+    # 0 at a point of the star, 1 between two
+    inner = np.abs((angle + fifth / 2) % fifth - fifth / 2) / (fifth / 2)
+    return np.hypot(x, y) < 1.1 - 0.66 * inner**0.8
+
+
+SHAPES = (_circle, _square, _triangle, _cross, _ring, _star)  # in the order of ATTRIBUTES["shape"]
 
 
 def _dark(texture: NDArray, x: NDArray, y: NDArray) -> NDArray:
