@@ -20,6 +20,8 @@ from .sampling import Attended, Easy, cfg_guider, predict, sample, watch_attenti
 from .test_unet_patch import SITES, by_hand, sigma_at, state
 from .tiny_nodes.tiny_sdxl import random_conditioning
 
+pytestmark = pytest.mark.one_host
+
 EVERY_LAYER = ", ".join(f"{layer}:1" for layer in range(11))
 LEFT = torch.zeros(1, 16, 16)
 LEFT[..., :8] = 1
@@ -103,7 +105,7 @@ def test_zero_mask_without_lora_is_the_untouched_model(easy, model) -> None:
 def test_scaling_at_weight_1_of_equally_wide_layers_is_v_only(easy, model, scaling: str) -> None:
     """All attentions of the tiny UNet are 32 wide, so that no layer is penalised."""
     found = predict(easy.apply(model, embeds_scaling=scaling))
-    assert golden.error(found, predict(easy.apply(model))) <= 1e-6
+    assert golden.error(found, predict(easy.apply(model))) <= golden.ROUNDING
 
 
 # Layers
@@ -129,7 +131,7 @@ def test_layer_weights_reach_the_middle_block(easy, model) -> None:
 def test_style_and_composition_are_two_nodes_of_one_kind_each(easy, model) -> None:
     both = predict(easy.apply(model, weight_type="style and composition"))
     style = easy.apply(model, weight_type="style transfer")
-    assert golden.error(predict(easy.apply(style, weight_type="composition")), both) <= 1e-6
+    assert golden.error(predict(easy.apply(style, weight_type="composition")), both) <= golden.ROUNDING
 
 
 @pytest.mark.parametrize("name", ["style transfer precise", "composition precise"])
@@ -232,12 +234,12 @@ def half_by_hand(easy: Easy, model: ModelPatcher) -> Tensor:
 def test_mask_of_any_size(easy, model, size: tuple) -> None:
     mask = torch.zeros(1, *size)
     mask[..., : size[1] // 2] = 1
-    assert golden.error(predict(easy.apply(model, mask=mask)), half_by_hand(easy, model)) <= 1e-6
+    assert golden.error(predict(easy.apply(model, mask=mask)), half_by_hand(easy, model)) <= golden.ROUNDING
 
 
 def test_regions_of_a_chain_add_up(easy, model) -> None:
     chain = easy.apply(easy.apply(model, mask=LEFT), mask=1 - LEFT)
-    assert golden.error(predict(chain), predict(easy.apply(model))) <= 1e-6
+    assert golden.error(predict(chain), predict(easy.apply(model))) <= golden.ROUNDING
 
 
 def test_region_has_its_own_tokens_only(easy, model) -> None:
@@ -423,7 +425,7 @@ def test_term_by_hand_still_holds_with_every_setting_neutral(easy, model) -> Non
     with_lora = easy.apply(model, weight=0.0)
     wanted = predict(by_hand(easy, 0.5)(with_lora))
     found = predict(easy.apply(model, 0.5, mask=torch.ones(1, 4, 4), layer_weights=EVERY_LAYER))
-    assert golden.error(found, wanted) <= 1e-6
+    assert golden.error(found, wanted) <= golden.ROUNDING
 
 
 # What comes through links, which the host does not compare with the schema

@@ -214,13 +214,13 @@ def test_clone_predicts_the_same(easy, model) -> None:
 def test_term_is_attention_to_the_reference_tokens(easy, model, weight: float) -> None:
     with_lora = easy.apply(model, weight=0.0)
     wanted = predict(by_hand(easy, weight)(with_lora))
-    assert golden.error(predict(easy.apply(model, weight)), wanted) <= 1e-6
+    assert golden.error(predict(easy.apply(model, weight)), wanted) <= golden.ROUNDING
 
 
 def test_rows_follow_cond_or_uncond(easy, model) -> None:
     with_lora = easy.apply(model, weight=0.0)
     wanted = predict(by_hand(easy, 1.0, runs=(1, 0))(with_lora))
-    assert golden.error(predict(easy.apply(model), cond_or_uncond=[0, 1]), wanted) <= 1e-6
+    assert golden.error(predict(easy.apply(model), cond_or_uncond=[0, 1]), wanted) <= golden.ROUNDING
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -259,14 +259,14 @@ def test_chained_terms_add_up_and_the_lora_counts_once(easy, model) -> None:
     halves = easy.apply(easy.apply(model, weight=0.3), weight=0.5)
     assert halves.patches.keys() == whole.patches.keys()
     assert lora_strengths(halves) == lora_strengths(whole) == {1.0}
-    assert golden.error(predict(halves), predict(whole)) <= 1e-6
+    assert golden.error(predict(halves), predict(whole)) <= golden.ROUNDING
 
 
 def test_chain_of_two_groups_does_not_depend_on_the_order(easy, model) -> None:
     other = easy.other_tokens()
     this_first = predict(easy.apply(easy.apply(model, 0.7), 0.4, tokens=other))
     other_first = predict(easy.apply(easy.apply(model, 0.4, tokens=other), 0.7))
-    assert golden.error(this_first, other_first) <= 1e-6
+    assert golden.error(this_first, other_first) <= golden.ROUNDING
     assert golden.error(this_first, predict(easy.apply(model, 0.7))) > 1e-3
     assert golden.error(this_first, predict(easy.apply(model, 0.4, tokens=other))) > 1e-3
 
@@ -277,7 +277,7 @@ def test_strongest_lora_of_a_chain_counts(easy, model, strengths: tuple[float, .
     for lora in strengths:
         chained = easy.apply(chained, weight=0.0, lora=lora)
     assert lora_strengths(chained) == {1.0}
-    assert golden.error(predict(chained), predict(easy.apply(model, weight=0.0))) <= 1e-6
+    assert golden.error(predict(chained), predict(easy.apply(model, weight=0.0))) <= golden.ROUNDING
 
 
 def test_two_checkpoints_each_add_their_lora(easy, model) -> None:
@@ -302,13 +302,13 @@ def test_lora_of_every_attention_is_there(easy, model) -> None:
 def test_replacement_set_before_ours_still_acts(easy, model, with_index: bool) -> None:
     foreign = replace_everywhere(model, easy, halved_query, with_index)
     wanted = predict(by_hand(easy, 1.0, foreign=halved_query)(easy.apply(model, weight=0.0)))
-    assert golden.error(predict(easy.apply(foreign)), wanted) <= 1e-6
+    assert golden.error(predict(easy.apply(foreign)), wanted) <= golden.ROUNDING
 
 
 def test_replacement_of_a_whole_block_set_after_ours_acts_too(easy, model) -> None:
     wanted = predict(by_hand(easy, 1.0, foreign=halved_query)(easy.apply(model, weight=0.0)))
     after = replace_everywhere(easy.apply(model), easy, halved_query, with_index=False)
-    assert golden.error(predict(after), wanted) <= 1e-6
+    assert golden.error(predict(after), wanted) <= golden.ROUNDING
 
 
 def test_replacement_of_our_sites_set_after_ours_is_what_the_host_calls(easy, model) -> None:
@@ -320,7 +320,7 @@ def test_replacement_of_our_sites_set_after_ours_is_what_the_host_calls(easy, mo
 def test_replacement_before_a_chain_acts_once(easy, model) -> None:
     foreign = replace_everywhere(model, easy, halved_query)
     wanted = predict(by_hand(easy, 1.0, foreign=halved_query)(easy.apply(model, weight=0.0)))
-    assert golden.error(predict(easy.apply(easy.apply(foreign, 0.4), 0.6)), wanted) <= 1e-6
+    assert golden.error(predict(easy.apply(easy.apply(foreign, 0.4), 0.6)), wanted) <= golden.ROUNDING
 
 
 def test_lora_is_not_merged_again_when_only_the_weight_changes(easy, model) -> None:
@@ -349,7 +349,7 @@ def test_another_lora_adds_to_ours_in_either_order(easy, model) -> None:
         return clone
 
     before, after = predict(easy.apply(with_another(model))), predict(with_another(easy.apply(model)))
-    assert golden.error(before, after) <= 1e-6
+    assert golden.error(before, after) <= golden.ROUNDING
     assert golden.error(before, predict(easy.apply(model))) > 1e-4
 
 
@@ -451,7 +451,7 @@ def text_and_foreign_term(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[s
 def test_term_added_after_ours_acts(easy, model) -> None:
     wanted = predict(by_hand(easy, 1.0, foreign=text_and_foreign_term)(easy.apply(model, weight=0.0)))
     both = add_as_other_packs_do(easy.apply(model), foreign_term, **ANYWHERE)
-    assert golden.error(predict(both), wanted) <= 1e-6
+    assert golden.error(predict(both), wanted) <= golden.ROUNDING
 
 
 def test_term_added_after_ours_is_given_what_the_other_pack_asked_for(easy, model) -> None:
@@ -470,13 +470,16 @@ def test_term_added_after_ours_is_given_what_the_other_pack_asked_for(easy, mode
 def test_term_added_to_a_chain_acts_once(easy, model) -> None:
     wanted = predict(add_as_other_packs_do(easy.apply(model, 0.8), foreign_term, **ANYWHERE))
     chain = easy.apply(easy.apply(model, 0.3), 0.5)
-    assert golden.error(predict(add_as_other_packs_do(chain, foreign_term, **ANYWHERE)), wanted) <= 1e-6
+    assert (
+        golden.error(predict(add_as_other_packs_do(chain, foreign_term, **ANYWHERE)), wanted)
+        <= golden.ROUNDING
+    )
 
 
 def test_term_added_between_two_of_ours_acts_once(easy, model) -> None:
     wanted = predict(add_as_other_packs_do(easy.apply(model, 0.8), foreign_term, **ANYWHERE))
     between = easy.apply(add_as_other_packs_do(easy.apply(model, 0.3), foreign_term, **ANYWHERE), 0.5)
-    assert golden.error(predict(between), wanted) <= 1e-6
+    assert golden.error(predict(between), wanted) <= golden.ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -520,7 +523,7 @@ def test_patch_of_the_attention_inputs_acts(easy, model, first: str) -> None:
     patched = model.clone() if first == "theirs" else easy.apply(model)
     patched.set_model_attn2_patch(scale_text)
     patched = easy.apply(patched) if first == "theirs" else patched
-    assert golden.error(predict(patched), wanted) <= 1e-6
+    assert golden.error(predict(patched), wanted) <= golden.ROUNDING
 
 
 def test_patch_of_the_attention_output_acts(easy, model) -> None:
@@ -531,7 +534,7 @@ def test_patch_of_the_attention_output_acts(easy, model) -> None:
     patched = easy.apply(model)
     for each in (wanted, patched):
         each.set_model_attn2_output_patch(doubled)
-    assert golden.error(predict(patched), predict(wanted)) <= 1e-6
+    assert golden.error(predict(patched), predict(wanted)) <= golden.ROUNDING
     assert golden.error(predict(patched), predict(easy.apply(model))) > 1e-3
 
 
@@ -586,7 +589,10 @@ def test_each_node_of_a_chain_has_its_window(easy, model) -> None:
     chain = easy.apply(early, 0.7, start=0.5, tokens=easy.other_tokens())
     late = easy.apply(model, 0.7, tokens=easy.other_tokens())
     assert torch.equal(predict(chain, sigma_at(model, 0.2)), predict(early, sigma_at(model, 0.2)))
-    assert golden.error(predict(chain, sigma_at(model, 0.8)), predict(late, sigma_at(model, 0.8))) <= 1e-6
+    assert (
+        golden.error(predict(chain, sigma_at(model, 0.8)), predict(late, sigma_at(model, 0.8)))
+        <= golden.ROUNDING
+    )
 
 
 # Work and memory
