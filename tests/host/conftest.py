@@ -45,12 +45,17 @@ def easy(pack: ModuleType) -> Any:
     return golden_easy(pack)
 
 
-@pytest.fixture
-def model() -> Any:
-    """A fresh tiny SDXL, a ModelPatcher."""
+@pytest.fixture(scope="session")
+def _loaded() -> Any:
     from .tiny_nodes.tiny_sdxl import load_tiny_sdxl
 
     return load_tiny_sdxl()
+
+
+@pytest.fixture
+def model(_loaded: Any) -> Any:
+    """The tiny SDXL with nothing patched, a ModelPatcher; all tests of the session share its weights, as clones do."""
+    return _loaded.clone()
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from torch import Tensor
 from . import golden
 from .sampling import cfg_guider, predict, sample, sampling_options
 from .test_unet_patch import ANYWHERE, add_as_other_packs_do, foreign_term
-from .tiny_nodes.tiny_sdxl import random_conditioning, random_sdxl
+from .tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning, random_sdxl
 
 Patch = Callable[[ModelPatcher], ModelPatcher]
 HALF = torch.zeros(1, 5, 6)
@@ -120,17 +120,17 @@ def test_neutral_settings_leave_it_alone(easy, model, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in BESIDE if name != "IPAdapter"])
-@pytest.mark.parametrize("mask", [None, HALF, torch.stack([HALF[0], 1 - HALF[0]])])
-def test_references_act_in_either_order(easy, model, name: str, mask: Tensor | None) -> None:
+def test_references_act_in_either_order(easy, model, name: str) -> None:
     patch = BESIDE[name]
     alone = picture(patch(easy.apply(model, weight=0.0)), batch=2)
-    before, after = (
-        picture(patched, batch=2)
-        for patched in (easy.apply(patch(model), mask=mask), patch(easy.apply(model, mask=mask)))
-    )
-    assert torch.isfinite(before).all()
-    assert golden.error(before, alone) > 1e-4
-    assert golden.error(after, before) <= 1e-5
+    for mask in (None, HALF, torch.stack([HALF[0], 1 - HALF[0]])):
+        before, after = (
+            picture(patched, batch=2)
+            for patched in (easy.apply(patch(model), mask=mask), patch(easy.apply(model, mask=mask)))
+        )
+        assert torch.isfinite(before).all()
+        assert golden.error(before, alone) > 1e-4
+        assert golden.error(after, before) <= 1e-5
 
 
 def test_adapter_before_ours(easy, model) -> None:
@@ -153,7 +153,7 @@ def test_adapter_after_ours(easy, model, settings: dict) -> None:
 def test_mean_of_the_mask_where_tokens_have_no_place(easy, model) -> None:
     """Half a picture is half the weight, for queries of which nobody knows where they lie."""
     found = predict(fewer_queries(easy.apply(model, mask=HALF)))
-    assert golden.error(found, predict(fewer_queries(easy.apply(model, weight=0.5)))) <= 1e-6
+    assert golden.error(found, predict(fewer_queries(easy.apply(model, weight=0.5)))) <= golden.ROUNDING
 
 
 def test_guidance_of_1(easy, model) -> None:
@@ -210,8 +210,9 @@ def nine_channels(model: ModelPatcher) -> Tensor:
         )
 
 
-def test_unet_stored_in_fp8(easy, model) -> None:
+def test_unet_stored_in_fp8(easy) -> None:
     """Weights in fp8, arithmetic as before: as the host's manual cast and GGUF's layers do it."""
+    model = load_tiny_sdxl()
     for module in model.model.diffusion_model.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data = module.weight.data.to(torch.float8_e4m3fn)
