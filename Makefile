@@ -1,11 +1,12 @@
 # make demo   what EasyRef does, shown on this machine
-# make test   every test; the host tests run once for each ComfyUI found (COMFYUI_PATH, ~/comfy/ComfyUI*)
+# make test   every test in the first ComfyUI found (COMFYUI_PATH, ~/comfy/ComfyUI*), and in each further one those that
+#             depend on its version; make test-all every test in every one
 # make tiny   trains the tiny model that ships with the pack again, from nothing (about an hour on two cores)
 # All need only python3 (3.10 or newer) and the package index: they set up .venv themselves.
 
 PYTHON ?= python3
 
-.PHONY: setup demo test tiny
+.PHONY: setup demo test test-all tiny
 
 setup:
 	@$(PYTHON) tools/setup_env.py
@@ -15,6 +16,9 @@ demo: setup
 
 test: setup
 	@.venv/bin/python tools/run_tests.py
+
+test-all: setup
+	@.venv/bin/python tools/run_tests.py --all
 
 tiny: setup
 	@.venv/bin/python tools/train_tiny.py

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from . import golden, graphs
 from .full_size_unets import FLUX, REFINER, SD15, on_meta
 
+pytestmark = pytest.mark.one_host
+
 RELEASE = "https://huggingface.co/zongzhuofan/EasyRef"
 
 

@@ -21,6 +21,8 @@ from easyref_core.training.base_model import BaseModel
 from ..hosts import ROOT
 from . import golden, tiny_weights
 
+pytestmark = pytest.mark.one_host
+
 SHIPPED = ROOT / "easyref_core" / "tiny" / "weights"
 
 

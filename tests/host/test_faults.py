@@ -25,6 +25,8 @@ from .faults import (
 )
 from .graphs import node
 
+pytestmark = pytest.mark.one_host
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _golden(server) -> None:

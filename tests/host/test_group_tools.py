@@ -14,6 +14,8 @@ from PIL import Image
 
 from . import golden, graphs
 
+pytestmark = pytest.mark.one_host
+
 
 @pytest.fixture(autouse=True)
 def inputs(tmp_path, monkeypatch) -> Path:

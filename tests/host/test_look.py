@@ -17,6 +17,8 @@ from .tiny_nodes.tiny_clip import load_tiny_clip_vision
 from .tiny_nodes.tiny_images import noise
 from .tiny_nodes.tiny_sdxl import random_conditioning
 
+pytestmark = pytest.mark.one_host
+
 STEPS = 3
 BLOCKS = 11
 

@@ -11,6 +11,8 @@ from . import golden
 from .sampling import Easy, cfg_guider, sample
 from .tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning
 
+pytestmark = pytest.mark.one_host
+
 JOIN = {"method": "concat", "factor": 0.5, "weights": ""}
 
 

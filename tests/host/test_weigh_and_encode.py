@@ -7,6 +7,8 @@ import pytest
 from . import golden, graphs
 from .server import ComfyServer
 
+pytestmark = pytest.mark.one_host
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _golden(server) -> None:
