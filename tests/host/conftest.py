@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,16 +47,21 @@ def easy(pack: ModuleType) -> Any:
 
 
 @pytest.fixture(scope="session")
-def _loaded() -> Any:
+def _loaded() -> Callable[..., Any]:
     from .tiny_nodes.tiny_sdxl import load_tiny_sdxl
 
-    return load_tiny_sdxl()
+    return functools.cache(load_tiny_sdxl)
 
 
 @pytest.fixture
-def model(_loaded: Any) -> Any:
-    """The tiny SDXL with nothing patched, a ModelPatcher; all tests of the session share its weights, as clones do."""
-    return _loaded.clone()
+def model(request: pytest.FixtureRequest, _loaded: Callable[..., Any]) -> Any:
+    """The tiny SDXL with nothing patched, a ModelPatcher; all tests of the session share its weights, as clones do.
+
+    In float32, or where it is parametrized indirectly in the dtype asked for (sampling.in_float64).
+    """
+    import torch
+
+    return _loaded(getattr(request, "param", torch.float32)).clone()
 
 
 @pytest.fixture(scope="session")

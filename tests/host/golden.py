@@ -20,9 +20,6 @@ CHECKPOINT = GOLDEN / "easyref.safetensors"
 MLLM = GOLDEN / "mllm"
 SETTINGS: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
 SIZE = SETTINGS["cond_image_size"]
-# Relative error of a whole prediction whose sums were taken in another order. The tiny UNet's norms enlarge float32's
-# rounding to 1.0e-6, more or less by processor; a term that is missing or twice there differs by 1e-3.
-ROUNDING = 2e-6
 
 
 def expected() -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.samplers
+import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 from comfy.model_patcher import ModelPatcher
@@ -20,6 +21,10 @@ from torch import Tensor
 from . import golden
 
 LATENT = (4, 16, 16)
+
+# For tests that take the same sums in two orders: the tiny UNet's norms enlarge float32's rounding to 1e-6, more or less
+# by processor.
+in_float64 = pytest.mark.parametrize("model", [torch.float64], ids=["float64"], indirect=True)
 
 # Tensors this small gain nothing from more threads, and where cores are shared they wait for each other for seconds.
 torch.set_num_threads(1)

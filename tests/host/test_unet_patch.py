@@ -27,7 +27,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import golden
-from .sampling import Easy, cfg_guider, golden_easy, predict, sample, sampling_options, watch_attention
+from .sampling import (
+    Easy,
+    cfg_guider,
+    golden_easy,
+    in_float64,
+    predict,
+    sample,
+    sampling_options,
+    watch_attention,
+)
 from .tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning, random_sdxl
 
 HUGE = 1e9  # a sigma above every schedule
@@ -54,9 +63,8 @@ def by_hand(
             text = (foreign or text_attention)(q, k, v, extra_options)
             parts = []
             for row, queries in zip(runs, q.chunk(len(runs)), strict=True):
-                split = [
-                    t.unflatten(-1, (heads, -1)).movedim(-2, -3) for t in (queries, key[row], value[row])
-                ]
+                qkv = (queries, key[row].to(q), value[row].to(q))
+                split = [t.unflatten(-1, (heads, -1)).movedim(-2, -3) for t in qkv]
                 scores = split[0] @ split[1].mT / split[0].shape[-1] ** 0.5
                 parts.append((scores.softmax(-1) @ split[2]).movedim(-3, -2).flatten(-2))
             return text + weight * torch.cat(parts)
@@ -210,17 +218,19 @@ def test_clone_predicts_the_same(easy, model) -> None:
 # The term
 
 
+@in_float64
 @pytest.mark.parametrize("weight", [-1.0, 0.5, 1.0, 3.0])
 def test_term_is_attention_to_the_reference_tokens(easy, model, weight: float) -> None:
     with_lora = easy.apply(model, weight=0.0)
     wanted = predict(by_hand(easy, weight)(with_lora))
-    assert golden.error(predict(easy.apply(model, weight)), wanted) <= golden.ROUNDING
+    assert golden.error(predict(easy.apply(model, weight)), wanted) <= 1e-6
 
 
+@in_float64
 def test_rows_follow_cond_or_uncond(easy, model) -> None:
     with_lora = easy.apply(model, weight=0.0)
     wanted = predict(by_hand(easy, 1.0, runs=(1, 0))(with_lora))
-    assert golden.error(predict(easy.apply(model), cond_or_uncond=[0, 1]), wanted) <= golden.ROUNDING
+    assert golden.error(predict(easy.apply(model), cond_or_uncond=[0, 1]), wanted) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -254,30 +264,33 @@ def lora_strengths(model: ModelPatcher) -> set[float]:
     return {round(sum(patch[0] for patch in patches), 6) for patches in model.patches.values()}
 
 
+@in_float64
 def test_chained_terms_add_up_and_the_lora_counts_once(easy, model) -> None:
     whole = easy.apply(model, weight=0.8)
     halves = easy.apply(easy.apply(model, weight=0.3), weight=0.5)
     assert halves.patches.keys() == whole.patches.keys()
     assert lora_strengths(halves) == lora_strengths(whole) == {1.0}
-    assert golden.error(predict(halves), predict(whole)) <= golden.ROUNDING
+    assert golden.error(predict(halves), predict(whole)) <= 1e-6
 
 
+@in_float64
 def test_chain_of_two_groups_does_not_depend_on_the_order(easy, model) -> None:
     other = easy.other_tokens()
     this_first = predict(easy.apply(easy.apply(model, 0.7), 0.4, tokens=other))
     other_first = predict(easy.apply(easy.apply(model, 0.4, tokens=other), 0.7))
-    assert golden.error(this_first, other_first) <= golden.ROUNDING
+    assert golden.error(this_first, other_first) <= 1e-6
     assert golden.error(this_first, predict(easy.apply(model, 0.7))) > 1e-3
     assert golden.error(this_first, predict(easy.apply(model, 0.4, tokens=other))) > 1e-3
 
 
+@in_float64
 @pytest.mark.parametrize("strengths", [(0.25, 1.0), (1.0, 0.25), (1.0, 0.0), (0.25, 0.5, 1.0)])
 def test_strongest_lora_of_a_chain_counts(easy, model, strengths: tuple[float, ...]) -> None:
     chained = model
     for lora in strengths:
         chained = easy.apply(chained, weight=0.0, lora=lora)
     assert lora_strengths(chained) == {1.0}
-    assert golden.error(predict(chained), predict(easy.apply(model, weight=0.0))) <= golden.ROUNDING
+    assert golden.error(predict(chained), predict(easy.apply(model, weight=0.0))) <= 1e-6
 
 
 def test_two_checkpoints_each_add_their_lora(easy, model) -> None:
@@ -298,17 +311,19 @@ def test_lora_of_every_attention_is_there(easy, model) -> None:
 # Other packs' patches
 
 
+@in_float64
 @pytest.mark.parametrize("with_index", [True, False])
 def test_replacement_set_before_ours_still_acts(easy, model, with_index: bool) -> None:
     foreign = replace_everywhere(model, easy, halved_query, with_index)
     wanted = predict(by_hand(easy, 1.0, foreign=halved_query)(easy.apply(model, weight=0.0)))
-    assert golden.error(predict(easy.apply(foreign)), wanted) <= golden.ROUNDING
+    assert golden.error(predict(easy.apply(foreign)), wanted) <= 1e-6
 
 
+@in_float64
 def test_replacement_of_a_whole_block_set_after_ours_acts_too(easy, model) -> None:
     wanted = predict(by_hand(easy, 1.0, foreign=halved_query)(easy.apply(model, weight=0.0)))
     after = replace_everywhere(easy.apply(model), easy, halved_query, with_index=False)
-    assert golden.error(predict(after), wanted) <= golden.ROUNDING
+    assert golden.error(predict(after), wanted) <= 1e-6
 
 
 def test_replacement_of_our_sites_set_after_ours_is_what_the_host_calls(easy, model) -> None:
@@ -317,10 +332,11 @@ def test_replacement_of_our_sites_set_after_ours_is_what_the_host_calls(easy, mo
     assert torch.equal(predict(replace_everywhere(easy.apply(model), easy, halved_query)), without)
 
 
+@in_float64
 def test_replacement_before_a_chain_acts_once(easy, model) -> None:
     foreign = replace_everywhere(model, easy, halved_query)
     wanted = predict(by_hand(easy, 1.0, foreign=halved_query)(easy.apply(model, weight=0.0)))
-    assert golden.error(predict(easy.apply(easy.apply(foreign, 0.4), 0.6)), wanted) <= golden.ROUNDING
+    assert golden.error(predict(easy.apply(easy.apply(foreign, 0.4), 0.6)), wanted) <= 1e-6
 
 
 def test_lora_is_not_merged_again_when_only_the_weight_changes(easy, model) -> None:
@@ -341,6 +357,7 @@ def test_predictions_follow_each_other_without_merging_again(easy, model) -> Non
     assert torch.equal(predict(easy.apply(model, weight=0.9)), alone)
 
 
+@in_float64
 def test_another_lora_adds_to_ours_in_either_order(easy, model) -> None:
     def with_another(model: ModelPatcher) -> ModelPatcher:
         clone = model.clone()
@@ -349,7 +366,7 @@ def test_another_lora_adds_to_ours_in_either_order(easy, model) -> None:
         return clone
 
     before, after = predict(easy.apply(with_another(model))), predict(with_another(easy.apply(model)))
-    assert golden.error(before, after) <= golden.ROUNDING
+    assert golden.error(before, after) <= 1e-6
     assert golden.error(before, predict(easy.apply(model))) > 1e-4
 
 
@@ -448,10 +465,11 @@ def text_and_foreign_term(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[s
     return out + foreign_term(out, q, k, v, extra_options)
 
 
+@in_float64
 def test_term_added_after_ours_acts(easy, model) -> None:
     wanted = predict(by_hand(easy, 1.0, foreign=text_and_foreign_term)(easy.apply(model, weight=0.0)))
     both = add_as_other_packs_do(easy.apply(model), foreign_term, **ANYWHERE)
-    assert golden.error(predict(both), wanted) <= golden.ROUNDING
+    assert golden.error(predict(both), wanted) <= 1e-6
 
 
 def test_term_added_after_ours_is_given_what_the_other_pack_asked_for(easy, model) -> None:
@@ -467,19 +485,18 @@ def test_term_added_after_ours_is_given_what_the_other_pack_asked_for(easy, mode
     assert all(same_shape and asked == options for same_shape, _, asked in given)
 
 
+@in_float64
 def test_term_added_to_a_chain_acts_once(easy, model) -> None:
     wanted = predict(add_as_other_packs_do(easy.apply(model, 0.8), foreign_term, **ANYWHERE))
     chain = easy.apply(easy.apply(model, 0.3), 0.5)
-    assert (
-        golden.error(predict(add_as_other_packs_do(chain, foreign_term, **ANYWHERE)), wanted)
-        <= golden.ROUNDING
-    )
+    assert golden.error(predict(add_as_other_packs_do(chain, foreign_term, **ANYWHERE)), wanted) <= 1e-6
 
 
+@in_float64
 def test_term_added_between_two_of_ours_acts_once(easy, model) -> None:
     wanted = predict(add_as_other_packs_do(easy.apply(model, 0.8), foreign_term, **ANYWHERE))
     between = easy.apply(add_as_other_packs_do(easy.apply(model, 0.3), foreign_term, **ANYWHERE), 0.5)
-    assert golden.error(predict(between), wanted) <= golden.ROUNDING
+    assert golden.error(predict(between), wanted) <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -514,6 +531,7 @@ def scale_text(
     return n, context * 0.5, value * 0.5
 
 
+@in_float64
 @pytest.mark.parametrize("first", ["theirs", "ours"])
 def test_patch_of_the_attention_inputs_acts(easy, model, first: str) -> None:
     def halved_text(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
@@ -523,9 +541,10 @@ def test_patch_of_the_attention_inputs_acts(easy, model, first: str) -> None:
     patched = model.clone() if first == "theirs" else easy.apply(model)
     patched.set_model_attn2_patch(scale_text)
     patched = easy.apply(patched) if first == "theirs" else patched
-    assert golden.error(predict(patched), wanted) <= golden.ROUNDING
+    assert golden.error(predict(patched), wanted) <= 1e-6
 
 
+@in_float64
 def test_patch_of_the_attention_output_acts(easy, model) -> None:
     def doubled(n: Tensor, extra_options: dict[str, Any]) -> Tensor:
         return n * 2
@@ -534,7 +553,7 @@ def test_patch_of_the_attention_output_acts(easy, model) -> None:
     patched = easy.apply(model)
     for each in (wanted, patched):
         each.set_model_attn2_output_patch(doubled)
-    assert golden.error(predict(patched), predict(wanted)) <= golden.ROUNDING
+    assert golden.error(predict(patched), predict(wanted)) <= 1e-6
     assert golden.error(predict(patched), predict(easy.apply(model))) > 1e-3
 
 
@@ -584,15 +603,13 @@ def test_empty_window_is_weight_0(easy, model) -> None:
     assert torch.equal(predict(easy.apply(model, start=0.6, end=0.4)), predict(easy.apply(model, weight=0.0)))
 
 
+@in_float64
 def test_each_node_of_a_chain_has_its_window(easy, model) -> None:
     early = easy.apply(model, 0.4, end=0.5)
     chain = easy.apply(early, 0.7, start=0.5, tokens=easy.other_tokens())
     late = easy.apply(model, 0.7, tokens=easy.other_tokens())
     assert torch.equal(predict(chain, sigma_at(model, 0.2)), predict(early, sigma_at(model, 0.2)))
-    assert (
-        golden.error(predict(chain, sigma_at(model, 0.8)), predict(late, sigma_at(model, 0.8)))
-        <= golden.ROUNDING
-    )
+    assert golden.error(predict(chain, sigma_at(model, 0.8)), predict(late, sigma_at(model, 0.8))) <= 1e-6
 
 
 # Work and memory
