@@ -38,10 +38,10 @@ def _forget(package: str) -> None:
 
 
 def _define_missing_operators() -> None:
-    import torch
+    from torch.library import define
 
     for name in MISSING_OPERATORS:
-        torch.library.define(name, "(Tensor a, Tensor b, float c) -> Tensor")
+        define(name, "(Tensor a, Tensor b, float c) -> Tensor")
 
 
 def _put_empty_torchaudio() -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.library import Library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,7 +40,7 @@ def flash_attention() -> Iterator[None]:
 
     Registered with the dispatcher, because a TorchFunctionMode is not on in what backward recomputes.
     """
-    library = torch.library.Library("aten", "IMPL")
+    library = Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", _flash, "AutogradMeta")
     try:
         yield
