@@ -129,9 +129,9 @@ def _changed(encoder: Encoder, count: int, options: Options, say: Callable[[str]
     first = list(range(count))
     group = encoder.group(first)
     prompts = iter(range(1, 10**6))
-    changes: dict[str, tuple[Callable[[], PreparedGroup], float | None]] = {
-        "prompt changed": (lambda: encoder.group(first, next(prompts)), 1 / 30),
-        "one added at the end": (lambda: encoder.group([*first, count]), 1 / 6),
+    changes: dict[str, tuple[Callable[[], PreparedGroup], Limit | None]] = {
+        "prompt changed": (lambda: encoder.group(first, next(prompts)), Limit("<=", 1 / 30)),
+        "one added at the end": (lambda: encoder.group([*first, count]), Limit("<=", 1 / 6)),
         "the last removed": (lambda: encoder.group(first[:-1]), None),
         "the first removed": (lambda: encoder.group(first[1:]), None),
         "order reversed": (lambda: encoder.group(first[::-1]), None),
@@ -141,10 +141,10 @@ def _changed(encoder: Encoder, count: int, options: Options, say: Callable[[str]
         ),
     }
     rows = []
-    for name, (make, bound) in changes.items():
+    for name, (make, wanted) in changes.items():
         say(f" {count} references, {name}")
         found, took, cold = [], [], []
-        for _ in range(max(1, options.pairs // 2) if bound else 1):
+        for _ in range(max(1, options.pairs // 2) if wanted else 1):
             cold.append(seconds(lambda: encoder.cold(group), options.device))
             changed = make()
             took.append(seconds(partial(encoder.read_into, found, changed), options.device))
@@ -154,9 +154,7 @@ def _changed(encoder: Encoder, count: int, options: Options, say: Callable[[str]
         pairs = Pairs(tuple(cold), tuple(took))
         what = f"{count} references, {name}"
         rows += [
-            pairs.row(
-                f"{what}: encoding / the group before, cold", None if bound is None else Limit("<=", bound)
-            ),
+            pairs.row(f"{what}: encoding / the group before, cold", wanted),
             Row(
                 f"{what}: distance of the tokens from a cold run's", distance, "of them", wanted=encoder.exact
             ),
