@@ -147,11 +147,9 @@ with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         start = time.process_time()  # its own: others may keep the machine busy
         pack = load_pack()
         seconds.append(time.process_time() - start)
-        new = set(sys.modules) - before
-        foreign = {{name.partition(".")[0] for name in new if not name.startswith(pack.__name__)}}
-        for name in new:
-            if name.startswith(pack.__name__):
-                del sys.modules[name]
+        for name in [name for name in sys.modules if name.startswith(pack.__name__)]:
+            del sys.modules[name]
+foreign = {{name.partition(".")[0] for name in set(sys.modules) - before}}
 json.dump({{"seconds": min(seconds), "printed": printed.getvalue(), "foreign": sorted(foreign)}}, sys.__stdout__)
 """
 
