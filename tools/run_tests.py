@@ -98,6 +98,10 @@ def main() -> None:
         print(f"{name}: {counts}")
     if not hosts:
         print("ComfyUI: none found, host tests skipped")
+    if hosts[1:] and not everything:
+        print(
+            f"tests marked one_host: in ComfyUI {host_version(hosts[0])} alone (make test-all: in every one)"
+        )
     total = Counts(*map(sum, zip(*parts.values(), strict=True)))
     print(total, flush=True)
     sys.exit(total.failed > 0)
