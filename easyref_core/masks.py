@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 
 class Crop(NamedTuple):
-    """The part of a latent that the UNet is given, in latent pixels; `latent`: (height, width) of the whole one."""
+    """The part of a latent that the UNet is given, in latent pixels; `latent`: (height, width) of the whole one.
+
+    A crop that reaches over the bottom or the right edge goes on at the opposite one.
+    """
 
     latent: tuple[int, int]
     top: int
@@ -48,7 +51,10 @@ def _overlaps(pixels: int, latent: int, first: int, length: int, tokens: int) ->
         edges = (first + (counted * stride).clamp(max=length)) * tokens * pixels
     else:  # another pack resized the activations: tokens of equal stretches
         edges = (first * tokens + counted * length) * pixels
-    marks = torch.arange(pixels + 1, dtype=torch.float64) * latent * tokens
+    marks = torch.arange(2 * pixels + 1, dtype=torch.float64) * latent * tokens
     upper = torch.minimum(edges[1:, None], marks[None, 1:])
     lower = torch.maximum(edges[:-1, None], marks[None, :-1])
-    return (upper - lower).clamp(min=0)
+    overlaps = (upper - lower).clamp(min=0)
+    return (
+        overlaps[:, :pixels] + overlaps[:, pixels:]
+    )  # the second half is the same axis again, beyond its end

@@ -44,6 +44,13 @@ def term_share(term: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
     return ratio(term.sum(), attention.sum()), ratio(term, attention)
 
 
+def sides_of(unconditional: Sequence[bool]) -> list[tuple[bool, slice]]:
+    """The sides of a batch and their rows, one entry for each run of rows of one side."""
+    starts = [i for i, side in enumerate(unconditional) if i == 0 or side != unconditional[i - 1]]
+    ends = [*starts[1:], len(unconditional)]
+    return [(unconditional[start], slice(start, end)) for start, end in zip(starts, ends, strict=True)]
+
+
 class Recorder:
     """Collects shares while a model samples: give one to `nodes.unet_patch.condition`, sample, ask `shares`.
 
@@ -67,16 +74,15 @@ class Recorder:
         attention: Tensor,
         grid: Grid,
     ) -> None:
-        """term, attention: (runs of the batch times latents, tokens, inner); unconditional: of each run.
+        """term, attention: (rows, tokens, inner); unconditional: of each row.
 
         grid: (rows, columns) of the tokens; where another pack changed their number, they are kept as one row.
         """
         tokens = term.shape[1]
         grid = grid if grid[0] * grid[1] == tokens else (1, tokens)
-        runs = zip(term.chunk(len(unconditional)), attention.chunk(len(unconditional)), strict=True)
-        for is_unconditional, pair in zip(unconditional, runs, strict=True):
+        for is_unconditional, rows in sides_of(unconditional):
             key = Moment(sigma, site, is_unconditional), grid
-            found = tuple(squares(tensor) for tensor in pair)
+            found = tuple(squares(tensor[rows]) for tensor in (term, attention))
             before = self._squares.get(key)
             self._squares[key] = found if before is None else (before[0] + found[0], before[1] + found[1])
 

@@ -1,222 +1,314 @@
-"""What one Apply node adds, and what of it acts in one UNet call."""
+"""Contribution of one Apply EasyRef node, and the part of it that acts in one UNet call."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 from ..easyref_core.attention import SCALINGS, KeyValue, scaled
 from ..easyref_core.layer_weights import Sides
-from ..easyref_core.masks import Crop, token_mask
-from .guidance import FIRST_SIGMA
+from ..easyref_core.masks import token_mask
+from ..easyref_core.schedule import Point, Schedule
+from .batch_layout import BatchLayout
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ..easyref_core.term_share import Recorder
+    from .key_values import KeyValueRows
 
 STEP = "easyref_step"  # in transformer_options: the Step of this UNet call
 
-_ids = itertools.count()
+ATTENTION_LEVELS = (1, 2)  # of SDXL's UNet: its cross-attentions run on the latent halved once and twice
+
+Value = TypeVar("Value")
+RowKey = tuple[bool, int]  # of a row of a batch: unconditional, and the frame that chooses its tokens
 
 
-class View(NamedTuple):
-    """What the rows of one UNet call's batch are: runs of equal length, all runs of the same latents."""
+class Place(NamedTuple):
+    """Model and device of a UNet call."""
 
-    unconditional: tuple[bool, ...]  # of each run
-    frames: tuple[int, ...]  # of each latent of a run: its number in the whole batch or animation
-    crops: tuple[Crop, ...]  # of each run: the part of the latent it is
-
-
-class Rows(NamedTuple):
-    """Rows of K and V to take, brought to their device once for all sites."""
-
-    numbers: Tensor
-    nothing: tuple[int, ...]  # places of those that attend to nothing
-
-    @classmethod
-    def of(cls, numbers: Sequence[int | None], device: torch.device) -> Rows:
-        """numbers: None where a row attends to nothing."""
-        nothing = tuple(place for place, number in enumerate(numbers) if number is None)
-        return cls(torch.tensor([number or 0 for number in numbers], device=device), nothing)
+    model_sampling: nn.Module
+    device: torch.device
+    dtype: torch.dtype  # that the UNet computes in
 
 
-class Acting(NamedTuple):
+class PlacedMasks:
+    """Masks of every grid that an attention of SDXL has, made before the UNet runs."""
+
+    def __init__(self, masks: dict[tuple[int, int], Tensor]) -> None:
+        self._masks = masks
+
+    def __call__(self, grid: tuple[int, int], tokens: int) -> Tensor:
+        """The mask (1 or rows, tokens, 1) of a grid. Raises RuntimeError where another pack has changed grid
+        or tokens.
+        """
+        if grid not in self._masks or grid[0] * grid[1] != tokens:
+            raise RuntimeError("The mask of Apply EasyRef was not made for this size of the activations.")
+        return self._masks[grid]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(mask.shape) for mask in self._masks.values()]
+
+
+class ActiveInjection(NamedTuple):
     """One injection in one UNet call."""
 
-    key_values: Sequence[
-        KeyValue
-    ]  # per site, one row for each run (or each row) of the batch, the weight in them
-    mask: Callable[..., Tensor] | None = None  # (grid, q), see Injection.mask_at
+    # per site (runs, T, inner), the weight in them; the batch is as many equal runs
+    key_values: Sequence[KeyValue]
+    mask: Callable[[tuple[int, int], int], Tensor] | None = None  # (grid, tokens), see Injection.mask_at
     recorder: Recorder | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """What the sites are told in one UNet call; made once, so that no site reads sigma back from the device."""
+    """State of one UNet call, shared by all attentions, so that none reads sigma back from the device."""
 
     sigma: float
-    acting: dict[int, Acting]  # by Injection.id
-    whole_blocks: dict[
-        tuple, Callable[..., Tensor]
-    ]  # foreign replacements for all sites of a (block, number)
-    unconditional: tuple[bool, ...] = (False,)  # of each run of the batch
-
-
-IDLE = Step(FIRST_SIGMA, {}, {})  # where a pack calls the UNet without the patcher's wrappers: the text alone
+    active: dict[int, ActiveInjection]  # by the number of the Apply node in its chain
+    layout: BatchLayout = ()
+    unet: nn.Module | None = None
+    one_by_one: bool = False  # whether the UNet runs its attentions on one row after the other
+    whole_blocks: dict[tuple, Callable[..., Tensor]] = dataclasses.field(default_factory=dict)
+    # per patch: how often it ran on a part of the rows
+    calls: Counter = dataclasses.field(default_factory=Counter)
 
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """How strongly one injection acts: weight times the factor of the layer times the schedule's factor."""
+    """Weight of one injection over layers and steps: weight times the factor of the layer times the
+    schedule's factor.
+    """
 
     weight: float
-    window: tuple[float, float]  # (first sigma, last sigma)
+    window: tuple[float, float]  # (start, end) as fractions of the sampling
     factors: tuple[float, ...]  # per site
-    schedule: Callable[[float], float] | None = None  # sigma -> factor
+    points: tuple[Point, ...] = ()  # of the weight schedule
     scaling: str = SCALINGS[0]
+
+
+class Curve:
+    """Weight of a strength at each sigma of one model. Fractions become sigmas here, by the model that
+    samples.
+    """
+
+    def __init__(self, strength: Strength, model_sampling: Any) -> None:
+        to_sigma = model_sampling.percent_to_sigma
+        start, end = strength.window
+        self._weight = strength.weight
+        self._first, self._last = float(to_sigma(start)) if start > 0 else math.inf, float(to_sigma(end))
+        self._schedule = Schedule(strength.points, to_sigma) if strength.points else None
 
     def at(self, sigma: float) -> float:
         """The weight of a step; 0 outside the window."""
-        first, last = self.window
-        if not last <= sigma <= first:
+        if not self._last <= sigma <= self._first:
             return 0.0
-        return self.weight * self.schedule(sigma) if self.schedule else self.weight
+        return self._weight * self._schedule(sigma) if self._schedule else self._weight
+
+
+class LatestCache(Generic[Value]):
+    """For each place, the latest value and the key it was made for."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, tuple[Hashable, Value]] = {}
+
+    def get(self, place: Hashable, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value at a place, made again where its key is another."""
+        entry = self._entries.get(place)
+        if entry is None or entry[0] != key:
+            self._entries.pop(place, None)  # before the next is made: the device need not hold both
+            entry = self._entries[place] = key, make()
+        return entry[1]
+
+    def clear(self) -> None:
+        self._entries.clear()
 
 
 class Injection:
-    """One Apply node's contribution. Never changed after it is made, and shared by every clone of the model."""
+    """One Apply node's contribution. Never changed after it is made, and shared by every clone of the model.
+
+    Caches what is the same in the next UNet call of a sampling; `release` clears that.
+    """
 
     def __init__(
         self,
-        key_values: list[KeyValue],
-        unconditional_rows: int,
+        key_values: KeyValueRows,
         strength: Strength,
         sides: Sequence[Sides],
         mask: Tensor | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        """key_values: per site K and V, the unconditional rows and then the conditional ones; of either side one row,
-        or one for each latent of the batch, the last of which goes on where there are fewer. sides: per site. mask:
-        (frames, height, width) on the CPU.
-        """
-        self.id = next(_ids)
-        self.strength, self.sides, self.mask, self.recorder = strength, tuple(sides), mask, recorder
-        self._key_values = key_values
-        self._counts = unconditional_rows, len(key_values[0][0]) - unconditional_rows
-        self._widest = max(k.shape[-1] for k, _ in key_values)
-        self._kept: dict[str, tuple[Any, dict[tuple, Any]]] = {}
+        """sides: per site. mask: (frames, height, width) on the CPU."""
+        self.key_values, self.strength, self.sides = key_values, strength, tuple(sides)
+        self.mask, self.recorder = mask, recorder
+        self._curves: LatestCache[Curve] = LatestCache()
+        self._rows: LatestCache[list[KeyValue]] = LatestCache()
+        self._scaled: LatestCache[list[KeyValue]] = LatestCache()
+        self._masks: LatestCache[Tensor] = LatestCache()
 
-    def at(self, sigma: float, device: torch.device, dtype: torch.dtype, view: View) -> Acting | None:
-        """What acts at this step; made once and kept while sampling, as far as it is the same at the next."""
-        weight = self.strength.at(sigma)
+    def recorded_by(self, recorder: Recorder) -> Injection:
+        """The same contribution, whose terms the recorder is given."""
+        return Injection(self.key_values, self.strength, self.sides, self.mask, recorder)
+
+    @property
+    def rows(self) -> int:
+        """Rows of tokens, or masks, of which each latent takes its own; 1 where all latents share one."""
+        masks = 1 if self.mask is None else len(self.mask)
+        return max(*self.key_values.counts, masks)
+
+    def nbytes(self, latents: int, itemsize: int) -> int:
+        """Bytes of K and V on the device in a UNet call of both sides of so many latents, in a type of this
+        size.
+        """
+        each = latents if max(self.key_values.counts) > 1 else 1
+        return 2 * each * self.key_values.row_numel * itemsize
+
+    def at(self, sigma: float, layout: BatchLayout, place: Place) -> ActiveInjection | None:
+        """What acts in a UNet call; None outside the window."""
+        curve = self._curves.get(
+            place.model_sampling, None, lambda: Curve(self.strength, place.model_sampling)
+        )
+        weight = curve.at(sigma)
         if not weight:
             return None
-        era, place = (weight, self._numbered(view)), (device, dtype, view.unconditional)
-        key_values = self._once(
-            "scaled", era, place, lambda: self._scaled(self._rows(device, dtype, view), weight)
-        )
-        mask = None if self.mask is None else partial(self.mask_at, view)
-        return Acting(key_values, mask, self.recorder)
+        key_values = self._key_values_at(layout, place, weight)
+        mask = None if self.mask is None else functools.partial(self.mask_at, layout, place)
+        return ActiveInjection(key_values, mask, self.recorder)
 
-    def mask_at(self, view: View, grid: tuple[int, int], q: Tensor) -> Tensor:
-        """The mask for the queries q (batch, tokens, inner) of a site, (1 or batch, tokens, 1), as q in device and dtype.
+    def fixed(
+        self, active: ActiveInjection | None, layout: BatchLayout, place: Place, size: tuple[int, int]
+    ) -> ActiveInjection:
+        """The same at every step, for torch.compile: with V = 0 outside the window, and with the masks of all
+        grids.
 
-        grid: (rows, columns) of the site's tokens. Where another pack has changed their number, their places are not
-        known: all get the mask's mean, (..., 1, 1).
+        size: (height, width) of the latent that the UNet is given.
         """
-        batch, tokens, _ = q.shape
-        place = view, grid, batch, tokens, q.device, q.dtype
+        if active is None:
+            key_values = [(k, torch.zeros_like(v)) for k, v in self._key_values_at(layout, place, 1.0)]
+        else:
+            key_values = active.key_values
+        if self.mask is None:
+            return ActiveInjection(key_values, None, self.recorder)
+        grids = [tuple(-(-length // 2**level) for length in size) for level in ATTENTION_LEVELS]
+        masks = {grid: self.mask_at(layout, place, grid, grid[0] * grid[1]) for grid in grids}
+        return ActiveInjection(key_values, PlacedMasks(masks), self.recorder)
+
+    def mask_at(self, layout: BatchLayout, place: Place, grid: tuple[int, int], tokens: int) -> Tensor:
+        """The mask for an attention's tokens, (1 or rows of the layout, tokens, 1).
+
+        grid: (rows, columns) of the tokens. Where another pack has changed their number, their places are
+        unknown: all get the mask's mean, (..., 1, 1).
+        """
+        placed = grid[0] * grid[1] == tokens
+        parts = tuple((self._mask_frame(row.frame), row.crop) for row in layout)
+        if len(set(parts)) == 1:
+            parts = parts[:1]
         # narrowed before it moves: it is computed in float64, which not every device has
-        return self._once(
-            "mask", None, place, lambda: self._masked(view, grid, batch, tokens).to(q.dtype).to(q.device)
+        return self._masks.get(
+            (grid, placed, len(parts), place.device, place.dtype),
+            parts,
+            lambda: self._mask_of(parts, grid, placed).to(place.dtype).to(place.device),
         )
 
     def release(self) -> None:
-        self._kept.clear()
+        """Give back the device's copies."""
+        for cache in (self._curves, self._rows, self._scaled, self._masks):
+            cache.clear()
 
-    def _once(self, what: str, era: Any, place: tuple, make: Callable[[], Any]) -> Any:
-        """What `make` gives, kept for this place while sampling, or until another era (a step's weight, a window of
-        frames) begins: the device holds one era at a time."""
-        if what not in self._kept or self._kept[what][0] != era:
-            self._kept[what] = era, {}
-        kept = self._kept[what][1]
-        if place not in kept:
-            kept[place] = make()
-        return kept[place]
+    def _key_values_at(self, layout: BatchLayout, place: Place, weight: float) -> list[KeyValue]:
+        """K and V per site with this weight in them, a row for each of the equal runs of the layout."""
+        where = place.device, place.dtype
+        runs = equal_runs(tuple((row.unconditional, self._frame(row.frame)) for row in layout))
+        sides, frames = tuple(side for side, _ in runs), tuple(frame for _, frame in runs)
+        unscaled = self._rows.get((where, sides), frames, lambda: self._select(runs, *where))
+        return self._scaled.get((where, sides), (frames, weight), lambda: self._scale(unscaled, weight))
 
-    def _numbered(self, view: View) -> tuple[int, ...]:
-        """The frames that get a row of K and V each; one for all where the tokens are not batched."""
-        return (0,) if self._counts == (1, 1) else view.frames
+    def _frame(self, frame: int) -> int:
+        """The frame that chooses a row of tokens; 0 where all frames share one."""
+        return min(frame, max(self.key_values.counts) - 1)
 
-    def _rows(self, device: torch.device, dtype: torch.dtype, view: View) -> list[KeyValue]:
-        """K and V per site, a row for each run of the batch, or, where the tokens are batched, for each of its rows."""
-        frames, runs, place = self._numbered(view), view.unconditional, (device, dtype)
+    def _mask_frame(self, frame: int) -> int:
+        return min(frame, len(self.mask) - 1)
 
-        def placed(key_values: list[KeyValue]) -> list[KeyValue]:
-            return [(k.to(device, dtype), v.to(device, dtype)) for k, v in key_values]
-
-        def chosen() -> list[KeyValue]:
-            if self._counts == (1, 1):
-                return placed(self._gathered(self._key_values, frames, runs))
-            # all frames are brought to the device once, and each window is chosen from them there
-            everything = self._once("all", None, place, lambda: placed(self._key_values))
-            return self._gathered(everything, frames, runs)
-
-        return self._once("rows", frames, (*place, runs), chosen)
-
-    def _masked(self, view: View, grid: tuple[int, int], batch: int, tokens: int) -> Tensor:
-        runs = [token_mask(self.mask, crop, grid)[..., None] for crop in view.crops]
-        if grid[0] * grid[1] != tokens:
-            runs = [run.mean(dim=1, keepdim=True) for run in runs]
-        if len(self.mask) == 1 and len(set(view.crops)) == 1:
-            return runs[0]
-        last = len(self.mask) - 1
-        masks = torch.cat([run[[min(frame, last) for frame in view.frames]] for run in runs])
-        return masks.repeat_interleave(batch // len(masks), dim=0)  # a pack may cut each latent into tiles
-
-    def _gathered(
-        self, source: list[KeyValue], frames: tuple[int, ...], runs: tuple[bool, ...]
-    ) -> list[KeyValue]:
-        device = source[0][0].device
-        rows = {sides: Rows.of(self._row_numbers(sides, frames, runs), device) for sides in set(self.sides)}
-        return [
-            tuple(_take(tensor, rows[sides]) for tensor in key_value)
-            for key_value, sides in zip(source, self.sides, strict=True)
+    def _mask_of(self, parts: Sequence[tuple[int, Any]], grid: tuple[int, int], placed: bool) -> Tensor:
+        masks = torch.cat([token_mask(self.mask[frame : frame + 1], crop, grid) for frame, crop in parts])[
+            ..., None
         ]
+        return masks if placed else masks.mean(dim=1, keepdim=True)
 
-    def _row_numbers(self, sides: Sides, frames: tuple[int, ...], runs: tuple[bool, ...]) -> list[int | None]:
-        """Whose row each run and frame takes; None where it attends to nothing."""
-        unconditional, conditional = self._counts
-        numbers: list[int | None] = []
-        for run_is_unconditional in runs:
-            taken = sides.unconditional if run_is_unconditional else sides.conditional
-            for frame in frames:
-                if taken is None:
-                    numbers.append(None)
-                elif taken:
-                    numbers.append(min(frame, unconditional - 1))
-                else:
-                    numbers.append(unconditional + min(frame, conditional - 1))
-        return numbers
+    def _select(self, runs: Sequence[RowKey], device: torch.device, dtype: torch.dtype) -> list[KeyValue]:
+        """K and V per site for these runs, (runs, T, inner)."""
+        numbers = {sides: tuple(self._number(sides, *run) for run in runs) for sides in set(self.sides)}
+        taken = list(dict.fromkeys(n for chosen in numbers.values() for n in chosen if n is not None)) or [0]
+        rows = self.key_values.take(taken, device, dtype)
+        index = {sides: _RowIndex.of(chosen, taken, device) for sides, chosen in numbers.items()}
+        for place, sides in enumerate(self.sides):  # in place: the device need not hold all of both
+            rows[place] = tuple(index[sides].select(tensor) for tensor in rows[place])
+        return rows
 
-    def _scaled(self, key_values: list[KeyValue], weight: float) -> list[KeyValue]:
-        scaling, widest = self.strength.scaling, self._widest
+    def _number(self, sides: Sides, unconditional: bool, frame: int) -> int | None:
+        """Row of `key_values` that a row of a batch attends to; None where it attends to none."""
+        taken = sides.unconditional if unconditional else sides.conditional
+        unconditional_rows, conditional_rows = self.key_values.counts
+        if taken is None:
+            return None
+        if taken:
+            return min(frame, unconditional_rows - 1)
+        return unconditional_rows + min(frame, conditional_rows - 1)
+
+    def _scale(self, key_values: list[KeyValue], weight: float) -> list[KeyValue]:
+        widest = max(k.shape[-1] for k, _ in key_values)
         pairs = zip(key_values, self.strength.factors, strict=True)
-        return [scaled(pair, weight * factor, scaling, widest) for pair, factor in pairs]
+        return [scaled(pair, weight * factor, self.strength.scaling, widest) for pair, factor in pairs]
 
     def __deepcopy__(self, memo: dict) -> Injection:
         return self
 
 
-def _take(tensor: Tensor, rows: Rows) -> Tensor:
-    """These rows of a tensor, a copy; what attends to nothing has zeros, whose reference term is 0."""
-    taken = tensor.index_select(0, rows.numbers)
-    for place in rows.nothing:
-        taken[place] = 0
-    return taken
+@functools.lru_cache(maxsize=256)
+def equal_runs(rows: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+    """One entry for each run of equal entries, all runs being of the longest length that divides the rows
+    alike.
+
+    (u, u, c, c) -> (u, c); (u, c, u, c) -> (u, c, u, c); (c, c, c) -> (c,).
+    """
+    for length in range(len(rows), 0, -1):
+        if len(rows) % length:
+            continue
+        runs = [rows[first : first + length] for first in range(0, len(rows), length)]
+        if all(len(set(run)) == 1 for run in runs):
+            return tuple(run[0] for run in runs)
+    return rows
+
+
+class _RowIndex(NamedTuple):
+    """Rows to select from a tensor."""
+
+    places: Tensor | None  # on the tensor's device; None: all rows as they are
+    empty: tuple[int, ...]  # rows that attend to nothing: zeros, whose reference term is 0
+
+    @classmethod
+    def of(cls, numbers: Sequence[int | None], taken: Sequence[int], device: torch.device) -> _RowIndex:
+        """numbers: of the rows to select; None where a row attends to nothing. taken: numbers of the tensor's
+        rows.
+        """
+        if list(numbers) == list(taken):
+            return cls(None, ())
+        places = [0 if number is None else taken.index(number) for number in numbers]
+        empty = tuple(place for place, number in enumerate(numbers) if number is None)
+        return cls(torch.tensor(places, device=device), empty)
+
+    def select(self, tensor: Tensor) -> Tensor:
+        if self.places is None:
+            return tensor
+        selected = tensor.index_select(0, self.places)
+        for place in self.empty:
+            selected[place] = 0
+        return selected

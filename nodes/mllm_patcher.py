@@ -25,13 +25,16 @@ from ..easyref_core.influence import pooled_features
 from ..easyref_core.model import EasyRef, build
 from ..easyref_core.preprocess import black_image
 from ..easyref_core.reference_tokens import ContextStates, ReferenceTokens
+from .key_values import MAX_HELD_BYTES, HeldRows, ProjectedRows, project_rows
 from .sockets import TokenPair
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..easyref_core.attention import KeyValue
+    from .key_values import KeyValueRows
 
+ADDITIONAL = "easyref"  # key of the projections among a model's additional models
 PRECISIONS = ("auto", "bf16", "fp32", "fp8_e4m3fn")
 
 
@@ -121,9 +124,25 @@ class HostedEasyRef:
         """K and V per site, rows [unconditional, conditional], float32 on the intermediate device; once per tokens."""
         if tokens not in self._key_values:
             mm.load_models_gpu([self._kv_patcher])
+            project = partial(self.model.key_values, dtype=torch.float32, kept_on=mm.intermediate_device())
             rows = torch.cat([tokens.unconditional, tokens.conditional])
-            self._key_values[tokens] = self.model.key_values(rows, torch.float32, mm.intermediate_device())
+            self._key_values[tokens] = project_rows(rows, project)
         return self._key_values[tokens]
+
+    def key_value_rows(self, tokens: TokenPair) -> KeyValueRows:
+        """K and V of these tokens: held, or projected while sampling where they are larger than MAX_HELD_BYTES."""
+        rows = torch.cat([tokens.unconditional, tokens.conditional])
+        row_numel = 2 * rows.shape[1] * sum(self.model.checkpoint.widths.values())
+        if len(rows) * row_numel * torch.float32.itemsize <= MAX_HELD_BYTES:
+            return HeldRows(self.key_values(tokens), len(tokens.unconditional))
+        project = partial(self.model.key_values, dtype=torch.float32)
+        return ProjectedRows(rows, len(tokens.unconditional), row_numel, project)
+
+    def load_with(self, model: ModelPatcher, rows: KeyValueRows) -> None:
+        """Have the projections loaded with `model` where its K and V are projected while it samples."""
+        loaded = model.get_additional_models_with_key(ADDITIONAL)
+        if isinstance(rows, ProjectedRows) and not any(self._kv_patcher.is_clone(one) for one in loaded):
+            model.set_additional_models(ADDITIONAL, [*loaded, self._kv_patcher])
 
     def require_own(self, tokens: TokenPair) -> None:
         """Raises ValueError for tokens of another checkpoint."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from comfy.patcher_extension import WrappersMP
 
 from ..easyref_core.term_share import Recorder
-from .handout import Handout
-from .unet_patch import KEY
+from .step_wrapper import KEY
+from .unet_patch import attach
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -34,19 +33,14 @@ def with_record(model: ModelPatcher) -> tuple[ModelPatcher, Record]:
     attached = model.get_attachment(KEY)
     if attached is None or not attached.injections:
         raise ValueError(
-            "The MODEL has no reference term to record. Put Apply EasyRef before this node, with a weight that is not 0 "
-            "and a start before its end."
+            "The MODEL has no reference term to record. Put Apply EasyRef before this node, with a weight "
+            "that is not 0 and a start before its end."
         )
     record = Record(tuple(Recorder() for _ in attached.injections))
-    injections = []
-    for injection, recorder in zip(attached.injections, record.recorders, strict=True):
-        recorded = copy.copy(injection)  # the same id: the sites' patches find it
-        recorded.recorder = recorder
-        injections.append(recorded)
+    pairs = zip(attached.injections, record.recorders, strict=True)
     patched = model.clone()
-    patched.set_attachments(KEY, dataclasses.replace(attached, injections=tuple(injections)))
-    patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
-    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, Handout(tuple(injections)))
+    recorded = tuple(injection.recorded_by(recorder) for injection, recorder in pairs)
+    attach(patched, dataclasses.replace(attached, injections=recorded))
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, RECORD_KEY)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORD_KEY, Emptying(record))
     return patched, record

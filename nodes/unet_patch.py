@@ -1,7 +1,7 @@
 """How the reference term enters ComfyUI's UNet: the only file that touches a ModelPatcher's patches.
 
-One Apply node is one Injection: K and V of its tokens, how strongly they act where and when, and a mask. It lives in
-the patcher's attachments. At every UNet call a wrapper (handout.py) hands the injections that act now to the attention
+One Apply node is one Injection: K and V of its tokens, how strongly they act where and when, and a mask. It is kept in
+the patcher's attachments. At every UNet call a wrapper (step_wrapper.py) hands the injections that act to the attention
 sites, in transformer_options; the SitePatch at each site adds its injection's term. So model_options holds 70 addresses
 and no tensor.
 """
@@ -9,7 +9,6 @@ and no tensor.
 from __future__ import annotations
 
 import dataclasses
-import math
 import uuid
 from typing import TYPE_CHECKING
 
@@ -18,12 +17,14 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..easyref_core.attention import SCALINGS, require_scaling
 from ..easyref_core.layer_weights import LINEAR, OWN, Sides, choose, layers_of
-from ..easyref_core.schedule import Schedule, parse_schedule
+from ..easyref_core.schedule import parse_schedule
 from ..easyref_core.unet_layout import Site, parse_comfy, require_fit
-from .guidance import announce_step, name_conditionings
-from .handout import Handout
+from .guidance import name_conditionings
 from .injection import Injection, Strength
+from .memory import MemoryWrapper
 from .site_patch import SitePatch
+from .step_wrapper import KEY, StepWrapper, publish_step
+from .sub_batch import SubBatchWrapper
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from ..easyref_core.term_share import Recorder
     from .mllm_patcher import HostedEasyRef
     from .sockets import TokenPair
-
-KEY = "easyref"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +78,10 @@ def condition(
     patched = model.clone()
     if weight and start_percent < end_percent and any(chosen.factors) and (mask is None or mask.any()):
         factors, sides = _of_sites(checkpoint.sites, chosen)
-        to_sigma = model.get_model_object("model_sampling").percent_to_sigma
-        window = to_sigma(start_percent) if start_percent > 0 else math.inf, to_sigma(end_percent)
-        schedule = Schedule(points, to_sigma) if points else None
-        strength = Strength(weight, window, factors, schedule, embeds_scaling)
-        rows = len(tokens.unconditional)
-        injection = Injection(easyref.key_values(tokens), rows, strength, sides, mask, recorder)
+        strength = Strength(weight, (start_percent, end_percent), factors, tuple(points), embeds_scaling)
+        injection = Injection(easyref.key_value_rows(tokens), strength, sides, mask, recorder)
         _inject(patched, injection, checkpoint.sites)
+        easyref.load_with(patched, injection.key_values)
     if lora_strength:
         _add_lora(patched, easyref, lora_strength)
     if patched.get_attachment(KEY):
@@ -115,19 +111,29 @@ def _of_sites(sites: tuple[Site, ...], chosen: WeightType) -> tuple[tuple[float,
 
 
 def _inject(model: ModelPatcher, injection: Injection, sites: tuple[Site, ...]) -> None:
+    attached = model.get_attachment(KEY) or Attached()
+    slot = len(attached.injections)
     replaced = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
     for position, site in enumerate(sites):
         if not injection.strength.factors[position]:
             continue
         previous = replaced.get(tuple(site), replaced.get((site.block, site.number)))
-        model.set_model_attn2_replace(SitePatch(injection.id, position, site, previous), *site)
-    attached = model.get_attachment(KEY) or Attached()
-    attached = dataclasses.replace(attached, injections=(*attached.injections, injection))
+        model.set_model_attn2_replace(SitePatch(slot, position, site, previous), *site)
+    attach(model, dataclasses.replace(attached, injections=(*attached.injections, injection)))
+
+
+def attach(model: ModelPatcher, attached: Attached) -> None:
+    """Make `attached` what the model's wrappers and callbacks work with."""
     model.set_attachments(KEY, attached)
+    injections = attached.injections
+    step = StepWrapper(injections, model.get_model_object("model_sampling"))
     for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, SubBatchWrapper(max(injection.rows for injection in injections))),
+        (WrappersMP.PREPARE_SAMPLING, MemoryWrapper(injections)),
         (WrappersMP.PREDICT_NOISE, name_conditionings),
-        (WrappersMP.CALC_COND_BATCH, announce_step),
-        (WrappersMP.DIFFUSION_MODEL, Handout(attached.injections)),
+        (WrappersMP.CALC_COND_BATCH, publish_step),
+        (WrappersMP.APPLY_MODEL, step.apply_model),
+        (WrappersMP.DIFFUSION_MODEL, step.diffusion_model),
     ):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)

@@ -7,12 +7,14 @@ steps get the weights that the tables say; masks act where they lie, at any size
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import comfy.samplers
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_extras import nodes_model_advanced
 from torch import Tensor
 
 from . import golden
@@ -326,17 +328,50 @@ def test_area_sees_its_own_part_of_the_mask(easy, model) -> None:
 
 
 def test_area_is_cut_off_as_the_host_does(pack, core) -> None:
-    guidance = golden.part(pack, "nodes.guidance")
-    assert guidance.area_crop((8, 12, 4, 10), (16, 16)) == core.masks.Crop((16, 16), 4, 10, 8, 6)
+    area_crop = golden.part(pack, "nodes.batch_layout").area_crop
+    assert area_crop((8, 12, 4, 10), (16, 16)) == core.masks.Crop((16, 16), 4, 10, 8, 6)
+    assert area_crop(None, (16, 8)) == core.masks.whole(16, 8)
 
 
-def test_latent_of_another_size_than_its_area_gets_the_whole_mask(pack, core) -> None:
-    guidance = golden.part(pack, "nodes.guidance")
-    crop = core.masks.Crop((16, 16), 0, 8, 16, 8)
-    options = {guidance.AREAS: {"a": crop}, "uuids": ["a", "b"]}
-    assert guidance.crops_of_runs(options, 16, 8, 2) == (crop, core.masks.whole(16, 8))
-    assert guidance.crops_of_runs(options, 10, 8, 2) == (core.masks.whole(10, 8),) * 2
-    assert guidance.crops_of_runs({}, 10, 8, 1) == (core.masks.whole(10, 8),)
+# Fractions of the sampling belong to the model that samples
+
+SAMPLINGS: dict[str, Callable[[ModelPatcher], ModelPatcher]] = {
+    "v-prediction zsnr": lambda model: nodes_model_advanced.ModelSamplingDiscrete().patch(
+        model, "v_prediction", True
+    )[0],
+    "EDM": lambda model: nodes_model_advanced.ModelSamplingContinuousEDM().patch(
+        model, "edm_playground_v2.5", 120.0, 0.002
+    )[0],
+    "continuous V": lambda model: nodes_model_advanced.ModelSamplingContinuousV().patch(
+        model, "v_prediction", 500.0, 0.03
+    )[0],
+    "SD3 shift": lambda model: nodes_model_advanced.ModelSamplingSD3().patch(model, 3.0)[0],
+}
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_model_sampling_may_come_before_or_after(easy, model, name: str) -> None:
+    settings = {"start": 0.2, "end": 0.6, "weight_schedule": "0.2:0.2, 0.6:1"}
+    before = easy.apply(SAMPLINGS[name](model), **settings)
+    after = SAMPLINGS[name](easy.apply(model, **settings))
+    found = {
+        order: sample(cfg_guider(one, *prompts()), steps=6)
+        for order, one in (
+            ("before", before),
+            ("after", after),
+            ("whole", easy.apply(SAMPLINGS[name](model))),
+        )
+    }
+    assert torch.equal(found["before"], found["after"])
+    assert golden.error(found["before"], found["whole"]) > 1e-4
+
+
+def test_two_models_that_share_an_injection_have_their_own_sigmas(easy, model) -> None:
+    """One after the other, as the same Apply node feeds two samplers."""
+    applied = easy.apply(model, end=0.4)
+    plain = sample(cfg_guider(applied, *prompts()), steps=4)
+    sample(cfg_guider(SAMPLINGS["SD3 shift"](applied), *prompts()), steps=4)
+    assert torch.equal(sample(cfg_guider(applied, *prompts()), steps=4), plain)
 
 
 # Frames
@@ -383,6 +418,8 @@ def test_rows_of_tokens_with_other_settings(easy, model, settings: dict) -> None
         ({"ad_params": {"sub_idxs": None}}, (0, 1)),
         ({"context_window": SimpleNamespace(index_list=[2, 3])}, (2, 3)),
         ({"context_window": SimpleNamespace(index_list=[2, 3, 4])}, (0, 1)),
+        ({"context_window": SimpleNamespace(index_list=[4], causal_anchor_index=3)}, (3, 4)),
+        ({"context_window": SimpleNamespace(index_list=[0, 1], causal_anchor_index=-1)}, (0, 1)),
     ],
 )
 def test_frames_that_are_sampled(pack, options: dict, frames: tuple) -> None:

@@ -175,7 +175,7 @@ def test_keys_and_values_are_kept_where_the_host_says(pack, monkeypatch, loaded,
         key_values = easyref.key_values(easy.tokens)
     assert {tensor.device for pair in key_values for tensor in pair} == {mm.intermediate_device()}
     assert {tensor.dtype for pair in key_values for tensor in pair} == {torch.float32}
-    assert len(fake.brought) == 1
+    assert len(fake.brought) == 2  # the tokens of each side
     require_portable(fake.operations)
 
 
@@ -219,22 +219,32 @@ SETTINGS = {
 }
 
 
+class NoUNet:
+    """An executor of UNet calls that gives back the transformer_options."""
+
+    class_obj = None
+
+    def __call__(self, *given: Any) -> dict[str, Any]:
+        return given[5]
+
+
 def steps(
     pack: Any, model: Any, fake: FakeDevice, sigmas: list[float], recorder: Any = None
 ) -> Iterator[None]:
     """What two sites compute in each step of a batch of two runs of two latents; yields after each."""
-    attached = model.get_attachment("easyref").injections
+    (injection,) = model.get_attachment("easyref").injections
     if recorder is not None:
-        attached[0].recorder = recorder
-    handout = golden.part(pack, "nodes.handout").Handout(attached)
+        injection = injection.recorded_by(recorder)
+    step_wrapper = golden.part(pack, "nodes.step_wrapper")
+    wrapper = step_wrapper.StepWrapper((injection,), model.get_model_object("model_sampling"))
     patches = list(model.model_options["transformer_options"]["patches_replace"]["attn2"].items())
     x = fake.like(torch.zeros(4, 4, 16, 16))
     for sigma in sigmas:
         fake.forget()
         options = {"cond_or_uncond": [1, 0], golden.part(pack, "nodes.guidance").SIGMA: sigma}
-        handed = handout(lambda *given: given[5], x, transformer_options=options)
+        handed = wrapper.diffusion_model(NoUNet(), x, transformer_options=options)
         for _, patch in (patches[0], patches[-1]):
-            width = attached[0]._key_values[patch.position][0].shape[-1]
+            width = handed[step_wrapper.STEP].active[0].key_values[patch.position][0].shape[-1]
             q = fake.like(torch.zeros(4, 64, width))
             told = {**handed, "n_heads": 2, "activations_shape": (4, width, 8, 8)}
             assert patch(q, q, q, told).device == fake.device
@@ -255,19 +265,21 @@ def test_no_setting_waits_for_the_device(attention, pack, easy, setting: str) ->
             assert (fake.brought, fake.read_back) == ([], [])
 
 
-def test_batched_tokens_are_chosen_on_the_device(attention, pack, easy) -> None:
-    """Another window of frames brings the numbers of its rows, once for all sites of a kind."""
+def test_batched_tokens_are_brought_once(attention, pack, easy) -> None:
+    """The rows of the frames that are sampled, and where one stands for several, their numbers."""
     fake, other = FakeDevice(CUDA), easy.other_tokens()
     tokens = golden.part(pack, "nodes.batch_tokens").EasyRefBatchTokens.execute
     with torch.inference_mode():
-        pair = tokens(tokens={"tokens0": easy.tokens, "tokens1": other}).result[0]
-        model = easy.apply(load_tiny_sdxl(), tokens=pair)
-        with fake:
-            taken = steps(pack, model, fake, [1.0, 1.0])
-            next(taken)
-            assert len(fake.brought) == 2 * len(easy.key_values) + 1
-            next(taken)
-            assert (fake.brought, fake.read_back) == ([], [])
+        shared = type(other)(other.conditional, easy.tokens.unconditional)
+        for second, numbers in ((other, 0), (shared, 1)):
+            pair = tokens(tokens={"tokens0": easy.tokens, "tokens1": second}).result[0]
+            model = easy.apply(load_tiny_sdxl(), tokens=pair)
+            with fake:
+                taken = steps(pack, model, fake, [1.0, 1.0])
+                next(taken)
+                assert len(fake.brought) == 2 * len(easy.key_values) + numbers
+                next(taken)
+                assert (fake.brought, fake.read_back) == ([], [])
 
 
 def test_the_fake_device_notices_what_it_is_for() -> None:

@@ -46,7 +46,8 @@ def released(pack) -> SimpleNamespace:
     model = SimpleNamespace(checkpoint=checkpoint, fingerprint="released")
     return SimpleNamespace(
         model=model,
-        key_values=lambda tokens: key_values,
+        key_value_rows=lambda tokens: golden.part(pack, "nodes.key_values").HeldRows(key_values, 1),
+        load_with=lambda model, rows: None,
         require_own=lambda tokens: None,
         forget_with=lambda model: None,
     )

@@ -69,14 +69,26 @@ class Probe:
         return {run for call in self.calls for run in call}
 
     def unet(
-        self, executor: Any, x: Tensor, timesteps: Any, context: Tensor, *args: Any, **kwargs: Any
+        self,
+        executor: Any,
+        x: Tensor,
+        timesteps: Any,
+        context: Tensor,
+        y: Any,
+        control: Any,
+        transformer_options: dict,
+        **kwargs: Any,
     ) -> Any:
         with watch_attention(self.easy.pack, self.model) as attended:
-            out = executor(x, timesteps, context, *args, **kwargs)
+            out = executor(x, timesteps, context, y, control, transformer_options, **kwargs)
         keys, *others = [attention.key_value[0] for attention in attended]
         assert all(len(other) == len(keys) for other in others)
-        prompts = [self.whose_prompt(rows) for rows in context.chunk(len(keys))]
-        self.calls.append(list(zip(prompts, map(self.whose_tokens, keys), strict=True)))
+        of_rows = keys.repeat_interleave(len(x) // len(keys), dim=0)
+        runs = len(transformer_options["cond_or_uncond"])
+        prompts, tokens = (rows.unflatten(0, (runs, -1)) for rows in (context, of_rows))
+        assert all(torch.equal(rows, rows[:1].expand_as(rows)) for rows in tokens)
+        whose = map(self.whose_tokens, tokens[:, 0])
+        self.calls.append(list(zip(map(self.whose_prompt, prompts), whose, strict=True)))
         return out
 
     def whose_prompt(self, rows: Tensor) -> str:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import golden
 from .sampling import predict
-from .test_unet_patch import SITES
+from .test_unet_patch import SITES, rows_of_two_sides
 
 
 def prepared(easy, model, **settings) -> tuple:
@@ -19,11 +19,10 @@ def prepared(easy, model, **settings) -> tuple:
     patched = easy.apply(model, **settings)
     site = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 4, 0]
     (injected,) = patched.get_attachment("easyref").injections
-    crops = golden.part(easy.pack, "easyref_core.masks").whole(16, 16)
-    view = injection.View((True, False), (0,), (crops, crops))
+    layout = rows_of_two_sides(easy.pack)
     q, k, v = (torch.randn(2, tokens, 32) for tokens in (16, 77, 77))
-    acting = injected.at(1.0, q.device, q.dtype, view)
-    step = injection.Step(1.0, {site.injection: acting}, {}, view.unconditional)
+    place = injection.Place(model.get_model_object("model_sampling"), q.device, q.dtype)
+    step = injection.Step(1.0, {site.slot: injected.at(1.0, layout, place)}, layout)
     return site, (q, k, v), {injection.STEP: step, "n_heads": 2, "activations_shape": (2, 32, 4, 4)}
 
 

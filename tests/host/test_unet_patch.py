@@ -108,6 +108,12 @@ def add_as_other_packs_do(model: ModelPatcher, callback: Callable, **options: An
     return clone
 
 
+def rows_of_two_sides(pack: Any) -> tuple:
+    """The layout of a batch of [unconditional, conditional], of one 16 x 16 latent."""
+    row, whole = golden.part(pack, "nodes.batch_layout").Row, golden.part(pack, "easyref_core.masks").whole
+    return tuple(row(side, 0, 0, whole(16, 16)) for side in (True, False))
+
+
 def state(model: ModelPatcher) -> dict[str, Any]:
     """All that a patch could change of a patcher, copied as far as it is dicts and lists."""
     kept = {
@@ -249,8 +255,9 @@ def test_site_takes_queries_of_another_dtype_than_its_key_values(easy, model, dt
     injection = golden.part(easy.pack, "nodes.injection")
     patched = easy.apply(model)
     site = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 4, 0]
-    acting = injection.Acting(easy.key_values)
-    step = injection.Step(1.0, {site.injection: acting}, {})
+    step = injection.Step(
+        1.0, {site.slot: injection.ActiveInjection(easy.key_values)}, rows_of_two_sides(easy.pack)
+    )
     q, k, v = (torch.randn(2, tokens, 32).to(dtype) for tokens in (5, 7, 7))
     out = site(q, k, v, {injection.STEP: step, "n_heads": 2})
     assert out.dtype == dtype
@@ -637,7 +644,7 @@ def test_key_values_are_computed_once_for_all_nodes_and_samplings(pack, model) -
                 easy.apply(easy.apply(model, 0.5)), random_conditioning(1, 77), random_conditioning(2, 77)
             )
         )
-    assert computed == [1]
+    assert computed == [1, 1]  # a row of each side
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -653,25 +660,25 @@ def test_key_values_are_placed_in_the_arithmetic_of_the_unet(easy, dtype: torch.
     assert {tensor.dtype for _, tensor in places(calls)} == {dtype}
 
 
-def test_sampling_ends_with_placed_key_values_released(easy, model) -> None:
-    patched = easy.apply(model)
+def test_sampling_ends_with_placed_key_values_released(easy) -> None:
+    patched = easy.apply(load_tiny_sdxl(torch.bfloat16))  # of float32 the held tensors themselves are used
     placed = [weakref.ref(tensor) for _, tensor in places(watched_sampling(easy, patched))]
     gc.collect()
     assert {reference() for reference in placed} == {None}
 
 
-def test_sampling_that_fails_releases_placed_key_values(easy, model) -> None:
+def test_sampling_that_fails_releases_placed_key_values(easy) -> None:
     placed = []
 
     def broken(out, q, k, v, extra_options, **_):
         placed.extend(
             weakref.ref(tensor)
-            for acting in extra_options["easyref_step"].acting.values()
-            for tensor in acting.key_values[0]
+            for active in extra_options["easyref_step"].active.values()
+            for tensor in active.key_values[0]
         )
         raise RuntimeError("stopped")
 
-    patched = add_as_other_packs_do(easy.apply(model), broken, **ANYWHERE)
+    patched = add_as_other_packs_do(easy.apply(load_tiny_sdxl(torch.bfloat16)), broken, **ANYWHERE)
     with pytest.raises(RuntimeError, match="stopped"):
         watched_sampling(easy, patched)
     gc.collect()

@@ -1,0 +1,224 @@
+"""Layout of a UNet batch: for each row, its side of the guidance, its latent and its part of the picture.
+
+ComfyUI stacks the conditionings of a step in equal runs and lists them in `cond_or_uncond`. Other packs tile,
+repeat, split or drop rows between the sampler and an attention, so a row is identified in two places:
+
+- at the UNet call, by a number that travels with it. `RowNumbers` adds the numbers to the conditionings of a
+  step, where packs move them as they move every other per-row tensor, and looks them up again in the batch
+  that arrives (`layout_of`).
+- at an attention, by how its queries relate to the rows of the UNet call (`rows_of_queries`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from comfy.conds import CONDRegular
+
+from ..easyref_core.masks import Crop, whole
+from .guidance import frames_of, unconditional_runs
+from .log import warn_once
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROW_NUMBERS = "easyref_row_numbers"  # key of the numbers among the conditionings of a UNet call
+UNCOND = 1  # in cond_or_uncond; attention couples repeat the rows of every other index
+COUPLED = ("cond_or_uncond_couple", "cond_or_uncond_hook_couple")  # of ComfyUI-ppm and comfyui-prompt-control
+
+
+class Row(NamedTuple):
+    """One row of a UNet batch."""
+
+    unconditional: bool
+    latent: int  # index in the batch that the sampler holds
+    frame: int  # number of that latent in the whole batch or animation; chooses its tokens and its mask
+    crop: Crop  # part of the latent
+
+
+BatchLayout = tuple[Row, ...]
+
+
+class RowNumbers:
+    """Numbers the rows of all conditionings of one step.
+
+    latents: what the sampler holds, (B, C, height, width). frames: number of each in the whole batch or
+    animation.
+    """
+
+    def __init__(self, latents: Tensor, frames: Sequence[int]) -> None:
+        self.latents, self.frames = latents, tuple(frames)
+        self._rows: list[Row] = []
+
+    def add(self, cond: Mapping[str, Any], unconditional: bool) -> dict[str, Any]:
+        """A copy of a conditioning whose rows carry their numbers."""
+        crop = area_crop(cond.get("area"), tuple(self.latents.shape[-2:]))
+        first = len(self._rows)
+        self._rows += [Row(unconditional, latent, frame, crop) for latent, frame in enumerate(self.frames)]
+        # on the CPU: read without waiting for the device
+        numbers = torch.arange(first, len(self._rows))[:, None]
+        return {**cond, "model_conds": {**cond["model_conds"], ROW_NUMBERS: CONDRegular(numbers)}}
+
+    def layout(self, numbers: Tensor) -> BatchLayout:
+        """Rows with these numbers (rows, 1)."""
+        return tuple(self._rows[number] for number in numbers[:, 0].tolist())
+
+
+def area_crop(area: Sequence[int] | None, latent: tuple[int, int]) -> Crop:
+    """The crop of ComfyUI's area (height, width, top, left), in latent pixels, cut off at the latent's edge
+    as ComfyUI does.
+    """
+    if area is None:
+        return whole(*latent)
+    dimensions = len(area) // 2  # more than two for video: height and width are the last
+    (height, width), (top, left) = area[dimensions - 2 : dimensions], area[-2:]
+    return Crop(latent, top, left, min(latent[0] - top, height), min(latent[1] - left, width))
+
+
+def layout_of(
+    x: Tensor, options: Mapping[str, Any], numbered: RowNumbers | None, numbers: Tensor | None
+) -> BatchLayout:
+    """Layout of the batch x (rows, C, height, width) of a UNet call.
+
+    numbers: the row numbers that arrived with x. Without them the rows are the equal runs of
+    `cond_or_uncond`. Raises ValueError where the rows of x are neither.
+    """
+    if numbered is not None and numbers is not None:
+        if len(numbers) != len(x):
+            raise ValueError(
+                f"The UNet was given {len(x)} rows with the conditionings of {len(numbers)}. A pack that "
+                "changes the batch between the sampler and the UNet (a model function wrapper or an "
+                "APPLY_MODEL wrapper) must repeat or cut every per-row tensor in the same way. Remove that "
+                "pack's node, or Apply EasyRef."
+            )
+        return numbered.layout(numbers)
+    sides = unconditional_runs(options)
+    latents, rest = divmod(len(x), len(sides))
+    if rest or (numbered is not None and latents != len(numbered.latents)):
+        sampled = f" of {len(numbered.latents)} latents" if numbered is not None else ""
+        raise ValueError(
+            f"The UNet was given {len(x)} rows for {len(sides)} conditionings{sampled}, without the row "
+            "numbers that Apply EasyRef adds to them. A pack that batches tiles (as Tiled Diffusion does) "
+            "must pass on the conditionings it does not know. Remove that pack's node, or Apply EasyRef."
+        )
+    frames = numbered.frames if numbered is not None else frames_of(options, latents)
+    crop = whole(*x.shape[-2:])
+    return tuple(Row(side, latent, frame, crop) for side in sides for latent, frame in enumerate(frames))
+
+
+def place_tiles(layout: BatchLayout, x: Tensor, latents: Tensor) -> BatchLayout:
+    """The layout with the crop of every row that is a tile of its latent.
+
+    x: (rows, C, height, width); latents: (B, C, height, width), what the tiles were cut from. A tile is found
+    by its values, as not all packs cut other per-row tensors at the same place (SpotDiffusion shifts them
+    further than the latent). A tile that is not found, as one that was resized, keeps its crop; a warning
+    says so once.
+    """
+    size = tuple(x.shape[-2:])
+    if all(size == (row.crop.height, row.crop.width) for row in layout):
+        return layout
+    tiles, latents = x.cpu(), latents.cpu()
+    return tuple(_placed(row, tile, latents) for row, tile in zip(layout, tiles, strict=True))
+
+
+def _placed(row: Row, tile: Tensor, latents: Tensor) -> Row:
+    size, latent = tuple(tile.shape[-2:]), latents[row.latent]
+    if size == (row.crop.height, row.crop.width):
+        return row
+    place = find_tile(tile, latent)
+    if place is None:
+        _warn_of_lost_tile(size, tuple(latent.shape[-2:]))
+        return row
+    return row._replace(crop=Crop(tuple(latent.shape[-2:]), *place, *size))
+
+
+def find_tile(tile: Tensor, latent: Tensor) -> tuple[int, int] | None:
+    """Top and left of a tile (C, h, w) in the latent (C, height, width) it was cut from, or None.
+
+    A tile may reach over the bottom or the right edge and go on at the opposite one.
+    """
+    height, width = latent.shape[-2:]
+    corners = (latent == tile[:, :1, :1]).all(dim=0).nonzero().tolist()
+    for top, left in corners:
+        rows = (torch.arange(tile.shape[-2]) + top) % height
+        columns = (torch.arange(tile.shape[-1]) + left) % width
+        if torch.equal(latent[:, rows][..., columns], tile):
+            return top, left
+    return None
+
+
+def _warn_of_lost_tile(tile: tuple[int, int], latent: tuple[int, int]) -> None:
+    warn_once(
+        f"The UNet was given tiles of {tile[0]} x {tile[1]} that are not parts of the {latent[0]} x "
+        f"{latent[1]} latent as it is, so the mask of Apply EasyRef is stretched over each tile. Remove the "
+        "mask, or the pack that resizes or changes the tiles."
+    )
+
+
+class Queries(NamedTuple):
+    """Shape of an attention's queries and where they are asked."""
+
+    rows: int
+    tokens: int
+    grid: tuple[int, int]  # rows and columns of the tokens of a whole row
+    earlier_calls: int = 0  # of this attention in this UNet call, on a part of its rows
+    one_by_one: bool = False  # the UNet runs its attentions on one row after the other (RES4LYF)
+
+
+def rows_of_queries(queries: Queries, rows: int, options: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The row of the UNet call that each row of an attention's queries stands for; None where they are the
+    same rows.
+
+    rows: of the UNet call. options: the attention's extra_options.
+
+    - fewer rows: the rows run one part after the other (RES4LYF);
+    - more rows of fewer tokens: each row is cut into tiles;
+    - more rows: the conditional runs are repeated for each region of an attention couple.
+
+    Raises ValueError for anything else.
+    """
+    count, one_by_one = queries.rows, queries.one_by_one
+    if count == rows and not (one_by_one and rows > 1):
+        return None
+    first = queries.earlier_calls * count
+    if (count == 1 if one_by_one else count < rows and rows % count == 0) and first < rows:
+        return tuple(range(first, first + count))
+    if not one_by_one:
+        repeats, rest = divmod(count, rows)
+        if repeats and not rest and queries.tokens * repeats == queries.grid[0] * queries.grid[1]:
+            return tuple(row for row in range(rows) for _ in range(repeats))
+        coupled = _rows_of_couple(count, rows, options)
+        if coupled is not None:
+            return coupled
+    raise ValueError(
+        f"An attention was given {count} rows of {queries.tokens} queries where the UNet was given {rows} "
+        f"rows (cond_or_uncond {options.get('cond_or_uncond')}). Packs that change them in a way that is "
+        "known: attention couples (ComfyUI-ppm, comfyui-prompt-control, cgem156-ComfyUI), RES4LYF without "
+        "style guides. Remove the pack that patches the attention, or Apply EasyRef."
+    )
+
+
+def _rows_of_couple(count: int, rows: int, options: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Rows behind `count` rows of queries in which every conditional run is repeated for each region; None
+    where that does not fit.
+    """
+    indices = options.get("cond_or_uncond") or [0]
+    conditional = sum(index != UNCOND for index in indices)
+    length, rest = divmod(rows, len(indices))
+    if rest or not conditional:
+        return None
+    regions, rest = divmod(count // length - (len(indices) - conditional), conditional)
+    if rest or regions < 1 or count % length:
+        return None
+    repeats = [1 if index == UNCOND else regions for index in indices]
+    for key in COUPLED:
+        if key in options and len(options[key]) not in (len(indices), sum(repeats)):
+            return None
+    return tuple(
+        run * length + row
+        for run, repeated in enumerate(repeats)
+        for _ in range(repeated)
+        for row in range(length)
+    )

@@ -1,0 +1,41 @@
+"""Memory of the reference tokens' K and V on the device, told to the host before it loads the models of a
+sampling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    from .injection import Injection
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MemoryWrapper:
+    """PREPARE_SAMPLING wrapper: asks for room for K and V beside the activations."""
+
+    injections: tuple[Injection, ...]
+
+    def __call__(
+        self,
+        executor: Any,
+        model: ModelPatcher,
+        noise_shape: Sequence[int],
+        conds: dict,
+        model_options: dict | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        # The host uses the shape of the noise to estimate memory, and for nothing else: K and V are told as
+        # more latents.
+        handler = (model_options or {}).get("context_handler")
+        frames = min(noise_shape[0], getattr(handler, "context_length", noise_shape[0]))
+        itemsize = model.model.get_dtype_inference().itemsize
+        needed = sum(injection.nbytes(frames, itemsize) for injection in self.injections)
+        latent = model.model.memory_required([1, *noise_shape[1:]])
+        shape = [noise_shape[0] + math.ceil(needed / latent), *noise_shape[1:]]
+        return executor(model, shape, conds, model_options=model_options, **kwargs)

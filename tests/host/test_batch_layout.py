@@ -1,0 +1,265 @@
+"""Rows of a UNet batch as other packs arrange them: each has its own side, its own latent's tokens and its
+own part of the mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.sample
+import pytest
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from . import golden, other_packs
+from .other_packs import Tile
+from .sampling import Easy, cfg_guider, in_float64, sample
+from .test_apply_settings import batched_tokens
+from .tiny_nodes.tiny_sdxl import random_conditioning
+
+POSITIVE, NEGATIVE, OTHER = (random_conditioning(seed, 77) for seed in (1, 2, 3))
+TILES = [Tile(top, left, 8, 8) for top in (0, 4, 8) for left in (0, 8)]  # of a 16 x 16 latent; they overlap
+HALVES = torch.zeros(2, 16, 16)
+HALVES[0, :, :8] = HALVES[1, :, 8:] = 1
+LEFT = HALVES[:1]
+
+
+def sampled(model: ModelPatcher, cfg: float = 5.0, **how: Any) -> Tensor:
+    return sample(cfg_guider(model, POSITIVE, NEGATIVE, cfg), **how)
+
+
+@pytest.fixture
+def log(pack, monkeypatch, caplog):
+    """The log, of a process that has given no warning."""
+    monkeypatch.setattr(golden.part(pack, "nodes.log"), "_given", set())
+    return caplog
+
+
+# Tiles
+
+
+@in_float64
+@pytest.mark.parametrize("settings", [{}, {"mask": LEFT}, {"weight_type": "style transfer precise"}])
+def test_tiles_of_a_batch_are_those_of_one_at_a_time(easy, model, monkeypatch, settings: dict) -> None:
+    applied = easy.apply(model, **settings)
+    together = sampled(other_packs.tiled(applied, TILES, 3))
+    monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda *_: 0)  # each side in a call of its own
+    assert golden.error(together, sampled(other_packs.tiled(applied, TILES, 1))) <= 1e-5
+
+
+def test_tiles_of_two_latents_have_the_tokens_of_their_latent(easy, model) -> None:
+    batch, singles = batched_tokens(easy, 2)
+    together = sampled(other_packs.tiled(easy.apply(model, tokens=batch), TILES, 3), batch=2)
+    for i, tokens in enumerate(singles):
+        alone = sampled(other_packs.tiled(easy.apply(model, tokens=tokens), TILES, 1), batch=2)
+        assert golden.error(together[i], alone[i]) <= 1e-5
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_mask_is_cut_with_the_tile(easy, model, log, shift: int) -> None:
+    """Masked halves of a picture of two tiles: each tile is that of the model without, and that of the model
+    everywhere.
+    """
+    tiles = [Tile(0, 0, 16, 8), Tile(0, 8, 16, 8)]
+    # so that it is the left tile again where the latent is rolled back by so much
+    shifted = LEFT.roll(-shift, dims=-1)
+    how = {"tiles": tiles, "batch": 2, "shift": shift}
+    masked = sampled(other_packs.tiled(easy.apply(model, mask=shifted), **how), steps=1)
+    everywhere, nowhere = (
+        sampled(other_packs.tiled(easy.apply(model, w), **how), steps=1) for w in (1.0, 0.0)
+    )
+    left = LEFT.roll(-shift, dims=-1).bool().expand_as(masked)
+    assert golden.error(masked[left], everywhere[left]) <= 1e-5
+    assert golden.error(masked[~left], nowhere[~left]) <= 1e-5
+    assert golden.error(everywhere[left], nowhere[left]) > 1e-2
+    assert not log.text
+
+
+def test_mask_of_tiles_that_were_changed_is_told_once(easy, model, log) -> None:
+    changed = other_packs.tiled(easy.apply(model, mask=LEFT), TILES, 3, change=lambda tile: tile.flip(-1))
+    sampled(changed)
+    assert log.text.count("stretched over each tile") == 1
+
+
+def test_tiles_without_row_numbers_are_refused(easy, model) -> None:
+    """A pack that passes on only what it knows: whose rows these are cannot be told."""
+    known = {"c_crossattn", "y", "transformer_options"}
+    with pytest.raises(ValueError, match="Tiled Diffusion"):
+        sampled(other_packs.tiled(easy.apply(model), TILES, 3, keep=known.__contains__))
+
+
+def test_a_tile_in_a_latent(pack) -> None:
+    find = golden.part(pack, "nodes.batch_layout").find_tile
+    latent = torch.randn(4, 6, 10, generator=torch.Generator().manual_seed(0))
+    assert find(latent[:, 2:5, 3:7], latent) == (2, 3)
+    assert find(latent.roll(-8, dims=-1)[:, :, :4], latent) == (0, 8)  # over the right edge
+    assert find(latent[:, 2:5, 3:7] + 1e-3, latent) is None
+
+
+# Attention couples
+
+KEYS = ["cond_or_uncond_couple", "cond_or_uncond_hook_couple", None]
+
+
+@pytest.mark.parametrize("cfg", [1.0, 5.0])
+@pytest.mark.parametrize("regions", [1, 2])
+@pytest.mark.parametrize("key", KEYS)
+def test_couple_of_the_same_prompt_changes_nothing(easy, model, key: str, regions: int, cfg: float) -> None:
+    masks = torch.cat([HALVES[:1], HALVES[1:].expand(regions, -1, -1) / regions])
+    couple = (model, [POSITIVE[0][0]] * regions, masks, key)
+    batch, _ = batched_tokens(easy, 2)
+    for tokens in (easy.tokens, batch):
+        found = sampled(easy.apply(other_packs.coupled(*couple), tokens=tokens), cfg, batch=2)
+        assert golden.error(found, sampled(easy.apply(model, tokens=tokens), cfg, batch=2)) <= 1e-5
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_couple_adds_the_term_of_each_side_to_every_region(easy, model, key: str) -> None:
+    """The term, added to the regions, is the same as added to what they make together."""
+    couple = other_packs.coupled(model, [OTHER[0][0]], HALVES, key)
+    wanted = sampled(with_terms_after(easy, couple))
+    assert golden.error(sampled(easy.apply(couple, lora=0.0)), wanted) <= 1e-5
+    assert golden.error(sampled(easy.apply(model, lora=0.0)), wanted) > 1e-2
+
+
+def with_terms_after(easy: Easy, couple: ModelPatcher) -> ModelPatcher:
+    """The model, to whose coupled attention the term is added afterwards, projected as the attention's own
+    output.
+    """
+    attention = golden.part(easy.pack, "easyref_core.attention").reference_attention
+    places = {tuple(site): i for i, site in enumerate(easy.easyref.model.checkpoint.sites)}
+    unet = couple.model.diffusion_model
+    asked: list[Tensor] = []
+
+    def ask(n: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple:
+        asked.append(n)
+        return n, context, value
+
+    def add(n: Tensor, options: dict) -> Tensor:
+        site = (*options["block"], options["block_index"])
+        path = golden.part(easy.pack, "easyref_core.unet_layout").Site(*site).comfy
+        attn2 = unet.get_submodule(f"{path}.attn2")
+        k, v = easy.key_values[places[site]]
+        rows = [0 if role == 1 else 1 for role in options["cond_or_uncond"]]
+        term = attention(attn2.to_q(asked.pop()), (k[rows], v[rows]), options["n_heads"])
+        return n + attn2.to_out[0](term) - attn2.to_out[0].bias
+
+    clone = couple.clone()
+    clone.model_options["transformer_options"]["patches"]["attn2_patch"].insert(0, ask)
+    clone.set_model_attn2_output_patch(add)
+    return clone
+
+
+# Rows one after the other
+
+
+def test_row_after_row(easy, model) -> None:
+    for settings in ({}, {"mask": LEFT}):
+        applied = easy.apply(model, **settings)
+        assert golden.error(sampled(other_packs.row_after_row(applied)), sampled(applied)) <= 1e-5
+
+
+@pytest.mark.parametrize("style_rows", [1, 2])
+def test_rows_of_style_guides_are_refused(easy, model, style_rows: int) -> None:
+    """One such row for each of two sides makes as many queries as the batch has rows, of other sides."""
+    with pytest.raises(ValueError, match="RES4LYF without style guides"):
+        sampled(other_packs.row_after_row(easy.apply(model), style_rows))
+
+
+def test_rows_of_queries(pack) -> None:
+    layout = golden.part(pack, "nodes.batch_layout")
+
+    def rows(queries: int, rows: int, tokens: int = 16, calls: int = 0, **options: Any) -> Any:
+        return layout.rows_of_queries(layout.Queries(queries, tokens, (4, 4), calls), rows, options)
+
+    assert rows(4, 4, cond_or_uncond=[1, 0]) is None
+    assert rows(2, 4, calls=1, cond_or_uncond=[1, 0]) == (2, 3)
+    assert rows(4, 2, tokens=8, cond_or_uncond=[1, 0]) == (0, 0, 1, 1)
+    assert rows(6, 4, cond_or_uncond=[1, 0]) == (0, 1, 2, 3, 2, 3)
+    assert rows(6, 4, cond_or_uncond=[0, 1]) == (0, 1, 0, 1, 2, 3)
+    assert rows(4, 2, cond_or_uncond=[0]) == (0, 1, 0, 1)
+    for wrong in (
+        {"queries": 3, "rows": 4},
+        {"queries": 2, "rows": 4, "calls": 2},
+        {"queries": 5, "rows": 4, "cond_or_uncond": [1, 0]},
+        {"queries": 6, "rows": 4, "cond_or_uncond": [1, 0], "cond_or_uncond_couple": [1, 0, 0, 0]},
+    ):
+        with pytest.raises(ValueError, match="attention couples"):
+            rows(**wrong)
+
+
+# NAG
+
+
+@pytest.mark.parametrize("cfg", [1.0, 5.0])
+def test_nag_guides_the_text_and_the_term_is_added(easy, model, cfg: float) -> None:
+    """Wanted: the term of each side, added to the guided attention before its output projection."""
+    applied = easy.apply(model, lora=0.0)
+    found = {scale: sampled(other_packs.nag(applied, OTHER[0][0], scale), cfg) for scale in (1.0, 3.0)}
+    assert golden.error(found[1.0], sampled(applied, cfg)) <= 1e-5
+    assert golden.error(found[3.0], found[1.0]) > 1e-3
+
+    guided = other_packs.nag(model, OTHER[0][0], 3.0)
+    guided.set_model_attn2_patch(lambda *given: given[:3])
+    assert golden.error(found[3.0], sampled(with_terms_after(easy, guided), cfg)) <= 1e-5
+
+
+def test_keys_of_more_rows_than_queries_are_refused_where_no_forward_is_set(easy, model) -> None:
+    applied = easy.apply(model)
+    applied.set_model_attn2_patch(
+        lambda n, context, value, _: (n, context.repeat(2, 1, 1), value.repeat(2, 1, 1))
+    )
+    with pytest.raises(ValueError, match="NAG"):
+        sampled(applied)
+
+
+# Parts of a batch
+
+
+def sampled_as_ksampler(
+    model: ModelPatcher, numbers: list[int] | None, latents: int, size: int = 16
+) -> Tensor:
+    """As KSampler samples a latent whose batch_index is `numbers`."""
+    latent = torch.zeros(latents, 4, size, size)
+    noise = comfy.sample.prepare_noise(latent, 5, numbers)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model, noise, 2, 5.0, "euler", "normal", POSITIVE, NEGATIVE, latent, disable_pbar=True, seed=5
+        )
+
+
+def masks_of(count: int) -> Tensor:
+    return torch.stack([torch.linspace(i / count, 1, 64).reshape(8, 8) for i in range(count)])
+
+
+def test_part_of_a_batch_has_the_tokens_and_masks_of_the_whole(easy, model) -> None:
+    """As RebatchLatents and LatentFromBatch make it."""
+    batch, _ = batched_tokens(easy, 3)
+    applied = easy.apply(model, tokens=batch, mask=masks_of(3))
+    whole = sampled_as_ksampler(applied, [0, 1, 2, 3], 4)
+    for numbers in ([0], [1], [2], [1, 2], [3, 0]):
+        part = sampled_as_ksampler(applied, numbers, len(numbers))
+        assert golden.error(part, whole[numbers]) <= 1e-5
+
+
+def test_part_that_the_noise_does_not_tell_is_warned_of(easy, model, log) -> None:
+    batch, _ = batched_tokens(easy, 3)
+    applied = easy.apply(model, tokens=batch)
+    sampled(applied, batch=2)  # the noise is of another seed
+    assert log.text.count("take the first rows") == 1
+    sampled(applied, batch=3)
+    sampled(easy.apply(model), batch=2)
+    assert log.text.count("take the first rows") == 1
+
+
+def test_reading_the_noise_leaves_the_random_numbers_as_they_are(pack) -> None:
+    frames = golden.part(pack, "nodes.sub_batch").frames_by_noise
+    noise = comfy.sample.prepare_noise(torch.zeros(1, 4, 8, 8), 3, [7])
+    whole = comfy.sample.prepare_noise(torch.zeros(2, 4, 8, 8), 3)
+    before = torch.get_rng_state()
+    assert frames(noise, 3, 64) == (7,)
+    assert frames(noise, 3, 7) is None
+    assert frames(noise, 4, 64) is None
+    assert frames(whole, 3, 64) == (0, 1)
+    assert torch.equal(torch.get_rng_state(), before)
