@@ -10,15 +10,18 @@ A spatial transformer holds 1 to 10 cross-attentions (2 2 10 10 · 10 · 10 10 1
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from .number_lists import parse_number, split_entries
 from .tensor_files import brief
 from .unet_layout import Site
 
 LAYERS = 11
 COMPOSITION, MIDDLE, STYLE = 3, 4, 6
 WEAK = 0.2
+_INDEX = re.compile(r"[+-]?\d{1,9}", re.ASCII)
 LINEAR = "linear"
 LARGEST_FACTOR = (
     100  # of a weight: with a weight of 3 and two such factors, half precision still holds the result
@@ -98,17 +101,19 @@ def choose(weight_type: str, layer_weights: str = "") -> WeightType:
 
 
 def parse_layer_weights(text: str) -> tuple[float, ...]:
-    """ "index:weight, ..." -> 11 factors, 0 where an index is not named. Raises ValueError."""
+    """ "index:weight, ..." -> 11 factors, 0 where an index is not named.
+
+    number_lists.py has the rules of the text. Raises ValueError for anything else.
+    """
     factors: dict[int, float] = {}
-    for entry in filter(None, (part.strip() for part in text.replace("\n", ",").split(","))):
-        index, colon, weight = (part.strip() for part in entry.partition(":"))
-        try:
-            layer, factor = int(index), float(weight)
-        except ValueError:
+    for entry in split_entries(text, "layer_weights"):
+        index, colon, weight = entry.partition(":")
+        if not colon or not _INDEX.fullmatch(index):
             raise ValueError(
                 f"layer_weights has {brief(repr(entry))}, which is not index:weight. Write for example "
                 '"3:1, 6:0.5"; layers that are not named get 0.'
-            ) from None
+            )
+        layer = int(index)
         if not 0 <= layer < LAYERS:
             raise ValueError(
                 f"layer_weights names layer {brief(layer)}; wanted SDXL's layers 0 to {LAYERS - 1} (0-3 input, 4 middle, "
@@ -116,12 +121,9 @@ def parse_layer_weights(text: str) -> tuple[float, ...]:
             )
         if layer in factors:
             raise ValueError(f"layer_weights names layer {layer} twice. Name each layer once.")
-        if not abs(factor) <= LARGEST_FACTOR:  # NaN too
-            raise ValueError(
-                f"layer_weights gives layer {layer} the weight {brief(weight)}. Use a number from -{LARGEST_FACTOR} to "
-                f"{LARGEST_FACTOR}."
-            )
-        factors[layer] = factor
+        name = f"layer_weights for layer {layer}"
+        example = "index:weight pairs, as in 3:1, 6:0.5"
+        factors[layer] = parse_number(weight, name, -LARGEST_FACTOR, LARGEST_FACTOR, example=example)
     return _only(factors).factors
 
 

@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable
 
 from .layer_weights import LARGEST_FACTOR
+from .number_lists import parse_number, require_alike, split_entries
 from .tensor_files import brief
 
+NAME = "weight_schedule"
+EXAMPLE = "numbers, as in 1, 0.5, 0, or percent:weight pairs, as in 0.2:1, 0.8:0"
 STEPS = 999  # SDXL was trained with 1000 timesteps: between two of them log sigma is linear in the percent
 NEARLY = 1e-9  # percent_to_sigma gives no schedule's sigmas at exactly 0 and 1
 
@@ -17,16 +20,12 @@ Point = tuple[float, float]  # (part of the denoising 0..1, factor)
 def parse_schedule(text: str, start: float, end: float) -> list[Point]:
     """ "1, 0.5, 0", spread evenly from start to end, or "0.2:1, 0.8:0" -> points by rising percent; [] for "".
 
-    Raises ValueError for what is neither, and for percents outside 0..1 or given twice.
+    number_lists.py has the rules of the text. Raises ValueError for what is neither, for weights beyond
+    LARGEST_FACTOR, and for percents outside 0..1 or given twice.
     """
-    entries = [part.strip() for part in text.replace("\n", ",").split(",") if part.strip()]
-    paired = [":" in entry for entry in entries]
-    if any(paired) and not all(paired):
-        raise ValueError(
-            f"weight_schedule {brief(repr(text))} mixes numbers and percent:weight pairs. Use only numbers, as in "
-            '"1, 0.5, 0", or only pairs, as in "0.2:1, 0.8:0".'
-        )
-    if all(paired):
+    entries = split_entries(text, NAME)
+    paired = require_alike(entries, NAME, "percent:weight", EXAMPLE)
+    if paired:
         points = sorted(tuple(_number(part) for part in entry.split(":", 1)) for entry in entries)
     else:
         last = max(len(entries) - 1, 1)
@@ -36,22 +35,13 @@ def parse_schedule(text: str, start: float, end: float) -> list[Point]:
         raise ValueError(
             f"weight_schedule {brief(repr(text))} names a percent outside 0 to 1. Write 0.5 for half of the denoising."
         )
-    if all(paired) and len(set(percents)) < len(percents):
+    if paired and len(set(percents)) < len(percents):
         raise ValueError(f"weight_schedule {brief(repr(text))} names a percent twice. Name each once.")
     return points
 
 
 def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not abs(number) <= LARGEST_FACTOR:  # NaN too
-        raise ValueError(
-            f'weight_schedule has {brief(repr(text.strip()))} where a number is wanted, of at most {LARGEST_FACTOR}. Write numbers, as in "1, 0.5, 0", or '
-            'percent:weight pairs, as in "0.2:1, 0.8:0".'
-        )
-    return number
+    return parse_number(text, NAME, -LARGEST_FACTOR, LARGEST_FACTOR, example=EXAMPLE)
 
 
 def interpolate(points: list[Point], at: float) -> float:

@@ -7,6 +7,7 @@ from functools import partial
 from comfy_api.latest import io
 
 from ..easyref_core.combine import METHODS, combine
+from ..easyref_core.number_lists import parse_numbers
 from ..easyref_core.tensor_files import brief
 from .sockets import EasyRefTokens, TokenPair
 from .token_pairs import both_sides, in_order, several_tokens
@@ -46,7 +47,7 @@ class EasyRefCombineTokens(io.ComfyNode):
                     "weights",
                     advanced=True,
                     tooltip="One number from 0 for each set, such as 1, 0.5. Empty, or fewer than there are sets: 1 for "
-                    "the rest. 0 leaves a set out.",
+                    "the rest. 0 leaves a set out. Write decimals with a point.",
                 ),
             ],
             outputs=[EasyRefTokens.Output(display_name="tokens", tooltip="For Apply EasyRef.")],
@@ -61,13 +62,7 @@ class EasyRefCombineTokens(io.ComfyNode):
 
 def parse_weights(text: str, count: int) -> list[float]:
     """ "1, 0.5" -> one weight for each of `count` sets, 1 where none is given."""
-    words = text.replace(",", " ").split()
-    try:
-        weights = [float(word) for word in words]
-    except ValueError as error:
-        raise ValueError(
-            f"The weights are {brief(repr(text))}; wanted numbers with commas between them, such as 1, 0.5."
-        ) from error
+    weights = parse_numbers(text, "weights", example="1, 0.5")
     if len(weights) > count:
         raise ValueError(
             f"There are {len(weights)} weights ({brief(text)}) for {count} sets of reference tokens. Remove the others, or "

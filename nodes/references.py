@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from ..easyref_core.duplicates import duplicates
+from ..easyref_core.number_lists import parse_references
 from . import shown
-from .numbers import numbers
 from .pictures import split
 from .sockets import EasyRefGroupSocket
 
@@ -81,8 +81,8 @@ class EasyRefSelectReferences(io.ComfyNode):
                 EasyRefGroupSocket.Input("group", tooltip="From Reference Group."),
                 io.String.Input(
                     "references",
-                    tooltip="Numbers from 1, with commas: 3, 1, 2 takes the third, then the first two. Empty: all, "
-                    "as they are.",
+                    tooltip="Numbers from 1, with commas: 3, 1, 2 takes the third, then the first two. Ranges count up or "
+                    "down: 1-3, 6-4. all, or empty: all references in order.",
                 ),
             ],
             outputs=[EasyRefGroupSocket.Output(display_name="group", tooltip="The chosen references.")],
@@ -90,18 +90,8 @@ class EasyRefSelectReferences(io.ComfyNode):
 
     @classmethod
     def execute(cls, group: tuple[Tensor, ...], references: str) -> io.NodeOutput:
-        chosen = numbers(references, "list of references") or range(1, len(group) + 1)
-        if len(chosen) > MOST:
-            raise ValueError(
-                f"The list of references names {len(chosen):,}; wanted at most {MOST:,}. Shorten it."
-            )
-        for number in chosen:
-            if not 1 <= number <= len(group) or number != int(number):  # NaN is in no range
-                raise ValueError(
-                    f"There is no reference {number:g} in a group of {len(group)}; wanted whole numbers from 1 to "
-                    f"{len(group)}."
-                )
-        selected = tuple(group[int(number) - 1] for number in chosen)
+        chosen = parse_references(references, "references", len(group), MOST) or range(1, len(group) + 1)
+        selected = tuple(group[number - 1] for number in chosen)
         return io.NodeOutput(selected, ui=show_group(selected))
 
 

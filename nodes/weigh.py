@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
+from ..easyref_core.number_lists import parse_reference_weights
 from . import shown
-from .numbers import numbers
 from .sockets import EasyRefContext
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ class EasyRefWeighReferences(io.ComfyNode):
                 EasyRefContext.Input("context", tooltip="From Encode Reference Group."),
                 io.String.Input(
                     "weights",
-                    tooltip="One number for each reference, in their order, with commas: 1, 0.5, 1. 1 as it is, "
-                    "0 not gathered from, up to 4. Empty: all count alike.",
+                    tooltip="One number for each reference, in their order: 1, 0.5, 1. Or reference:weight pairs, with 1 "
+                    "for all others: 2:0.5, 4-6:0. 1 as it is, 0 not gathered from, up to 4. Empty: all count alike. "
+                    "Write decimals with a point.",
                 ),
             ],
             outputs=[
@@ -41,7 +42,7 @@ class EasyRefWeighReferences(io.ComfyNode):
 
     @classmethod
     def execute(cls, context: ContextStates, weights: str) -> io.NodeOutput:
-        given = numbers(weights, "weights") or [1.0] * len(context.spans)
+        given = parse_reference_weights(weights, "weights", len(context.spans))
         weighed = context.weighed(given)
         lines = [f"reference {i + 1}: {weight:g}" for i, weight in enumerate(given)]
         return io.NodeOutput(weighed, ui=shown.text("\n".join(lines)))

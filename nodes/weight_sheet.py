@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..easyref_core.tensor_files import brief
+from ..easyref_core.number_lists import parse_numbers
 from ..easyref_core.visualize import contact_sheet, fitted
 from .pictures import image_of, pictures_of
 
@@ -29,12 +29,13 @@ class EasyRefWeightSheet(io.ComfyNode):
                 io.String.Input(
                     "weights",
                     default="0.4, 0.7, 1.0",
-                    tooltip="Weights, -1 to 3, separated by commas: the columns.",
+                    tooltip="Weights, -1 to 3, separated by commas: the columns. Write decimals with a point.",
                 ),
                 io.String.Input(
                     "end_percents",
                     default="1.0",
-                    tooltip="Ends, 0 to 1, separated by commas: the rows. 1.0: the references act to the last step.",
+                    tooltip="Ends, 0 to 1, separated by commas: the rows. 1.0: the references act to the last step. "
+                    "Write decimals with a point.",
                 ),
             ],
             outputs=[
@@ -110,19 +111,8 @@ class EasyRefSheet(io.ComfyNode):
 
 
 def read_numbers(text: str, name: str, low: float, high: float) -> list[float]:
-    """The numbers of a list separated by commas or spaces, each once, in order."""
-    numbers = []
-    for word in text.replace(",", " ").split():
-        try:
-            number = float(word)
-        except ValueError:
-            number = float("nan")
-        if not low <= number <= high:
-            raise ValueError(
-                f"{name}: {brief(repr(word))} is not a number from {low:g} to {high:g}. Write numbers with commas between them, "
-                'such as "0.4, 0.7, 1.0".'
-            )
-        numbers.append(number)
+    """Numbers of a list, each once, in order. Raises ValueError for anything else, and for an empty list."""
+    numbers = parse_numbers(text, name, low, high, example="0.4, 0.7, 1.0")
     if not numbers:
         raise ValueError(f'{name} is empty. Write at least one number, such as "1.0".')
     return list(dict.fromkeys(numbers))

@@ -85,11 +85,11 @@ def test_layer_weights_take_the_place_of_the_factors_only() -> None:
         ("3=1", r"'3=1', which is not index:weight"),
         ("3", r"'3', which is not index:weight"),
         ("a:1", r"'a:1', which is not index:weight"),
-        ("3:1:2", r"not index:weight"),
+        ("3:1:2", r"layer 3 has '1:2' where a number is wanted"),
         ("11:1", r"names layer 11; wanted SDXL's layers 0 to 10"),
         ("-1:1", r"names layer -1"),
         ("3:1, 3:2", r"names layer 3 twice"),
-        ("3:nan", r"gives layer 3 the weight nan"),
+        ("3:nan", r"layer 3 has 'nan' where a number is wanted, from -100 to 100"),
     ],
 )
 def test_layer_weights_that_cannot_be_read(text: str, message: str) -> None:

@@ -75,10 +75,12 @@ def test_selection_takes_references_in_the_order_written(pack):
     (chosen,) = select.execute(group, "3, 1").args
     assert [id(image) for image in chosen] == [id(group[2]), id(group[0])]
     assert select.execute(group, "").args[0] == group
-    with pytest.raises(ValueError, match="names 1,001; wanted at most 1,000"):
+    assert [id(image) for image in select.execute(group, "3-2").args[0]] == [id(group[2]), id(group[1])]
+    assert select.execute(group, "all").args[0] == group
+    with pytest.raises(ValueError, match="names 1,001 references; wanted at most 1,000"):
         select.execute(group, "1," * 1001)
     for wrong in ("0", "4", "1.5", "nan", "inf"):
-        with pytest.raises(ValueError, match=f"no reference {wrong} in a group of 3"):
+        with pytest.raises(ValueError, match=f"references has '{wrong}', .*in a group of 3"):
             select.execute(group, wrong)
 
 

@@ -115,6 +115,6 @@ def test_sheet_runs_every_pair(server) -> None:
 
 
 def test_list_of_weights_that_cannot_be_read_says_so(server) -> None:
-    graph = {"pairs": node("EasyRefWeightSheet", weights="0.5; 1", end_percents="1")}
+    graph = {"pairs": node("EasyRefWeightSheet", weights="0.5; 4", end_percents="1")}
     graph["show"] = node("PreviewAny", source=["pairs", 0])
-    assert "'0.5;' is not a number from -1 to 3" in graphs.failure(server, graph)
+    assert "weights has '4' where a number is wanted, from -1 to 3" in graphs.failure(server, graph)

@@ -237,8 +237,11 @@ def test_weights_as_text(easy) -> None:
     assert parse("", 2) == [1, 1]
     assert parse(" 0.5 ", 2) == [0.5, 1]
     assert parse("1,0.5 2", 3) == [1, 0.5, 2]
-    with pytest.raises(ValueError, match=r"weights are '1; 2'; wanted numbers with commas"):
-        parse("1; 2", 2)
+    assert parse("1; 2", 2) == [1, 2]
+    with pytest.raises(ValueError, match=r"weights has '0,5', where a comma may be a decimal comma"):
+        parse("0,5", 2)
+    with pytest.raises(ValueError, match=r"weights has 'x' where a number is wanted.* as in 1, 0.5"):
+        parse("1, x", 2)
     with pytest.raises(ValueError, match=r"3 weights \(1, 2, 3\) for 2 sets"):
         parse("1, 2, 3", 2)
 

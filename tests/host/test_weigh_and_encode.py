@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from . import golden, graphs
+from . import graphs
 from .server import ComfyServer
 
 pytestmark = pytest.mark.one_host
@@ -46,7 +46,8 @@ def test_another_weight_does_not_read_the_group_again(server):
     ("weights", "parts"),
     [
         ("1, 1", ["2 weights for 3 references"]),
-        ("1, x, 1", ["'x' in the weights is no number", "1, 0.5, 1"]),
+        ("1, x, 1", ["weights has 'x' where a number is wanted", "1, 0.5, 1"]),
+        ("1, 0,5, 1", ["weights has '0,5'", "0.5", "0; 5"]),
         ("1, 1, 9", ["reference 3 is 9"]),
     ],
 )
@@ -55,10 +56,9 @@ def test_weights_that_fit_nothing(server, weights: str, parts: list[str]):
     assert all(part in error for part in parts), error
 
 
-def test_weights_are_separated_as_people_write_them(pack):
-    numbers = golden.part(pack, "nodes.numbers").numbers
-    assert numbers(" 1, 0.5;2\n3，4 ", "weights") == [1, 0.5, 2, 3, 4]
-    assert numbers("", "weights") == []
+def test_pairs_weigh_the_references_that_they_name(server):
+    named = graphs.picture(server, weighing("2-3:0.5"))
+    assert named == graphs.picture(server, weighing("1, 0.5, 0.5"))
 
 
 # Encode

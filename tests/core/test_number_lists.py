@@ -1,0 +1,257 @@
+"""Lists as people type them: what each text means, and that no text is read in a way that its writer did not mean."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+
+import pytest
+
+from easyref_core.layer_weights import parse_layer_weights
+from easyref_core.number_lists import parse_numbers, parse_reference_weights, parse_references
+from easyref_core.schedule import parse_schedule
+
+SEPARATORS = (", ", ";", "; ", " ", "\n", "\t", " ,", "，", "；", "、", ",\n", " , ; ", "　")
+NUMBERS = ("0", "1", "-1", "0.5", ".5", "2.", "+3", "1e-1", "-0.25")
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+def test_every_separator_separates_every_pair_of_numbers(separator: str) -> None:
+    for first, second in itertools.product(NUMBERS, NUMBERS):
+        if separator == " ," and second in ("0", "1"):
+            continue  # ",1" may be a tenth
+        for text in (f"{first}{separator}{second}", f" {first}{separator}{second}{separator}\n"):
+            assert parse_numbers(text, "weights") == [float(first), float(second)]
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("", []),
+        (" ,;\n", []),
+        ("0.5", [0.5]),
+        ("1,0.5,0", [1, 0.5, 0]),
+        ("1,0,0.5", [1, 0, 0.5]),
+        ("1,0.5 2", [1, 0.5, 2]),
+        (" 1, 0.5;2\n3，4 ", [1, 0.5, 2, 3, 4]),
+        ("0，5", [0, 5]),
+        ("１，０．５；－２", [1, 0.5, -2]),
+        ("-1,-2", [-1, -2]),
+        ("−0.5", [-0.5]),
+        ("0, 5", [0, 5]),
+    ],
+)
+def test_numbers(text: str, numbers: list[float]) -> None:
+    assert parse_numbers(text, "weights") == numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "decimal", "listed"),
+    [
+        ("0,5", "0.5", "0; 5"),
+        ("0,4", "0.4", "0; 4"),
+        ("1,0,5", "1.0", "1; 0; 5"),
+        ("1,0,1", "1.0", "1; 0; 1"),
+        ("1,1", "1.1", "1; 1"),
+        ("-0,5", "-0.5", "-0; 5"),
+        ("1, 0,5", "0.5", "0; 5"),
+        ("0,5, 0.7", "0.5", "0; 5"),
+        ("0.7; 0,5", "0.5", "0; 5"),
+        ("1 ,5", "0.5", "5"),
+        ("1,-0,5", "-0.5", "1; -0; 5"),
+        ("０,５", "0.5", "0; 5"),
+        ("1,000", "1.000", "1; 000"),
+    ],
+)
+def test_a_comma_that_may_be_a_decimal_comma_is_refused(text: str, decimal: str, listed: str) -> None:
+    with pytest.raises(ValueError, match=r"^weights has .* may be a decimal comma") as error:
+        parse_numbers(text, "weights")
+    assert f"as in {decimal}, and separate" in str(error.value)
+    assert str(error.value).endswith(f"as in {listed}.")
+    assert len(parse_numbers(decimal, "weights")) == 1
+    assert len(parse_numbers(listed, "weights")) == listed.count(";") + 1
+
+
+@pytest.mark.parametrize(
+    "text", ["x", "0.5x", "1.2.3", "1_0", "nan", "inf", "1e999", "50%", "1/2", "10x", "2:1", "--1", "²"]
+)
+def test_what_is_no_number_is_refused(text: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^weights has '.*' where a number is wanted\. Write numbers, as in 1, 0.5, 0"
+    ):
+        parse_numbers(f"1, {text}", "weights")
+
+
+def test_bounds_are_named() -> None:
+    assert parse_numbers("-1, 3", "weights", -1, 3) == [-1, 3]
+    with pytest.raises(
+        ValueError, match=r"ends has '1.5' where a number is wanted, from 0 to 1\. Write .* 0.4, 1"
+    ):
+        parse_numbers("1, 1.5", "ends", 0, 1, example="0.4, 1")
+
+
+# References of a group
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        ("", []),
+        ("1,2,3", [1, 2, 3]),
+        ("3, 1", [3, 1]),
+        ("3 1;2", [3, 1, 2]),
+        ("２、1", [2, 1]),
+        ("1-3", [1, 2, 3]),
+        ("3-1", [3, 2, 1]),
+        ("5, 2 - 3, 1", [5, 2, 3, 1]),
+        ("1–2 4~5 2～1", [1, 2, 4, 5, 2, 1]),
+        ("2-2", [2]),
+        ("all", [1, 2, 3, 4, 5]),
+        ("All, 1", [1, 2, 3, 4, 5, 1]),
+        ("2.0", [2]),
+    ],
+)
+def test_references(text: str, chosen: list[int]) -> None:
+    assert parse_references(text, "references", 5, most=1000) == chosen
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0",
+        "6",
+        "1.5",
+        "nan",
+        "inf",
+        "-1",
+        "1-",
+        "1-6",
+        "1-2-3",
+        "0-2",
+        "x",
+        "1:2",
+        "1e9",
+        "9" * 5000,
+        "1-1e9",
+    ],
+)
+def test_references_that_are_not_there(text: str) -> None:
+    with pytest.raises(
+        ValueError, match="references has '.*no such reference in a group of 5.*ranges such as 1-5, or all"
+    ):
+        parse_references(f"1, {text}", "references", 5, most=1000)
+
+
+def test_many_references_are_refused_before_they_are_listed() -> None:
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"names 100,000,000 references; wanted at most 1,000"):
+        parse_references("all," * 100_000, "references", 1000, most=1000)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("", [1, 1, 1, 1]),
+        ("1, 0.5, 1, 2", [1, 0.5, 1, 2]),
+        ("2:0.5", [1, 0.5, 1, 1]),
+        ("2-3 : 0, 1:4", [4, 0, 0, 1]),
+        ("all:0.5", [0.5] * 4),
+        ("1:0,4:2", [0, 1, 1, 2]),
+        ("1, 2", [1, 2]),  # too few: ContextStates.weighed says so
+    ],
+)
+def test_weights_of_references(text: str, weights: list[float]) -> None:
+    assert parse_reference_weights(text, "weights", 4) == weights
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1, 2:0.5", "mixes numbers and reference:weight pairs"),
+        ("2:0,5", "may be a decimal comma"),
+        ("1,2:0.5", "may be a decimal comma"),
+        ("5:1", "no such reference in a group of 4"),
+        ("1-2:1, 2:0", "names reference 2 twice"),
+        ("1:x", "'x' where a number is wanted"),
+        ("1:", "'' where a number is wanted"),
+    ],
+)
+def test_weights_of_references_that_cannot_be_read(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_reference_weights(text, "weights", 4)
+
+
+# Pairs
+
+
+def test_pairs_are_read_alike_everywhere() -> None:
+    layers = (0, 0, 0, 1, 0, 0, 0.5, 0, 0, 0, 0)
+    for text in ("3:1, 6:0.5", "3:1,6:0.5", "3:1;6:0.5", "3:1 6:0.5", "3 : 1\n6 : 0.5", "３：１，６：０．５"):
+        assert parse_layer_weights(text) == layers
+    assert parse_layer_weights("3:1,6:1")[6] == 1  # a number cannot span two pairs
+    for text in ("0.2:1, 0.8:0", "0.2:1,0.8:0", "0.2:1; 0.8:0", "0.2:1\t0.8:0", "0.2：1、0.8：0"):
+        assert parse_schedule(text, 0, 1) == [(0.2, 1), (0.8, 0)]
+    assert parse_schedule("0:1,1:0", 0, 1) == [(0, 1), (1, 0)]
+    assert parse_schedule("1; 0.5 0", 0, 1) == [(0, 1), (0.5, 0.5), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    "text", ["1,0,5", "0,5", "0,2:1", "0,2:1, 0,8:0", "0.2:0,5", "0.2:1, 0.8:0,5", "0:1,0,5:0"]
+)
+def test_decimal_commas_in_a_schedule(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^weight_schedule has .* may be a decimal comma"):
+        parse_schedule(text, 0, 1)
+
+
+@pytest.mark.parametrize("text", ["3:0,5", "3:1, 6:0,5", "3:0.5, 6:0,5"])
+def test_decimal_commas_in_layer_weights(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^layer_weights has .* may be a decimal comma"):
+        parse_layer_weights(text)
+
+
+def read(text: str) -> list[float] | None:
+    try:
+        return parse_numbers(text, "weights")
+    except ValueError:
+        return None
+
+
+def test_no_decimal_comma_is_read_as_a_separator() -> None:
+    """Every list of up to three numbers written with decimal commas and any separator: right, or an error."""
+    values = ("0", "1", "0,5", "1,25", "-0,5", ",5")
+    for count in (1, 2, 3):
+        for written, separator in itertools.product(
+            itertools.product(values, repeat=count), (";", "; ", " ", ", ", "，", ",")
+        ):
+            text = separator.join(written)
+            if separator == "," and not any("," in value for value in written):
+                continue  # 0,1 is refused as well
+            meant = [float(value.replace(",", ".")) for value in written]
+            assert read(text) in (None, meant), text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " " * 300_000,
+        "1" * 300_000,
+        "1" * 300_000 + "x",
+        ":" * 300_000,
+        "," * 300_000,
+        "1," * 150_000,
+        "-" * 300_000,
+    ],
+)
+def test_long_texts_take_no_time(text: str) -> None:
+    start = time.monotonic()
+    for parse in (
+        lambda: parse_numbers(text, "weights"),
+        lambda: parse_references(text, "references", 5, most=1000),
+        lambda: parse_schedule(text, 0, 1),
+        lambda: parse_layer_weights(text),
+    ):
+        with contextlib.suppress(ValueError):
+            parse()
+    assert time.monotonic() - start < 5
