@@ -97,7 +97,9 @@ def choose(weight_type: str, layer_weights: str = "") -> WeightType:
             f"There is no weight type {weight_type!r}. Choose one of: {', '.join(WEIGHT_TYPES)}."
         )
     chosen = WEIGHT_TYPES[weight_type]
-    return chosen._replace(factors=parse_layer_weights(layer_weights)) if layer_weights.strip() else chosen
+    if not split_entries(layer_weights, "layer_weights"):
+        return chosen
+    return chosen._replace(factors=parse_layer_weights(layer_weights))
 
 
 def parse_layer_weights(text: str) -> tuple[float, ...]:

@@ -36,12 +36,14 @@ class EasyRefAggregate(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="What the unconditional side reads, which the guidance steers away from. black image: as in "
-                    "training. group: the references of negative_context. noise: a picture of noise.",
+                    "training, unless negative_context is connected. group: the references of negative_context. "
+                    "noise: a picture of noise.",
                 ),
                 EasyRefContext.Input(
                     "negative_context",
                     optional=True,
-                    tooltip="A second encoded group: what to steer away from. Set negative to group to use it.",
+                    tooltip="A second encoded group: what to steer away from. It is used as soon as it is connected, with "
+                    "negative at black image or group.",
                 ),
                 io.Int.Input(
                     "noise_seed",
@@ -78,9 +80,10 @@ class EasyRefAggregate(io.ComfyNode):
         noise_seed: int = 0,
         noise_strength: float = 0.5,
     ) -> io.NodeOutput:
-        if negative_context is not None and negative != GROUP:
+        # BLACK is the default: connecting the group is enough to choose it. NOISE was chosen, so both is a contradiction.
+        if negative_context is not None and negative == NOISE:
             raise ValueError(
-                f"negative_context is connected, but negative is {negative!r}, which would not use it. Set negative to "
+                f"negative_context is connected, but negative is {NOISE!r}, which would not use it. Set negative to "
                 f"{GROUP!r}, or disconnect negative_context."
             )
         if negative_context is None and negative == GROUP:

@@ -76,7 +76,8 @@ def test_layer_weights_take_the_place_of_the_factors_only() -> None:
     precise = choose("style transfer precise", "4:1")
     assert precise.factors == (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0)
     assert precise.sides == WEIGHT_TYPES["style transfer precise"].sides
-    assert choose("ease in", " ") == WEIGHT_TYPES["ease in"]
+    for empty in ("", " ", ",\n"):
+        assert choose("ease in", empty) == WEIGHT_TYPES["ease in"]
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,12 @@ def test_negatives(server, patched):
         assert graphs.picture(server, through({}, neutral)) == patched
 
 
+def test_connecting_a_negative_is_enough(server):
+    of_group = {"negative": "group", "negative_context": ["other", 0]}
+    connected = graphs.picture(server, through(other_group(), {"negative_context": ["other", 0]}))
+    assert connected == graphs.picture(server, through(other_group(), of_group))
+
+
 def test_a_negative_that_would_not_be_used_is_refused(server):
-    graph = through(other_group(), {"negative_context": ["other", 0]})
+    graph = through(other_group(), {"negative": "noise", "negative_context": ["other", 0]})
     assert "would not use it" in graphs.failure(server, graph)

@@ -328,19 +328,19 @@ def test_noise_changes_the_unconditional_side_alone(easy, contexts) -> None:
     assert not torch.equal(first.unconditional, other.unconditional)
 
 
-def test_a_group_is_the_negative(easy, contexts) -> None:
-    made = aggregated(easy, contexts[0], negative="group", negative_context=contexts[1])
+@pytest.mark.parametrize("chosen", [{}, {"negative": "black image"}, {"negative": "group"}])
+def test_a_connected_group_is_the_negative(easy, contexts, chosen: dict[str, str]) -> None:
+    made = aggregated(easy, contexts[0], negative_context=contexts[1], **chosen)
     assert torch.equal(made.conditional, aggregated(easy, contexts[0]).conditional)
     assert torch.equal(made.unconditional, aggregated(easy, contexts[1]).conditional)
     assert made.unconditional.provenance.prompt == "blurred"
 
 
-@pytest.mark.parametrize("negative", ["black image", "noise"])
-def test_a_group_that_would_not_be_used_is_refused(easy, contexts, negative: str) -> None:
+def test_a_group_beside_noise_is_refused(easy, contexts) -> None:
     with pytest.raises(
-        ValueError, match=f"connected, but negative is '{negative}'.* Set negative to 'group', or disc"
+        ValueError, match=r"connected, but negative is 'noise'.* Set negative to 'group', or disc"
     ):
-        aggregated(easy, contexts[0], negative=negative, negative_context=contexts[1])
+        aggregated(easy, contexts[0], negative="noise", negative_context=contexts[1])
 
 
 def test_a_group_that_is_not_there_is_refused(easy, contexts) -> None:
