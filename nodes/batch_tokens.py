@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..easyref_core.token_frames import batch
 from .sockets import EasyRefTokens, TokenPair
-from .token_pairs import both_sides, in_order, several_tokens
+from .token_pairs import ABSENT, both_sides, in_order, several_tokens, validate_first_socket
 
 MOST = 100
 
@@ -27,6 +29,10 @@ class EasyRefBatchTokens(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, tokens: Any = None, tokens0: Any = ABSENT) -> bool | str:
+        return validate_first_socket(cls, tokens0)
 
     @classmethod
     def execute(cls, tokens: dict[str, TokenPair]) -> io.NodeOutput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -10,7 +11,7 @@ from ..easyref_core.combine import METHODS, combine
 from ..easyref_core.number_lists import parse_numbers
 from ..easyref_core.tensor_files import brief
 from .sockets import EasyRefTokens, TokenPair
-from .token_pairs import both_sides, in_order, several_tokens
+from .token_pairs import ABSENT, both_sides, in_order, several_tokens, validate_first_socket
 
 MOST = 16
 
@@ -52,6 +53,10 @@ class EasyRefCombineTokens(io.ComfyNode):
             ],
             outputs=[EasyRefTokens.Output(display_name="tokens", tooltip="For Apply EasyRef.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, tokens: Any = None, tokens0: Any = ABSENT) -> bool | str:
+        return validate_first_socket(cls, tokens0)
 
     @classmethod
     def execute(cls, tokens: dict[str, TokenPair], method: str, factor: float, weights: str) -> io.NodeOutput:

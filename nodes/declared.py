@@ -1,6 +1,7 @@
 """Nodes take what they say they take: numbers within their bounds, choices that there are, texts.
 
-The host asks this of what is typed into a workflow, not of what comes to the same inputs through links.
+The host asks this of what is typed into a workflow, not of what comes to the same inputs through links. It also hands
+links with unknown names to `execute`, as programs send them that write image0 for images.image0.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,12 +22,13 @@ Checks = dict[str, Callable[[Any], None]]  # by the input's name
 
 
 def keep_to_schema(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The node, whose `execute` raises ValueError or TypeError for a value that its schema does not allow."""
+    """The node, whose `execute` raises ValueError or TypeError for a name or a value that its schema does not allow."""
     run = node.__dict__["execute"].__func__
     signature = inspect.signature(run)
 
     @functools.wraps(run)
     def execute(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        _require_known(node, kwargs)
         checks, takes_lists = _checks(node)
         for name, value in signature.bind(cls, *args, **kwargs).arguments.items():
             if name in checks:
@@ -52,6 +54,37 @@ def _checks(node: type[io.ComfyNode]) -> tuple[Checks, bool]:
     }
     inputs = [one for one in schema.inputs if type(one) in kinds and one.id not in own]
     return {one.id: functools.partial(kinds[type(one)], one) for one in inputs}, schema.is_input_list
+
+
+def _require_known(node: type[io.ComfyNode], given: Mapping[str, Any]) -> None:
+    """Raises ValueError for inputs that the node does not have, and names those that it has."""
+    names = _names(node)
+    for name, value in given.items():
+        # an input that grows comes as a mapping of its sockets, and as something else where a link has its bare name
+        if name not in names or (names[name] != (name,) and not isinstance(value, Mapping)):
+            raise ValueError(unknown_input(node, name))
+
+
+def unknown_input(node: type[io.ComfyNode], name: str) -> str:
+    """An error for an input that the node does not have: the name to use in place of `name`, or all names."""
+    sockets = _names(node).values()
+    known = ", ".join(
+        several[0] if len(several) == 1 else f"{several[0]} to {several[-1]}" for several in sockets
+    )
+    nearest = [socket for several in sockets for socket in several if name in socket.split(".")]
+    remedy = f"Connect it to {nearest[0]}." if nearest else "Rename or remove it."
+    display_name = node.define_schema().display_name
+    return f"{display_name} has no input {brief(repr(name))}; its inputs are {known}. {remedy}"
+
+
+def _names(node: type[io.ComfyNode]) -> dict[str, tuple[str, ...]]:
+    """Names under which a prompt fills each input: its own, or of an input that grows, images.image0 and so on."""
+    return {
+        one.id: tuple(f"{one.id}.{name}" for name in one.template.names)
+        if isinstance(one, io.Autogrow.Input)
+        else (one.id,)
+        for one in node.define_schema().inputs
+    }
 
 
 def _each(name: str, values: Any) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from comfy_api.latest import io
 
 from ..easyref_core import ReferenceTokens
 from ..easyref_core.token_frames import distinct
+from .declared import unknown_input
 from .sockets import EasyRefTokens, TokenPair
 
 PREFIX = "tokens"
+ABSENT = object()  # an input that the prompt does not have
 
 
 def several_tokens(most: int, tooltip: str) -> io.Autogrow.Input:
@@ -25,6 +28,14 @@ def several_tokens(most: int, tooltip: str) -> io.Autogrow.Input:
         ),
         tooltip=tooltip,
     )
+
+
+def validate_first_socket(node: type[io.ComfyNode], tokens0: Any) -> bool | str:
+    """Result of a node's validate_inputs: an error for tokens0, which programs write for tokens.tokens0.
+
+    The host then misses tokens.tokens0 and calls it tokens0 in its own error.
+    """
+    return True if tokens0 is ABSENT else unknown_input(node, f"{PREFIX}0")
 
 
 def in_order(tokens: Mapping[str, TokenPair | None]) -> list[TokenPair]:

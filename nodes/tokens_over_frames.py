@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from comfy_api.latest import io
 
 from ..easyref_core.token_frames import EASINGS, over_frames
 from .sockets import EasyRefTokens, TokenPair
-from .token_pairs import both_sides, in_order, several_tokens
+from .token_pairs import ABSENT, both_sides, in_order, several_tokens, validate_first_socket
 
 MOST = 100
 
@@ -52,6 +53,10 @@ class EasyRefTokensOverFrames(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, tokens: Any = None, tokens0: Any = ABSENT) -> bool | str:
+        return validate_first_socket(cls, tokens0)
 
     @classmethod
     def execute(cls, tokens: dict[str, TokenPair], frames: int, easing: str) -> io.NodeOutput:

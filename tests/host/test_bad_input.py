@@ -186,6 +186,39 @@ def test_group_without_images(fails):
     assert_says(error, "reference group is empty", "Connect at least one image")
 
 
+@pytest.mark.parametrize(
+    "sent", [("image0",), ("images.image0", "image1"), ("images",), ("images.image100",)]
+)
+def test_misnamed_sockets_of_a_group(fails, sent: tuple[str, ...]):
+    graph = graphs.easyref()
+    links = {name: [f"image{i}", 0] for i, name in enumerate(sent)}
+    graph["group"] = graphs.node("EasyRefGroup", **links)
+    remedy = {"image0": "images.image0", "image1": "images.image1", "images": "images.image0"}.get(sent[-1])
+    said = f"Connect it to {remedy}." if remedy else "images.image0 to images.image99"
+    assert_says(fails(graph), f"Reference Group has no input '{sent[-1]}'", said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("CombineTokens", {"method": "concat", "factor": 0.5, "weights": ""}),
+        ("BatchTokens", {}),
+        ("TokensOverFrames", {"frames": 2, "easing": "linear"}),
+    ],
+)
+@pytest.mark.parametrize("sent", [("tokens0",), ("tokens.tokens0", "tokens1")])
+def test_misnamed_sockets_of_tokens(fails, kind: str, settings: dict, sent: tuple[str, ...]):
+    graph = graphs.easyref(apply={"tokens": ["made", 0]})
+    links = dict.fromkeys(sent, ["aggregate", 0])
+    graph["made"] = graphs.node(f"EasyRef{kind}", **settings, **links)
+    assert_says(fails(graph), f"has no input '{sent[-1]}'", f"Connect it to tokens.{sent[-1]}.")
+
+
+def test_unknown_input_of_any_node(fails):
+    graph = graphs.easyref(apply={"attn_mask": ["image0", 1]})
+    assert_says(fails(graph), "Apply EasyRef has no input 'attn_mask'", "end_percent, lora_strength, mask")
+
+
 def test_group_of_an_empty_batch(fails):
     nodes = {"images": graphs.tiny_images("0x64x64x3"), "group": graphs.group(["images", 0])}
     assert_says(
