@@ -78,7 +78,7 @@ def find_duplicates(prints: Mapping[Name, Fingerprint], near: bool = True) -> li
 
 def first_of_each(prints: Mapping[Name, Fingerprint], near: bool = True) -> dict[Name, Name]:
     """What to drop, and which picture it repeats: of every pair the one that comes later, unless it was kept for another."""
-    return {pair.second: pair.first for pair in _repeats(prints, near)}
+    return {pair.second: pair.first for pair in repeats(prints, near)}
 
 
 def duplicates(images: Sequence[Image.Image | Tensor]) -> list[Pair]:
@@ -90,7 +90,7 @@ def duplicates(images: Sequence[Image.Image | Tensor]) -> list[Pair]:
     for number, image in enumerate(images, start=1):
         with contextlib.suppress(ValueError):
             prints[number] = fingerprint(to_rgb(image))
-    return _repeats(prints)
+    return repeats(prints)
 
 
 def thumbnail(image: Image.Image | Tensor, side: int) -> Image.Image:
@@ -106,7 +106,7 @@ def thumbnail(image: Image.Image | Tensor, side: int) -> Image.Image:
     return rgb
 
 
-def _repeats(prints: Mapping[Name, Fingerprint], near: bool = True) -> list[Pair]:
+def repeats(prints: Mapping[Name, Fingerprint], near: bool = True) -> list[Pair]:
     """Each picture that repeats an earlier one, with the first that it repeats and that repeats none itself."""
     found: dict[Name, Pair] = {}
     for pair in find_duplicates(prints, near):  # in the order of `prints`

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io
 
+from ..easyref_core.prompt_syntax import plain_text
 from ..easyref_core.tiny.demo_group import demo_group, in_common
 from ..easyref_core.tiny.groups import OUTSIDER_FROM
 from . import files, tiny_sdxl, tiny_text, tiny_vae
@@ -92,8 +93,8 @@ class EasyRefDemo(io.ComfyNode):
         base = files.tiny_base()
         plan, pictures = demo_group(example, references, with_outsider)
         images = torch.from_numpy(pictures).float() / 255
-        prompt = prompt.strip() or plan.prompt
-        positive, negative = conditionings(base, (prompt, negative_prompt))
+        prompt = plain_text(prompt).strip() or plan.prompt
+        positive, negative = conditionings(base, (prompt, plain_text(negative_prompt)))
         model, vae = tiny_sdxl.load_model(base), tiny_vae.load_vae(base)
         return io.NodeOutput(model, positive, negative, vae, images, prompt, in_common(plan))
 

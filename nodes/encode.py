@@ -8,7 +8,8 @@ from comfy_api.latest import io
 
 from . import shown
 from .group_budget import ERROR, LOWER, lowered, read_as, sides
-from .inputs import group_input, instruction_input, size_input
+from .inputs import group_input, instruction_input, prompt_input, size_input
+from .notes import empty_prompt_note, image_notes, read_prompt
 from .pictures import references_of
 from .references import advice, count
 from .sockets import EasyRefContext, EasyRefModel
@@ -33,11 +34,10 @@ class EasyRefEncodeGroup(io.ComfyNode):
                 group_input(
                     "A reference group, or an image batch. EasyRef works best with 3 or more references."
                 ),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    tooltip="What to generate: the same prompt as for SDXL's text encoders, where it should not be empty.",
+                prompt_input(
+                    "What to generate. Link one text node to this input and to SDXL's text encoders, so that they read "
+                    "the same; it should not be empty. Weights such as (smile:1.3), embeddings and LoRA tags are left "
+                    "out of what the MLLM reads. A choice {a|b} is an error here: CLIP Text Encode would draw its own."
                 ),
                 instruction_input(
                     "What the MLLM is told to look for; the prompt follows it directly. The default is the one "
@@ -74,18 +74,20 @@ class EasyRefEncodeGroup(io.ComfyNode):
         size: int,
         when_too_large: str = ERROR,
     ) -> io.NodeOutput:
-        references = references_of(group)
-        images, notes = [image[0] for image in references], []
-        if when_too_large == LOWER and images:
-            asked, size = size, lowered(easyref, sides(references), prompt, instruction, size)
+        references, (text, notes) = references_of(group), read_prompt(prompt)
+        if when_too_large == LOWER and references:
+            asked, size = size, lowered(easyref, sides(references), text, instruction, size)
             if size < asked:
-                notes = [f"The size was lowered from {asked} to {size} pixels, so that the group fits."]
-        context = easyref.encode(images, prompt, instruction, size)
-        took = easyref.model.budget(sides(references), prompt, instruction, size)
+                notes.append(f"The size was lowered from {asked} to {size} pixels, so that the group fits.")
+        prepared = easyref.model.prepare([image[0] for image in references], text, instruction, size)
+        context = easyref.encode_prepared(prepared)
+        took = easyref.model.budget(sides(references), text, instruction, size)
         lines = [
-            f"{count(len(images))}, {took.total:,} of {took.limit:,} tokens.",
+            f"{count(len(references))}, {took.total:,} of {took.limit:,} tokens.",
             *notes,
             *read_as(took),
-            *advice(len(images)),
+            *advice(len(references)),
+            empty_prompt_note(text),
+            *image_notes(prepared),
         ]
-        return io.NodeOutput(context, ui=shown.text("\n".join(lines)))
+        return io.NodeOutput(context, ui=shown.text("\n".join(filter(None, lines))))

@@ -10,7 +10,8 @@ import comfy.model_management as mm
 from comfy_api.latest import io
 
 from . import shown
-from .inputs import group_input, instruction_input, size_input
+from .inputs import group_input, instruction_input, prompt_input, size_input
+from .notes import read_prompt
 from .pictures import references_of
 from .references import advice, count
 from .sockets import EasyRefModel
@@ -40,9 +41,7 @@ class EasyRefGroupBudget(io.ComfyNode):
             inputs=[
                 EasyRefModel.Input("easyref", tooltip="From Load EasyRef."),
                 group_input("A reference group, or an image batch."),
-                io.String.Input(
-                    "prompt", multiline=True, tooltip="The prompt that will be encoded with the group."
-                ),
+                prompt_input("The prompt that will be encoded with the group."),
                 instruction_input("The instruction that will be encoded with the group."),
                 size_input("Pixels: the size to encode at.", advanced=None),
             ],
@@ -68,13 +67,14 @@ class EasyRefGroupBudget(io.ComfyNode):
         size: int,
     ) -> io.NodeOutput:
         pictures = sides(references_of(group))
-        model, memory = easyref.model, usable_memory(easyref)
-        needed = model.budget(pictures, prompt, instruction, size)
-        largest = model.largest_size(pictures, prompt, instruction, size, memory) or 0
+        model, memory, (text, notes) = easyref.model, usable_memory(easyref), read_prompt(prompt)
+        needed = model.budget(pictures, text, instruction, size)
+        largest = model.largest_size(pictures, text, instruction, size, memory) or 0
         report = "\n".join(
             [
                 f"{count(len(pictures))} at {size} pixels: {needed.total:,} of {needed.limit:,} tokens "
                 f"({needed.text_tokens:,} of them text).",
+                *notes,
                 *read_as(needed),
                 *advice(len(pictures)),
                 memory_line(easyref, needed),

@@ -13,7 +13,8 @@ from ..easyref_core import INSTRUCTION, SIZE
 from ..easyref_core.influence import FEWEST, STANDS_OUT, change, likeness, odd_one, to_the_others
 from ..easyref_core.plots import Bar, bar_chart, matrix_chart
 from ..easyref_core.visualize import stacked
-from .inputs import group_input, instruction_input, size_input
+from .inputs import group_input, instruction_input, prompt_input, size_input
+from .notes import read_prompt
 from .pictures import image_of, pictures_of, references_of
 from .sockets import EasyRefGroupSocket, EasyRefModel
 
@@ -40,12 +41,7 @@ class EasyRefReferenceInfluence(io.ComfyNode):
             inputs=[
                 EasyRefModel.Input("easyref", tooltip="From Load EasyRef."),
                 group_input("A reference group or an image batch, of 2 or more."),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    tooltip="The prompt that Encode Reference Group reads.",
-                ),
+                prompt_input("The prompt that Encode Reference Group reads. Link one text node to both."),
                 instruction_input("As in Encode Reference Group."),
                 size_input("Pixels, as in Encode Reference Group."),
             ],
@@ -77,12 +73,12 @@ class EasyRefReferenceInfluence(io.ComfyNode):
             raise ValueError(
                 f"The group holds {len(references)} reference; its influence shows only beside others. Give it 2 or more."
             )
-        images = [image[0] for image in references]
-        changes, similarity = measure(easyref, images, prompt, instruction, size)
+        images, (text, notes) = [image[0] for image in references], read_prompt(prompt)
+        changes, similarity = measure(easyref, images, text, instruction, size)
         odd, score = odd_one(similarity)
         chart = image_of(draw(pictures_of(references), changes, similarity, odd))
         kept = tuple(image for i, image in enumerate(references) if i != odd)
-        report = describe(changes, similarity, odd, score)
+        report = "\n".join([describe(changes, similarity, odd, score), *notes])
         return io.NodeOutput(chart, report, odd, kept, ui=ui.PreviewImage(chart, cls=cls))
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..easyref_core.attention import KeyValue
+    from ..easyref_core.group_reader import PreparedGroup
     from .key_values import KeyValueRows
 
 ADDITIONAL = "easyref"  # key of the projections among a model's additional models
@@ -72,11 +73,16 @@ class HostedEasyRef:
 
         progress: told the part that is done after each of the MLLM body's blocks, in place of counting.
         """
-        group = self.model.prepare(images, prompt, instruction, size)
+        return self.encode_prepared(self.model.prepare(images, prompt, instruction, size), progress)
+
+    def encode_prepared(
+        self, group: PreparedGroup, progress: Callable[[float], None] | None = None
+    ) -> ContextStates:
+        """Context states of a prepared group; see encode."""
         work = self.model.reader.work(group)
         self._load_for(work.patches, work.tokens, work.start)
         start = time.monotonic()
-        context = self.model.encode_prepared(group, progress or counted(len(images)))
+        context = self.model.encode_prepared(group, progress or counted(len(group.digests)))
         if not work.start:  # a few tokens read on take the time of the weights, not of their operations
             done = operations(self.model.config, work.patches, work.tokens)
             self.rate = done / max(time.monotonic() - start, 1e-3)

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..easyref_core.duplicates import duplicates
 from ..easyref_core.number_lists import parse_references
 from . import shown
+from .notes import duplicate_notes
 from .pictures import split
 from .sockets import EasyRefGroupSocket
 
@@ -97,10 +98,8 @@ class EasyRefSelectReferences(io.ComfyNode):
 
 def show_group(references: Sequence[Tensor], notes: Sequence[str] = ()) -> dict[str, Any]:
     """The ui of a node that made a group: a contact sheet with sizes, how many there are, duplicates, and notes."""
-    lines = [count(len(references)), *notes, *advice(len(references))]
-    for double in duplicates([reference[0] for reference in references]):
-        same = "is the same picture as" if double.same else "looks nearly like"
-        lines.append(f"Warning: reference {double.second} {same} reference {double.first}.")
+    doubles = duplicate_notes(duplicates([reference[0] for reference in references]))
+    lines = [count(len(references)), *notes, *advice(len(references)), *doubles]
     return {**shown.pictures(references), **shown.text("\n".join(lines))}
 
 

@@ -75,6 +75,54 @@ def test_it_is_in_the_template_browser(server, workflow) -> None:
         assert server.get(f"/api/workflow_templates/ComfyUI-EasyRef/{workflow.stem}.{suffix}")
 
 
+# The prompt of both readers
+
+
+def test_one_text_node_is_read_by_clip_and_mllm_as_it_is(page) -> None:
+    browser.open_workflow(page, WORKFLOW)
+    typed = "a {red|blue} (cat:1.2) // a note"
+    output = page.evaluate(
+        """async typed => {
+            const text = app.graph._nodes.find(node => node.type === 'PrimitiveStringMultiline')
+            text.widgets[0].value = typed
+            return (await app.graphToPrompt()).output
+        }""",
+        typed,
+    )
+    encode = next(node for node in output.values() if node["class_type"] == "EasyRefEncodeGroup")
+    source = encode["inputs"]["prompt"]
+    readers = [
+        node["class_type"]
+        for node in output.values()
+        if source in (node["inputs"].get("text"), node["inputs"].get("prompt"))
+    ]
+    assert sorted(readers) == ["CLIPTextEncode", "EasyRefEncodeGroup"]
+    assert output[source[0]]["inputs"]["value"] == typed
+
+
+def test_a_choice_is_drawn_for_clip_alone(page) -> None:
+    """So that the MLLM's node finds it and refuses it, in place of drawing another one."""
+    typed = page.evaluate(
+        """async typed => {
+            app.graph.clear()
+            for (const [type, name] of [['CLIPTextEncode', 'text'], ['EasyRefEncodeGroup', 'prompt'],
+                                        ['EasyRefReferenceInfluence', 'prompt'], ['EasyRefGroupBudget', 'prompt']]) {
+                const node = LiteGraph.createNode(type)
+                app.graph.add(node)
+                node.widgets.find(widget => widget.name === name).value = typed
+            }
+            const output = (await app.graphToPrompt()).output
+            return Object.fromEntries(Object.values(output).map(
+                node => [node.class_type, node.inputs.text ?? node.inputs.prompt]))
+        }""",
+        "{red|blue}",
+    )
+    assert typed.pop("CLIPTextEncode") in ("red", "blue")
+    assert typed == dict.fromkeys(
+        ("EasyRefEncodeGroup", "EasyRefReferenceInfluence", "EasyRefGroupBudget"), "{red|blue}"
+    )
+
+
 # The workflow that needs no file
 
 

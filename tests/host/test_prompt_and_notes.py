@@ -1,0 +1,125 @@
+"""What Encode Reference Group reads of a prompt, and the notes that it shows about its inputs."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from . import golden
+from .sampling import Easy
+
+PROMPT = golden.SETTINGS["prompt"]
+SIZE = 84
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    """Four references that differ, as a batch."""
+    return torch.rand(4, 96, 96, 3, generator=torch.Generator().manual_seed(0))
+
+
+def execute(easy: Easy, module: str, node: str, *inputs: Any) -> Any:
+    with torch.inference_mode():
+        return getattr(golden.part(easy.pack, f"nodes.{module}"), node).execute(easy.easyref, *inputs)
+
+
+def encode(easy: Easy, group: Any, prompt: str = PROMPT) -> tuple[Any, str]:
+    """The context, and the text that the node shows."""
+    output = execute(easy, "encode", "EasyRefEncodeGroup", group, prompt, "Look:\n", SIZE)
+    return output.result[0], output.ui["text"][0]
+
+
+# The prompt
+
+
+def test_weights_are_read_as_the_host_reads_them() -> None:
+    """Against ComfyUI's own parser, on random texts of its syntax."""
+    from comfy.sd1_clip import escape_important, token_weights, unescape_important
+
+    from easyref_core.prompt_syntax import plain_text
+
+    parts = ["(", ")", "\\(", "\\)", "a", " ", ":", "1.2", ":1.3", "\\", ","]
+    choose = random.Random(0)
+    for _ in range(20_000):
+        text = "".join(choose.choices(parts, k=choose.randint(0, 14)))
+        segments = token_weights(escape_important(text), 1.0)
+        assert plain_text(text) == "".join(unescape_important(segment) for segment, _ in segments), text
+
+
+def test_the_mllm_reads_plain_text(easy, images) -> None:
+    plain, shown = encode(easy, images, "a smiling cat, on grass")
+    assert "The MLLM reads" not in shown
+    weighted, shown = encode(easy, images, "a (smiling:1.3) cat, embedding:fur, on ((grass)) <lora:x:1>")
+    assert "text encoders: a smiling cat, on grass\n" in shown
+    assert torch.equal(weighted.states, plain.states)
+    assert weighted.provenance.prompt == "a smiling cat, on grass"
+
+
+def test_a_choice_that_was_not_made_is_refused(easy, images) -> None:
+    with pytest.raises(ValueError, match=r"'\{red\|blue\}'.*in one text node that is linked to both"):
+        encode(easy, images, "a {red|blue} cat")
+
+
+def test_budget_counts_what_encode_reads(easy, images) -> None:
+    prompt = "a (smiling:1.3) cat, embedding:fur, <lora:x:1>"
+    context, _ = encode(easy, images, prompt)
+    output = execute(easy, "group_budget", "EasyRefGroupBudget", images, prompt, "Look:\n", SIZE)
+    assert f"{context.states.shape[1]:,} of " in output.result[2]
+    assert "text encoders: a smiling cat" in output.result[2]
+
+
+def test_influence_reads_what_encode_reads(easy, images) -> None:
+    plain, weighted = (
+        execute(easy, "influence", "EasyRefReferenceInfluence", images, prompt, "Look:\n", SIZE).result[1]
+        for prompt in ("a cat", "a (cat:1.3)")
+    )
+    assert weighted == f"{plain}\n{weighted.splitlines()[-1]}"
+    assert weighted.endswith("text encoders: a cat")
+
+
+# Notes
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "(embedding:x:1.2)"])
+def test_empty_prompt(easy, images, prompt: str) -> None:
+    assert "Warning: the prompt is empty." in encode(easy, images, prompt)[1]
+
+
+def test_a_good_group_has_no_warning(easy, images) -> None:
+    assert "Warning" not in encode(easy, images)[1]
+
+
+def test_duplicates_and_black_images(easy, images) -> None:
+    brighter = (images[1:2] + 0.01).clamp(max=1)
+    black = torch.zeros(1, 96, 96, 3)
+    batch = torch.cat([images, images[:1], brighter, black])
+    wanted = [
+        "Warning: reference 7 is black, as the unconditional side's image is. Remove it from the group.",
+        "Warning: reference 5 is the same picture as reference 1.",
+        "Warning: reference 6 looks nearly like reference 2.",
+    ]
+    for group in (batch, tuple(batch.split(1))):
+        assert encode(easy, group)[1].splitlines()[-3:] == wanted
+
+
+def test_notes_of_eight_large_references_take_no_time(easy) -> None:
+    notes = golden.part(easy.pack, "nodes.notes")
+    large = [image[0] for image in torch.rand(8, 1024, 1024, 3).split(1)]
+    group = easy.easyref.model.prepare(large, PROMPT, "Look:\n", 336)
+    notes.image_notes(group)
+    start = time.perf_counter()
+    assert notes.image_notes(group) == []
+    assert (
+        time.perf_counter() - start < 0.05
+    )  # about 1 ms; ten times as much where images were compared again
+
+
+def test_window(pack) -> None:
+    note = golden.part(pack, "nodes.notes").window_note
+    assert note(0.2, 0.8) is None
+    for start, end in ((0.8, 0.2), (0.5, 0.5)):
+        assert f"start_percent is {start:g} and end_percent is {end:g}" in note(start, end)
