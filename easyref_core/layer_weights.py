@@ -124,7 +124,7 @@ def parse_layer_weights(text: str) -> tuple[float, ...]:
         if layer in factors:
             raise ValueError(f"layer_weights names layer {layer} twice. Name each layer once.")
         name = f"layer_weights for layer {layer}"
-        example = "index:weight pairs, as in 3:1, 6:0.5"
+        example = 'index:weight pairs, as in "3:1, 6:0.5"'
         factors[layer] = parse_number(weight, name, -LARGEST_FACTOR, LARGEST_FACTOR, example=example)
     return _only(factors).factors
 

@@ -4,11 +4,11 @@
     pairs        0.2:1, 0.8:0     spaces around the colon are allowed
     references   3, 1-2           whole numbers from 1, ranges, and "all"
 
-Commas, semicolons, spaces, tabs and line breaks separate entries; several in a row count as one. Full-width digits and
-signs (０ ． ， ； ： 、 －) are read as their ASCII forms.
+Commas, semicolons, spaces, tabs and line breaks separate entries; several in a row count as one. Full-width
+digits and signs (０ ． ， ； ： 、 －) are read as their ASCII forms.
 
-A decimal has a point. `0,5` may be one half with a decimal comma, or 0 and 5, so it is an error. In general, a comma
-directly before a digit is an error, unless it can only be a separator:
+A decimal has a point. `0,5` may be one half with a decimal comma, or 0 and 5, so it is an error. In general, a
+comma directly before a digit is an error, unless it can only be a separator:
 
     1, 0.5, 0     a space follows the comma
     1,0.5,0       a number joined to it by commas has a decimal point
@@ -47,7 +47,8 @@ def parse_numbers(
     Raises ValueError for anything else, and for a comma that may be a decimal comma.
     """
     entries = split_entries(text, name)
-    return [parse_number(entry, name, low, high, example=f"numbers, as in {example}") for entry in entries]
+    example = f'numbers, as in "{example}"'
+    return [parse_number(entry, name, low, high, example=example) for entry in entries]
 
 
 def parse_number(
@@ -80,7 +81,7 @@ def parse_reference_weights(text: str, name: str, count: int) -> list[float]:
     weights and their bounds are left to ContextStates.weighed.
     """
     entries = split_entries(text, name)
-    example = "one number for each reference, as in 1, 0.5, 1, or reference:weight pairs, as in 2:0.5"
+    example = 'one number for each reference, as in "1, 0.5, 1", or reference:weight pairs, as in "2:0.5"'
     if not entries:
         return [1.0] * count
     if not require_alike(entries, name, "reference:weight", example):
@@ -99,7 +100,7 @@ def parse_reference_weights(text: str, name: str, count: int) -> list[float]:
 def split_entries(text: str, name: str, *, whole: bool = False) -> list[str]:
     """Entries of a list in ASCII, a pair as "a:b" without spaces.
 
-    whole: the list holds whole numbers, so that no comma is a decimal comma, and ranges "1 - 3" lose their spaces.
+    whole: the list holds whole numbers, so that no comma is a decimal comma; ranges "1 - 3" lose their spaces.
     Raises ValueError for a comma that may be a decimal comma.
     """
     text = _joined(text.translate(_TO_ASCII), ":")
@@ -130,7 +131,8 @@ def _joined(text: str, sign: str) -> str:
 def _refuse_decimal_comma(run: str, name: str, mixed: bool) -> None:
     """Raises ValueError where a comma of a run, which holds no space, may be a decimal comma.
 
-    mixed: some entries of the list are pairs and others are not, which a decimal comma explains even beside a point.
+    mixed: some entries of the list are pairs and others are not, which a decimal comma explains even where the
+    run has a decimal point.
     """
     comma = _DECIMAL_COMMA.search(run)
     if comma is None or (not mixed and re.search(r"[.eE]", run)):
@@ -139,8 +141,9 @@ def _refuse_decimal_comma(run: str, name: str, mixed: bool) -> None:
     decimal = f"{whole if whole.strip('+-') else whole + '0'}.{fraction}"
     listed = "; ".join(filter(None, run.split(",")))
     raise ValueError(
-        f"{name} has {brief(repr(run.strip(',')))}, where a comma may be a decimal comma. Write decimals with a point, as in "
-        f"{brief(decimal)}, and separate numbers by semicolons or by commas with a space, as in {brief(listed)}."
+        f"{name} has {brief(repr(run.strip(',')))}, where a comma may be a decimal comma. Write decimals with a "
+        f"point, as in {brief(decimal)}, and separate numbers by semicolons or by commas with a space, as in "
+        f"{brief(listed)}."
     )
 
 
@@ -159,6 +162,6 @@ def _reference(text: str, entry: str, name: str, count: int) -> int:
     if 1 <= number <= count and number == int(number):
         return int(number)
     raise ValueError(
-        f"{name} has {brief(repr(entry))}, and there is no such reference in a group of {count}. Write whole numbers from 1 to "
-        f"{count}, ranges such as 1-{count}, or {ALL}."
+        f"{name} has {brief(repr(entry))}, and there is no such reference in a group of {count}. Write whole "
+        f"numbers from 1 to {count}, ranges such as 1-{count}, or {ALL}."
     )

@@ -3,10 +3,10 @@
     (smile:1.3)  (x)  ((x))       weights: the text inside, as ComfyUI's parser reads it
     \\(  \\)                        literal brackets
     embedding:name                dropped
-    <lora:name:0.8>  BREAK        dropped; other interfaces read them, ComfyUI's text encoders do not
+    <lora:name:0.8>  BREAK        dropped; other interfaces read them, ComfyUI's encoders do not
     /* comment */  // comment     dropped, as the frontend does in the text box of CLIP Text Encode
     {x}  \\{  \\}  \\|              x and literal characters, likewise
-    {a|b}                         an error: the frontend draws a or b for each text box, and another one for the next
+    {a|b}                         an error: the frontend draws a or b for each text box by itself
 
 [x], and x:1.3 outside brackets, have no meaning in ComfyUI and stay. A prompt without syntax comes back unchanged.
 """
@@ -63,9 +63,9 @@ def _without_braces(text: str) -> str:
         if sign == "|" and level:
             block = text[opened:]
             raise ValueError(
-                f"prompt has a choice that was not made: {brief(repr(block[: block.find('}') + 1] or block))}. ComfyUI "
-                "makes such choices in the text box of CLIP Text Encode alone, so SDXL and the MLLM could read different "
-                "prompts. Write one of the alternatives, in one text node that is linked to both."
+                f"prompt has a choice that was not made: {brief(repr(block[: block.find('}') + 1] or block))}. "
+                "ComfyUI makes such choices in the text box of CLIP Text Encode alone, so SDXL and the MLLM could "
+                "read different prompts. Write one of the alternatives, in one text node that is linked to both."
             )
         if sign == "{" or (sign == "}" and level):
             parts.append(text[end : found.start()])

@@ -10,7 +10,7 @@ from .number_lists import parse_number, require_alike, split_entries
 from .tensor_files import brief
 
 NAME = "weight_schedule"
-EXAMPLE = "numbers, as in 1, 0.5, 0, or percent:weight pairs, as in 0.2:1, 0.8:0"
+EXAMPLE = 'numbers, as in "1, 0.5, 0", or percent:weight pairs, as in "0.2:1, 0.8:0"'
 STEPS = 999  # SDXL was trained with 1000 timesteps: between two of them log sigma is linear in the percent
 NEARLY = 1e-9  # percent_to_sigma gives no schedule's sigmas at exactly 0 and 1
 

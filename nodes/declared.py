@@ -22,7 +22,7 @@ Checks = dict[str, Callable[[Any], None]]  # by the input's name
 
 
 def keep_to_schema(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The node, whose `execute` raises ValueError or TypeError for a name or a value that its schema does not allow."""
+    """The node, whose `execute` raises ValueError or TypeError for names and values that its schema does not allow."""
     run = node.__dict__["execute"].__func__
     signature = inspect.signature(run)
 
@@ -60,7 +60,7 @@ def _require_known(node: type[io.ComfyNode], given: Mapping[str, Any]) -> None:
     """Raises ValueError for inputs that the node does not have, and names those that it has."""
     names = _names(node)
     for name, value in given.items():
-        # an input that grows comes as a mapping of its sockets, and as something else where a link has its bare name
+        # An input that grows is a mapping of its sockets, unless a link has its bare name.
         if name not in names or (names[name] != (name,) and not isinstance(value, Mapping)):
             raise ValueError(unknown_input(node, name))
 
@@ -78,7 +78,7 @@ def unknown_input(node: type[io.ComfyNode], name: str) -> str:
 
 
 def _names(node: type[io.ComfyNode]) -> dict[str, tuple[str, ...]]:
-    """Names under which a prompt fills each input: its own, or of an input that grows, images.image0 and so on."""
+    """Names of each input in a prompt: its own, or of an input that grows, images.image0 and so on."""
     return {
         one.id: tuple(f"{one.id}.{name}" for name in one.template.names)
         if isinstance(one, io.Autogrow.Input)

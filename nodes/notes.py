@@ -32,6 +32,7 @@ def read_prompt(prompt: str) -> tuple[str, list[str]]:
 
 
 def empty_prompt_note(text: str) -> str | None:
+    """A warning of a prompt of which nothing is left to read."""
     if text.strip():
         return None
     return "Warning: the prompt is empty. EasyRef works best with the prompt that SDXL's text encoders read."
@@ -42,8 +43,8 @@ def window_note(start: float, end: float) -> str | None:
     if start < end:
         return None
     return (
-        f"Warning: start_percent is {start:g} and end_percent is {end:g}, so the references never act. Set start_percent "
-        "below end_percent."
+        f"Warning: start_percent is {start:g} and end_percent is {end:g}, so the references never act. Set "
+        "start_percent below end_percent."
     )
 
 
@@ -59,6 +60,7 @@ def image_notes(group: PreparedGroup) -> list[str]:
 
 
 def black_notes(numbers: Sequence[int]) -> list[str]:
+    """A warning for each of the black references, which count from 1."""
     return [
         f"Warning: reference {number} is black, as the unconditional side's image is. Remove it from the group."
         for number in numbers

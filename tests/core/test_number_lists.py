@@ -78,7 +78,7 @@ def test_a_comma_that_may_be_a_decimal_comma_is_refused(text: str, decimal: str,
 )
 def test_what_is_no_number_is_refused(text: str) -> None:
     with pytest.raises(
-        ValueError, match=r"^weights has '.*' where a number is wanted\. Write numbers, as in 1, 0.5, 0"
+        ValueError, match=r"^weights has '.*' where a number is wanted\. Write numbers, as in \"1, 0.5, 0\""
     ):
         parse_numbers(f"1, {text}", "weights")
 
@@ -86,7 +86,7 @@ def test_what_is_no_number_is_refused(text: str) -> None:
 def test_bounds_are_named() -> None:
     assert parse_numbers("-1, 3", "weights", -1, 3) == [-1, 3]
     with pytest.raises(
-        ValueError, match=r"ends has '1.5' where a number is wanted, from 0 to 1\. Write .* 0.4, 1"
+        ValueError, match=r"ends has '1.5' where a number is wanted, from 0 to 1\. Write .* \"0.4, 1\""
     ):
         parse_numbers("1, 1.5", "ends", 0, 1, example="0.4, 1")
 

@@ -240,7 +240,7 @@ def test_weights_as_text(easy) -> None:
     assert parse("1; 2", 2) == [1, 2]
     with pytest.raises(ValueError, match=r"weights has '0,5', where a comma may be a decimal comma"):
         parse("0,5", 2)
-    with pytest.raises(ValueError, match=r"weights has 'x' where a number is wanted.* as in 1, 0.5"):
+    with pytest.raises(ValueError, match=r"weights has 'x' where a number is wanted.* as in \"1, 0.5\""):
         parse("1, x", 2)
     with pytest.raises(ValueError, match=r"3 weights \(1, 2, 3\) for 2 sets"):
         parse("1, 2, 3", 2)
