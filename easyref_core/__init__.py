@@ -20,6 +20,7 @@ The flow, in reading order (K references, S about 145 K + 60 tokens of context, 
     token_files.py       reference tokens as files; whole_files.py writes them, and all others, whole or not at all
     negative.py          what the unconditional side reads in place of references
     formats.py           checkpoint formats as data; checkpoint.py opens one, from tensor_files.py, with the sizes of config.py
+    image_files.py       image files that Pillow can read here
     presets.py           instructions to choose from; budget.py what a group will take; duplicates.py, crop.py for references
     aggregation_attention.py, influence.py, where_it_acts.py, consistency.py  what is read, by whom, where it acts; how near
     diffusers_unet.py    the same attention on a diffusers UNet

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import folder_paths
 import node_helpers
 from comfy_api.latest import io
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
+from ..easyref_core.image_files import SortedFiles, no_reader_reason, open_image, sort_files
 from ..easyref_core.preprocess import to_rgb
 from ..easyref_core.tensor_files import brief
 from . import files
@@ -19,9 +20,11 @@ from .references import show_group
 from .sockets import EasyRefGroupSocket
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 MOST = 112  # references of one folder; chained folders make larger groups
+NAMED = 8  # files that one line of the report names; it counts the rest
 
 
 class EasyRefGroupFromFolder(io.ComfyNode):
@@ -32,7 +35,7 @@ class EasyRefGroupFromFolder(io.ComfyNode):
             display_name="Reference Group from Folder",
             category="EasyRef",
             description="The pictures of a folder inside ComfyUI's input folder as one group, in the order of their "
-            "names (2 before 10). Each keeps its size. Files that are no pictures are passed over.",
+            "names (2 before 10). Each keeps its size. The node names the files that it leaves out, with the reason.",
             search_aliases=["load images from folder", "image directory", "batch load references"],
             inputs=[
                 io.String.Input(
@@ -74,8 +77,9 @@ class EasyRefGroupFromFolder(io.ComfyNode):
         if folder is None or limit is None or start is None:  # linked: not known yet
             return ""
         try:
-            found = pictures_in(folder, start, limit)
-            return " ".join([*(file.name for file in found), files.state_of(found)])
+            found = sorted_files(folder)
+            taken = pictures_in(folder, found.readable[start : start + limit])
+            return " ".join([*(file.name for file in taken), files.state_of(taken), *found.no_reader])
         except (OSError, ValueError) as error:  # execute says it
             return str(error)
 
@@ -83,27 +87,30 @@ class EasyRefGroupFromFolder(io.ComfyNode):
     def execute(
         cls, folder: str, limit: int, start: int, group: tuple[Tensor, ...] | None = None
     ) -> io.NodeOutput:
-        found = pictures_in(folder, start, limit)
+        found = sorted_files(folder)
+        tried = pictures_in(folder, found.readable[start : start + limit])
         taken, names, notes = [], [], []
-        for file in found:
+        for file in tried:
             try:
                 taken.append(read(file))
                 names.append(file.name)
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                notes.append(f"Warning: {file.name} was left out, it could not be read ({error}).")
+            except Exception as error:  # Pillow's decoders raise errors of every kind for foreign bytes
+                reason = brief(error) or type(error).__name__
+                notes.append(f"Warning: {brief(file.name)} was left out, it could not be read ({reason}).")
+        notes += left_out(found) + beyond_the_limit(len(found.readable), start, limit)
         if not taken:
             raise ValueError(
                 f"No picture was found in {brief(repr(folder))} of the input folder "
-                f"({len(found)} files tried, from number {start} on). Put pictures there, or give another folder. {' '.join(notes)}".rstrip()
+                f"({len(tried)} files tried, from number {start} on). Put pictures there, or give another folder. {' '.join(notes)}".rstrip()
             )
         references = (*(group or ()), *taken)
         return io.NodeOutput(references, "\n".join(names), ui=show_group(references, notes))
 
 
-def pictures_in(folder: str, start: int, limit: int) -> list[Path]:
-    """The picture files to take, in the order of their names.
+def sorted_files(folder: str) -> SortedFiles:
+    """Names of the files in a folder, in the order of their names.
 
-    Raises ValueError for a folder that is not inside the input folder, FileNotFoundError where there is none.
+    Raises ValueError for a folder that is not inside the input folder, FileNotFoundError if it does not exist.
     """
     base = Path(folder_paths.get_input_directory()).resolve()
     path = inside(base, folder)
@@ -112,11 +119,36 @@ def pictures_in(folder: str, start: int, limit: int) -> list[Path]:
         raise FileNotFoundError(
             f"There is no folder {brief(repr(folder))} in {base}. Give one that is. Folders there: {', '.join(there) or 'none'}."
         )
-    names = folder_paths.filter_files_content_types(
-        [entry.name for entry in path.iterdir() if entry.is_file()], ["image"]
-    )
-    chosen = sorted(names, key=natural)[start : start + limit]
-    return [inside(base, str(Path(folder, name))) for name in chosen]
+    return sort_files(sorted((entry.name for entry in path.iterdir() if entry.is_file()), key=natural))
+
+
+def pictures_in(folder: str, names: list[str]) -> list[Path]:
+    """Full paths of image files in a folder. Raises ValueError for a link that leads out of the input folder."""
+    base = Path(folder_paths.get_input_directory()).resolve()
+    return [inside(base, str(Path(folder, name))) for name in names]
+
+
+def left_out(found: SortedFiles) -> list[str]:
+    """Lines of the report that name the files which are not read, with the reason. Hidden files are not named."""
+    by_reason: dict[str, list[str]] = {}
+    for name in found.no_reader:
+        by_reason.setdefault(no_reader_reason(name), []).append(name)
+    lines = [f"Warning: left out, {reason}: {listed(names)}." for reason, names in by_reason.items()]
+    if visible := [name for name in found.other if not name.startswith(".")]:
+        lines.append(f"Left out, not an image: {listed(visible)}.")
+    return lines
+
+
+def beyond_the_limit(count: int, start: int, limit: int) -> list[str]:
+    """A line that says how many of `count` images are outside the window that start and limit give."""
+    outside = count - len(range(count)[start : start + limit])
+    return [f"{outside} of {count} images were not taken (start {start}, limit {limit})."] if outside else []
+
+
+def listed(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(map(brief, names[:NAMED])) + more
 
 
 def inside(base: Path, relative: str) -> Path:
@@ -143,6 +175,6 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 def read(file: Path) -> Tensor:
     """A picture file as (1, height, width, 3) in 0..1, turned as its EXIF data says; the first one of an animation."""
-    image = node_helpers.pillow(Image.open, file)
+    image: Image.Image = node_helpers.pillow(open_image, file)
     image = node_helpers.pillow(ImageOps.exif_transpose, image)
     return image_of(to_rgb(image))

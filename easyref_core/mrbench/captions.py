@@ -10,9 +10,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..image_files import no_reader_reason, sort_files
 from .pictures import Exclusion
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 METADATA = "metadata.jsonl"
 METADATA_KEYS = {"file_name", "text", "category"}
 NO_CATEGORY = "uncategorised"
@@ -29,7 +29,10 @@ class CaptionedImage:
 
 
 def read_folder(folder: Path, category: str = NO_CATEGORY) -> tuple[list[CaptionedImage], list[Exclusion]]:
-    """Every captioned image, sorted by path, and those without a caption. category: of images that name none."""
+    """Every captioned image, sorted by path; and the images without a caption or of a format that Pillow cannot read.
+
+    category: of images that name none.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(
             f"There is no folder {folder}; wanted one with a subfolder of images for each topic."
@@ -39,7 +42,11 @@ def read_folder(folder: Path, category: str = NO_CATEGORY) -> tuple[list[Caption
     images, exclusions = [], []
     for topic in topics:
         captions = {**known, **_read_metadata(topic)}
-        for file in sorted(path for path in topic.iterdir() if path.suffix.lower() in SUFFIXES):
+        found = sort_files(path.name for path in sorted(topic.iterdir()))
+        exclusions += [
+            Exclusion("picture", str(topic / name), no_reader_reason(name)) for name in found.no_reader
+        ]
+        for file in (topic / name for name in found.readable):
             text, own = captions.get(file) or (_text_beside(file), None)
             if text:
                 images.append(CaptionedImage(file, topic.name, text, own or category))

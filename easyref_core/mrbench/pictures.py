@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from ..image_files import open_image
+
 
 class BrokenPicture(ValueError):
     """A picture file that is missing or cannot be read; its text is the reason, without the file's name."""
@@ -32,7 +34,7 @@ def open_picture(path: Path) -> Image.Image:
     if not path.is_file():
         raise BrokenPicture("there is no such file")
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
     # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on foreign bytes.
     except Exception as error:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..image_files import open_image
 from ..instructions import INSTRUCTION, image_token_id, tokenize
 from ..preprocess import SIZE, black_image, preprocess, to_rgb
 from .batches import Batch, Sample, collate, generator, new_seed, row_at
@@ -113,7 +114,7 @@ class RowExamples:
     def open(self, file: str, row: Row) -> Image.Image:
         """A picture as RGB."""
         try:
-            with Image.open(self.root / file) as image:
+            with open_image(self.root / file) as image:
                 return to_rgb(image, file)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(

@@ -25,6 +25,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..image_files import open_image
+
 log = logging.getLogger(__name__)
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
@@ -258,7 +260,7 @@ def _check_face(face: Box, size: tuple[int, int]) -> None:
 
 def _size(root: Path, file: str) -> tuple[int, int]:
     try:
-        with Image.open(root / file) as image:
+        with open_image(root / file) as image:
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BrokenRow(f"{file} cannot be read as a picture ({error})") from error
@@ -266,7 +268,7 @@ def _size(root: Path, file: str) -> tuple[int, int]:
 
 def _decode(root: Path, file: str) -> None:
     try:
-        with Image.open(root / file) as image:
+        with open_image(root / file) as image:
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BrokenRow(f"{file} cannot be read as a picture ({error})") from error

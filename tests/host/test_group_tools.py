@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import itertools
+import mimetypes
+import struct
+import subprocess
 from pathlib import Path
 
 import folder_paths
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from . import golden, graphs
 
@@ -116,6 +119,117 @@ def test_broken_picture_is_left_out_and_named(from_folder, inputs):
     assert "5x5 pixels" in text_of(output)
 
 
+@pytest.fixture
+def bare_system(monkeypatch) -> None:
+    """A system whose table of file types knows .png and .txt alone, before the host has cached any other."""
+    table = mimetypes.MimeTypes(filenames=())
+    table.types_map = table.types_map_inv = ({}, {})
+    table.add_type("image/png", ".png")
+    table.add_type("text/plain", ".txt")
+    monkeypatch.setattr(mimetypes, "guess_type", table.guess_type)
+    monkeypatch.setattr(folder_paths, "extension_mimetypes_cache", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.jfif", "JPEG"),
+        ("a.JPE", "JPEG"),
+        ("a.avif", "AVIF"),
+        ("a.tga", "TGA"),
+        ("a.mpo", "MPO"),
+        ("a.jp2", "JPEG2000"),
+        ("a.webp", "WEBP"),
+        ("a.qoi", "QOI"),
+    ],
+)
+def test_what_pillow_reads_is_read_whatever_the_system_s_table_says(
+    from_folder, inputs, bare_system, name: str, kind: str
+):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
+    draw(inputs / "a" / name, format=kind)
+    output = from_folder.execute("a", 16, 0)
+    assert output.args[1] == name
+    assert output.args[0][0].shape == (1, 20, 30, 3)
+    (shown,) = output.ui["images"]  # the contact sheet is a PNG, whatever the files were
+    assert shown["filename"].endswith(".png")
+
+
+def test_what_is_left_out_is_named_with_the_reason(from_folder, inputs):
+    draw(inputs / "a" / "1.png")
+    for name in ("2.jxl", "3.heic", "4.HEIC", "notes.txt", "film.mpg", ".hidden"):
+        (inputs / "a" / name).write_bytes(b"of another kind")
+    (inputs / "a" / "5.png").write_bytes(b"no picture")
+    output = from_folder.execute("a", 16, 0)
+    assert output.args[1] == "1.png"
+    said = text_of(output).splitlines()
+    assert "Warning: left out, Pillow has no reader for .jxl files here: 2.jxl." in said
+    assert "Warning: left out, Pillow has no reader for .heic files here: 3.heic, 4.HEIC." in said
+    assert "Left out, not an image: film.mpg, notes.txt." in said
+    assert any(line.startswith("Warning: 5.png was left out, it could not be read (") for line in said)
+    assert ".hidden" not in text_of(output)
+
+
+def test_a_reader_that_a_plugin_adds_is_used(from_folder, inputs, monkeypatch):
+    draw(inputs / "a" / "1.jxl", format="PNG")
+    Image.init()
+    monkeypatch.setitem(Image.EXTENSION, ".jxl", "PNG")
+    assert from_folder.execute("a", 16, 0).args[1] == "1.jxl"
+
+
+def test_many_files_that_are_no_images_are_counted(from_folder, inputs):
+    for number in range(1, 21):
+        draw(inputs / "a" / f"{number}.png", seed=number)
+        (inputs / "a" / f"{number}.txt").write_text("a caption")
+    said = text_of(from_folder.execute("a", 16, 0)).splitlines()
+    assert (
+        "Left out, not an image: 1.txt, 2.txt, 3.txt, 4.txt, 5.txt, 6.txt, 7.txt, 8.txt and 12 more." in said
+    )
+    assert "4 of 20 images were not taken (start 0, limit 16)." in said
+
+
+def test_files_that_are_not_read_take_no_place_in_the_limit(from_folder, inputs):
+    (inputs / "a").mkdir()
+    (inputs / "a" / "1.heic").write_bytes(b"of another kind")
+    for number in (2, 3, 4):
+        draw(inputs / "a" / f"{number}.png", seed=number)
+    assert from_folder.execute("a", 2, 1).args[1] == "3.png\n4.png"
+
+
+def test_an_error_of_any_kind_in_a_decoder_leaves_out_that_file_alone(from_folder, inputs, monkeypatch):
+    draw(inputs / "a" / "1.png")
+    draw(inputs / "a" / "2.bmp")
+
+    def fail(*_: object) -> None:
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr(Image.OPEN["BMP"][0], "load", fail)
+    output = from_folder.execute("a", 16, 0)
+    assert output.args[1] == "1.png"
+    assert "2.bmp was left out, it could not be read (unpack requires" in text_of(output)
+
+
+@pytest.mark.parametrize("name", ["1.eps", "1.png"])
+def test_postscript_starts_no_program(from_folder, inputs, monkeypatch, name: str):
+    """Pillow would start Ghostscript for it, also where the name says PNG."""
+    started = []
+    for call in ("check_call", "Popen", "run"):
+        monkeypatch.setattr(subprocess, call, lambda *args, **_: started.append(args))
+    (inputs / "a").mkdir()
+    Image.new("RGB", (30, 20)).save(inputs / "a" / name, format="EPS")
+    with pytest.raises(ValueError, match="No picture was found in 'a'.*1"):
+        from_folder.execute("a", 16, 0)
+    assert started == []
+
+
+def test_a_folder_of_images_without_a_reader_says_why(from_folder, inputs):
+    (inputs / "a").mkdir()
+    (inputs / "a" / "1.heic").write_bytes(b"of another kind")
+    with pytest.raises(ValueError, match=r"Pillow has no reader for \.heic files here: 1\.heic"):
+        from_folder.execute("a", 16, 0)
+
+
 def test_exif_orientation_is_applied_as_the_hosts_loader_does(from_folder, inputs):
     from nodes import LoadImage
 
@@ -162,6 +276,8 @@ def test_folder_is_read_again_when_a_file_changes(from_folder, inputs):
     assert len(set(seen)) == 3
     assert seen[-1] == from_folder.fingerprint_inputs("a", 16, 0, group=None)
     assert from_folder.fingerprint_inputs(None, 16, 0) == ""
+    (inputs / "a" / "3.heic").write_bytes(b"of another kind")
+    assert from_folder.fingerprint_inputs("a", 16, 0) not in seen  # the report names it
 
 
 # Crops

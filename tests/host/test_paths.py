@@ -62,8 +62,10 @@ def test_a_folder_of_pictures_may_have_any_name(pack, files) -> None:
     folder.mkdir()
     for name in ("2 猫.png", "10 😀.png", "1 Größe.PNG"):
         Image.new("RGB", (8, 8)).save(folder / name)
-    found = golden.part(pack, "nodes.folder").pictures_in(NAME, 0, 10)
-    assert [file.name for file in found] == ["1 Größe.PNG", "2 猫.png", "10 😀.png"]
+    module = golden.part(pack, "nodes.folder")
+    names = module.sorted_files(NAME).readable
+    assert names == ["1 Größe.PNG", "2 猫.png", "10 😀.png"]
+    assert [file.name for file in module.pictures_in(NAME, names)] == names
 
 
 # Windows, where a path may be rooted without being absolute, and absolute without being rooted

@@ -109,6 +109,28 @@ def test_broken_and_uncaptioned_pictures_are_named_and_left_out(tmp_path: Path) 
     assert [(e.what, Path(e.name).name) for e in exclusions] == [("picture", "1.png"), ("picture", "0.png")]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [("jfif", "JPEG"), ("gif", "GIF"), ("tga", "TGA"), ("jp2", "JPEG2000")]
+)
+def test_every_format_that_pillow_reads_is_taken(tmp_path: Path, suffix: str, kind: str) -> None:
+    folder = topics(tmp_path, 3)
+    picture(7).save(folder / "a" / f"more.{suffix}", format=kind)
+    (folder / "a" / "more.txt").write_text("one more")
+    (only,) = from_folder(folder).manifest.groups
+    assert {f"more.{suffix}", "0.png", "1.png", "2.png"} == {
+        file.name for file in (*only.references, only.target)
+    }
+
+
+def test_images_that_pillow_cannot_read_are_named(tmp_path: Path) -> None:
+    folder = topics(tmp_path, 3)
+    (folder / "a" / "more.jxl").write_bytes(b"of another kind")
+    (folder / "a" / "more.txt").write_text("one more")
+    _, (left_out,) = from_folder(folder)
+    assert Path(left_out.name).name == "more.jxl"
+    assert left_out.reason == "Pillow has no reader for .jxl files here"
+
+
 def test_too_few_pictures(tmp_path: Path) -> None:
     assert "has 3 usable images" in error_of(lambda: from_folder(topics(tmp_path, 2)))
 
