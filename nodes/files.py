@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import comfy.text_encoders
@@ -21,6 +21,9 @@ from ..easyref_core.tensor_files import brief
 FOLDER = "easyref"
 MLLM_KINDS = (FOLDER, "text_encoders", "LLM")
 FROM_CHECKPOINT = "from the checkpoint"
+IN_CACHE = (
+    "(Hugging Face cache)"  # after the name of a repository; the revision is not in the name, as it changes
+)
 NOTHING_FOUND = "no file in models/easyref"
 TOKENS = "easyref_tokens"  # the host's name of the folders that hold reference tokens
 TOKENS_FOLDER = "easyref"  # in the host's output and input folders
@@ -80,13 +83,15 @@ def find_checkpoint(name: str) -> Path:
 
 
 def mllm_folders() -> dict[str, Path]:
-    """{shown name: folder} of every Qwen2-VL folder, told by the config.json in it."""
-    found = {}
+    """{shown name: folder} of every Qwen2-VL folder, told by the config.json in it, and of those in Hugging Face caches."""
+    found: dict[str, Path] = {}
     for kind in MLLM_KINDS:
-        for base in folder_paths.get_folder_paths(kind):
-            for config in sorted((*Path(base).glob("*/config.json"), *Path(base).glob("*/*/config.json"))):
+        for base in map(Path, folder_paths.get_folder_paths(kind)):
+            for config in sorted((*base.glob("*/config.json"), *base.glob("*/*/config.json"))):
                 if _is_qwen2_vl(config):
                     found.setdefault(f"{kind}/{config.parent.relative_to(base).as_posix()}", config.parent)
+            for repository, folder in _cached_mllms(base):
+                found.setdefault(f"{kind}/{repository} {IN_CACHE}", folder)
     return found
 
 
@@ -212,6 +217,24 @@ def _is_inside(path: Path, folders: list[str]) -> bool:
     return ".." not in absolute.parts and any(
         absolute.is_relative_to(Path(base).absolute()) for base in folders
     )
+
+
+def _cached_mllms(base: Path) -> Iterator[tuple[str, Path]]:
+    """(repository, folder) of every Qwen2-VL in a Hugging Face cache: models--<owner>--<name>/snapshots/<revision>."""
+    for cache in sorted((*base.glob("models--*"), *base.glob("*/models--*"))):
+        if folder := _snapshot(cache):
+            yield cache.name.removeprefix("models--").replace("--", "/"), folder
+
+
+def _snapshot(cache: Path) -> Path | None:
+    """The revision that refs/main names, else the newest one; None if no revision is a Qwen2-VL."""
+    try:
+        main = (cache / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        main = ""
+    # main is compared with the folders that are there, and never made into a path
+    folders = [config.parent for config in cache.glob("snapshots/*/config.json") if _is_qwen2_vl(config)]
+    return max(folders, key=lambda folder: (folder.name == main, folder.stat().st_mtime_ns), default=None)
 
 
 def _is_qwen2_vl(config: Path) -> bool:

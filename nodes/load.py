@@ -75,7 +75,7 @@ class EasyRefLoader(io.ComfyNode):
         """Files replaced under the same name are another checkpoint."""
         found = [files.find_checkpoint(checkpoint)] if checkpoint else []
         if mllm and (folder := files.find_mllm(mllm)):
-            found += sorted(folder.iterdir())
+            found += sorted(file for file in folder.iterdir() if file.exists())  # a link may lead nowhere
         return files.state_of(found)
 
     @classmethod

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import folder_paths
 import pytest
+from safetensors.torch import load_file, save_file
 from utils.extra_config import load_extra_path_config
 
 from . import golden
@@ -164,6 +168,114 @@ def test_damaged_config_is_not_listed(files, models, content: str):
     write_config(models / "LLM" / "damaged")
     (models / "LLM" / "damaged" / "config.json").write_text(content, encoding="latin-1")
     assert files.mllm_folders() == {}
+
+
+# MLLM folders in the layout of the Hugging Face cache
+
+REPOSITORY = "models--Qwen--Qwen2-VL-2B-Instruct"
+LISTED = "Qwen/Qwen2-VL-2B-Instruct (Hugging Face cache)"
+
+
+def cache_snapshot(cache: Path, revision: str, source: Path | None = None, time: int | None = None) -> Path:
+    """A revision in a Hugging Face cache: links into blobs, of the files of `source` or of a config.json alone."""
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / revision
+    blobs.mkdir(parents=True, exist_ok=True)
+    snapshot.mkdir(parents=True)
+    files = {file.name: file.read_bytes() for file in source.iterdir()} if source else {}
+    for name, content in ({"config.json": b'{"model_type": "qwen2_vl"}'} | files).items():
+        blob = hashlib.sha256(content).hexdigest()
+        (blobs / blob).write_bytes(content)
+        (snapshot / name).symlink_to(Path("..", "..", "blobs", blob))
+    if time:
+        os.utime(snapshot, (time, time))
+    return snapshot
+
+
+def name_main(cache: Path, revision: str) -> None:
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(revision)
+
+
+@pytest.mark.parametrize("place", ["LLM", "LLM/hub", "text_encoders", "easyref"])
+def test_mllm_in_a_hugging_face_cache_is_listed_by_its_repository(files, models, place: str):
+    snapshot = cache_snapshot(models / place / REPOSITORY, "a" * 40)
+    name = f"{place.partition('/')[0]}/{LISTED}"
+    assert files.mllm_folders() == {name: snapshot}
+    assert files.find_mllm(name) == snapshot
+
+
+def test_the_revision_that_refs_main_names_is_taken(files, models):
+    cache = models / "LLM" / REPOSITORY
+    old = cache_snapshot(cache, "a" * 40, time=1000)
+    new = cache_snapshot(cache, "b" * 40, time=2000)
+    assert files.mllm_folders() == {f"LLM/{LISTED}": new}
+    name_main(cache, f"{'a' * 40}\n")
+    assert files.mllm_folders() == {f"LLM/{LISTED}": old}
+
+
+@pytest.mark.parametrize("main", ["c" * 40, "../../../secret", "", "\x00", "x" * 10_000])
+def test_refs_main_that_names_no_revision_leads_nowhere(files, models, main: str):
+    write_config(models / "secret")
+    cache = models / "LLM" / REPOSITORY
+    cache_snapshot(cache, "a" * 40, time=1000)
+    new = cache_snapshot(cache, "b" * 40, time=2000)
+    name_main(cache, main)
+    assert files.mllm_folders() == {f"LLM/{LISTED}": new}
+
+
+def test_other_models_in_a_cache_are_not_listed(files, models):
+    snapshot = models / "LLM" / "models--Qwen--Qwen2.5-VL-3B-Instruct" / "snapshots" / ("a" * 40)
+    write_config(snapshot, "qwen2_5_vl")
+    (models / "LLM" / "models--empty").mkdir()
+    (models / "LLM" / "models--incomplete" / "snapshots" / "b").mkdir(parents=True)
+    (models / "LLM" / "models--incomplete" / "snapshots" / "b" / "config.json").symlink_to("../../blobs/gone")
+    assert files.mllm_folders() == {}
+
+
+def test_a_folder_and_a_cache_of_the_same_model_are_both_listed(files, models):
+    snapshot = cache_snapshot(models / "LLM" / REPOSITORY, "a" * 40)
+    write_config(models / "LLM" / "Qwen" / "Qwen2-VL-2B-Instruct")
+    assert files.mllm_folders() == {
+        "LLM/Qwen/Qwen2-VL-2B-Instruct": models / "LLM" / "Qwen" / "Qwen2-VL-2B-Instruct",
+        f"LLM/{LISTED}": snapshot,
+    }
+
+
+def test_names_of_earlier_workflows_are_still_listed(files, tmp_path):
+    """Where extra_model_paths.yaml names one repository of a cache, its revisions were listed before caches were known."""
+    cache = tmp_path / "hub" / REPOSITORY
+    paths = tmp_path / "extra_model_paths.yaml"
+    paths.write_text(f"mine:\n  base_path: {tmp_path / 'hub'}\n  LLM: {REPOSITORY}\n")
+    load_extra_path_config(str(paths))
+    files.register_folders()
+    snapshot = cache_snapshot(cache, "a" * 40)
+    assert files.mllm_folders() == {f"LLM/snapshots/{'a' * 40}": snapshot}
+
+
+def test_weights_of_an_mllm_in_a_cache_are_no_checkpoints(files, models):
+    cache_snapshot(models / "easyref" / REPOSITORY, "a" * 40, golden.MLLM)
+    assert files.checkpoints() == [files.NOTHING_FOUND]
+
+
+def test_an_mllm_in_a_cache_is_loaded(pack, models):
+    loader = golden.part(pack, "nodes.load").EasyRefLoader
+    cache_snapshot(models / "LLM" / REPOSITORY, "a" * 40, golden.MLLM)
+    shutil.copytree(golden.MLLM, models / "LLM" / "plain")
+    (models / "LLM" / REPOSITORY / "snapshots" / ("a" * 40) / "README.md").symlink_to("gone")
+    stage_1 = {
+        name: tensor
+        for name, tensor in load_file(golden.CHECKPOINT).items()
+        if not name.startswith("multimodal_llm.")
+    }
+    (models / "easyref").mkdir(exist_ok=True)
+    save_file(stage_1, models / "easyref" / "stage_1.safetensors")
+    loaded = []
+    for name in (f"LLM/{LISTED}", "LLM/plain"):
+        chosen = {"checkpoint": "stage_1.safetensors", "mllm": name}
+        assert len(loader.fingerprint_inputs(**chosen).split()) > 4 * 4
+        rest = {"precision": "auto", "last_layer_attention": "from the checkpoint"}
+        loaded.append(loader.execute(**chosen, **rest).args[0].model.fingerprint)
+    assert loaded[0] == loaded[1]
 
 
 def test_loader_notices_new_files_in_the_mllm_folder(pack, models):
