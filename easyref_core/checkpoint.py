@@ -14,14 +14,17 @@ from typing import Any
 import torch
 
 from .attention import KVProjections
-from .config import EasyRefConfig, Shapes
+from .config import EasyRefConfig, Shapes, mllm_name
 from .formats import (
+    BASE_MLLM,
     EASYREF_NAMES,
     METADATA_KEY,
     MLLM_NAMES,
     RELEASE,
+    SAVE_MEMORY,
     by_processor_path,
     number_sites,
+    quantized,
     require_easyref,
     stored_name,
     translate,
@@ -29,7 +32,7 @@ from .formats import (
 from .group_encoder import GroupEncoder
 from .qwen2_vl import Unfilled
 from .reference_tokens import ReferenceAggregator
-from .tensor_files import Source, brief, open_tensors, read_json, read_sources
+from .tensor_files import Source, TensorFile, brief, has_weights, open_tensors, read_json, read_sources
 from .unet_layout import Site
 from .whole_files import whole
 
@@ -146,16 +149,57 @@ def read_config(mllm: Path) -> dict[str, Any]:
     """config.json of an MLLM folder; raises where it is missing or describes another kind of model."""
     file = mllm / "config.json"
     if not file.is_file():
+        _refuse_gguf(mllm, "an MLLM")
         raise FileNotFoundError(
             f"{mllm} has no config.json: it is not an MLLM folder. Put all files of Qwen2-VL there."
         )
     config = read_json(file)
     if config.get("model_type") != "qwen2_vl":
         raise ValueError(
-            f"{file} describes a model of type {brief(repr(config.get('model_type')))}; EasyRef needs 'qwen2_vl' "
-            "(Qwen/Qwen2-VL-2B-Instruct; Qwen2.5-VL is another architecture)."
+            f"{file} describes {mllm_name(config)}, model type {brief(repr(config.get('model_type')))}; EasyRef needs "
+            f"'qwen2_vl', another architecture. Download Qwen/Qwen2-VL-2B-Instruct ({BASE_MLLM}) and choose its folder."
         )
     return config
+
+
+def open_mllm(folder: Path) -> TensorFile:
+    """The weights of an MLLM folder, by their stored names.
+
+    Raises ValueError for a quantized MLLM, FileNotFoundError for a folder without weights.
+    """
+    settings = read_config(folder)
+    name, nested = mllm_name(settings), settings.get("text_config")
+    for key in ("quantization_config", "compression_config"):
+        if found := settings.get(key) or (nested or {}).get(key):
+            raise _quantized_mllm(folder, name, f"{key} in config.json: {_quantizer(found)}")
+    if not has_weights(folder):
+        _refuse_gguf(folder, name)
+    file = open_tensors(folder)
+    if tensors := quantized(file.shapes):
+        raise _quantized_mllm(folder, name, f"{len(tensors)} tensors such as {brief(tensors[0])}")
+    return file
+
+
+def _quantizer(settings: object) -> str:
+    """The method that a quantization_config names; bitsandbytes did not always write one."""
+    if not isinstance(settings, Mapping):
+        return brief(repr(settings))
+    loads = [key for key in ("load_in_4bit", "load_in_8bit") if settings.get(key)]
+    method = settings.get("quant_method") or ("bitsandbytes" if loads else "unknown method")
+    return ", ".join([brief(method), *loads])
+
+
+def _refuse_gguf(folder: Path, name: str) -> None:
+    """Raises ValueError for a folder of GGUF files, which are not read."""
+    if found := sorted(file.name for file in folder.glob("*.gguf")):
+        raise _quantized_mllm(folder, name, f"a GGUF file, {brief(found[0])}")
+
+
+def _quantized_mllm(folder: Path, name: str, found: str) -> ValueError:
+    return ValueError(
+        f"{folder} holds {name} quantized ({found}); wanted weights that are not quantized. Download "
+        f"Qwen/Qwen2-VL-2B-Instruct ({BASE_MLLM}) and choose its folder. {SAVE_MEMORY}"
+    )
 
 
 def expected_shapes(checkpoint: Checkpoint) -> Shapes:
@@ -224,9 +268,10 @@ def _base_mllm(path: Path, mllm: Path | None, final_layers: int) -> dict[str, So
     if mllm is None:
         raise ValueError(
             f"{path} holds no MLLM weights (a checkpoint of the alignment stage, in which the MLLM is frozen). "
-            "Choose a folder with the base MLLM, Qwen/Qwen2-VL-2B-Instruct."
+            "Choose a folder with the base MLLM, Qwen/Qwen2-VL-2B-Instruct: its config.json, its tokenizer and its "
+            "weights, not quantized."
         )
-    file = open_tensors(mllm)
+    file = open_mllm(mllm)
     sources = {new: Source(file, name) for name, new in translate(file.shapes, MLLM_NAMES).items()}
     layer = re.compile(r"encoder\.layers\.(\d{1,3})\.")
     numbers = {name: int(match[1]) for name in sources if (match := layer.match(name))}

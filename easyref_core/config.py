@@ -21,6 +21,24 @@ QWEN2_VL_DEFAULTS = {
     "rope_theta": 1e6,
     "max_position_embeddings": 32768,
 }
+# What a config.json's model_type is called, and its sizes by hidden_size.
+MLLM_TYPES = {
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen2_5_omni": "Qwen2.5-Omni",
+    "qwen2": "Qwen2, which reads text alone",
+    "qwen3": "Qwen3, which reads text alone",
+}
+MLLM_SIZES = {
+    ("qwen2_vl", 1536): "2B",
+    ("qwen2_vl", 3584): "7B",
+    ("qwen2_vl", 8192): "72B",
+    ("qwen2_5_vl", 2048): "3B",
+    ("qwen2_5_vl", 3584): "7B",
+    ("qwen2_5_vl", 5120): "32B",
+    ("qwen2_5_vl", 8192): "72B",
+}
 DAMAGED = "The MLLM's config.json or the checkpoint's metadata is damaged; download or export it again."
 
 
@@ -86,6 +104,12 @@ class EasyRefConfig:
 
         hidden = shapes["encoder.embed_tokens.weight"][1]
         vision_width, patch_values = shapes["encoder.visual.patch_embed.weight"]
+        # before the heads, which another model's folder would give for this checkpoint's width
+        widths = {
+            "hidden_size": (text.get("hidden_size"), hidden),
+            "vision embed_dim": (vision.get("embed_dim"), vision_width),
+        }
+        _require_same(widths, mllm)
         try:
             heads = setting("heads", "num_attention_heads", default=hidden // QWEN2_VL_HEAD_DIM)
             vision_heads = setting(
@@ -137,7 +161,7 @@ class EasyRefConfig:
                 f"The MLLM's config.json describes patches of {config.patch_values} values, "
                 f"the checkpoint's vision tower reads {patch_values}. Choose the MLLM folder it was trained with."
             )
-        _check_folder(config, text, vision)
+        _require_same(_folder_sizes(config, text, vision), mllm)
         if config.heads % max(config.kv_heads, 1) or config.max_positions <= config.num_tokens:
             raise ValueError(
                 f"A model of {config.heads} attention heads, {config.kv_heads} of keys and values, and a context of "
@@ -145,6 +169,16 @@ class EasyRefConfig:
                 "Choose the MLLM folder (config.json, tokenizer) the checkpoint was trained with."
             )
         return config
+
+
+def mllm_name(mllm: Mapping[str, Any]) -> str:
+    """The name of the model that a config.json describes, such as Qwen2-VL-7B."""
+    kind, (text, _) = mllm.get("model_type"), _mllm_sections(mllm)
+    hidden = text.get("hidden_size")
+    known = isinstance(kind, str) and isinstance(hidden, int)
+    size = MLLM_SIZES.get((kind, hidden)) if known else None
+    name = MLLM_TYPES.get(kind, "another model") if isinstance(kind, str) else "another model"
+    return f"{name}-{size}" if size else name
 
 
 def _mllm_sections(mllm: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -202,18 +236,22 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return 1 + max((int(m[1]) for key in shapes if (m := re.match(pattern, key))), default=-1)
 
 
-def _check_folder(config: EasyRefConfig, text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
-    """The MLLM folder must describe the MLLM in the checkpoint: a 7B's folder beside a 2B's weights is an error."""
+def _folder_sizes(
+    config: EasyRefConfig, text: Mapping[str, Any], vision: Mapping[str, Any]
+) -> dict[str, tuple[Any, int]]:
+    """{name: (size in the MLLM folder's config.json, size in the checkpoint)}; None where config.json has none."""
     total_layers = config.body_layers + config.final_layers
-    pairs = {
-        "hidden_size": (text.get("hidden_size"), config.hidden_size),
+    return {
         "intermediate_size": (text.get("intermediate_size"), config.intermediate_size),
         "num_hidden_layers": (text.get("num_hidden_layers"), total_layers),
         "vocab_size": (text.get("vocab_size"), config.vocab_size),
         "num_key_value_heads": (text.get("num_key_value_heads"), config.kv_heads),
         "vision depth": (vision.get("depth"), config.vision_depth),
-        "vision embed_dim": (vision.get("embed_dim"), config.vision_width),
     }
+
+
+def _require_same(pairs: Mapping[str, tuple[Any, int]], mllm: Mapping[str, Any] | None) -> None:
+    """The MLLM folder must describe the MLLM in the checkpoint: a 7B's folder beside a 2B's weights is an error."""
     wrong = [
         f"{name}: folder {brief(folder)}, checkpoint {checkpoint}"
         for name, (folder, checkpoint) in pairs.items()
@@ -221,6 +259,6 @@ def _check_folder(config: EasyRefConfig, text: Mapping[str, Any], vision: Mappin
     ]
     if wrong:
         raise ValueError(
-            f"The MLLM folder does not belong to this checkpoint ({'; '.join(wrong)}). "
+            f"The MLLM folder does not belong to this checkpoint ({'; '.join(wrong)}). It holds {mllm_name(mllm or {})}. "
             "Choose the folder of the MLLM it was trained with; the released EasyRef uses Qwen2-VL-2B-Instruct."
         )

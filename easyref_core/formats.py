@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 RELEASE = "https://huggingface.co/zongzhuofan/EasyRef"
+BASE_MLLM = "https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct"
 METADATA_KEY = "easyref"  # in our own files: JSON of EasyRefConfig
 
 # Stored name -> name in this package's modules. None: known and not needed. The first match decides.
@@ -67,9 +68,34 @@ OTHER_FILES = [
     ("a UNet", [r"(?:model\.diffusion_model\.)?(?:input_blocks|down_blocks)\..+"]),
 ]
 
+# Tensors that quantizers write beside or in place of a weight: GPTQ and AWQ, bitsandbytes, fp8 with scales,
+# compressed-tensors, quanto, HQQ. A model that is not quantized has none of these names.
+QUANTIZED = re.compile(
+    r".+\.(?:qweight|qzeros|scales|g_idx|SCB|weight_format|W_q|comfy_quant|scale_(?:weight|input)"
+    r"|(?:weight|input|output)_scale(?:_inv)?|weight_(?:packed|shape|zero_point|g_idx)"
+    r"|weight\.(?:(?:nested_)?(?:absmax|quant_map)|quant_state\..+|_data|_scale))"
+)
+# Names of EasyRef's own modules. A training file may carry a frozen UNet along, which is not read.
+OWN_MODULES = re.compile(
+    r"(?:multimodal_llm|mllm_final_layer|image_proj_model|adapter_modules)\..+|unet\..+\.processor\..+"
+)
+SAVE_MEMORY = "To save memory, load EasyRef with precision fp8_e4m3fn."
+
+
+def quantized(names: Iterable[str]) -> list[str]:
+    """The names that only a quantized model has."""
+    return [name for name in names if QUANTIZED.fullmatch(name)]
+
 
 def require_easyref(path: Path, names: Iterable[str]) -> None:
+    """Raises ValueError for a file that is not an EasyRef checkpoint, or a quantized one."""
     names = list(names)
+    own = any(name.startswith("mllm_final_layer.") for name in names)
+    if own and (found := quantized(filter(OWN_MODULES.fullmatch, names))):
+        raise ValueError(
+            f"{path} is a quantized EasyRef checkpoint ({len(found)} tensors such as {brief(found[0])}); wanted weights "
+            f"that are not quantized. Download the release, {RELEASE}. {SAVE_MEMORY}"
+        )
     if all(_occurs(pattern, names) for pattern in SIGNATURE):
         return
     what = next(

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-ZIP = b"PK\x03\x04"
+ZIP, GGUF = b"PK\x03\x04", b"GGUF"
 BRIEF = 200  # characters of what a file says that an error repeats
 MAPPED_AT_ONCE = 64 * 2**20  # bytes; more of files above 2 GB, so that none is mapped more than 32 times
 
@@ -47,6 +47,11 @@ def open_tensors(path: Path) -> TensorFile:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist. Give the path of a checkpoint file or of a model's folder."
+        )
+    if _starts_with(path, GGUF):
+        raise ValueError(
+            f"{path} is a GGUF file, whatever its name; wanted safetensors or a PyTorch file, not quantized. "
+            "Download the .safetensors file."
         )
     return PickledTensors(path) if _is_pickle(path) else SafetensorsFile(path)
 
@@ -177,8 +182,12 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _is_zip(path: Path) -> bool:
+    return _starts_with(path, ZIP)
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
     with path.open("rb") as file:
-        return file.read(len(ZIP)) == ZIP
+        return file.read(len(magic)) == magic
 
 
 def _load_weights_only(path: Path) -> dict[str, torch.Tensor]:
@@ -274,13 +283,28 @@ def _is_file_name(name: object) -> bool:
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
-        if index.is_file():
-            return _listed_files(index)
+def has_weights(folder: Path) -> bool:
+    """Whether a model's folder holds weights in a format that is read here, or an index of such files."""
+    return any(index.is_file() for index in _indices(folder)) or bool(_unlisted_files(folder))
+
+
+def _indices(folder: Path) -> list[Path]:
+    return [folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"]
+
+
+def _unlisted_files(folder: Path) -> list[Path]:
     for suffixes in (SAFETENSORS_SUFFIXES, PICKLE_SUFFIXES):  # beside safetensors, a .bin is no weights file
         if found := sorted(file for suffix in suffixes for file in folder.glob(f"*{suffix}")):
             return found
+    return []
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for index in _indices(folder):
+        if index.is_file():
+            return _listed_files(index)
+    if found := _unlisted_files(folder):
+        return found
     raise FileNotFoundError(
         f"{folder} holds no weights (no *.safetensors, no *.bin). Put the MLLM's weight files there."
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import comfy.text_encoders
 import folder_paths
 
-from ..easyref_core.formats import RELEASE
+from ..easyref_core.formats import BASE_MLLM, RELEASE
 from ..easyref_core.tensor_files import brief
 
 FOLDER = "easyref"
@@ -28,7 +28,6 @@ NOTHING_FOUND = "no file in models/easyref"
 TOKENS = "easyref_tokens"  # the host's name of the folders that hold reference tokens
 TOKENS_FOLDER = "easyref"  # in the host's output and input folders
 NO_TOKENS = "no file in output/easyref"
-BASE_MLLM = "https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct"
 DEVICE = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|clock\$|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.I
 )  # of Windows

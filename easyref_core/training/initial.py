@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..checkpoint import lora_shapes, open_checkpoint, read_config
+from ..checkpoint import lora_shapes, open_checkpoint, open_mllm, read_config
 from ..config import EasyRefConfig
 from ..diffusers_unet import cross_attention_widths
 from ..formats import MLLM_NAMES, translate
-from ..tensor_files import Source, open_tensors, read_sources
+from ..tensor_files import Source, read_sources
 from ..unet_layout import Site, require_fit
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _own(_: str, tensor: Tensor) -> Tensor:
 
 
 def _mllm_tensors(mllm: Path) -> dict[str, Tensor]:
-    file = open_tensors(mllm)
+    file = open_mllm(mllm)
     sources = {new: Source(file, name) for name, new in translate(file.shapes, MLLM_NAMES).items()}
     tensors = {name: _own(name, tensor) for name, tensor in read_sources(sources)}
     patches = "encoder.visual.patch_embed.weight"

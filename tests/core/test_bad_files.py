@@ -15,6 +15,7 @@ import torch
 
 import easyref_core as er
 from easyref_core.checkpoint import open_checkpoint
+from easyref_core.formats import quantized
 from easyref_core.tensor_files import open_tensors
 
 from . import golden
@@ -401,6 +402,27 @@ def test_a_folder_of_another_size(tmp_path: Path, changes: dict[str, int], found
     )
 
 
+QWEN2_VL_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 28,
+    "vocab_size": 152064,
+}
+
+
+def test_a_folder_of_the_7b_is_called_so(tmp_path: Path) -> None:
+    """28 heads do not divide the checkpoint's width either, but that is not what is wrong."""
+    folder = folder_with(tmp_path / "mllm", **QWEN2_VL_7B)
+    assert_says(
+        error_of(lambda: open_checkpoint(golden.CHECKPOINT, folder)),
+        "The MLLM folder does not belong to this checkpoint (hidden_size: folder 3584, checkpoint 64).",
+        "It holds Qwen2-VL-7B.",
+        "Choose the folder of the MLLM it was trained with",
+    )
+
+
 def test_a_folder_of_another_patch_size(tmp_path: Path) -> None:
     vision = json.loads((golden.MLLM / "config.json").read_text())["vision_config"]
     folder = folder_with(tmp_path / "mllm", vision_config=vision | {"spatial_patch_size": 16})
@@ -412,10 +434,10 @@ def test_a_folder_of_another_patch_size(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_kind_of_model(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path / "mllm", model_type="qwen2_5_vl")
+    folder = folder_with(tmp_path / "mllm", model_type="qwen2_5_vl", hidden_size=3584)
     assert_says(
         error_of(lambda: open_checkpoint(golden.CHECKPOINT, folder)),
-        f"{folder / 'config.json'} describes a model of type 'qwen2_5_vl'; EasyRef needs 'qwen2_vl'",
+        f"{folder / 'config.json'} describes Qwen2.5-VL-7B, model type 'qwen2_5_vl'; EasyRef needs 'qwen2_vl'",
         "Qwen/Qwen2-VL-2B-Instruct",
     )
 
@@ -438,6 +460,140 @@ def test_a_base_folder_without_weights(tmp_path: Path) -> None:
     path = write(tmp_path / "stage_1.safetensors", stage_1)
     text = error_of(lambda: open_checkpoint(path, folder), FileNotFoundError)
     assert_says(text, f"{folder} holds no weights", "Put the MLLM's weight files there")
+
+
+# Quantized models
+
+
+@pytest.fixture
+def stage_1(tmp_path: Path) -> Path:
+    """A checkpoint that takes the MLLM's weights from a folder."""
+    tensors = checkpoint_tensors()
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("multimodal_llm.")}
+    return write(tmp_path / "stage_1.safetensors", kept)
+
+
+UNQUANTIZED = [
+    "wanted weights that are not quantized",
+    "Download Qwen/Qwen2-VL-2B-Instruct (https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct)",
+    "precision fp8_e4m3fn",
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantization_config in config.json: gptq"),
+        ({"quant_method": "awq"}, "quantization_config in config.json: awq"),
+        ({"load_in_4bit": True}, "quantization_config in config.json: bitsandbytes, load_in_4bit"),
+        ({"quant_method": "fp8", "fmt": "e4m3"}, "quantization_config in config.json: fp8"),
+        ({"bits": 8}, "quantization_config in config.json: unknown method"),
+        ("int8", "quantization_config in config.json: 'int8'"),
+    ],
+)
+def test_a_quantized_mllm_is_called_so(tmp_path: Path, stage_1: Path, settings: object, found: str) -> None:
+    folder = folder_with(tmp_path / "mllm", quantization_config=settings)
+    text = error_of(lambda: open_checkpoint(stage_1, folder))
+    assert_says(text, f"{folder} holds Qwen2-VL quantized ({found})", *UNQUANTIZED)
+
+
+def test_a_quantized_mllm_of_another_size_is_called_so(tmp_path: Path, stage_1: Path) -> None:
+    settings = {"text_config": {"quantization_config": {"quant_method": "awq"}}}
+    folder = folder_with(tmp_path / "mllm", **QWEN2_VL_7B, **settings)
+    text = error_of(lambda: open_checkpoint(stage_1, folder))
+    assert_says(text, "holds Qwen2-VL-7B quantized (", "awq")
+
+
+@pytest.mark.parametrize("none", [None, {}])
+def test_a_config_that_names_no_quantization_is_none(tmp_path: Path, stage_1: Path, none: object) -> None:
+    assert open_checkpoint(stage_1, folder_with(tmp_path / "mllm", quantization_config=none)).sources
+
+
+QUANTIZED = [
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+    "SCB",
+    "weight_scale",
+    "weight_scale_inv",
+    "input_scale",
+    "scale_weight",
+    "weight_packed",
+    "weight.absmax",
+    "weight.nested_quant_map",
+    "weight.quant_state.bitsandbytes__nf4",
+]
+
+
+@pytest.mark.parametrize("added", QUANTIZED)
+def test_quantized_tensors_in_an_mllm_folder(tmp_path: Path, stage_1: Path, added: str) -> None:
+    folder, name = folder_with(tmp_path / "mllm"), f"model.layers.0.mlp.up_proj.{added}"
+    write(folder / "more.safetensors", {name: torch.zeros(1)})
+    text = error_of(lambda: open_checkpoint(stage_1, folder))
+    assert_says(text, f"{folder} holds Qwen2-VL quantized (1 tensors such as {name})", *UNQUANTIZED)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_folder_of_gguf_files_alone(tmp_path: Path, stage_1: Path, with_config: bool) -> None:
+    folder = folder_with(tmp_path / "mllm")
+    (folder / "model.safetensors").rename(folder / "Qwen2-VL-2B-Q4_K_M.gguf")
+    if not with_config:
+        (folder / "config.json").unlink()
+    text = error_of(lambda: open_checkpoint(stage_1, folder))
+    assert_says(text, str(folder), "quantized (a GGUF file, Qwen2-VL-2B-Q4_K_M.gguf)", *UNQUANTIZED)
+
+
+def test_a_gguf_file_beside_the_weights_is_not_asked(tmp_path: Path, stage_1: Path) -> None:
+    folder = folder_with(tmp_path / "mllm")
+    (folder / "Qwen2-VL-2B-Q4_K_M.gguf").touch()
+    assert open_checkpoint(stage_1, folder).sources
+
+
+def test_a_quantized_folder_that_gives_its_config_alone_is_taken(tmp_path: Path) -> None:
+    """The checkpoint has the MLLM's weights; of the folder its config.json and its tokenizer are read."""
+    folder = folder_with(tmp_path / "mllm", quantization_config={"quant_method": "gptq"})
+    assert open_checkpoint(golden.CHECKPOINT, folder).sources
+
+
+@pytest.mark.parametrize("added", QUANTIZED)
+@pytest.mark.parametrize(
+    "module",
+    [
+        "multimodal_llm.model.layers.0.mlp.up_proj",
+        "mllm_final_layer.layers.0.mlp.up_proj",
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_k_ip",
+    ],
+)
+def test_a_quantized_checkpoint_is_called_so(tmp_path: Path, module: str, added: str) -> None:
+    tensors = checkpoint_tensors() | {f"{module}.{added}": torch.zeros(1)}
+    tensors.pop(f"{module}.weight")
+    path = write(tmp_path / "quantized.safetensors", tensors)
+    assert_says(
+        error_of(lambda: open_checkpoint(path, golden.MLLM)),
+        f"{path} is a quantized EasyRef checkpoint (1 tensors such as {module}.{added})",
+        "Download the release, https://huggingface.co/zongzhuofan/EasyRef",
+        "precision fp8_e4m3fn",
+    )
+
+
+def test_a_quantized_unet_beside_the_checkpoint_is_not_read(tmp_path: Path) -> None:
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.qweight"
+    path = write(tmp_path / "easyref.safetensors", checkpoint_tensors() | {name: torch.zeros(1)})
+    assert open_checkpoint(path, golden.MLLM).sources
+
+
+def test_no_name_of_the_released_layout_is_one_of_a_quantized_model() -> None:
+    released = json.loads(golden.LAYOUT.read_text())["keys"]
+    assert released
+    assert quantized([*released, *checkpoint_tensors()]) == []
+
+
+@pytest.mark.parametrize("name", ["easyref.gguf", "easyref.safetensors"])
+def test_a_gguf_file_is_called_so(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"GGUF" + bytes(100))
+    text = error_of(lambda: open_checkpoint(tmp_path / name))
+    assert_says(text, f"{name} is a GGUF file", "wanted safetensors", "Download the .safetensors file")
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -257,25 +257,40 @@ def test_weights_of_an_mllm_in_a_cache_are_no_checkpoints(files, models):
     assert files.checkpoints() == [files.NOTHING_FOUND]
 
 
+LOADED = {"precision": "auto", "last_layer_attention": "from the checkpoint"}
+
+
+def write_stage_1(folder: Path) -> None:
+    """stage_1.safetensors, a checkpoint that takes the MLLM's weights from a folder."""
+    tensors = load_file(golden.CHECKPOINT).items()
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {name: tensor for name, tensor in tensors if not name.startswith("multimodal_llm.")}
+    save_file(kept, folder / "stage_1.safetensors")
+
+
 def test_an_mllm_in_a_cache_is_loaded(pack, models):
     loader = golden.part(pack, "nodes.load").EasyRefLoader
     cache_snapshot(models / "LLM" / REPOSITORY, "a" * 40, golden.MLLM)
     shutil.copytree(golden.MLLM, models / "LLM" / "plain")
     (models / "LLM" / REPOSITORY / "snapshots" / ("a" * 40) / "README.md").symlink_to("gone")
-    stage_1 = {
-        name: tensor
-        for name, tensor in load_file(golden.CHECKPOINT).items()
-        if not name.startswith("multimodal_llm.")
-    }
-    (models / "easyref").mkdir(exist_ok=True)
-    save_file(stage_1, models / "easyref" / "stage_1.safetensors")
+    write_stage_1(models / "easyref")
     loaded = []
     for name in (f"LLM/{LISTED}", "LLM/plain"):
         chosen = {"checkpoint": "stage_1.safetensors", "mllm": name}
         assert len(loader.fingerprint_inputs(**chosen).split()) > 4 * 4
-        rest = {"precision": "auto", "last_layer_attention": "from the checkpoint"}
-        loaded.append(loader.execute(**chosen, **rest).args[0].model.fingerprint)
+        loaded.append(loader.execute(**chosen, **LOADED).args[0].model.fingerprint)
     assert loaded[0] == loaded[1]
+
+
+def test_a_quantized_mllm_is_refused_with_the_remedy(pack, models):
+    loader = golden.part(pack, "nodes.load").EasyRefLoader
+    write_stage_1(models / "easyref")
+    folder = shutil.copytree(golden.MLLM, models / "LLM" / "Qwen2-VL-2B-Instruct-AWQ")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "awq"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="quantized .*awq.*fp8_e4m3fn"):
+        loader.execute("stage_1.safetensors", "LLM/Qwen2-VL-2B-Instruct-AWQ", **LOADED)
 
 
 def test_loader_notices_new_files_in_the_mllm_folder(pack, models):
