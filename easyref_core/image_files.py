@@ -6,7 +6,6 @@ Pillow plugin registers in this process (HEIF, JPEG XL, ...) count.
 
 from __future__ import annotations
 
-import mimetypes
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +15,10 @@ from PIL import Image
 # Formats that are never read: EPS because Pillow starts Ghostscript for it, IPTC because it opens any format inside it
 # (EPS included), the others because they hold films or tables, for which Pillow has no decoder.
 UNREAD_FORMATS = frozenset({"EPS", "IPTC", "BUFR", "GRIB", "HDF5", "MPEG"})
-# Image files whatever the system's table says, also where Pillow has no reader for them.
+# Endings of image files, those included for which Pillow has no reader.
 IMAGE_SUFFIXES = frozenset(
-    ".ai .arw .avif .avifs .bmp .cr2 .cr3 .dng .eps .exr .gif .hdr .heic .heif .hif .jfif .jpe .jpeg .jpg .jxl .nef "
-    ".orf .png .ps .psb .psd .raf .rw2 .svg .svgz .tga .tif .tiff .webp .xcf".split()
+    ".ai .arw .avif .avifs .cr2 .cr3 .djvu .dng .eps .exr .hdr .heic .heif .hif .jp2 .jxl .jxr .kra .nef .orf .pef .ps "
+    ".psb .raf .raw .rw2 .sr2 .srw .svg .svgz .tif .tiff .wdp .webp .xcf".split()
 )
 
 
@@ -47,19 +46,14 @@ def sort_files(names: Iterable[str]) -> SortedFiles:
     """Sort file names by their endings; the files are not opened."""
     readable, found = readable_suffixes(), SortedFiles([], [], [])
     for name in names:
-        if Path(name).suffix.lower() in readable:
+        suffix = Path(name).suffix.lower()
+        if suffix in readable:
             found.readable.append(name)
-        elif is_image(name):
+        elif suffix in IMAGE_SUFFIXES:
             found.no_reader.append(name)
         else:
             found.other.append(name)
     return found
-
-
-def is_image(name: str) -> bool:
-    """Whether a file's name says that it is an image, readable or not."""
-    kind = mimetypes.guess_type(name, strict=False)[0] or ""
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES or kind.startswith("image/")
 
 
 def no_reader_reason(name: str) -> str:
