@@ -42,9 +42,12 @@ def keep_to_schema(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 
 @functools.cache
 def _checks(node: type[io.ComfyNode]) -> tuple[Checks, bool]:
-    """What to ask of each input, and whether the node takes lists. Names of files are what validate_inputs asks about."""
+    """What to ask of each input, and whether the node takes lists.
+
+    FILE_INPUTS of a node are left out: it looks its files up itself, as their list changes while the host runs.
+    """
     schema = node.define_schema()
-    own = inspect.signature(node.validate_inputs).parameters if "validate_inputs" in node.__dict__ else ()
+    own = getattr(node, "FILE_INPUTS", ())
     kinds = {
         io.Int.Input: _number,
         io.Float.Input: _number,

@@ -74,10 +74,12 @@ def find_checkpoint(name: str) -> Path:
     if path is not None and _is_inside(Path(path), folder_paths.get_folder_paths(FOLDER)):
         return Path(path)
     present = [file for file in checkpoints() if file != NOTHING_FOUND]
+    missing = "No EasyRef checkpoint was found."
+    if name != NOTHING_FOUND:
+        missing = f"EasyRef checkpoint {brief(repr(name))} was not found."
     raise FileNotFoundError(
-        f"EasyRef checkpoint {brief(repr(name))} was not found. Searched: {', '.join(folder_paths.get_folder_paths(FOLDER))}; "
-        f"there: {', '.join(present) or 'no weight files'}. Download the checkpoint (.safetensors) from {RELEASE} "
-        "into models/easyref."
+        f"{missing} Download the checkpoint (.safetensors) from {RELEASE} into models/easyref. "
+        f"Searched: {', '.join(folder_paths.get_folder_paths(FOLDER))}; there: {', '.join(present) or 'no weight files'}."
     )
 
 
@@ -103,9 +105,9 @@ def find_mllm(name: str) -> Path | None:
         return folders[name]
     searched = [base for kind in MLLM_KINDS for base in folder_paths.get_folder_paths(kind)]
     raise FileNotFoundError(
-        f"MLLM folder {brief(repr(name))} was not found. Searched: {', '.join(searched)}; "
-        f"Qwen2-VL folders there: {', '.join(folders) or 'none'}. Put all files of {BASE_MLLM} into a folder of "
-        "their own in models/easyref, models/text_encoders or models/LLM."
+        f"MLLM folder {brief(repr(name))} was not found. Put all files of {BASE_MLLM} into a folder of their own in "
+        "models/easyref, models/text_encoders or models/LLM. "
+        f"Searched: {', '.join(searched)}; Qwen2-VL folders there: {', '.join(folders) or 'none'}."
     )
 
 

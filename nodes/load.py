@@ -12,6 +12,8 @@ ATTENTION = {files.FROM_CHECKPOINT: None, "causal": True, "bidirectional": False
 
 
 class EasyRefLoader(io.ComfyNode):
+    FILE_INPUTS = ("checkpoint", "mllm")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -56,16 +58,15 @@ class EasyRefLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str | None, mllm: str | None) -> bool | str:
+    def validate_inputs(cls, checkpoint: str | None) -> bool | str:
         """In place of the host's own check, whose 'value not in list' does not say where the file belongs.
 
-        None: not known yet, as it comes through a link.
+        The checkpoint alone, because the host repeats the answer for every input that is named here; the host itself
+        compares the MLLM with the list. None: not known yet, as it comes through a link.
         """
         try:
             if checkpoint is not None:
                 files.find_checkpoint(checkpoint)
-            if mllm is not None:
-                files.find_mllm(mllm)
         except FileNotFoundError as error:
             return str(error)
         return True

@@ -10,6 +10,8 @@ from .sockets import EasyRefTokens, TokenPair
 
 
 class EasyRefLoadTokens(io.ComfyNode):
+    FILE_INPUTS = ("file",)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import comfy.utils
@@ -39,6 +40,37 @@ def run(server: ComfyServer, graph: graphs.Graph) -> set[str]:
     prompt_id = server.queue(graph)
     server.wait(prompt_id)
     return set(server.executed(prompt_id))
+
+
+# Files that are not there
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "first"),
+    [
+        ("no file in models/easyref", "No EasyRef checkpoint was found."),
+        ("model.safetensors", "EasyRef checkpoint 'model.safetensors' was not found."),
+    ],
+)
+def test_a_missing_checkpoint_is_reported_once(server, checkpoint: str, first: str):
+    with pytest.raises(PromptFailed) as refused:
+        server.queue(graphs.easyref(load={"checkpoint": checkpoint}))
+    assert refused.value.kind == "invalid"
+    (node,) = refused.value.details["node_errors"].values()
+    (error,) = node["errors"]
+    assert error["details"].startswith(f"checkpoint - {first} Download ")
+    answer = json.dumps(refused.value.details)
+    assert answer.count("was found") + answer.count("was not found") == 1
+    assert answer.count("https://huggingface.co/zongzhuofan/EasyRef") == 1
+
+
+def test_a_missing_mllm_folder_is_reported_once(server):
+    with pytest.raises(PromptFailed) as refused:
+        server.queue(graphs.easyref(load={"mllm": "LLM/gone"}))
+    (node,) = refused.value.details["node_errors"].values()
+    (error,) = node["errors"]
+    assert error["type"] == "value_not_in_list"
+    assert "'LLM/gone' not in ['from the checkpoint'" in error["details"]
 
 
 # What is computed again

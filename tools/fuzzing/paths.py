@@ -216,12 +216,11 @@ class Cases:
     def _find(self, checkpoint: str, mllm: str) -> object:
         """What the loader would load; loading is checkpoint.py's."""
         node, files = self.nodes["EasyRefLoader"], host.part("nodes.files")
-        said = node.validate_inputs(checkpoint, mllm)
-        found: list[Any] = []
+        said = node.validate_inputs(checkpoint)
         if said is not True:
-            return self._same_error(said, lambda: (files.find_checkpoint(checkpoint), files.find_mllm(mllm)))
+            return self._same_error(said, lambda: files.find_checkpoint(checkpoint))
         node.fingerprint_inputs(checkpoint, mllm)
-        found = [files.find_checkpoint(checkpoint), files.find_mllm(mllm)]
+        found: list[Any] = [files.find_checkpoint(checkpoint), files.find_mllm(mllm)]
         for path in filter(None, found):
             if not str(path).startswith((str(self.base / "models"), self.shipped)) or ".." in path.parts:
                 raise AssertionError(f"{path} was found")
