@@ -37,7 +37,7 @@ from .crop import EasyRefCropReference
 from .declared import keep_to_schema
 from .demo import EasyRefDemo
 from .encode import EasyRefEncodeGroup
-from .files import register_folders
+from .files import make_checkpoint_folder, register_folders
 from .folder import EasyRefGroupFromFolder
 from .group_budget import EasyRefGroupBudget
 from .influence import EasyRefReferenceInfluence
@@ -86,6 +86,7 @@ for node in NODES:
 class EasyRefExtension(ComfyExtension):
     async def on_load(self) -> None:
         register_folders()
+        make_checkpoint_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -7,6 +7,7 @@ pack lies in a folder of the pack, which is searched last.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,8 @@ import folder_paths
 
 from ..easyref_core.formats import BASE_MLLM, RELEASE
 from ..easyref_core.tensor_files import brief
+
+log = logging.getLogger(__name__)
 
 FOLDER = "easyref"
 MLLM_KINDS = (FOLDER, "text_encoders", "LLM")
@@ -56,6 +59,20 @@ def register_folders() -> None:
         added = [str(path) for path in folders]
         paths = [*paths, *(path for path in added if path not in paths)]
         folder_paths.folder_names_and_paths[kind] = (paths, known or extensions)
+
+
+def make_checkpoint_folder() -> None:
+    """Create models/easyref, so that people see where checkpoints belong. Logs a warning if it cannot be created."""
+    folder = Path(folder_paths.models_dir) / FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # read-only, or a file of that name: the nodes work with other folders
+        log.warning(
+            "EasyRef: the folder %s could not be created (%s). Create it, or name another folder as easyref in "
+            "extra_model_paths.yaml.",
+            folder,
+            error,
+        )
 
 
 def checkpoints() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -100,6 +101,28 @@ def test_extra_model_paths_are_searched_beside_the_own_folder(files, tmp_path):
     assert files.checkpoints() == ["extra.safetensors", "own.safetensors"]
     assert files.find_checkpoint("extra.safetensors") == tmp_path / "adapters" / "extra.safetensors"
     assert files.mllm_folders() == {"LLM/qwen": tmp_path / "llms" / "qwen"}
+
+
+# The folder itself
+
+
+def test_the_folder_of_checkpoints_is_created(files, tmp_path):
+    files.make_checkpoint_folder()
+    files.make_checkpoint_folder()
+    assert list((tmp_path / "models" / "easyref").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_created_is_logged(files, tmp_path, monkeypatch, caplog):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    files.make_checkpoint_folder()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert str(tmp_path / "models" / "easyref") in record.getMessage()
+    assert "Read-only file system" in record.getMessage()
+    assert "extra_model_paths.yaml" in record.getMessage()
 
 
 # The model that comes with the pack
@@ -280,6 +303,20 @@ def test_an_mllm_in_a_cache_is_loaded(pack, models):
         assert len(loader.fingerprint_inputs(**chosen).split()) > 4 * 4
         loaded.append(loader.execute(**chosen, **LOADED).args[0].model.fingerprint)
     assert loaded[0] == loaded[1]
+
+
+def test_names_that_come_through_links_are_looked_up_by_the_loader(pack, models):
+    """The host checks only what is typed in, and the list of the first run may be old."""
+    loader = golden.part(pack, "nodes.load").EasyRefLoader
+    touch(models / "easyref" / "a.safetensors")
+    with pytest.raises(
+        FileNotFoundError, match=r"^MLLM folder 'LLM/gone' was not found\. Put all files of https"
+    ):
+        loader.execute("a.safetensors", "LLM/gone", **LOADED)
+    with pytest.raises(
+        FileNotFoundError, match=r"^EasyRef checkpoint 'b' was not found\. Download the checkpoint"
+    ):
+        loader.execute("b", "from the checkpoint", **LOADED)
 
 
 def test_a_quantized_mllm_is_refused_with_the_remedy(pack, models):

@@ -93,6 +93,28 @@ def test_freeing_memory_empties_the_cache(server: ComfyServer):
     assert "1" in executed
 
 
+class WithoutFolder(ComfyServer):
+    """A server in whose models folder easyref is a file."""
+
+    def _start(self) -> None:
+        (self.base / "models" / "easyref").touch()
+        super()._start()
+
+
+def test_the_folder_of_checkpoints_is_there_after_the_start():
+    with ComfyServer() as server:
+        assert list((server.base / "models").iterdir()) == [server.base / "models" / "easyref"]
+        assert list((server.base / "models" / "easyref").iterdir()) == []
+        assert "could not be created" not in server.log
+
+
+def test_a_folder_that_cannot_be_created_is_no_failure():
+    with WithoutFolder() as server:
+        options = server.object_info()["EasyRefLoader"]["input"]["required"]["checkpoint"][1]["options"]
+        assert options == ["no file in models/easyref", "tiny_easyref.safetensors"]
+        assert f"EasyRef: the folder {server.base / 'models' / 'easyref'} could not be created" in server.log
+
+
 def test_pack_that_cannot_be_imported_is_an_error(tmp_path):
     (tmp_path / "__init__.py").write_text("raise ImportError('broken on purpose')")
     with pytest.raises(RuntimeError, match="broken on purpose"), ComfyServer(packs={"broken": tmp_path}):

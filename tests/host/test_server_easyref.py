@@ -42,37 +42,6 @@ def run(server: ComfyServer, graph: graphs.Graph) -> set[str]:
     return set(server.executed(prompt_id))
 
 
-# Files that are not there
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "first"),
-    [
-        ("no file in models/easyref", "No EasyRef checkpoint was found."),
-        ("model.safetensors", "EasyRef checkpoint 'model.safetensors' was not found."),
-    ],
-)
-def test_a_missing_checkpoint_is_reported_once(server, checkpoint: str, first: str):
-    with pytest.raises(PromptFailed) as refused:
-        server.queue(graphs.easyref(load={"checkpoint": checkpoint}))
-    assert refused.value.kind == "invalid"
-    (node,) = refused.value.details["node_errors"].values()
-    (error,) = node["errors"]
-    assert error["details"].startswith(f"checkpoint - {first} Download ")
-    answer = json.dumps(refused.value.details)
-    assert answer.count("was found") + answer.count("was not found") == 1
-    assert answer.count("https://huggingface.co/zongzhuofan/EasyRef") == 1
-
-
-def test_a_missing_mllm_folder_is_reported_once(server):
-    with pytest.raises(PromptFailed) as refused:
-        server.queue(graphs.easyref(load={"mllm": "LLM/gone"}))
-    (node,) = refused.value.details["node_errors"].values()
-    (error,) = node["errors"]
-    assert error["type"] == "value_not_in_list"
-    assert "'LLM/gone' not in ['from the checkpoint'" in error["details"]
-
-
 # What is computed again
 
 
@@ -296,3 +265,48 @@ def test_cancel_stops_the_encoding_at_once_and_harms_nothing(server):
 
     after = graphs.picture(server, deep("2x84x84x3", size=84))
     assert graphs.picture_uncached(server, deep("2x84x84x3", size=84)) == after
+
+
+# Files, found and missing
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "first"),
+    [
+        ("no file in models/easyref", "No EasyRef checkpoint was found."),
+        ("model.safetensors", "EasyRef checkpoint 'model.safetensors' was not found."),
+    ],
+)
+def test_a_missing_checkpoint_is_reported_once(server, checkpoint: str, first: str):
+    with pytest.raises(PromptFailed) as refused:
+        server.queue(graphs.easyref(load={"checkpoint": checkpoint}))
+    assert refused.value.kind == "invalid"
+    (node,) = refused.value.details["node_errors"].values()
+    (error,) = node["errors"]
+    assert error["details"].startswith(f"checkpoint - {first} Download ")
+    answer = json.dumps(refused.value.details)
+    assert answer.count("was found") + answer.count("was not found") == 1
+    assert answer.count("https://huggingface.co/zongzhuofan/EasyRef") == 1
+
+
+def test_a_missing_mllm_folder_is_reported_once(server):
+    with pytest.raises(PromptFailed) as refused:
+        server.queue(graphs.easyref(load={"mllm": "LLM/gone"}))
+    (node,) = refused.value.details["node_errors"].values()
+    (error,) = node["errors"]
+    assert error["type"] == "value_not_in_list"
+    assert "'LLM/gone' not in ['from the checkpoint'" in error["details"]
+
+
+def test_an_mllm_in_a_hugging_face_cache_makes_the_same_picture(server, patched):
+    """Its folder appeared after the server's start, as every model does that somebody downloads meanwhile."""
+    cache = server.base / "models" / "LLM" / "models--Qwen--Qwen2-VL-2B-Instruct"
+    shutil.copytree(golden.MLLM, cache / "blobs")
+    snapshot = cache / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    for file in (cache / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    name = "LLM/Qwen/Qwen2-VL-2B-Instruct (Hugging Face cache)"
+    options = server.object_info()["EasyRefLoader"]["input"]["required"]["mllm"][1]["options"]
+    assert name in options
+    assert graphs.picture_uncached(server, graphs.easyref(load={"mllm": name})) == patched
