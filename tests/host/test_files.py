@@ -309,13 +309,12 @@ def test_names_that_come_through_links_are_looked_up_by_the_loader(pack, models)
     """The host checks only what is typed in, and the list of the first run may be old."""
     loader = golden.part(pack, "nodes.load").EasyRefLoader
     touch(models / "easyref" / "a.safetensors")
-    with pytest.raises(
-        FileNotFoundError, match=r"^MLLM folder 'LLM/gone' was not found\. Put all files of https"
-    ):
+    write_config(models / "LLM" / "there")
+    with pytest.raises(FileNotFoundError, match=r"^MLLM folder 'LLM/gone' was not found\. Put ") as missing:
         loader.execute("a.safetensors", "LLM/gone", **LOADED)
-    with pytest.raises(
-        FileNotFoundError, match=r"^EasyRef checkpoint 'b' was not found\. Download the checkpoint"
-    ):
+    for said in ("Qwen2-VL-2B", str(models / "LLM"), "text_encoders", "Qwen2-VL folders there: LLM/there"):
+        assert said in str(missing.value)
+    with pytest.raises(FileNotFoundError, match=r"^EasyRef checkpoint 'b' was not found\. Download "):
         loader.execute("b", "from the checkpoint", **LOADED)
 
 
