@@ -23,7 +23,7 @@ call what acts. batch_layout.py knows whose each row of a UNet batch is, guidanc
 which part of a batch is sampled; key_values.py holds or projects K and V, memory.py tells the host their size;
 compiled.py is for torch.compile, replaced_forward.py for packs that replace an attention. tiny_sdxl.py, tiny_text.py
 and tiny_vae.py are the demo's model. token_pairs.py is what the nodes that take several tokens share, inputs.py inputs
-that several have, pictures.py what is between IMAGE and PIL, shown.py what nodes show, log.py what they log, notes.py warnings about what they were given, declared.py that inputs are what their nodes declare.
+that several have, pictures.py what is between IMAGE and PIL, shown.py what nodes show, log.py what they log, file_changes.py notices replaced ones, notes.py warnings about what they were given, declared.py that inputs are what their nodes declare.
 """
 
 from comfy_api.latest import ComfyExtension, io

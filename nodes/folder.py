@@ -15,6 +15,7 @@ from ..easyref_core.image_files import SortedFiles, no_reader_reason, open_image
 from ..easyref_core.preprocess import to_rgb
 from ..easyref_core.tensor_files import brief
 from . import files
+from .file_changes import FileChanges
 from .pictures import image_of
 from .references import show_group
 from .sockets import EasyRefGroupSocket
@@ -74,19 +75,13 @@ class EasyRefGroupFromFolder(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, folder: str | None, limit: int | None, start: int | None, **_: object) -> str:
         """Other files, or files of other content, are another group."""
-        if folder is None or limit is None or start is None:  # linked: not known yet
-            return ""
-        try:
-            found = sorted_files(folder)
-            taken = pictures_in(folder, found.readable[start : start + limit])
-            return " ".join([*(file.name for file in taken), files.state_of(taken), *found.no_reader])
-        except (OSError, ValueError) as error:  # execute says it
-            return str(error)
+        return FILES.fingerprint(folder, limit, start)
 
     @classmethod
     def execute(
         cls, folder: str, limit: int, start: int, group: tuple[Tensor, ...] | None = None
     ) -> io.NodeOutput:
+        FILES.record(folder, limit, start)
         found = sorted_files(folder)
         tried = pictures_in(folder, found.readable[start : start + limit])
         taken, names, notes = [], [], []
@@ -149,6 +144,16 @@ def listed(names: list[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(map(brief, names[:NAMED])) + more
+
+
+def state_of(folder: str, limit: int, start: int) -> str:
+    """Names and states of the files to take, and names of those that are reported. Raises as pictures_in does."""
+    found = sorted_files(folder)
+    taken = pictures_in(folder, found.readable[start : start + limit])
+    return " ".join([*(file.name for file in taken), files.state_of(taken), *found.no_reader])
+
+
+FILES = FileChanges(state_of)
 
 
 def inside(base: Path, relative: str) -> Path:

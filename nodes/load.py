@@ -5,9 +5,19 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import files
+from .file_changes import FileChanges
 from .mllm_patcher import PRECISIONS, load_hosted
 from .sockets import EasyRefModel
 
+
+def state_of(checkpoint: str, mllm: str) -> str:
+    """State of the checkpoint and of all files in the MLLM folder. Raises FileNotFoundError if one is missing."""
+    folder = files.find_mllm(mllm)
+    of_mllm = sorted(file for file in folder.iterdir() if file.exists()) if folder else []  # a link may lead nowhere
+    return files.state_of([files.find_checkpoint(checkpoint), *of_mllm])
+
+
+FILES = FileChanges(state_of)
 ATTENTION = {files.FROM_CHECKPOINT: None, "causal": True, "bidirectional": False}
 
 
@@ -74,17 +84,15 @@ class EasyRefLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str | None, mllm: str | None, **_: str) -> str:
         """Files replaced under the same name are another checkpoint."""
-        found = [files.find_checkpoint(checkpoint)] if checkpoint else []
-        if mllm and (folder := files.find_mllm(mllm)):
-            found += sorted(file for file in folder.iterdir() if file.exists())  # a link may lead nowhere
-        return files.state_of(found)
+        return FILES.fingerprint(checkpoint, mllm)
 
     @classmethod
     def execute(cls, checkpoint: str, mllm: str, precision: str, last_layer_attention: str) -> io.NodeOutput:
-        folder = files.find_mllm(mllm)
+        file, folder = files.find_checkpoint(checkpoint), files.find_mllm(mllm)
+        FILES.record(checkpoint, mllm)
         return io.NodeOutput(
             load_hosted(
-                files.find_checkpoint(checkpoint),
+                file,
                 folder,
                 folder or files.host_tokenizer(),
                 precision,

@@ -6,7 +6,10 @@ from comfy_api.latest import io, ui
 
 from ..easyref_core.token_files import SavedTokens, load_tokens
 from . import files
+from .file_changes import FileChanges
 from .sockets import EasyRefTokens, TokenPair
+
+FILES = FileChanges(lambda file: files.state_of([files.find_tokens(file)]))
 
 
 class EasyRefLoadTokens(io.ComfyNode):
@@ -50,11 +53,13 @@ class EasyRefLoadTokens(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str | None) -> str:
         """A file replaced under the same name holds other tokens."""
-        return "" if file is None else files.state_of([files.find_tokens(file)])
+        return FILES.fingerprint(file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        saved = load_tokens(files.find_tokens(file))
+        path = files.find_tokens(file)
+        FILES.record(file)
+        saved = load_tokens(path)
         pair = TokenPair(saved.conditional, saved.unconditional)
         return io.NodeOutput(pair, saved.conditional.provenance.prompt, ui=preview(saved, cls))
 

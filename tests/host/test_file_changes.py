@@ -1,0 +1,181 @@
+"""Nodes read replaced files again, and only those, whether the names are typed or linked."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from . import golden, graphs
+from .graphs import Graph, node
+from .server import ComfyServer
+
+TEXT, NUMBER, CHOICE = "PrimitiveString", "PrimitiveInt", "TinyCombo"
+
+
+def replace(file: Path) -> None:
+    """The same content in another file of the same name."""
+    copy = file.with_suffix(".copy")
+    shutil.copy(file, copy)
+    copy.replace(file)
+
+
+def linked(kind: str, name: str, **values: tuple[str, Any]) -> Graph:
+    """A node called "read" whose inputs come from nodes of these types."""
+    sources = {key: node(source, value=value) for key, (source, value) in values.items()}
+    return {**sources, "read": node(kind, **{key: [key, 0] for key in sources}), "show": shown(name)}
+
+
+def typed(kind: str, name: str, **values: tuple[str, Any]) -> Graph:
+    return {"read": node(kind, **{key: value for key, (_, value) in values.items()}), "show": shown(name)}
+
+
+def shown(output: str) -> dict[str, Any]:
+    return node("PreviewAny", source=["read", int(output)])
+
+
+FOLDER = ("EasyRefGroupFromFolder", "1")
+LOADER = ("EasyRefLoader", "0")
+TOKENS = ("EasyRefLoadTokens", "1")
+IN_FACES = {"folder": (TEXT, "faces"), "limit": (NUMBER, 2), "start": (NUMBER, 0)}
+CHECKPOINT = {
+    "checkpoint": (CHOICE, "easyref.safetensors"),
+    "mllm": (CHOICE, "easyref/golden-qwen2-vl"),
+    "precision": (CHOICE, "auto"),
+    "last_layer_attention": (CHOICE, "from the checkpoint"),
+}
+SAVED = {"file": (CHOICE, "changes_00001_.safetensors")}
+READERS = {
+    "folder": (*FOLDER, IN_FACES, "input/faces/1.png"),
+    "checkpoint": (*LOADER, CHECKPOINT, "models/easyref/easyref.safetensors"),
+    "mllm": (*LOADER, CHECKPOINT, "models/easyref/golden-qwen2-vl/config.json"),
+    "tokens": (*TOKENS, SAVED, "output/easyref/changes_00001_.safetensors"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(server: ComfyServer) -> None:
+    """Two folders of pictures, the golden model, and its tokens."""
+    graphs.install_golden(server)
+    for folder in ("faces", "places"):
+        (server.base / "input" / folder).mkdir()
+        for number in range(3):
+            shutil.copy(server.base / "input" / "0.png", server.base / "input" / folder / f"{number}.png")
+    keep = node("EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="changes")
+    graph = graphs.easyref()
+    kept = {"load", "image0", "image1", "image2", "group", "encode", "aggregate"}
+    server.run({name: graph[name] for name in kept} | {"keep": keep})
+
+
+def executed(server: ComfyServer, graph: Graph) -> set[str]:
+    """The nodes that a run executed."""
+    prompt_id = server.queue(graph)
+    server.wait(prompt_id)
+    return set(server.executed(prompt_id))
+
+
+@pytest.mark.parametrize("inputs", [linked, typed])
+@pytest.mark.parametrize("reader", READERS)
+def test_replaced_file_is_read_again_once(server, reader: str, inputs):
+    kind, output, values, file = READERS[reader]
+    graph = inputs(kind, output, **values)
+    executed(server, graph)
+    for _ in range(2):
+        assert executed(server, graph) == set()
+        replace(server.base / file)
+        assert executed(server, graph) == {"read", "show"}
+    assert executed(server, graph) == set()
+
+
+def test_other_files_run_nothing_again(server):
+    """Files that nothing read, and files of another node of the same type."""
+    graph = linked(*FOLDER, **IN_FACES)
+    graph["typed"] = node(FOLDER[0], folder="places", limit=1, start=0)
+    graph["show typed"] = node("PreviewAny", source=["typed", 1])
+    executed(server, graph)
+    replace(server.base / "input" / "faces" / "2.png")  # behind the limit
+    (server.base / "input" / "faces" / "notes.txt").touch()
+    (server.base / "input" / "new").mkdir()
+    assert executed(server, graph) == set()
+    replace(server.base / "input" / "places" / "0.png")
+    assert executed(server, graph) == {"typed", "show typed"}
+
+
+def test_value_computed_while_it_runs(server):
+    """No constant of the graph holds the name of the folder."""
+    graph = linked(*FOLDER, **IN_FACES)
+    graph["folder"] = node("StringConcatenate", string_a="fa", string_b="ces", delimiter="")
+    executed(server, graph)
+    assert executed(server, graph) == set()
+    replace(server.base / "input" / "faces" / "0.png")
+    assert executed(server, graph) == {"read", "show"}
+
+
+def test_replaced_file_is_noticed_by_a_node_of_another_number(server):
+    """The cache ignores node ids: it serves an equal node the outputs of this one."""
+    graph = linked(*FOLDER, **{**IN_FACES, "limit": (NUMBER, 1)})
+    executed(server, graph)
+    renamed = {{"read": "other"}.get(name, name): entry for name, entry in graph.items()}
+    renamed["show"] = node("PreviewAny", source=["other", 1])
+    assert executed(server, renamed) == set()
+    replace(server.base / "input" / "faces" / "0.png")
+    assert executed(server, renamed) == {"other", "show"}
+
+
+# The records behind it
+
+
+@pytest.fixture
+def changes(pack: ModuleType) -> tuple[Any, dict[str, str]]:
+    """FileChanges over files in a dictionary: {name: state}."""
+    states = {"a": "1", "b": "1"}
+    return golden.part(pack, "nodes.file_changes").FileChanges(states.__getitem__), states
+
+
+def test_fingerprint_of_a_typed_value_is_the_state_of_its_files(changes):
+    record, states = changes
+    assert record.fingerprint("a") == "1"
+
+
+def test_fingerprint_of_a_linked_value_changes_with_the_files_that_were_read(changes):
+    record, states = changes
+    first = record.fingerprint(None)
+    record.record("a")
+    states["b"] = "2"
+    assert record.fingerprint(None) == first
+    states["a"] = "2"
+    second = record.fingerprint(None)
+    assert second != first
+    assert record.fingerprint(None) == second
+
+
+def test_file_that_changes_between_two_nodes_of_one_prompt_changes_the_next_fingerprint(changes):
+    record, states = changes
+    first = record.fingerprint(None)
+    record.record("a")
+    states["a"] = "2"
+    record.record("a")
+    assert record.fingerprint(None) != first
+
+
+def test_oldest_record_is_given_up_as_if_its_file_had_changed(pack, changes):
+    record, states = changes
+    most = golden.part(pack, "nodes.file_changes").MAX_RECORDS
+    first = record.fingerprint(None)
+    for number in range(most):
+        states[f"{number}"] = "1"
+        record.record(f"{number}")
+    assert record.fingerprint(None) == first
+    record.record("a")
+    assert record.fingerprint(None) != first
+
+
+def test_another_process_has_other_fingerprints(pack, monkeypatch):
+    """A cache on disk outlives the process, but the count of changes restarts at zero."""
+    module = golden.part(pack, "nodes.file_changes")
+    first = module.FileChanges(str).fingerprint(None)
+    monkeypatch.setattr(module, "PROCESS", "another")
+    assert module.FileChanges(str).fingerprint(None) != first
