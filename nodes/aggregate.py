@@ -50,6 +50,7 @@ class EasyRefAggregate(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**64 - 1,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     optional=True,
                     advanced=True,
                     tooltip="Of negative = noise: which noise.",

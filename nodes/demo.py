@@ -41,7 +41,7 @@ class EasyRefDemo(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**31 - 1,
-                    control_after_generate=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Which group of references. What their picture shall be, no training has seen.",
                 ),
                 io.Int.Input(

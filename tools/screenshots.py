@@ -57,7 +57,7 @@ def basic(server: ComfyServer, page: Page) -> None:
     opened = shot(page, (640, 140, 0.74), 1000)
     thumbnail(opened.crop((460, 60, 1660, 735)), workflow)
 
-    page.evaluate(browser.USE_TINY_SDXL, ["easyref/golden-qwen2-vl", ["0.png", "1.png", "2.png"]])
+    browser.use_tiny_models(page, 256, 4)
     browser.queue(server, page)
     ran = shot(page, (640, 140, 0.74), NOTICES)
     ran.crop((60, 60, *VIEW)).resize((1494, 547), LANCZOS).save(ROOT / "docs" / "workflow.png", optimize=True)

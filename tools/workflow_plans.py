@@ -124,6 +124,9 @@ def changed(nodes: Mapping[str, Node], name: str, **inputs: Any) -> dict[str, No
     return {**nodes, name: dataclasses.replace(node, inputs={**node.inputs, **inputs})}
 
 
+ANOTHER_PICTURE = """
+The seed is fixed, so that **Run** executes only what you changed. For a new picture with every Run, set **control after generate** of *KSampler* to *randomize*: only the sampler and the nodes after it run.
+"""
 FILES = """
 ## Files
 
@@ -142,6 +145,7 @@ def _style() -> Plan:
 3. **Prompt**: what to paint. Leave style words out; the references say them.
 4. Too much of their content? Lower **weight** to 0.7, or choose *style transfer* as **weight_type** of Apply EasyRef.
 """
+        + ANOTHER_PICTURE
         + FILES,
         _instructed(nodes, "style"),
     )
@@ -156,6 +160,7 @@ def _portrait() -> Plan:
 2. **Prompt**: who and where, as in training: "Photo of a woman ...".
 3. Weight 1 is the trained strength. For a likeness, look at several seeds before turning knobs.
 """
+        + ANOTHER_PICTURE
         + FILES,
         _instructed(nodes, "identity"),
     )
@@ -190,6 +195,7 @@ The ControlNet says where things are, the references what they are like. EasyRef
 2. **Picture to trace** is turned into edges; put any SDXL ControlNet in `models/controlnet` and choose it.
 3. **strength** of the ControlNet 0.5 to 0.7 leaves the references room. **end_percent** 0.6 lets them finish alone.
 """
+        + ANOTHER_PICTURE
         + FILES,
         _later(nodes, ("sample", "decode", "save")),
     )
@@ -218,6 +224,7 @@ def _lora() -> Plan:
 2. **lora_strength** of Apply EasyRef is another one: the LoRA that the EasyRef checkpoint was trained with. Leave it at 1.
 3. A LoRA of a style and references of a character go together well; two that want the same thing add up: lower one of them.
 """
+        + ANOTHER_PICTURE
         + FILES,
         nodes,
     )
@@ -241,6 +248,7 @@ def _inpainting() -> Plan:
 3. The same mask goes to Apply EasyRef, so that the references act there alone, and to the latent, so that nothing else is repainted.
 4. **denoise** 0.85: lower keeps more of what was there. Inpainting checkpoints work too.
 """
+        + ANOTHER_PICTURE
         + FILES,
         nodes,
     )
@@ -292,6 +300,7 @@ Each group has an *Apply EasyRef* of its own with a **mask**, one after the othe
 3. The prompt names both: the references say what they look like, the words put them into one scene.
 4. The checkpoint's LoRA is merged once for both, wherever the masks are.
 """
+        + ANOTHER_PICTURE
         + FILES,
         _later(nodes, ("sample", "decode", "save")),
     )
@@ -328,6 +337,7 @@ def _frames() -> Plan:
 2. **frames** and the **batch_size** of the latent are the same number.
 3. For motion put AnimateDiff between checkpoint and *Apply EasyRef*; its context windows take the rows of their own frames.
 """
+        + ANOTHER_PICTURE
         + FILES,
         _later(nodes, ("sample", "decode", "save")),
     )
@@ -351,7 +361,7 @@ def _weights() -> Plan:
 *Weight Sheet* lists every pair of a weight and an end percent; everything after *Apply EasyRef* runs once for each, with the same noise. *Assemble Sheet* puts the pictures together.
 
 1. **References** and **Prompt** as always.
-2. Set **control after generate** of the sampler to *fixed*, or every sheet is another seed.
+2. The seed is fixed, so that all sheets compare. **control after generate** of *KSampler* set to *randomize* gives every sheet another one.
 3. Read the sheet: the column from which the references show is your weight; an end of 0.5 keeps their composition and leaves details to the prompt.
 """
         + FILES,
@@ -390,6 +400,7 @@ def _inspecting() -> Plan:
 
 None of them changes the picture.
 """
+        + ANOTHER_PICTURE
         + FILES,
         nodes,
     )

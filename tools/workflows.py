@@ -68,6 +68,8 @@ BUILD = """async ([note, noteWidth, nodes, gap]) => {
             widget.value = value
             widget.callback?.(value)
         }
+        // the frontend randomizes seeds, and every Run would execute their nodes again
+        for (const control of (node.widgets ?? []).flatMap(widget => widget.linkedWidgets ?? [])) control.value = 'fixed'
     }
     for (const [name, plan] of Object.entries(nodes))
         for (const [input, [from, output]] of Object.entries(plan.links)) {

@@ -72,7 +72,19 @@ def test_help_page_has_the_nodes_picture(name: str) -> None:
     assert (ROOT / "web" / "docs" / "pictures" / f"{name}.png").is_file()
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "workflows").glob("*.json")))
+WORKFLOWS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_seeds_of_a_workflow_are_fixed(name: str) -> None:
+    """A seed that the frontend draws for every Run would execute its node and all after it again."""
+    nodes = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))["nodes"]
+    values = [value for node in nodes for value in node.get("widgets_values", []) if isinstance(value, str)]
+    assert "fixed" in values
+    assert {"randomize", "increment", "decrement"}.isdisjoint(values)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflow_offers_its_downloads(name: str) -> None:
     """The frontend downloads what a node's `models` property names, from huggingface.co, into a folder it knows."""
     workflow = ROOT / "workflows" / f"{name}.json"

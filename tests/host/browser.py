@@ -23,36 +23,54 @@ FLAGS = [
     "--disable-sync",
 ]
 
-# No SDXL file is at hand here: what the SDXL loader and the two text encoders give, the tiny model gives.
-USE_TINY_SDXL = """([mllm, references]) => {
+# Replaces every loader whose file is not available, and both text encoders, by the tiny models of the tests.
+USE_TINY_MODELS = """() => {
     const of = type => app.graph._nodes.filter(node => node.type === type)
-    const [loader] = of('CheckpointLoaderSimple'), texts = of('CLIPTextEncode')
-    const tiny = LiteGraph.createNode('TinySDXL')
-    tiny.pos = loader.pos
-    app.graph.add(tiny)
-    const hand = (node, output, tinyOutput) => {
+    const put = (type, place) => {
+        const made = LiteGraph.createNode(type)
+        made.pos = place.pos
+        app.graph.add(made)
+        return made
+    }
+    const move = (node, output, made, madeOutput) => {
         for (const id of [...(node.outputs[output].links ?? [])]) {
             const link = app.graph.links[id] ?? app.graph.links.get(id)
-            tiny.connect(tinyOutput, app.graph.getNodeById(link.target_id), link.target_slot)
+            made.connect(madeOutput, app.graph.getNodeById(link.target_id), link.target_slot)
         }
     }
-    hand(loader, 0, 0)
-    hand(loader, 2, 3)
-    hand(texts[0], 0, 1)
-    hand(texts[1], 0, 2)
-    for (const node of [loader, ...texts]) app.graph.remove(node)
-    const set = (type, name, value) => of(type).forEach((node, i) => {
-        const widget = node.widgets.find(widget => widget.name === name)
-        widget.value = Array.isArray(value) ? value[i] : value
-        widget.callback?.(widget.value)
-    })
-    set('EasyRefLoader', 'mllm', mllm)
-    set('LoadImage', 'image', references)
-    set('EmptyLatentImage', 'width', 256)
-    set('EmptyLatentImage', 'height', 256)
-    set('KSampler', 'steps', 4)
-    set('EasyRefEncodeGroup', 'size', 84)
+    const [checkpoint] = of('CheckpointLoaderSimple'), texts = of('CLIPTextEncode')
+    const tiny = put('TinySDXL', checkpoint)
+    move(checkpoint, 0, tiny, 0)
+    move(checkpoint, 2, tiny, 3)
+    for (const text of texts) move(text, 0, tiny, text.title.startsWith('Negative') ? 2 : 1)
+    for (const net of of('ControlNetLoader')) move(net, 0, put('TinyControlNet', net), 0)
+    for (const lora of of('LoraLoader')) {
+        const made = put('LoraLoaderModelOnly', lora)
+        tiny.connect(0, made, 0)
+        move(lora, 0, made, 0)
+        for (const name of ['lora_name', 'strength_model'])
+            made.widgets.find(widget => widget.name === name).value = lora.widgets.find(widget => widget.name === name).value
+    }
+    for (const node of [checkpoint, ...texts, ...of('ControlNetLoader'), ...of('LoraLoader')]) app.graph.remove(node)
 }"""
+
+SET_WIDGETS = """values => {
+    for (const [type, widgets] of Object.entries(values))
+        app.graph._nodes.filter(node => node.type === type).forEach((node, i) => {
+            for (const [name, value] of Object.entries(widgets)) {
+                const widget = node.widgets.find(widget => widget.name === name)
+                widget.value = Array.isArray(value) ? value[i % value.length] : value
+                widget.callback?.(widget.value)
+            }
+        })
+}"""
+
+RANDOMIZE_SEEDS = """() => app.graph._nodes.filter(node => node.type === 'KSampler').map(node => {
+    const source = node.getInputNode(node.findInputSlot('seed')) ?? node
+    const seed = source.widgets.find(widget => widget.linkedWidgets)
+    seed.linkedWidgets[0].value = 'randomize'
+    return `${source.id}`
+})"""
 
 
 @contextlib.contextmanager
@@ -82,6 +100,31 @@ def open_workflow(page: Page, workflow: Path) -> list[str]:
     )
 
 
+def use_tiny_models(page: Page, side: int = 128, steps: int = 2) -> None:
+    """Run the open workflow with the tiny models and small references of the tests, for pictures of `side` pixels."""
+    page.evaluate(USE_TINY_MODELS)
+    sides = {"width": side, "height": side}
+    values = {
+        "EasyRefLoader": {"mllm": "easyref/golden-qwen2-vl"},
+        "EasyRefEncodeGroup": {"size": 84},
+        "LoadImage": {"image": ["0.png", "1.png", "2.png"]},
+        "EmptyLatentImage": sides,
+        "SolidMask": {**sides, "width": [side, side // 2]},
+        "KSampler": {"steps": steps},
+    }
+    set_widgets(page, values)
+
+
+def set_widgets(page: Page, values: dict[str, dict[str, Any]]) -> None:
+    """{type of node: {widget: its value, or a list with one for each node of the type in turn}}"""
+    page.evaluate(SET_WIDGETS, values)
+
+
+def randomize_seeds(page: Page) -> list[str]:
+    """Let the page draw a seed after each Run; the ids of the nodes that hold the samplers' seeds."""
+    return page.evaluate(RANDOMIZE_SEEDS)
+
+
 def queue(server: ComfyServer, page: Page, timeout: float = 120) -> dict[str, Any]:
     """Press Run; the history entry of the prompt that the page queued."""
     before = set(json.loads(server.get("/history")))
@@ -94,3 +137,11 @@ def queue(server: ComfyServer, page: Page, timeout: float = 120) -> dict[str, An
         page.wait_for_timeout(200)
         deadline -= 0.2
     raise TimeoutError(f"the page queued no prompt that ended within {timeout} s")
+
+
+def executed(history: dict[str, Any]) -> set[str]:
+    """The nodes of a history entry whose outputs did not come from the cache."""
+    cached = next(
+        data["nodes"] for event, data in history["status"]["messages"] if event == "execution_cached"
+    )
+    return set(history["prompt"][2]) - set(cached)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 
 from ..hosts import ROOT
-from . import browser, graphs
+from . import browser, graphs, tiny_workflow
 from .server import pixels
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on the PATH")
@@ -20,9 +19,7 @@ TRY_IT_NOW = ROOT / "workflows" / "try_it_now.json"
 
 @pytest.fixture(scope="module")
 def page(server):
-    graphs.install_golden(server)
-    example = server.host / "input" / "example.png"
-    shutil.copy(example, server.base / "input" / example.name)
+    tiny_workflow.install(server)
     with browser.frontend(server) as page:
         yield page
 
@@ -59,12 +56,61 @@ def test_defaults_are_the_authors(page) -> None:
     assert (by_type["EasyRefApply"]["weight"], by_type["EasyRefApply"]["lora_strength"]) == (1, 1)
 
 
-def test_queued_from_the_page_it_ends_in_a_picture(server, page) -> None:
-    browser.open_workflow(page, WORKFLOW)
-    page.evaluate(browser.USE_TINY_SDXL, ["easyref/golden-qwen2-vl", ["0.png", "1.png", "2.png"]])
-    history = browser.queue(server, page)
-    assert history["status"]["status_str"] == "success", history["status"]
-    assert len(server.images(history, "output")) == 1
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_second_run_executes_nothing_and_another_seed_only_the_sampling(server, page, workflow) -> None:
+    browser.open_workflow(page, workflow)
+    if workflow == TRY_IT_NOW:
+        browser.set_widgets(page, {"KSampler": {"steps": 2}})
+    else:
+        browser.use_tiny_models(page)
+    first = browser.queue(server, page)
+    assert first["status"]["status_str"] == "success", first["status"]
+    assert server.images(first)
+
+    seeds = browser.randomize_seeds(page)  # after the next Run
+    second = browser.queue(server, page)
+    # older frontends (1.42) add the shown text to the inputs of a Preview Any, which then runs once more
+    assert {second["prompt"][2][node]["class_type"] for node in browser.executed(second)} <= {"PreviewAny"}
+    third = browser.queue(server, page)
+    assert browser.executed(third) == following(third["prompt"][2], seeds)
+
+
+def following(prompt: graphs.Graph, nodes: list[str]) -> set[str]:
+    """These nodes of a prompt and all that depend on them."""
+    found, before = set(nodes), set()
+    while found != before:
+        before = set(found)
+        found |= {name for name, node in prompt.items() if links(node) & before}
+    return found
+
+
+def links(node: dict) -> set[str]:
+    return {value[0] for value in node["inputs"].values() if isinstance(value, list)}
+
+
+# Seeds: the frontend randomizes those that do not say otherwise
+
+
+def test_seeds_of_new_nodes_are_fixed(page) -> None:
+    controls = page.evaluate("""() => Object.keys(LiteGraph.registered_node_types)
+        .filter(type => type.startsWith('EasyRef'))
+        .flatMap(type => (LiteGraph.createNode(type).widgets ?? []).flatMap(widget =>
+            (widget.linkedWidgets ?? []).map(control => [`${type}.${widget.name}`, control.value])))""")
+    assert dict(controls) == {"EasyRefAggregate.noise_seed": "fixed", "EasyRefDemo.example": "fixed"}
+
+
+def test_workflows_saved_with_a_randomized_seed_keep_their_values(page) -> None:
+    saved = json.loads((ROOT / "workflows" / "style_from_a_group.json").read_text(encoding="utf-8"))
+    (aggregate,) = (node for node in saved["nodes"] if node["type"] == "EasyRefAggregate")
+    aggregate["widgets_values"] = ["noise", 7, "randomize", 0.25]
+    page.evaluate("workflow => app.loadGraphData(workflow)", saved)
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    inputs = prompt[str(aggregate["id"])]["inputs"]
+    assert (inputs["negative"], inputs["noise_seed"], inputs["noise_strength"]) == ("noise", 7, 0.25)
+    again = page.evaluate("() => app.graph.serialize()")["nodes"]
+    assert [node["widgets_values"] for node in again if node["id"] == aggregate["id"]] == [
+        aggregate["widgets_values"]
+    ]
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)

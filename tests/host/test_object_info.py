@@ -41,7 +41,7 @@ NAMES = {
     "EasyRefRecord": "Record Where It Acts",
     "EasyRefWhereItActs": "Where It Acts",
 }
-KEPT = ("default", "min", "max", "step", "multiline", "dynamicPrompts", "advanced")
+KEPT = ("default", "min", "max", "step", "control_after_generate", "multiline", "dynamicPrompts", "advanced")
 FILES = ("checkpoint", "mllm", "file")  # whose options depend on what lies in the folders
 
 

@@ -18,7 +18,13 @@ class TinySDXL(io.ComfyNode):
             node_id="TinySDXL",
             category="testing",
             inputs=[
-                io.Int.Input("seed", default=0, min=0, max=2**31),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                ),
                 io.Int.Input("prompt_tokens", default=77, min=1, max=77 * 4),
             ],
             outputs=[
@@ -61,7 +67,7 @@ class TinyImages(io.ComfyNode):
             category="testing",
             inputs=[
                 io.String.Input("shapes", tooltip="One batch x height x width x channels for each tensor."),
-                io.Int.Input("seed", default=0),
+                io.Int.Input("seed", default=0, control_after_generate=io.ControlAfterGenerate.fixed),
                 io.Combo.Input("fill", options=["noise", "nan"], default="noise"),
             ],
             outputs=[io.Image.Output(is_output_list=True)],
