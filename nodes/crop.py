@@ -28,6 +28,7 @@ class EasyRefCropReference(io.ComfyNode):
             description="Crops references to squares, and shows what is left of them. The authors advise square crops of "
             "the face for identity; for anything else, leave pictures whole.",
             search_aliases=["face crop", "prep image", "square crop", "crop to mask"],
+            is_output_node=True,
             is_input_list=True,  # lists of different sizes, and one mask for each
             inputs=[
                 io.MultiType.Input(

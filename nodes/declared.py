@@ -55,7 +55,8 @@ def _checks(node: type[io.ComfyNode]) -> tuple[Checks, bool]:
         io.String.Input: _text,
         io.Combo.Input: _choice,
     }
-    inputs = [one for one in schema.inputs if type(one) in kinds and one.id not in own]
+    files = {one.id for one in schema.inputs if one.id in own and isinstance(one, io.Combo.Input)}
+    inputs = [one for one in schema.inputs if type(one) in kinds and one.id not in files]
     return {one.id: functools.partial(kinds[type(one)], one) for one in inputs}, schema.is_input_list
 
 

@@ -29,6 +29,7 @@ class EasyRefEncodeGroup(io.ComfyNode):
             category="EasyRef",
             description="The multimodal LLM reads all references together with the instruction and the prompt.",
             search_aliases=["ip adapter encoder", "reference encode"],
+            has_intermediate_output=True,
             inputs=[
                 EasyRefModel.Input("easyref", tooltip="From Load EasyRef."),
                 group_input(

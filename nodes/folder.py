@@ -38,6 +38,7 @@ class EasyRefGroupFromFolder(io.ComfyNode):
             description="The pictures of a folder inside ComfyUI's input folder as one group, in the order of their "
             "names (2 before 10). Each keeps its size. The node names the files that it leaves out, with the reason.",
             search_aliases=["load images from folder", "image directory", "batch load references"],
+            is_output_node=True,
             inputs=[
                 io.String.Input(
                     "folder",
@@ -71,6 +72,19 @@ class EasyRefGroupFromFolder(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, folder: str | None) -> bool | str:
+        """Refuse a path outside the input folder, such as an empty one; None: it comes through a link.
+
+        An output node that failed while it runs would stop the other nodes.
+        """
+        try:
+            if folder is not None:
+                inside(Path(folder_paths.get_input_directory()).resolve(), folder)
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None, limit: int | None, start: int | None, **_: object) -> str:

@@ -38,6 +38,7 @@ class EasyRefGroupBudget(io.ComfyNode):
             description="What encoding a group will take, before it is encoded: tokens of each reference and of all "
             "against what the MLLM reads at most, memory, and about how long. Nothing is encoded.",
             search_aliases=["token count", "memory estimate", "how many references"],
+            is_output_node=True,
             inputs=[
                 EasyRefModel.Input("easyref", tooltip="From Load EasyRef."),
                 group_input("A reference group, or an image batch."),
@@ -72,6 +73,7 @@ class EasyRefGroupBudget(io.ComfyNode):
         largest = model.largest_size(pictures, text, instruction, size, memory) or 0
         report = "\n".join(
             [
+                verdict(needed, memory, largest),  # first, because a small node shows only the first lines
                 f"{count(len(pictures))} at {size} pixels: {needed.total:,} of {needed.limit:,} tokens "
                 f"({needed.text_tokens:,} of them text).",
                 *notes,
@@ -79,7 +81,6 @@ class EasyRefGroupBudget(io.ComfyNode):
                 *advice(len(pictures)),
                 memory_line(easyref, needed),
                 time_line(easyref, needed),
-                verdict(needed, memory, largest),
             ]
         )
         return io.NodeOutput(needed.fits(memory), largest, report, ui=shown.text(report))

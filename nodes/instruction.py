@@ -20,6 +20,7 @@ class EasyRefInstruction(io.ComfyNode):
             description="What the MLLM is told to look for in the references: a text to choose, or your own. Connect it "
             "to Encode Reference Group's instruction. The text that is used is shown here after a run.",
             search_aliases=["style transfer", "face id", "composition", "character reference", "preset"],
+            is_output_node=True,
             inputs=[
                 io.Combo.Input(
                     "preset",

@@ -24,6 +24,7 @@ class EasyRefLoadTokens(io.ComfyNode):
             description="Reference tokens that Save Reference Tokens kept. They are for the EasyRef checkpoint that made "
             "them; Apply EasyRef refuses those of another.",
             search_aliases=["ip adapter load embeds", "load embeds", "import"],
+            is_output_node=True,
             inputs=[
                 io.Combo.Input(
                     "file",

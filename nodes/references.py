@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST = 1000  # references of a selection, which may name one again and again
+EMPTY = "The reference group is empty. Connect at least one image, or a group to extend."
 FEW = 2  # the authors advise more references than this
 
 
@@ -31,6 +32,7 @@ class EasyRefGroup(io.ComfyNode):
             description="Puts images of any sizes into one ordered group. Batches and lists of images count as many; "
             "each keeps its own aspect. Chain groups to grow them. Shows what the group holds after a run.",
             search_aliases=["references", "image batch", "reference images"],
+            is_output_node=True,
             is_input_list=True,  # lists of images of different sizes are one group, not one group each
             inputs=[
                 io.Autogrow.Input(
@@ -53,6 +55,16 @@ class EasyRefGroup(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, **inputs: Any) -> bool:
+        """Refuse a group without links: an output node that failed while it runs would stop the other nodes.
+
+        Raises ValueError, because the host reports a returned text only for inputs that are there.
+        """
+        if not inputs.get("images") and "group" not in inputs:
+            raise ValueError(EMPTY)
+        return True
+
+    @classmethod
     def execute(
         cls, images: dict[str, list[Tensor]], group: list[tuple[Tensor, ...]] | None = None
     ) -> io.NodeOutput:
@@ -63,9 +75,7 @@ class EasyRefGroup(io.ComfyNode):
                 reference for batch in images[name] if batch is not None for reference in split(batch)
             ]
         if not references:
-            raise ValueError(
-                "The reference group is empty. Connect at least one image, or a group to extend."
-            )
+            raise ValueError(EMPTY)
         return io.NodeOutput(tuple(references), ui=show_group(references))
 
 
@@ -78,6 +88,7 @@ class EasyRefSelectReferences(io.ComfyNode):
             category="EasyRef",
             description="Takes some references of a group, in the order you write.",
             search_aliases=["reorder references", "pick images", "reference order"],
+            is_output_node=True,
             inputs=[
                 EasyRefGroupSocket.Input("group", tooltip="From Reference Group."),
                 io.String.Input(

@@ -24,6 +24,7 @@ class EasyRefWeighReferences(io.ComfyNode):
             description="Lets single references count more or less when the reference tokens gather what they share. "
             "Goes between Encode and Aggregate: the group is not read again.",
             search_aliases=["reference weight", "image weight", "ip adapter weight per image"],
+            has_intermediate_output=True,
             inputs=[
                 EasyRefContext.Input("context", tooltip="From Encode Reference Group."),
                 io.String.Input(

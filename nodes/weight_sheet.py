@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..easyref_core.number_lists import parse_numbers
 from ..easyref_core.visualize import contact_sheet, fitted
+from . import shown
 from .pictures import image_of, pictures_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class EasyRefWeightSheet(io.ComfyNode):
             description="Every weight with every end, as lists: linked to Apply EasyRef, the nodes after it run once for "
             "each pair. Assemble Sheet puts the pictures together.",
             search_aliases=["xy plot", "x/y sheet", "grid", "compare weights", "ip adapter weight"],
+            is_output_node=True,
             inputs=[
                 io.String.Input(
                     "weights",
@@ -56,7 +58,10 @@ class EasyRefWeightSheet(io.ComfyNode):
     def execute(cls, weights: str, end_percents: str) -> io.NodeOutput:
         columns = read_numbers(weights, "weights", -1.0, 3.0)
         rows = read_numbers(end_percents, "end_percents", 0.0, 1.0)
-        return io.NodeOutput(columns * len(rows), [row for row in rows for _ in columns])
+        pairs = [(column, row) for row in rows for column in columns]
+        lines = [f"weight {column:g}, end_percent {row:g}" for column, row in pairs]
+        report = "\n".join([f"{len(pairs)} pairs. The nodes after Apply EasyRef run once for each.", *lines])
+        return io.NodeOutput(*map(list, zip(*pairs, strict=True)), ui=shown.text(report))
 
 
 class EasyRefSheet(io.ComfyNode):

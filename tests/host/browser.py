@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,16 @@ SET_WIDGETS = """values => {
         })
 }"""
 
+# The frontend opens a first workflow of its own, which would replace one that is opened before it.
+READY = """() => !!window.LiteGraph?.registered_node_types['EasyRefApply'] && !!window.app?.canvas
+    && !!app.extensionManager?.workflow?.activeWorkflow"""
+
+SELECT = """id => {
+    const node = app.graph.getNodeById(id)
+    app.canvas.centerOnNode(node)
+    app.canvas.selectNode(node)
+}"""
+
 RANDOMIZE_SEEDS = """() => app.graph._nodes.filter(node => node.type === 'KSampler').map(node => {
     const source = node.getInputNode(node.findInputSlot('seed')) ?? node
     const seed = source.widgets.find(widget => widget.linkedWidgets)
@@ -83,10 +93,7 @@ def frontend(server: ComfyServer, width: int = 1600, height: int = 900) -> Itera
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = chromium.new_page(viewport={"width": width, "height": height})
         page.goto(server.url)
-        page.wait_for_function(
-            "() => !!window.LiteGraph?.registered_node_types['EasyRefApply'] && !!window.app?.canvas",
-            timeout=60_000,
-        )
+        page.wait_for_function(READY, timeout=60_000)
         yield page
         chromium.close()
 
@@ -127,8 +134,21 @@ def randomize_seeds(page: Page) -> list[str]:
 
 def queue(server: ComfyServer, page: Page, timeout: float = 120) -> dict[str, Any]:
     """Press Run; the history entry of the prompt that the page queued."""
+    return queued(server, page, lambda: page.evaluate("() => app.queuePrompt(0)"), timeout)
+
+
+def queue_selected(server: ComfyServer, page: Page, node: str) -> dict[str, Any]:
+    """Select a node and press the play button above it; the history entry of the prompt that the page queued."""
+    page.evaluate(SELECT, node)
+    return queued(server, page, page.get_by_label("Execute to selected output nodes").click)
+
+
+def queued(
+    server: ComfyServer, page: Page, press: Callable[[], object], timeout: float = 120
+) -> dict[str, Any]:
+    """The history entry of the prompt that the page queues once a button is pressed."""
     before = set(json.loads(server.get("/history")))
-    page.evaluate("() => app.queuePrompt(0)")
+    press()
     deadline = timeout
     while deadline > 0:
         history = json.loads(server.get("/history"))

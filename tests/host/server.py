@@ -215,12 +215,18 @@ class ComfyServer:
     # Prompts
 
     def queue(self, prompt: Mapping[str, Any]) -> str:
-        """Queue a workflow in API form, {node id: {class_type, inputs}}; its prompt id."""
+        """Queue a workflow in API form, {node id: {class_type, inputs}}; its prompt id.
+
+        PromptFailed if one of its output nodes is refused, even if the host runs the others.
+        """
         try:
             answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})
         except urllib.error.HTTPError as error:
             raise PromptFailed("invalid", json.loads(error.read())) from error
-        return json.loads(answer)["prompt_id"]
+        queued = json.loads(answer)
+        if queued["node_errors"]:
+            raise PromptFailed("invalid", queued)
+        return queued["prompt_id"]
 
     def wait(self, prompt_id: str, timeout: float = 120) -> dict[str, Any]:
         """The history entry of a prompt once it has ended; PromptFailed unless it succeeded."""

@@ -169,6 +169,33 @@ def test_a_choice_is_drawn_for_clip_alone(page) -> None:
     )
 
 
+# A node that is asked before the rest runs
+
+ADD_BUDGET = """() => {
+    const of = type => app.graph._nodes.find(node => node.type === type)
+    const budget = LiteGraph.createNode('EasyRefGroupBudget')
+    budget.pos = [0, -500]
+    app.graph.add(budget)
+    of('EasyRefLoader').connect(0, budget, 0)
+    of('EasyRefGroup').connect(0, budget, 1)
+    return `${budget.id}`
+}"""
+SHOWS = """([id, text]) => app.graph.getNodeById(id).widgets.some(widget =>
+    widget.name === '$$node-text-preview' && widget.value === text)"""
+
+
+def test_budget_runs_alone_by_the_button_of_its_selection(server, page) -> None:
+    browser.open_workflow(page, WORKFLOW)
+    browser.use_tiny_models(page)
+    budget = page.evaluate(ADD_BUDGET)
+    history = browser.queue_selected(server, page, budget)
+    assert history["prompt"][4] == [budget]  # the output nodes that the host runs
+    assert server.images(history, "output") == []
+    (text,) = history["outputs"][budget]["text"]
+    assert text.startswith("It fits.")
+    page.wait_for_function(SHOWS, arg=[budget, text], timeout=10_000)
+
+
 # The workflow that needs no file
 
 

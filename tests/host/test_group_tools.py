@@ -382,7 +382,7 @@ def test_budget_before_encoding(pack):
     assert (fits, largest) == (True, 84)
     assert "3 references at 84 pixels" in report
     assert "assumed" in report
-    assert report.endswith("It fits.")
+    assert report.startswith("It fits.")
 
     context = easyref.encode([image[0] for image in golden.references()], "a cat", text, 84)
     report = node.execute(easyref, golden.references(), "a cat", text, 84).args[2]

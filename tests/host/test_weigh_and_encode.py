@@ -23,7 +23,7 @@ def weighing(weights: str) -> graphs.Graph:
 
 
 def shown(server: ComfyServer, graph: graphs.Graph, node: str) -> str:
-    """The text that a node shows. Something of the graph must be new, or the host has no text to give."""
+    """The text that a node shows."""
     return server.run(graph)["outputs"][node]["text"][0]
 
 
