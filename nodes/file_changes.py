@@ -17,7 +17,8 @@ class FileChanges:
 
     The host computes fingerprints before it runs a graph, and passes None for every linked input. The files behind
     linked values are known only while the node runs. `record` therefore keeps their state, and a later `fingerprint`
-    compares it with the files as they are: its result changes if one of them changed, and at no other time.
+    compares it with the files as they are: its result changes if one of them changed, or if a record was dropped because
+    there were more than MAX_RECORDS.
 
     Records are shared by all nodes of one class, because the host's cache does not distinguish nodes with equal inputs.
     """
@@ -33,7 +34,7 @@ class FileChanges:
         self._linked: set[tuple[str, str] | None] = set()  # nodes of the current prompt with linked values
 
     def fingerprint(self, *values: Any) -> str:
-        """Of a node with these input values; None stands for a value that comes through a link."""
+        """The fingerprint for these input values; None stands for a value that comes through a link."""
         if None not in values:
             return self._state_of(values)
         node = _executing()
