@@ -8,6 +8,8 @@ from comfy_api.latest import io
 
 from ..easyref_core.attention import SCALINGS
 from ..easyref_core.layer_weights import LINEAR, WEIGHT_TYPES
+from . import shown
+from .notes import window_note
 from .sockets import EasyRefModel, EasyRefTokens, TokenPair
 from .unet_patch import condition
 
@@ -49,7 +51,8 @@ class EasyRefApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Part of the denoising after which the references act.",
+                    tooltip="Fraction of the sampling at which the references start to act (0 = first step), for the "
+                    "model that samples: ModelSampling nodes may come before or after this one.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -57,7 +60,7 @@ class EasyRefApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Part of the denoising until which the references act.",
+                    tooltip="Fraction of the sampling at which the references stop acting (1 = after the last step).",
                 ),
                 io.Float.Input(
                     "lora_strength",
@@ -72,8 +75,8 @@ class EasyRefApply(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where in the picture the references act; of any size, stretched over the whole picture. A "
-                    "batch of masks has one for each picture or frame, and its last goes on. Without a mask: everywhere.",
+                    tooltip="Where in the image the references act; of any size, stretched over the whole image. A mask "
+                    "batch is applied per image or frame; the last mask repeats. Without a mask: everywhere.",
                 ),
                 io.Combo.Input(
                     "weight_type",
@@ -90,7 +93,8 @@ class EasyRefApply(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Factors of your own in place of the weight type's, as index:weight, ... with the indices 0-3 "
-                    "input, 4 middle, 5-10 output. Layers not named get 0. Example: 3:1, 6:0.5",
+                    "input, 4 middle, 5-10 output. Layers not named get 0. Write decimals with a point. Example: "
+                    "3:1, 6:0.5",
                 ),
                 io.String.Input(
                     "weight_schedule",
@@ -98,7 +102,8 @@ class EasyRefApply(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Factors of the weight over the denoising: numbers, spread evenly from start_percent to "
-                    "end_percent (1, 0.5, 0), or percent:weight pairs (0.2:1, 0.8:0). Between them the line. Empty: 1.",
+                    "end_percent (1, 0.5, 0), or percent:weight pairs (0.2:1, 0.8:0). Between them the line. Write "
+                    "decimals with a point. Empty: 1.",
                 ),
                 io.Combo.Input(
                     "embeds_scaling",
@@ -130,19 +135,19 @@ class EasyRefApply(io.ComfyNode):
         weight_schedule: str = "",
         embeds_scaling: str = SCALINGS[0],
     ) -> io.NodeOutput:
-        return io.NodeOutput(
-            condition(
-                model,
-                easyref,
-                tokens,
-                weight,
-                start_percent,
-                end_percent,
-                lora_strength,
-                mask,
-                weight_type,
-                layer_weights,
-                weight_schedule,
-                embeds_scaling,
-            )
+        patched = condition(
+            model,
+            easyref,
+            tokens,
+            weight,
+            start_percent,
+            end_percent,
+            lora_strength,
+            mask,
+            weight_type,
+            layer_weights,
+            weight_schedule,
+            embeds_scaling,
         )
+        note = window_note(start_percent, end_percent) if weight else None
+        return io.NodeOutput(patched, ui=shown.text(note) if note else None)

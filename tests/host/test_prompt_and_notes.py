@@ -123,3 +123,15 @@ def test_window(pack) -> None:
     assert note(0.2, 0.8) is None
     for start, end in ((0.8, 0.2), (0.5, 0.5)):
         assert f"start_percent is {start:g} and end_percent is {end:g}" in note(start, end)
+
+
+def test_a_window_that_never_opens_is_shown_on_apply(pack, easy, model) -> None:
+    apply = golden.part(pack, "nodes.apply").EasyRefApply.execute
+
+    def shown(weight: float, start: float, end: float) -> object:
+        with torch.inference_mode():
+            return apply(model, easy.easyref, easy.tokens, weight, start, end, 1.0).ui
+
+    assert "start_percent is 0.6 and end_percent is 0.4" in str(shown(1.0, 0.6, 0.4))
+    assert shown(1.0, 0.4, 0.6) is None
+    assert shown(0.0, 0.6, 0.4) is None
