@@ -269,7 +269,9 @@ def test_the_cache_changes_nothing(base_folder: Path, tmp_path: Path, examples: 
     kept = train(tiny.settings(base_folder, tmp_path / "kept", cache=tmp_path / "cache", **common), examples)
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(examples)
     wanted, found = load_file(plain), load_file(kept)
-    assert all(torch.allclose(wanted[name], found[name], atol=1e-4) for name in wanted)
+    # By norm: Adam makes a whole step of a gradient that is nothing but rounding, so that on some processors a
+    # few weights of many differ by half a step.
+    assert all((wanted[name] - found[name]).norm() <= 1e-3 * wanted[name].norm() for name in wanted)
 
 
 @pytest.mark.parametrize(
