@@ -53,6 +53,7 @@ def full_size_sdxl() -> Any:
 def with_references(pack: ModuleType, model: Any, start: float = 0.0) -> Any:
     """The model as Apply EasyRef gives it at weight 1, from `start` on, with random tokens of a checkpoint for it."""
     unet_patch = import_module(f"{pack.__name__}.nodes.unet_patch")
+    held = import_module(f"{pack.__name__}.nodes.key_values")
     layout = import_module(f"{pack.__name__}.easyref_core.unet_layout")
     widths = unet_patch.cross_attention_widths(model)
     sites = tuple(layout.in_processor_order(widths))
@@ -60,7 +61,8 @@ def with_references(pack: ModuleType, model: Any, start: float = 0.0) -> Any:
     checkpoint = SimpleNamespace(sites=sites, widths=widths)
     easyref = SimpleNamespace(
         model=SimpleNamespace(checkpoint=checkpoint),
-        key_values=lambda _: key_values,
+        key_value_rows=lambda _: held.HeldRows(key_values, 1),
+        load_with=lambda *_: None,
         require_own=lambda _: None,
         forget_with=lambda _: None,
     )

@@ -7,14 +7,12 @@ steps get the weights that the tables say; masks act where they lie, at any size
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import comfy.samplers
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_extras import nodes_model_advanced
 from torch import Tensor
 
 from . import golden
@@ -335,31 +333,33 @@ def test_area_is_cut_off_as_the_host_does(pack, core) -> None:
 
 # Fractions of the sampling belong to the model that samples
 
-SAMPLINGS: dict[str, Callable[[ModelPatcher], ModelPatcher]] = {
-    "v-prediction zsnr": lambda model: nodes_model_advanced.ModelSamplingDiscrete().patch(
-        model, "v_prediction", True
-    )[0],
-    "EDM": lambda model: nodes_model_advanced.ModelSamplingContinuousEDM().patch(
-        model, "edm_playground_v2.5", 120.0, 0.002
-    )[0],
-    "continuous V": lambda model: nodes_model_advanced.ModelSamplingContinuousV().patch(
-        model, "v_prediction", 500.0, 0.03
-    )[0],
-    "SD3 shift": lambda model: nodes_model_advanced.ModelSamplingSD3().patch(model, 3.0)[0],
+SAMPLINGS: dict[str, tuple] = {  # name of the node's class, and its inputs after the model
+    "v-prediction zsnr": ("ModelSamplingDiscrete", "v_prediction", True),
+    "EDM": ("ModelSamplingContinuousEDM", "edm_playground_v2.5", 120.0, 0.002),
+    "continuous V": ("ModelSamplingContinuousV", "v_prediction", 500.0, 0.03),
+    "SD3 shift": ("ModelSamplingSD3", 3.0),
 }
+
+
+def with_sampling(model: ModelPatcher, name: str) -> ModelPatcher:
+    # late: on 0.20 it imports nodes.py, which hides modules that other tests import from the host
+    from comfy_extras import nodes_model_advanced
+
+    node, *inputs = SAMPLINGS[name]
+    return getattr(nodes_model_advanced, node)().patch(model, *inputs)[0]
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_model_sampling_may_come_before_or_after(easy, model, name: str) -> None:
     settings = {"start": 0.2, "end": 0.6, "weight_schedule": "0.2:0.2, 0.6:1"}
-    before = easy.apply(SAMPLINGS[name](model), **settings)
-    after = SAMPLINGS[name](easy.apply(model, **settings))
+    before = easy.apply(with_sampling(model, name), **settings)
+    after = with_sampling(easy.apply(model, **settings), name)
     found = {
         order: sample(cfg_guider(one, *prompts()), steps=6)
         for order, one in (
             ("before", before),
             ("after", after),
-            ("whole", easy.apply(SAMPLINGS[name](model))),
+            ("whole", easy.apply(with_sampling(model, name))),
         )
     }
     assert torch.equal(found["before"], found["after"])
@@ -370,7 +370,7 @@ def test_two_models_that_share_an_injection_have_their_own_sigmas(easy, model) -
     """One after the other, as the same Apply node feeds two samplers."""
     applied = easy.apply(model, end=0.4)
     plain = sample(cfg_guider(applied, *prompts()), steps=4)
-    sample(cfg_guider(SAMPLINGS["SD3 shift"](applied), *prompts()), steps=4)
+    sample(cfg_guider(with_sampling(applied, "SD3 shift"), *prompts()), steps=4)
     assert torch.equal(sample(cfg_guider(applied, *prompts()), steps=4), plain)
 
 

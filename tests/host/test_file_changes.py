@@ -18,9 +18,9 @@ TEXT, NUMBER, CHOICE = "PrimitiveString", "PrimitiveInt", "TinyCombo"
 
 def replace(file: Path) -> None:
     """The same content in another file of the same name."""
-    copy = file.with_suffix(".copy")
-    shutil.copy(file, copy)
-    copy.replace(file)
+    replacement = file.with_suffix(".copy")
+    shutil.copy(file, replacement)
+    replacement.replace(file)
 
 
 def linked(kind: str, name: str, **values: tuple[str, Any]) -> Graph:
