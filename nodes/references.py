@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST = 1000  # references of a selection, which may name one again and again
-EMPTY = "The reference group is empty. Connect at least one image, or a group to extend."
+EMPTY = (
+    "The reference group is empty. Connect at least one image to images.image0, or a group to extend to group. Sockets "
+    "of other names, as of a program, are not read."
+)
 FEW = 2  # the authors advise more references than this
 
 

@@ -40,7 +40,7 @@ def shown(output: str) -> dict[str, Any]:
 FOLDER = ("EasyRefGroupFromFolder", "1")
 LOADER = ("EasyRefLoader", "0")
 TOKENS = ("EasyRefLoadTokens", "1")
-IN_FACES = {"folder": (TEXT, "faces"), "limit": (NUMBER, 2), "start": (NUMBER, 0)}
+IN_FOLDER = {"folder": (TEXT, "changing"), "limit": (NUMBER, 2), "start": (NUMBER, 0)}
 CHECKPOINT = {
     "checkpoint": (CHOICE, "easyref.safetensors"),
     "mllm": (CHOICE, "easyref/golden-qwen2-vl"),
@@ -49,7 +49,7 @@ CHECKPOINT = {
 }
 SAVED = {"file": (CHOICE, "changes_00001_.safetensors")}
 READERS = {
-    "folder": (*FOLDER, IN_FACES, "input/faces/1.png"),
+    "folder": (*FOLDER, IN_FOLDER, "input/changing/1.png"),
     "checkpoint": (*LOADER, CHECKPOINT, "models/easyref/easyref.safetensors"),
     "mllm": (*LOADER, CHECKPOINT, "models/easyref/golden-qwen2-vl/config.json"),
     "tokens": (*TOKENS, SAVED, "output/easyref/changes_00001_.safetensors"),
@@ -60,7 +60,7 @@ READERS = {
 def files(server: ComfyServer) -> None:
     """Two folders of pictures, the golden model, and its tokens."""
     graphs.install_golden(server)
-    for folder in ("faces", "places"):
+    for folder in ("changing", "places"):
         (server.base / "input" / folder).mkdir()
         for number in range(3):
             shutil.copy(server.base / "input" / "0.png", server.base / "input" / folder / f"{number}.png")
@@ -92,12 +92,12 @@ def test_replaced_file_is_read_again_once(server, reader: str, inputs):
 
 def test_other_files_run_nothing_again(server):
     """Files that nothing read, and files of another node of the same type."""
-    graph = linked(*FOLDER, **IN_FACES)
+    graph = linked(*FOLDER, **IN_FOLDER)
     graph["typed"] = node(FOLDER[0], folder="places", limit=1, start=0)
     graph["show typed"] = node("PreviewAny", source=["typed", 1])
     executed(server, graph)
-    replace(server.base / "input" / "faces" / "2.png")  # behind the limit
-    (server.base / "input" / "faces" / "notes.txt").touch()
+    replace(server.base / "input" / "changing" / "2.png")  # behind the limit
+    (server.base / "input" / "changing" / "notes.txt").touch()
     (server.base / "input" / "new").mkdir()
     assert executed(server, graph) == set()
     replace(server.base / "input" / "places" / "0.png")
@@ -106,22 +106,22 @@ def test_other_files_run_nothing_again(server):
 
 def test_value_computed_while_it_runs(server):
     """No constant of the graph holds the name of the folder."""
-    graph = linked(*FOLDER, **IN_FACES)
+    graph = linked(*FOLDER, **IN_FOLDER)
     graph["folder"] = node("StringConcatenate", string_a="fa", string_b="ces", delimiter="")
     executed(server, graph)
     assert executed(server, graph) == set()
-    replace(server.base / "input" / "faces" / "0.png")
+    replace(server.base / "input" / "changing" / "0.png")
     assert executed(server, graph) == {"read", "show"}
 
 
 def test_replaced_file_is_noticed_by_a_node_of_another_number(server):
     """The cache ignores node ids: it serves an equal node the outputs of this one."""
-    graph = linked(*FOLDER, **{**IN_FACES, "limit": (NUMBER, 1)})
+    graph = linked(*FOLDER, **{**IN_FOLDER, "limit": (NUMBER, 1)})
     executed(server, graph)
     renamed = {{"read": "other"}.get(name, name): entry for name, entry in graph.items()}
     renamed["show"] = node("PreviewAny", source=["other", 1])
     assert executed(server, renamed) == set()
-    replace(server.base / "input" / "faces" / "0.png")
+    replace(server.base / "input" / "changing" / "0.png")
     assert executed(server, renamed) == {"other", "show"}
 
 
