@@ -13,6 +13,7 @@ is frozen at the first trace, for later prompts of the process too. Therefore
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from comfy.patcher_extension import WrappersMP
-from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.utils import counters
 
 from .log import warn_once
 
@@ -36,14 +35,21 @@ _split: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 def is_compiled(model: Any, options: Mapping[str, Any]) -> bool:
     """Whether the UNet of a model, or a part of it, is compiled in this call."""
-    if isinstance(model.diffusion_model, OptimizedModule):
+    if is_optimized(model.diffusion_model):
         return True
     # a walk over all modules: only where something may have put compiled ones in their place
     others = len(options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})) > 1
     patched = getattr(model.current_patcher, "object_patches", {})
     if not others and not any(name.startswith("diffusion_model") for name in patched):
         return False
-    return any(isinstance(module, OptimizedModule) for module in model.diffusion_model.modules())
+    return any(map(is_optimized, model.diffusion_model.modules()))
+
+
+def is_optimized(module: nn.Module) -> bool:
+    """Whether a module is one that torch.compile returned."""
+    # torch._dynamo takes seconds to import; where it has not been, nothing is compiled
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def run_compiled(unet: nn.Module, run: Callable[..., Tensor], signature: str, obstacle: str | None) -> Tensor:
@@ -52,7 +58,7 @@ def run_compiled(unet: nn.Module, run: Callable[..., Tensor], signature: str, ob
     run: calls the UNet, with keyword arguments for it. signature: all that the attentions decide by, except
     tensors. obstacle: why it cannot run compiled, if there is a reason.
     """
-    if obstacle is None and not isinstance(unet, OptimizedModule):
+    if obstacle is None and not is_optimized(unet):
         obstacle = "its blocks are compiled one by one"
     if obstacle is None:
         split = _split.setdefault(unet._orig_mod, set())
@@ -82,6 +88,7 @@ def _frames() -> tuple[int, int, int]:
     """Frames that were compiled, frames for which that went well, and graph breaks, since the process
     began.
     """
+    counters = sys.modules["torch._dynamo.utils"].counters
     frames = counters["frames"]
     return frames["total"], frames["ok"], sum(counters["graph_break"].values())
 

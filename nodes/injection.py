@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..easyref_core.term_share import Recorder
+    from ..easyref_core.unet_layout import Site
     from .key_values import KeyValueRows
 
 STEP = "easyref_step"  # in transformer_options: the Step of this UNet call
@@ -77,6 +78,9 @@ class Step:
     unet: nn.Module | None = None
     one_by_one: bool = False  # whether the UNet runs its attentions on one row after the other
     whole_blocks: dict[tuple, Callable[..., Tensor]] = dataclasses.field(default_factory=dict)
+    reached: set[Site] = dataclasses.field(
+        default_factory=set
+    )  # sites at which a patch ran, where not compiled
     # per patch: how often it ran on a part of the rows
     calls: Counter = dataclasses.field(default_factory=Counter)
 

@@ -39,6 +39,8 @@ class SitePatch:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         step: Step = extra_options.get(STEP) or _no_step()
+        if not torch.compiler.is_compiling():
+            step.reached.add(self.site)
         out = self._before(step, extra_options)(q, k, v, extra_options)
         if self.slot in step.active:
             out = plus(out, self._term(q, out, step, extra_options))
@@ -109,10 +111,10 @@ class SitePatch:
 
 
 def is_foreign(patch: Any) -> bool:
-    """Whether an attn2 replacement is, or contains, another pack's."""
-    if not isinstance(patch, SitePatch):
-        return True
-    return bool(patch.added) or (patch.previous is not None and is_foreign(patch.previous))
+    """Whether an attn2 replacement is, or contains, another pack's; no replacement is not."""
+    if patch is None:
+        return False
+    return not isinstance(patch, SitePatch) or bool(patch.added) or is_foreign(patch.previous)
 
 
 def text_attention(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:

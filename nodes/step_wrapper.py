@@ -18,10 +18,13 @@ from .batch_layout import ROW_NUMBERS, BatchLayout, RowNumbers, layout_of, place
 from .compiled import SIGNATURE, guard_signature, is_compiled, run_compiled
 from .guidance import ROLES, SIGMA, frames_of, named_roles, read_sigma, unconditional_runs
 from .injection import STEP, Injection, Place, Step
+from .log import warn_once
 from .site_patch import is_foreign
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from ..easyref_core.unet_layout import Site
 
 KEY = "easyref"
 ONE_BY_ONE = "ReUNetModel"  # class of RES4LYF's UNet, which runs its attentions on one row after the other
@@ -61,11 +64,13 @@ def _with_ours_innermost(wrappers: dict[str, dict]) -> dict[str, dict]:
 class StepWrapper:
     """APPLY_MODEL and DIFFUSION_MODEL wrappers of a model with injections.
 
-    model_sampling: of the model at Apply EasyRef, for UNet calls that come without a model.
+    model_sampling: of the model at Apply EasyRef, for UNet calls that come without a model. sites: those at
+    which the model has a SitePatch.
     """
 
     injections: tuple[Injection, ...]
     model_sampling: nn.Module
+    sites: frozenset[Site] = frozenset()
 
     def apply_model(
         self,
@@ -92,9 +97,11 @@ class StepWrapper:
         if compiled:
             step = options[STEP] = self._fixed(step, place, tuple(x.shape[-2:]))
         run = functools.partial(executor, x, t, c_concat, c_crossattn, control, options, **conds)
-        if not compiled:
-            return run()
-        return run_compiled(unet, run, self._signature(step, options), self._obstacle(step, options))
+        if compiled:
+            return run_compiled(unet, run, self._signature(step, options), self._obstacle(step, options))
+        out = run()
+        self._warn_of_lost_sites(step, options)
+        return out
 
     def diffusion_model(
         self,
@@ -155,9 +162,27 @@ class StepWrapper:
         patches = options.get("patches_replace", {}).get("attn2", {}).values()
         if step.one_by_one:
             return "RES4LYF runs its rows one after the other"
+        if options.get("patches", {}).get("attn2_patch"):
+            return "another pack patches the cross-attentions too"
         if step.whole_blocks or any(is_foreign(patch) for patch in patches):
             return "another pack patches the cross-attentions too"
         return None
+
+    def _warn_of_lost_sites(self, step: Step, options: dict[str, Any]) -> None:
+        """Warn where another pack has put its patch in the place of a SitePatch and did not call that."""
+        if not step.active or step.reached >= self.sites:
+            return
+        replaced = options.get("patches_replace", {}).get("attn2", {})
+        lost = [site for site in self.sites - step.reached if is_foreign(replaced.get(tuple(site)))]
+        if lost:
+            kind = type(replaced[tuple(lost[0])])
+            warn_once(
+                f"The references have no effect in {len(lost)} of {len(self.sites)} cross-attentions: "
+                "another pack "
+                f"replaced them after Apply EasyRef ({kind.__module__}.{kind.__qualname__}). Put that pack's "
+                "node before "
+                "Apply EasyRef."
+            )
 
     def __deepcopy__(self, memo: dict) -> StepWrapper:
         return self

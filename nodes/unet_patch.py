@@ -126,7 +126,9 @@ def attach(model: ModelPatcher, attached: Attached) -> None:
     """Make `attached` what the model's wrappers and callbacks work with."""
     model.set_attachments(KEY, attached)
     injections = attached.injections
-    step = StepWrapper(injections, model.get_model_object("model_sampling"))
+    replaced = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
+    sites = frozenset(patch.site for patch in replaced.values() if isinstance(patch, SitePatch))
+    step = StepWrapper(injections, model.get_model_object("model_sampling"), sites)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, SubBatchWrapper(max(injection.rows for injection in injections))),
         (WrappersMP.PREPARE_SAMPLING, MemoryWrapper(injections)),

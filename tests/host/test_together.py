@@ -223,3 +223,18 @@ def test_unet_stored_in_fp8(easy) -> None:
     found = picture(easy.apply(model, lora=0.0, mask=HALF))
     assert torch.isfinite(found).all()
     assert golden.error(found, plain) > 1e-4
+
+
+def test_patch_that_drops_the_references_is_told(easy, model, pack, monkeypatch, caplog) -> None:
+    """It replaces ours and does not call it; one that does is not told of."""
+    monkeypatch.setattr(golden.part(pack, "nodes.log"), "_given", set())
+    applied = easy.apply(model)
+    ours = applied.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 4, 0]
+    kept, dropped = applied.clone(), applied.clone()
+    kept.set_model_attn2_replace(lambda *given: ours(*given) * 1.0, "input", 4, 0)
+    assert torch.equal(picture(kept), picture(applied))
+    assert not caplog.text
+    dropped.set_model_attn2_replace(Adapter(), "input", 4, 0)
+    picture(dropped)
+    assert caplog.text.count("no effect in 1 of 17 cross-attentions") == 1
+    assert "Adapter" in caplog.text
