@@ -52,7 +52,7 @@ def sides_of(unconditional: Sequence[bool]) -> list[tuple[bool, slice]]:
 
 
 class Recorder:
-    """Collects shares while a model samples: give one to `nodes.unet_patch.condition`, sample, ask `shares`.
+    """Collects shares of the reference term while a model samples; `shares` gives them.
 
     What is recorded is the term as it is added (weight, layer, schedule and mask included), relative to what the
     attention gives without it: the text's attention and, in a chain, the terms of the nodes before. All rows of one

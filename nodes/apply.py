@@ -11,7 +11,7 @@ from ..easyref_core.layer_weights import LINEAR, WEIGHT_TYPES
 from . import shown
 from .notes import window_note
 from .sockets import EasyRefModel, EasyRefTokens, TokenPair
-from .unet_patch import condition
+from .unet_patch import ApplySettings, condition
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -135,19 +135,17 @@ class EasyRefApply(io.ComfyNode):
         weight_schedule: str = "",
         embeds_scaling: str = SCALINGS[0],
     ) -> io.NodeOutput:
-        patched = condition(
-            model,
-            easyref,
-            tokens,
-            weight,
-            start_percent,
-            end_percent,
-            lora_strength,
-            mask,
-            weight_type,
-            layer_weights,
-            weight_schedule,
-            embeds_scaling,
+        settings = ApplySettings(
+            weight=weight,
+            start_percent=start_percent,
+            end_percent=end_percent,
+            lora_strength=lora_strength,
+            mask=mask,
+            weight_type=weight_type,
+            layer_weights=layer_weights,
+            weight_schedule=weight_schedule,
+            embeds_scaling=embeds_scaling,
         )
+        patched = condition(model, easyref, tokens, settings)
         note = window_note(start_percent, end_percent) if weight else None
         return io.NodeOutput(patched, ui=shown.text(note) if note else None)

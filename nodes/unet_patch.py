@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..easyref_core.layer_weights import WeightType
-    from ..easyref_core.term_share import Recorder
     from .mllm_patcher import HostedEasyRef
     from .sockets import TokenPair
 
@@ -44,26 +43,36 @@ class Attached:
     lora: tuple[tuple[str, float], ...] = ()  # (checkpoint fingerprint, strength)
 
 
+@dataclasses.dataclass(frozen=True)
+class ApplySettings:
+    """Settings of Apply EasyRef.
+
+    start_percent, end_percent: fractions of the sampling. mask: (frames, height, width) or (height, width), of any
+    size; it covers the latent. weight_type, layer_weights: see layer_weights.py; weight_schedule: schedule.py;
+    embeds_scaling: attention.py.
+    """
+
+    weight: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    lora_strength: float = 1.0
+    mask: Tensor | None = None
+    weight_type: str = LINEAR
+    layer_weights: str = ""
+    weight_schedule: str = ""
+    embeds_scaling: str = SCALINGS[0]
+
+    @property
+    def acts(self) -> bool:
+        """Whether there is a weight, a window and a part of the mask in which the references act."""
+        masked_out = self.mask is not None and not self.mask.any()
+        return bool(self.weight) and self.start_percent < self.end_percent and not masked_out
+
+
 def condition(
-    model: ModelPatcher,
-    easyref: HostedEasyRef,
-    tokens: TokenPair,
-    weight: float,
-    start_percent: float,
-    end_percent: float,
-    lora_strength: float,
-    mask: Tensor | None = None,
-    weight_type: str = LINEAR,
-    layer_weights: str = "",
-    weight_schedule: str = "",
-    embeds_scaling: str = SCALINGS[0],
-    recorder: Recorder | None = None,
+    model: ModelPatcher, easyref: HostedEasyRef, tokens: TokenPair, settings: ApplySettings
 ) -> ModelPatcher:
     """A clone of `model` that attends to the tokens and carries the checkpoint's LoRA; `model` stays as it is.
-
-    mask: (frames, height, width) or (height, width), of any size; it covers the latent. weight_type, layer_weights: see
-    layer_weights.py; weight_schedule: schedule.py; embeds_scaling: attention.py. recorder: told every term that is
-    added while the returned model samples (term_share.py).
 
     Raises ValueError for a model that the checkpoint was not made for, for tokens of another checkpoint, and for
     settings that cannot be read.
@@ -71,19 +80,21 @@ def condition(
     checkpoint = easyref.model.checkpoint
     require_fit(describe(model), cross_attention_widths(model), checkpoint.widths)
     easyref.require_own(tokens)
-    chosen = choose(weight_type, layer_weights)
-    points = parse_schedule(weight_schedule, start_percent, end_percent)
-    require_scaling(embeds_scaling)
-    mask = None if mask is None else mask.detach().cpu().reshape(-1, *mask.shape[-2:])
+    chosen = choose(settings.weight_type, settings.layer_weights)
+    window = settings.start_percent, settings.end_percent
+    points = tuple(parse_schedule(settings.weight_schedule, *window))
+    require_scaling(settings.embeds_scaling)
     patched = model.clone()
-    if weight and start_percent < end_percent and any(chosen.factors) and (mask is None or mask.any()):
+    if settings.acts and any(chosen.factors):
         factors, sides = _of_sites(checkpoint.sites, chosen)
-        strength = Strength(weight, (start_percent, end_percent), factors, tuple(points), embeds_scaling)
-        injection = Injection(easyref.key_value_rows(tokens), strength, sides, mask, recorder)
+        strength = Strength(settings.weight, window, factors, points, settings.embeds_scaling)
+        mask = settings.mask
+        mask = None if mask is None else mask.detach().cpu().reshape(-1, *mask.shape[-2:])
+        injection = Injection(easyref.key_value_rows(tokens), strength, sides, mask)
         _inject(patched, injection, checkpoint.sites)
         easyref.load_with(patched, injection.key_values)
-    if lora_strength:
-        _add_lora(patched, easyref, lora_strength)
+    if settings.lora_strength:
+        _add_lora(patched, easyref, settings.lora_strength)
     if patched.get_attachment(KEY):
         easyref.forget_with(patched)
     return patched

@@ -67,7 +67,8 @@ def with_references(pack: ModuleType, model: Any, start: float = 0.0) -> Any:
         forget_with=lambda _: None,
     )
     tokens = SimpleNamespace(conditional=torch.empty(TOKENS), unconditional=torch.empty(TOKENS))
-    return unet_patch.condition(model, easyref, tokens, 1.0, start, 1.0, lora_strength=0.0)
+    settings = unet_patch.ApplySettings(start_percent=start, lora_strength=0.0)
+    return unet_patch.condition(model, easyref, tokens, settings)
 
 
 def stepping(model: Any, pixels: int) -> Callable[[], torch.Tensor]:

@@ -429,21 +429,18 @@ def test_frames_that_are_sampled(pack, options: dict, frames: tuple) -> None:
 # The recorder
 
 
-def recorded(easy: Easy, model: ModelPatcher, core: SimpleNamespace, **settings) -> tuple:
-    recorder = core.term_share.Recorder()
-    condition = golden.part(easy.pack, "nodes.unet_patch").condition
-    with torch.inference_mode():
-        inputs = {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, "lora_strength": 1.0, **settings}
-        patched = condition(model, easy.easyref, easy.tokens, recorder=recorder, **inputs)
-    return predict(patched), recorder.shares()
+def recorded(easy: Easy, model: ModelPatcher, **settings) -> tuple:
+    with_record = golden.part(easy.pack, "nodes.recording").with_record
+    patched, record = with_record(easy.apply(model, **settings))
+    return predict(patched), record.recorders[0].shares()
 
 
 def test_recorder_changes_nothing(easy, model, core) -> None:
-    assert torch.equal(recorded(easy, model, core)[0], predict(easy.apply(model)))
+    assert torch.equal(recorded(easy, model)[0], predict(easy.apply(model)))
 
 
 def test_recorder_is_told_every_site_and_side(easy, model, core) -> None:
-    _, shares = recorded(easy, model, core)
+    _, shares = recorded(easy, model)
     assert {moment.sigma for moment in shares} == {1.0}
     assert {(moment.site, moment.is_unconditional) for moment in shares} == {
         (site, side) for site in easy.easyref.model.checkpoint.sites for side in (True, False)
@@ -455,8 +452,7 @@ def test_recorder_is_told_every_site_and_side(easy, model, core) -> None:
 def test_share_grows_with_the_weight_and_is_0_outside_the_mask(easy, model, core) -> None:
     first = core.term_share.Moment(1.0, easy.easyref.model.checkpoint.sites[0], False)
     once, twice, masked = (
-        recorded(easy, model, core, **settings)[1][first]
-        for settings in ({}, {"weight": 2.0}, {"mask": LEFT})
+        recorded(easy, model, **settings)[1][first] for settings in ({}, {"weight": 2.0}, {"mask": LEFT})
     )
     assert twice.share == pytest.approx(2 * once.share, rel=1e-5)
     assert (masked.grid[:, 4:] == 0).all()

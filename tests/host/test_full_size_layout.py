@@ -54,7 +54,8 @@ def released(pack) -> SimpleNamespace:
 
 
 def apply(pack: Any, model: ModelPatcher, released: SimpleNamespace) -> ModelPatcher:
-    return golden.part(pack, "nodes.unet_patch").condition(model, released, TOKENS, 1.0, 0.0, 1.0, 1.0)
+    unet_patch = golden.part(pack, "nodes.unet_patch")
+    return unet_patch.condition(model, released, TOKENS, unet_patch.ApplySettings())
 
 
 def test_cross_attentions_are_those_of_the_checkpoint(pack, sdxl, released) -> None:

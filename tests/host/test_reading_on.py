@@ -83,8 +83,16 @@ def test_making_room_while_a_prompt_runs_keeps_it(pack, easyref):
     assert easyref.model.reader.nbytes == kept > 0
 
 
+def applying(pack):
+    """condition(model, easyref, tokens) with the weight, window and LoRA strength after these."""
+    patch = golden.part(pack, "nodes.unet_patch")
+    return lambda model, easyref, tokens, *settings: patch.condition(
+        model, easyref, tokens, patch.ApplySettings(*settings)
+    )
+
+
 def test_unload_models_gives_it_back_where_the_mllm_had_made_room_before(pack, easyref, model):
-    apply = golden.part(pack, "nodes.unet_patch").condition
+    apply = applying(pack)
     tokens = golden.tokens(pack, easyref)
     encode(pack, easyref)
     patched = apply(model, easyref, tokens, 1.0, 0.0, 1.0, 0.0)
@@ -98,13 +106,13 @@ def test_unload_models_gives_it_back_where_the_mllm_had_made_room_before(pack, e
 
 @pytest.mark.parametrize("settings", [(0.0, 0.0, 1.0, 0.0), (1.0, 0.5, 0.5, 0.0)])
 def test_a_model_that_is_left_as_it_is_has_no_callback_either(pack, easyref, model, settings):
-    apply = golden.part(pack, "nodes.unet_patch").condition
+    apply = applying(pack)
     patched = apply(model, easyref, golden.tokens(pack, easyref), *settings)
     assert patched.callbacks == model.callbacks
 
 
 def test_a_chain_of_apply_nodes_is_told_once(pack, easyref, model):
-    apply = golden.part(pack, "nodes.unet_patch").condition
+    apply = applying(pack)
     tokens = golden.tokens(pack, easyref)
     once = apply(model, easyref, tokens, 1.0, 0.0, 1.0, 0.0)
     twice = apply(once, easyref, tokens, 1.0, 0.0, 1.0, 0.0)
