@@ -17,13 +17,15 @@
     combine_tokens.py                         tokens of several groups made into one set
     batch_tokens.py, tokens_over_frames.py    one set for each picture or frame
 
-files.py finds checkpoints and MLLM folders, mllm_patcher.py gives the weights to the host, unet_patch.py patches the
-UNet: injection.py is what one Apply node adds, site_patch.py adds it at one attention, step_wrapper.py tells each UNet
-call what acts. batch_layout.py knows whose each row of a UNet batch is, guidance.py what the guider does, sub_batch.py
-which part of a batch is sampled; key_values.py holds or projects K and V, memory.py tells the host their size;
-compiled.py is for torch.compile, replaced_forward.py for packs that replace an attention. tiny_sdxl.py, tiny_text.py
-and tiny_vae.py are the demo's model. token_pairs.py is what the nodes that take several tokens share, inputs.py inputs
-that several have, pictures.py what is between IMAGE and PIL, shown.py what nodes show, log.py what they log, file_changes.py notices replaced ones, notes.py warnings about what they were given, declared.py that inputs are what their nodes declare.
+files.py finds checkpoints and MLLM folders, file_changes.py notices replaced ones, mllm_patcher.py gives the
+weights to the host, unet_patch.py patches the UNet: injection.py is what one Apply node adds, site_patch.py
+adds it at one attention, step_wrapper.py tells each UNet call what acts. batch_layout.py knows whose each row
+of a UNet batch is, guidance.py what the guider does, sub_batch.py which part of a batch is sampled;
+key_values.py holds or projects K and V, memory.py tells the host their size; compiled.py is for
+torch.compile, replaced_forward.py for packs that replace an attention. tiny_sdxl.py, tiny_text.py and
+tiny_vae.py are the demo's model. token_pairs.py is what the nodes that take several tokens share, inputs.py
+inputs that several have, pictures.py what is between IMAGE and PIL, shown.py what nodes show, notes.py their
+warnings, log.py what they log, declared.py that inputs are what their nodes declare.
 """
 
 from comfy_api.latest import ComfyExtension, io

@@ -34,11 +34,26 @@ class Row(NamedTuple):
 
     unconditional: bool
     latent: int  # index in the batch that the sampler holds
-    frame: int  # number of that latent in the whole batch or animation; chooses its tokens and its mask
+    # number of that latent in the whole batch or animation; chooses its tokens and its mask; or UNKNOWN
+    frame: int
     crop: Crop  # part of the latent
 
 
 BatchLayout = tuple[Row, ...]
+UNKNOWN = -1
+
+
+class RowNumbersCond(CONDRegular):
+    """Row numbers (latents, 1) as a conditioning of ComfyUI."""
+
+    def process_cond(self, batch_size: int, **_: Any) -> RowNumbersCond:
+        """The numbers of a batch; where a pack has cut the latents alone, the first one, marked by its sign.
+
+        The host would repeat or cut them to the batch, as if its latents were the first ones.
+        """
+        if len(self.cond) == batch_size:
+            return self
+        return self._copy_with(-1 - self.cond[:1].expand(batch_size, 1))
 
 
 class RowNumbers:
@@ -59,11 +74,16 @@ class RowNumbers:
         self._rows += [Row(unconditional, latent, frame, crop) for latent, frame in enumerate(self.frames)]
         # on the CPU: read without waiting for the device
         numbers = torch.arange(first, len(self._rows))[:, None]
-        return {**cond, "model_conds": {**cond["model_conds"], ROW_NUMBERS: CONDRegular(numbers)}}
+        return {**cond, "model_conds": {**cond["model_conds"], ROW_NUMBERS: RowNumbersCond(numbers)}}
 
     def layout(self, numbers: Tensor) -> BatchLayout:
-        """Rows with these numbers (rows, 1)."""
-        return tuple(self._rows[number] for number in numbers[:, 0].tolist())
+        """Rows with these numbers (rows, 1); of a number with a mark only the side and the crop are known."""
+        return tuple(
+            self._rows[number]
+            if number >= 0
+            else self._rows[-1 - number]._replace(latent=UNKNOWN, frame=UNKNOWN)
+            for number in numbers[:, 0].tolist()
+        )
 
 
 def area_crop(area: Sequence[int] | None, latent: tuple[int, int]) -> Crop:
@@ -124,14 +144,14 @@ def place_tiles(layout: BatchLayout, x: Tensor, latents: Tensor) -> BatchLayout:
 
 
 def _placed(row: Row, tile: Tensor, latents: Tensor) -> Row:
-    size, latent = tuple(tile.shape[-2:]), latents[row.latent]
+    size, whole_size = tuple(tile.shape[-2:]), tuple(latents.shape[-2:])
     if size == (row.crop.height, row.crop.width):
         return row
-    place = find_tile(tile, latent)
+    place = None if row.latent == UNKNOWN else find_tile(tile, latents[row.latent])
     if place is None:
-        _warn_of_lost_tile(size, tuple(latent.shape[-2:]))
+        _warn_of_lost_tile(size, whole_size)
         return row
-    return row._replace(crop=Crop(tuple(latent.shape[-2:]), *place, *size))
+    return row._replace(crop=Crop(whole_size, *place, *size))
 
 
 def find_tile(tile: Tensor, latent: Tensor) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from ..easyref_core.attention import SCALINGS, KeyValue, scaled
 from ..easyref_core.layer_weights import Sides
 from ..easyref_core.masks import token_mask
 from ..easyref_core.schedule import Point, Schedule
-from .batch_layout import BatchLayout
+from .batch_layout import UNKNOWN, BatchLayout
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -175,13 +175,23 @@ class Injection:
         return 2 * each * self.key_values.row_numel * itemsize
 
     def at(self, sigma: float, layout: BatchLayout, place: Place) -> ActiveInjection | None:
-        """What acts in a UNet call; None outside the window."""
+        """What acts in a UNet call; None outside the window.
+
+        Raises ValueError where latents have tokens or masks of their own and it is unknown which latents
+        these are.
+        """
         curve = self._curves.get(
             place.model_sampling, None, lambda: Curve(self.strength, place.model_sampling)
         )
         weight = curve.at(sigma)
         if not weight:
             return None
+        if self.rows > 1 and any(row.frame == UNKNOWN for row in layout):
+            raise ValueError(
+                "Another pack samples a part of the latents without its conditionings, so that it is "
+                f"unknown which of the {self.rows} rows of reference tokens or masks belong to it. Use "
+                "tokens and a mask of one row, or remove that pack's node."
+            )
         key_values = self._key_values_at(layout, place, weight)
         mask = None if self.mask is None else functools.partial(self.mask_at, layout, place)
         return ActiveInjection(key_values, mask, self.recorder)
@@ -236,10 +246,10 @@ class Injection:
 
     def _frame(self, frame: int) -> int:
         """The frame that chooses a row of tokens; 0 where all frames share one."""
-        return min(frame, max(self.key_values.counts) - 1)
+        return min(max(frame, 0), max(self.key_values.counts) - 1)
 
     def _mask_frame(self, frame: int) -> int:
-        return min(frame, len(self.mask) - 1)
+        return min(max(frame, 0), len(self.mask) - 1)
 
     def _mask_of(self, parts: Sequence[tuple[int, Any]], grid: tuple[int, int], placed: bool) -> Tensor:
         masks = torch.cat([token_mask(self.mask[frame : frame + 1], crop, grid) for frame, crop in parts])[

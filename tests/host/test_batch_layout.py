@@ -10,6 +10,7 @@ import comfy.sample
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from . import golden, other_packs
@@ -95,6 +96,25 @@ def test_a_tile_in_a_latent(pack) -> None:
     assert find(latent[:, 2:5, 3:7], latent) == (2, 3)
     assert find(latent.roll(-8, dims=-1)[:, :, :4], latent) == (0, 8)  # over the right edge
     assert find(latent[:, 2:5, 3:7] + 1e-3, latent) is None
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_latents_that_are_cut_without_their_conditionings(easy, model, rows: int) -> None:
+    """One latent after the other, as a pack might sample them to save memory: which it is decides about its tokens."""
+    batch, _ = batched_tokens(easy, 2)
+    applied = easy.apply(model, tokens=batch if rows == 2 else easy.tokens)
+    wanted = sampled(applied, batch=2)
+
+    def one_by_one(executor: Any, unet: Any, conds: list, x: Tensor, t: Tensor, options: dict) -> list:
+        parts = [executor(unet, conds, x[i : i + 1], t[i : i + 1], options) for i in range(len(x))]
+        return [torch.cat(side) for side in zip(*parts, strict=True)]
+
+    applied.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "one by one", one_by_one)
+    if rows == 1:
+        assert golden.error(sampled(applied, batch=2), wanted) <= 1e-5
+    else:
+        with pytest.raises(ValueError, match="a part of the latents without its conditionings"):
+            sampled(applied, batch=2)
 
 
 # Attention couples
