@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ROW_NUMBERS = "easyref_row_numbers"  # key of the numbers among the conditionings of a UNet call
 UNCOND = 1  # in cond_or_uncond; attention couples repeat the rows of every other index
+MAX_CORNERS = 16  # places of a latent with the values of a tile's corner
 COUPLED = ("cond_or_uncond_couple", "cond_or_uncond_hook_couple")  # of ComfyUI-ppm and comfyui-prompt-control
 
 
@@ -76,6 +77,11 @@ class RowNumbers:
         numbers = torch.arange(first, len(self._rows))[:, None]
         return {**cond, "model_conds": {**cond["model_conds"], ROW_NUMBERS: RowNumbersCond(numbers)}}
 
+    @property
+    def has_areas(self) -> bool:
+        """Whether a conditioning is of a part of the latent."""
+        return any(row.crop != whole(*self.latents.shape[-2:]) for row in self._rows)
+
     def layout(self, numbers: Tensor) -> BatchLayout:
         """Rows with these numbers (rows, 1); of a number with a mark only the side and the crop are known."""
         return tuple(
@@ -105,23 +111,19 @@ def layout_of(
     numbers: the row numbers that arrived with x. Without them the rows are the equal runs of
     `cond_or_uncond`. Raises ValueError where the rows of x are neither.
     """
-    if numbered is not None and numbers is not None:
-        if len(numbers) != len(x):
-            raise ValueError(
-                f"The UNet was given {len(x)} rows with the conditionings of {len(numbers)}. A pack that "
-                "changes the batch between the sampler and the UNet (a model function wrapper or an "
-                "APPLY_MODEL wrapper) must repeat or cut every per-row tensor in the same way. Remove that "
-                "pack's node, or Apply EasyRef."
-            )
+    if numbered is not None and numbers is not None and len(numbers) == len(x):
         return numbered.layout(numbers)
     sides = unconditional_runs(options)
     latents, rest = divmod(len(x), len(sides))
-    if rest or (numbered is not None and latents != len(numbered.latents)):
+    # a pack that cuts one side out of the batch may cut what it knows alone, which is well where rows are
+    # whole latents
+    if rest or (numbered is not None and (latents != len(numbered.latents) or numbered.has_areas)):
         sampled = f" of {len(numbered.latents)} latents" if numbered is not None else ""
         raise ValueError(
             f"The UNet was given {len(x)} rows for {len(sides)} conditionings{sampled}, without the row "
-            "numbers that Apply EasyRef adds to them. A pack that batches tiles (as Tiled Diffusion does) "
-            "must pass on the conditionings it does not know. Remove that pack's node, or Apply EasyRef."
+            "numbers that Apply EasyRef adds to them, or with others. A pack that changes the batch "
+            "between the sampler and the UNet (as Tiled Diffusion does) must repeat or cut every per-row "
+            "tensor alike, also those it does not know. Remove that pack's node, or Apply EasyRef."
         )
     frames = numbered.frames if numbered is not None else frames_of(options, latents)
     crop = whole(*x.shape[-2:])
@@ -155,18 +157,20 @@ def _placed(row: Row, tile: Tensor, latents: Tensor) -> Row:
 
 
 def find_tile(tile: Tensor, latent: Tensor) -> tuple[int, int] | None:
-    """Top and left of a tile (C, h, w) in the latent (C, height, width) it was cut from, or None.
+    """Top and left of a tile (C, h, w) in the latent (C, height, width) it was cut from.
 
-    A tile may reach over the bottom or the right edge and go on at the opposite one.
+    A tile may reach over the bottom or the right edge and go on at the opposite one. None where it is
+    nowhere, or at several places, as in a latent without noise.
     """
     height, width = latent.shape[-2:]
     corners = (latent == tile[:, :1, :1]).all(dim=0).nonzero().tolist()
-    for top, left in corners:
+    places = []
+    for top, left in corners if len(corners) <= MAX_CORNERS else ():
         rows = (torch.arange(tile.shape[-2]) + top) % height
         columns = (torch.arange(tile.shape[-1]) + left) % width
         if torch.equal(latent[:, rows][..., columns], tile):
-            return top, left
-    return None
+            places.append((top, left))
+    return places[0] if len(places) == 1 else None
 
 
 def _warn_of_lost_tile(tile: tuple[int, int], latent: tuple[int, int]) -> None:
@@ -187,37 +191,58 @@ class Queries(NamedTuple):
     one_by_one: bool = False  # the UNet runs its attentions on one row after the other (RES4LYF)
 
 
-def rows_of_queries(queries: Queries, rows: int, options: Mapping[str, Any]) -> tuple[int, ...] | None:
+def rows_of_queries(
+    queries: Queries, layout: BatchLayout, options: Mapping[str, Any]
+) -> tuple[int, ...] | None:
     """The row of the UNet call that each row of an attention's queries stands for; None where they are the
     same rows.
 
-    rows: of the UNet call. options: the attention's extra_options.
+    layout: of the UNet call. options: the attention's extra_options.
 
-    - fewer rows: the rows run one part after the other (RES4LYF);
+    - one row at a time (RES4LYF's UNet): the rows in their order;
+    - fewer rows: those of the sides that `cond_or_uncond` names, as a wrapper of the UNet may evaluate some
+      alone;
     - more rows of fewer tokens: each row is cut into tiles;
     - more rows: the conditional runs are repeated for each region of an attention couple.
 
     Raises ValueError for anything else.
     """
-    count, one_by_one = queries.rows, queries.one_by_one
-    if count == rows and not (one_by_one and rows > 1):
+    count, rows = queries.rows, len(layout)
+    chosen: tuple[int, ...] | None = None
+    if queries.one_by_one:
+        if count == 1 and queries.earlier_calls < rows:
+            chosen = (queries.earlier_calls,)
+    elif count == rows:
         return None
-    first = queries.earlier_calls * count
-    if (count == 1 if one_by_one else count < rows and rows % count == 0) and first < rows:
-        return tuple(range(first, first + count))
-    if not one_by_one:
-        repeats, rest = divmod(count, rows)
-        if repeats and not rest and queries.tokens * repeats == queries.grid[0] * queries.grid[1]:
-            return tuple(row for row in range(rows) for _ in range(repeats))
-        coupled = _rows_of_couple(count, rows, options)
-        if coupled is not None:
-            return coupled
-    raise ValueError(
-        f"An attention was given {count} rows of {queries.tokens} queries where the UNet was given {rows} "
-        f"rows (cond_or_uncond {options.get('cond_or_uncond')}). Packs that change them in a way that is "
-        "known: attention couples (ComfyUI-ppm, comfyui-prompt-control, cgem156-ComfyUI), RES4LYF without "
-        "style guides. Remove the pack that patches the attention, or Apply EasyRef."
-    )
+    elif count < rows:
+        chosen = _rows_of_sides(count, layout, options)
+    elif count % rows == 0 and queries.tokens * (count // rows) == queries.grid[0] * queries.grid[1]:
+        chosen = tuple(row for row in range(rows) for _ in range(count // rows))
+    else:
+        chosen = _rows_of_couple(count, rows, options)
+    if chosen is None:
+        raise ValueError(
+            f"An attention was given {count} rows of {queries.tokens} queries where the UNet was given "
+            f"{rows} rows (cond_or_uncond {options.get('cond_or_uncond')}). Packs that change them in a way "
+            "that is known: attention couples (ComfyUI-ppm, comfyui-prompt-control, cgem156-ComfyUI), "
+            "RES4LYF without style guides. Remove the pack that patches the attention, or Apply EasyRef."
+        )
+    return chosen
+
+
+def _rows_of_sides(count: int, layout: BatchLayout, options: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Rows of the sides in `cond_or_uncond`, where each side has one row for every latent in the layout."""
+    sides = unconditional_runs(options)
+    latents = len({row.latent for row in layout})
+    if count != len(sides) * latents:
+        return None
+    rows: dict[tuple[bool, int], int] = {}
+    for number, row in enumerate(layout):
+        first = layout[rows.setdefault((row.unconditional, row.latent), number)]
+        if first != row:  # tiles or areas: which of them these are is unknown
+            return None
+    chosen = [rows.get((side, latent)) for side in sides for latent in range(latents)]
+    return None if None in chosen else tuple(chosen)
 
 
 def _rows_of_couple(count: int, rows: int, options: Mapping[str, Any]) -> tuple[int, ...] | None:

@@ -14,9 +14,10 @@ is frozen at the first trace, for later prompts of the process too. Therefore
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 SIGNATURE = "easyref_signature"  # keyword argument of the UNet
 
-# signatures that compile into several graphs
+# by UNet: the packs around it with which it compiles into several graphs
 _split: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
@@ -52,25 +53,37 @@ def is_optimized(module: nn.Module) -> bool:
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
-def run_compiled(unet: nn.Module, run: Callable[..., Tensor], signature: str, obstacle: str | None) -> Tensor:
+class Signature(NamedTuple):
+    """All that the attentions of a UNet call decide by, except tensors."""
+
+    injections: str  # sites, and the shapes of what they read
+    packs: str  # wrappers around the UNet
+
+
+def run_compiled(
+    unet: nn.Module, run: Callable[..., Tensor], signature: Signature, obstacle: str | None
+) -> Tensor:
     """Run a UNet that is compiled, or of which parts are.
 
-    run: calls the UNet, with keyword arguments for it. signature: all that the attentions decide by, except
-    tensors. obstacle: why it cannot run compiled, if there is a reason.
+    run: calls the UNet, with keyword arguments for it. obstacle: why it cannot run compiled, if there is a
+    reason.
     """
     if obstacle is None and not is_optimized(unet):
         obstacle = "its blocks are compiled one by one"
     if obstacle is None:
         split = _split.setdefault(unet._orig_mod, set())
-        if signature not in split:
+        if signature.packs not in split:
             before = _frames()
-            out = run(**{SIGNATURE: signature})
+            out = run(**{SIGNATURE: repr(signature)})
             if _is_one_graph(before):
                 return out
-            split.add(signature)
+            split.add(signature.packs)
+            # The parts are kept by frames that they share with UNets without references, and lack the guards
+            # to tell.
+            torch.compiler.reset()
         obstacle = "it compiles into several graphs"
     warn_once(f"torch.compile is not used for this UNet while Apply EasyRef acts, because {obstacle}.")
-    with _uncompiled():
+    with _uncompiled:
         return run()
 
 
@@ -85,7 +98,7 @@ def guard_signature(signature: str | None) -> None:
 
 
 def _frames() -> tuple[int, int, int]:
-    """Frames that were compiled, frames for which that went well, and graph breaks, since the process
+    """Frames that were compiled, frames which succeeded, and graph breaks, since the process
     began.
     """
     counters = sys.modules["torch._dynamo.utils"].counters
@@ -99,12 +112,30 @@ def _is_one_graph(before: tuple[int, int, int]) -> bool:
     return (total, ok, breaks) in ((0, 0, 0), (1, 1, 0))
 
 
-@contextmanager
-def _uncompiled() -> Iterator[None]:
-    if not hasattr(torch.compiler, "set_stance"):
-        raise RuntimeError(
-            f"Apply EasyRef cannot run this UNet without torch.compile in PyTorch {torch.__version__}; "
-            "wanted 2.6 or newer. Update PyTorch, or remove the node that compiles the model."
-        )
-    with torch.compiler.set_stance("force_eager"):
-        yield
+class _Uncompiled:
+    """Context in which nothing runs compiled. The stance is the process's, and devices may run in threads of
+    their own.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._depth, self._stance = Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        if not hasattr(torch.compiler, "set_stance"):
+            raise RuntimeError(
+                f"Apply EasyRef cannot run this UNet without torch.compile in PyTorch {torch.__version__}; "
+                "wanted 2.6 or newer. Update PyTorch, or remove the node that compiles the model."
+            )
+        with self._lock:
+            if self._depth == 0:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                self._stance.close()
+
+
+_uncompiled = _Uncompiled()

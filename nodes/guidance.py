@@ -41,8 +41,8 @@ def unconditional_runs(options: dict[str, Any]) -> tuple[bool, ...]:
 def frames_of(options: dict[str, Any], latents: int) -> tuple[int, ...]:
     """Number of each latent of a UNet call in the whole batch or animation.
 
-    AnimateDiff and ComfyUI's context windows sample some frames at a time and say which; the sampling itself may
-    be of a part of a batch (sub_batch.py).
+    AnimateDiff and ComfyUI's context windows sample some frames at a time and say which; the sampling itself
+    may be of a part of a batch (sub_batch.py).
     """
     sampled = sampled_frames()
     for chosen in ((options.get("ad_params") or {}).get("sub_idxs"), _window(options.get("context_window"))):
@@ -52,7 +52,9 @@ def frames_of(options: dict[str, Any], latents: int) -> tuple[int, ...]:
 
 
 def _window(window: Any) -> list[int] | None:
-    """Frames of one of ComfyUI's context windows: those it is for, after the one before them if that is added."""
+    """Frames of one of ComfyUI's context windows: those it is for, after the one before them if that is
+    added.
+    """
     indices, anchor = getattr(window, "index_list", None), getattr(window, "causal_anchor_index", None)
     return indices if indices is None or anchor is None or anchor < 0 else [anchor, *indices]
 

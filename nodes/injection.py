@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import torch
 
 from ..easyref_core.attention import SCALINGS, KeyValue, scaled
+from ..easyref_core.kept import Kept
 from ..easyref_core.layer_weights import Sides
-from ..easyref_core.masks import token_mask
+from ..easyref_core.masks import Crop, token_mask
 from ..easyref_core.schedule import Point, Schedule
 from .batch_layout import UNKNOWN, BatchLayout
 
@@ -28,7 +29,12 @@ STEP = "easyref_step"  # in transformer_options: the Step of this UNet call
 
 ATTENTION_LEVELS = (1, 2)  # of SDXL's UNet: its cross-attentions run on the latent halved once and twice
 
+MASK_CACHE_BYTES = 2**28
+
 Value = TypeVar("Value")
+MaskPart = tuple[
+    int, Crop
+]  # of a row of a batch: the frame that chooses its mask, and its part of the latent
 RowKey = tuple[bool, int]  # of a row of a batch: unconditional, and the frame that chooses its tokens
 
 
@@ -40,7 +46,7 @@ class Place(NamedTuple):
     dtype: torch.dtype  # that the UNet computes in
 
 
-class PlacedMasks:
+class MaskTable:
     """Masks of every grid that an attention of SDXL has, made before the UNet runs."""
 
     def __init__(self, masks: dict[tuple[int, int], Tensor]) -> None:
@@ -59,12 +65,32 @@ class PlacedMasks:
         return [tuple(mask.shape) for mask in self._masks.values()]
 
 
+class StepMasks:
+    """Masks of one UNet call, made when an attention asks for them."""
+
+    def __init__(self, injection: Injection, layout: BatchLayout, place: Place) -> None:
+        self._injection, self._place = injection, place
+        parts = tuple((injection.mask_frame(row.frame), row.crop) for row in layout)
+        self._parts = parts[:1] if len(set(parts)) == 1 else parts
+        self._masks: dict[tuple[tuple[int, int], int], Tensor] = {}
+
+    def __call__(self, grid: tuple[int, int], tokens: int) -> Tensor:
+        """The mask for an attention's tokens, (1 or rows of the layout, tokens, 1).
+
+        grid: (rows, columns) of the tokens. Where another pack has changed their number, their places are
+        unknown: all get the mask's mean, (..., 1, 1).
+        """
+        if (grid, tokens) not in self._masks:
+            self._masks[grid, tokens] = self._injection.mask_at(self._parts, self._place, grid, tokens)
+        return self._masks[grid, tokens]
+
+
 class ActiveInjection(NamedTuple):
     """One injection in one UNet call."""
 
     # per site (runs, T, inner), the weight in them; the batch is as many equal runs
     key_values: Sequence[KeyValue]
-    mask: Callable[[tuple[int, int], int], Tensor] | None = None  # (grid, tokens), see Injection.mask_at
+    mask: StepMasks | MaskTable | None = None
     recorder: Recorder | None = None
 
 
@@ -78,9 +104,9 @@ class Step:
     unet: nn.Module | None = None
     one_by_one: bool = False  # whether the UNet runs its attentions on one row after the other
     whole_blocks: dict[tuple, Callable[..., Tensor]] = dataclasses.field(default_factory=dict)
-    reached: set[Site] = dataclasses.field(
+    reached: set[tuple[int, Site]] = dataclasses.field(
         default_factory=set
-    )  # sites at which a patch ran, where not compiled
+    )  # Apply nodes and sites whose patch ran, where not compiled
     # per patch: how often it ran on a part of the rows
     calls: Counter = dataclasses.field(default_factory=Counter)
 
@@ -155,7 +181,8 @@ class Injection:
         self._curves: LatestCache[Curve] = LatestCache()
         self._rows: LatestCache[list[KeyValue]] = LatestCache()
         self._scaled: LatestCache[list[KeyValue]] = LatestCache()
-        self._masks: LatestCache[Tensor] = LatestCache()
+        self._masks: Kept[Tensor] = Kept(MASK_CACHE_BYTES)
+        self._weight = 0.0  # of what is in _scaled
 
     def recorded_by(self, recorder: Recorder) -> Injection:
         """The same contribution, whose terms the recorder is given."""
@@ -193,7 +220,7 @@ class Injection:
                 "tokens and a mask of one row, or remove that pack's node."
             )
         key_values = self._key_values_at(layout, place, weight)
-        mask = None if self.mask is None else functools.partial(self.mask_at, layout, place)
+        mask = None if self.mask is None else StepMasks(self, layout, place)
         return ActiveInjection(key_values, mask, self.recorder)
 
     def fixed(
@@ -211,30 +238,28 @@ class Injection:
         if self.mask is None:
             return ActiveInjection(key_values, None, self.recorder)
         grids = [tuple(-(-length // 2**level) for length in size) for level in ATTENTION_LEVELS]
-        masks = {grid: self.mask_at(layout, place, grid, grid[0] * grid[1]) for grid in grids}
-        return ActiveInjection(key_values, PlacedMasks(masks), self.recorder)
-
-    def mask_at(self, layout: BatchLayout, place: Place, grid: tuple[int, int], tokens: int) -> Tensor:
-        """The mask for an attention's tokens, (1 or rows of the layout, tokens, 1).
-
-        grid: (rows, columns) of the tokens. Where another pack has changed their number, their places are
-        unknown: all get the mask's mean, (..., 1, 1).
-        """
-        placed = grid[0] * grid[1] == tokens
-        parts = tuple((self._mask_frame(row.frame), row.crop) for row in layout)
-        if len(set(parts)) == 1:
-            parts = parts[:1]
-        # narrowed before it moves: it is computed in float64, which not every device has
-        return self._masks.get(
-            (grid, placed, len(parts), place.device, place.dtype),
-            parts,
-            lambda: self._mask_of(parts, grid, placed).to(place.dtype).to(place.device),
+        masks = StepMasks(self, layout, place)
+        return ActiveInjection(
+            key_values, MaskTable({grid: masks(grid, grid[0] * grid[1]) for grid in grids}), self.recorder
         )
+
+    def mask_at(
+        self, parts: tuple[MaskPart, ...], place: Place, grid: tuple[int, int], tokens: int
+    ) -> Tensor:
+        """The mask of these parts, (parts, tokens, 1), or their means, (parts, 1, 1); see StepMasks."""
+        key = parts, place.device, place.dtype, grid, grid[0] * grid[1] == tokens
+        if key not in self._masks:
+            # narrowed before it moves: it is computed in float64, which not every device has
+            mask = self._mask_of(parts, grid, key[-1]).to(place.dtype).to(place.device)
+            self._masks.put(key, mask, mask.nbytes)
+            return mask
+        return self._masks.get(key)
 
     def release(self) -> None:
         """Give back the device's copies."""
         for cache in (self._curves, self._rows, self._scaled, self._masks):
             cache.clear()
+        self.key_values.release()
 
     def _key_values_at(self, layout: BatchLayout, place: Place, weight: float) -> list[KeyValue]:
         """K and V per site with this weight in them, a row for each of the equal runs of the layout."""
@@ -242,20 +267,24 @@ class Injection:
         runs = equal_runs(tuple((row.unconditional, self._frame(row.frame)) for row in layout))
         sides, frames = tuple(side for side, _ in runs), tuple(frame for _, frame in runs)
         unscaled = self._rows.get((where, sides), frames, lambda: self._select(runs, *where))
+        if weight != self._weight:  # what was scaled for another step is of no use
+            self._scaled.clear()
+            self._weight = weight
         return self._scaled.get((where, sides), (frames, weight), lambda: self._scale(unscaled, weight))
 
     def _frame(self, frame: int) -> int:
         """The frame that chooses a row of tokens; 0 where all frames share one."""
         return min(max(frame, 0), max(self.key_values.counts) - 1)
 
-    def _mask_frame(self, frame: int) -> int:
+    def mask_frame(self, frame: int) -> int:
+        """The mask of a frame; the last repeats."""
         return min(max(frame, 0), len(self.mask) - 1)
 
-    def _mask_of(self, parts: Sequence[tuple[int, Any]], grid: tuple[int, int], placed: bool) -> Tensor:
-        masks = torch.cat([token_mask(self.mask[frame : frame + 1], crop, grid) for frame, crop in parts])[
-            ..., None
-        ]
-        return masks if placed else masks.mean(dim=1, keepdim=True)
+    def _mask_of(self, parts: tuple[MaskPart, ...], grid: tuple[int, int], by_token: bool) -> Tensor:
+        different = tuple(dict.fromkeys(parts))  # both sides of the guidance have the same parts
+        masks = torch.cat([token_mask(self.mask[frame : frame + 1], crop, grid) for frame, crop in different])
+        masks = masks[[different.index(part) for part in parts], :, None]
+        return masks if by_token else masks.mean(dim=1, keepdim=True)
 
     def _select(self, runs: Sequence[RowKey], device: torch.device, dtype: torch.dtype) -> list[KeyValue]:
         """K and V per site for these runs, (runs, T, inner)."""

@@ -25,7 +25,7 @@ from ..easyref_core.influence import pooled_features
 from ..easyref_core.model import EasyRef, build
 from ..easyref_core.preprocess import black_image
 from ..easyref_core.reference_tokens import ContextStates, ReferenceTokens
-from .key_values import MAX_HELD_BYTES, HeldRows, ProjectedRows, project_rows
+from .key_values import MAX_TABLE_BYTES, KeyValueProjector, KeyValueTable, project_rows
 from .sockets import TokenPair
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from ..easyref_core.group_reader import PreparedGroup
     from .key_values import KeyValueRows
 
-ADDITIONAL = "easyref"  # key of the projections among a model's additional models
 PRECISIONS = ("auto", "bf16", "fp32", "fp8_e4m3fn")
 
 
@@ -69,7 +68,8 @@ class HostedEasyRef:
         size: int,
         progress: Callable[[float], None] | None = None,
     ) -> ContextStates:
-        """Context states of a group, on the host's intermediate device. Counts one step per reference; can be stopped.
+        """Context states of a group, on the host's intermediate device. Counts one step per reference; can be
+        stopped.
 
         progress: told the part that is done after each of the MLLM body's blocks, in place of counting.
         """
@@ -95,8 +95,8 @@ class HostedEasyRef:
         noise_seed: int = 0,
         noise_strength: float = 0.0,
     ) -> TokenPair:
-        """Tokens for both sides. The unconditional ones are of the negative context, or else read the same instruction,
-        at the same size, of a black image, or of noise where that has a strength."""
+        """Tokens for both sides. The unconditional ones are of the negative context, or else read the same
+        instruction, at the same size, of a black image, or of noise where that has a strength."""
         self.model.require_own(context, "context")
         if negative is not None:
             self.model.require_own(negative, "negative context")
@@ -136,19 +136,17 @@ class HostedEasyRef:
         return self._key_values[tokens]
 
     def key_value_rows(self, tokens: TokenPair) -> KeyValueRows:
-        """K and V of these tokens: held, or projected while sampling where they are larger than MAX_HELD_BYTES."""
+        """K and V of these tokens: a table, or projected while sampling where that is larger than
+        MAX_TABLE_BYTES.
+        """
         rows = torch.cat([tokens.unconditional, tokens.conditional])
         row_numel = 2 * rows.shape[1] * sum(self.model.checkpoint.widths.values())
-        if len(rows) * row_numel * torch.float32.itemsize <= MAX_HELD_BYTES:
-            return HeldRows(self.key_values(tokens), len(tokens.unconditional))
+        if len(rows) * row_numel * torch.float32.itemsize <= MAX_TABLE_BYTES:
+            return KeyValueTable(self.key_values(tokens), len(tokens.unconditional))
         project = partial(self.model.key_values, dtype=torch.float32)
-        return ProjectedRows(rows, len(tokens.unconditional), row_numel, project)
-
-    def load_with(self, model: ModelPatcher, rows: KeyValueRows) -> None:
-        """Have the projections loaded with `model` where its K and V are projected while it samples."""
-        loaded = model.get_additional_models_with_key(ADDITIONAL)
-        if isinstance(rows, ProjectedRows) and not any(self._kv_patcher.is_clone(one) for one in loaded):
-            model.set_additional_models(ADDITIONAL, [*loaded, self._kv_patcher])
+        projector = KeyValueProjector(rows, len(tokens.unconditional), row_numel, project)
+        projector.model = self._kv_patcher
+        return projector
 
     def require_own(self, tokens: TokenPair) -> None:
         """Raises ValueError for tokens of another checkpoint."""
@@ -231,10 +229,11 @@ def _free() -> None:
 
 
 def _forget(model: ref[EasyRef], _: ModelPatcher, unpatch_all: bool) -> None:
-    """ON_DETACH. Where a prompt runs, SDXL needs the room on the device: what was read is kept elsewhere, and worth it.
+    """ON_DETACH. Where a prompt runs, SDXL needs the room on the device: what was read is kept elsewhere, and
+    worth it.
 
-    Otherwise it is the user who unloads the models, or the host: after a node ran out of memory, after each prompt with
-    --disable-smart-memory. Without unpatch_all the model is about to be loaded again.
+    Otherwise it is the user who unloads the models, or the host: after a node ran out of memory, after each
+    prompt with --disable-smart-memory. Without unpatch_all the model is about to be loaded again.
     """
     if unpatch_all and get_executing_context() is None and (unloaded := model()):
         unloaded.forget()

@@ -27,8 +27,9 @@ def run_replaced_forward(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[st
     """
     block, index = extra_options["block"], extra_options.get("block_index", 0)
     site = Site(block[0], block[1], index)
-    attention = extra_options[STEP].unet.get_submodule(f"{site.comfy}.attn2")
-    forward = vars(attention).get("forward")
+    step = extra_options.get(STEP)
+    attention = step and step.unet.get_submodule(f"{site.comfy}.attn2")
+    forward = attention and vars(attention).get("forward")
     if not isinstance(forward, MethodType):
         raise ValueError(
             f"The cross-attention {site.comfy}.attn2 was given {len(q)} rows of queries and {len(k)} rows "

@@ -22,6 +22,7 @@ from .log import warn_once
 from .replaced_forward import run_replaced_forward
 
 if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
     from torch import Tensor
 
     from ..easyref_core.attention import KeyValue
@@ -36,11 +37,12 @@ class SitePatch:
     site: Site
     previous: Callable[..., Tensor] | None
     added: list[tuple[Callable[..., Tensor], dict[str, Any]]] = dataclasses.field(default_factory=list)
+    model: ModelPatcher | None = None  # to be loaded with the UNet
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         step: Step = extra_options.get(STEP) or _no_step()
         if not torch.compiler.is_compiling():
-            step.reached.add(self.site)
+            step.reached.add((self.slot, self.site))
         out = self._before(step, extra_options)(q, k, v, extra_options)
         if self.slot in step.active:
             out = plus(out, self._term(q, out, step, extra_options))
@@ -78,12 +80,15 @@ class SitePatch:
     def _rows(
         self, q: Tensor, grid: tuple[int, int], step: Step, extra_options: dict[str, Any]
     ) -> tuple[int, ...] | None:
-        """See rows_of_queries. Counts the calls of this attention where it runs on a part of the rows."""
-        count, calls = len(step.layout), 0
-        if len(q) < count or step.one_by_one:
+        """See rows_of_queries. Counts the calls of this attention where it runs on one row after the
+        other.
+        """
+        calls = 0
+        if step.one_by_one:
             calls = step.calls[self.slot, self.site]
             step.calls[self.slot, self.site] += 1
-        return rows_of_queries(Queries(*q.shape[:2], grid, calls, step.one_by_one), count, extra_options)
+        queries = Queries(*q.shape[:2], grid, calls, step.one_by_one)
+        return rows_of_queries(queries, step.layout, extra_options)
 
     def add(self, callback: Callable[..., Tensor], **options: Any) -> None:
         """What IPAdapter_plus and InstantID call on the patch they find: their term, within their own window.
@@ -100,7 +105,8 @@ class SitePatch:
         return self if previous is self.previous else dataclasses.replace(self, previous=previous)
 
     def models(self) -> list[Any]:
-        return self.previous.models() if hasattr(self.previous, "models") else []
+        previous = self.previous.models() if hasattr(self.previous, "models") else []
+        return previous if self.model is None else [self.model, *previous]
 
     def cleanup(self) -> None:
         if hasattr(self.previous, "cleanup"):

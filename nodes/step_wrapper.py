@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from comfy.patcher_extension import WrappersMP
 
 from .batch_layout import ROW_NUMBERS, BatchLayout, RowNumbers, layout_of, place_tiles
-from .compiled import SIGNATURE, guard_signature, is_compiled, run_compiled
+from .compiled import SIGNATURE, Signature, guard_signature, is_compiled, run_compiled
 from .guidance import ROLES, SIGMA, frames_of, named_roles, read_sigma, unconditional_runs
 from .injection import STEP, Injection, Place, Step
 from .log import warn_once
@@ -70,7 +70,7 @@ class StepWrapper:
 
     injections: tuple[Injection, ...]
     model_sampling: nn.Module
-    sites: frozenset[Site] = frozenset()
+    sites: frozenset[tuple[int, Site]] = frozenset()
 
     def apply_model(
         self,
@@ -143,17 +143,14 @@ class StepWrapper:
         }
         return dataclasses.replace(step, active=active)
 
-    def _signature(self, step: Step, options: dict[str, Any]) -> str:
-        """All that the attentions decide by in this step, except tensors: sites, shapes of what they read,
-        other packs' wrappers.
-        """
+    def _signature(self, step: Step, options: dict[str, Any]) -> Signature:
         sites = [[bool(factor) for factor in injection.strength.factors] for injection in self.injections]
         shapes = [
             (tuple(active.key_values[0][0].shape), active.mask and active.mask.shapes)
             for active in step.active.values()
         ]
         wrappers = sorted(map(str, options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})))
-        return repr((sites, shapes, len(step.layout), wrappers))
+        return Signature(repr((sites, shapes, len(step.layout))), repr(wrappers))
 
     def _obstacle(self, step: Step, options: dict[str, Any]) -> str | None:
         """Why the attentions cannot be compiled in this step."""
@@ -170,18 +167,19 @@ class StepWrapper:
 
     def _warn_of_lost_sites(self, step: Step, options: dict[str, Any]) -> None:
         """Warn where another pack has put its patch in the place of a SitePatch and did not call that."""
-        if not step.active or step.reached >= self.sites:
+        missing = self.sites - step.reached
+        if not step.active or not missing:
             return
         replaced = options.get("patches_replace", {}).get("attn2", {})
-        lost = [site for site in self.sites - step.reached if is_foreign(replaced.get(tuple(site)))]
+        lost = {site for _, site in missing if is_foreign(replaced.get(tuple(site)))}
         if lost:
-            kind = type(replaced[tuple(lost[0])])
+            kind = type(replaced[tuple(next(iter(lost)))])
             warn_once(
-                f"The references have no effect in {len(lost)} of {len(self.sites)} cross-attentions: "
-                "another pack "
-                f"replaced them after Apply EasyRef ({kind.__module__}.{kind.__qualname__}). Put that pack's "
-                "node before "
-                "Apply EasyRef."
+                f"References have no effect in {len(lost)} of {len({site for _, site in self.sites})} "
+                "cross-attentions: "
+                f"another pack replaced them after Apply EasyRef ({kind.__module__}.{kind.__qualname__}). "
+                "Put that pack's "
+                "node before Apply EasyRef."
             )
 
     def __deepcopy__(self, memo: dict) -> StepWrapper:

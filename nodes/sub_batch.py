@@ -18,14 +18,15 @@ from .log import warn_once
 if TYPE_CHECKING:
     from torch import Tensor
 
-MIN_DRAWS = 64  # draws that are compared even where there are fewer rows of tokens
+MAX_DRAWS = 1024  # latents of a whole batch among which a latent is looked for
+PREFIX = 4  # values of a draw that are compared first
 
-_sampled: ContextVar[tuple[int, ...]] = ContextVar("easyref_sampled_frames", default=())
+_frames: ContextVar[tuple[int, ...]] = ContextVar("easyref_frames", default=())
 
 
 def sampled_frames() -> tuple[int, ...]:
     """Number, in the whole batch, of each latent of the sampling that runs; () where no sampling runs."""
-    return _sampled.get()
+    return _frames.get()
 
 
 class SubBatchWrapper:
@@ -40,42 +41,49 @@ class SubBatchWrapper:
 
     def __call__(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
         seed = kwargs.get("seed", args[6] if len(args) > 6 else None)
-        token = _sampled.set(self._frames(noise, seed))
+        token = _frames.set(self._numbers(noise, seed))
         try:
             return executor(noise, *args, **kwargs)
         finally:
-            _sampled.reset(token)
+            _frames.reset(token)
 
-    def _frames(self, noise: Tensor, seed: int | None) -> tuple[int, ...]:
+    def _numbers(self, noise: Tensor, seed: Any) -> tuple[int, ...]:
         latents = len(noise)
-        frames = tuple(range(latents))
-        if self.rows == 1:
-            return frames
-        found = None if seed is None else frames_by_noise(noise, seed, max(self.rows + latents, MIN_DRAWS))
-        if found is None and latents < self.rows:
+        numbers = frames_by_noise(noise, seed, MAX_DRAWS) if self.rows > 1 else None
+        if numbers is None and 1 <= latents < self.rows:
             warn_once(
                 f"{latents} latents are sampled with {self.rows} rows of reference tokens or masks, and "
-                "their noise does not say which of the batch they are (it was made by another node, or "
-                "switched off). They take the first rows. Sample the whole batch at once, or use ComfyUI's "
-                "own noise."
+                "their noise does not say which of the batch they are (it is of another node, the same for "
+                "several, or switched off). They take the first rows. Sample the whole batch at once, or "
+                "use ComfyUI's own noise."
             )
-        return found or frames
+        return numbers or tuple(range(latents))
 
 
-def frames_by_noise(noise: Tensor, seed: int, draws: int) -> tuple[int, ...] | None:
-    """Number of each latent of the noise (B, ...) among the first `draws` draws with this seed; None where
-    one is not found.
+def frames_by_noise(noise: Tensor, seed: Any, max_draws: int) -> tuple[int, ...] | None:
+    """Number of each latent of the noise (B, ...) among the draws with this seed.
+
+    None where a latent's noise is not among the first `max_draws`, and where two latents have the same noise,
+    as latents that were joined or share a seed have: their places in the batch say more then.
     """
+    generator = torch.Generator()  # of its own: the global one is left as it is
+    try:
+        generator.manual_seed(int(seed))
+    except (TypeError, ValueError, RuntimeError):  # a pack's own sampler may give none
+        return None
     noise = noise.cpu()
-    frames = range(len(noise))
-    generator = torch.Generator().manual_seed(seed)  # of its own: the global one is left as it is
     if torch.equal(torch.randn(noise.shape, generator=generator).to(noise.dtype), noise):
-        return tuple(frames)  # drawn at once, as for a whole batch
-    found: dict[int, int] = {}
-    generator.manual_seed(seed)
-    for draw in range(draws):
-        drawn = torch.randn(noise.shape[1:], generator=generator).to(noise.dtype)
-        found |= {i: draw for i in frames if i not in found and torch.equal(noise[i], drawn)}
-        if len(found) == len(noise):
-            return tuple(found[i] for i in frames)
+        return tuple(range(len(noise)))  # drawn at once, as for a whole batch
+    latents = {tuple(latent.flatten()[:PREFIX].tolist()): i for i, latent in enumerate(noise)}
+    if len(latents) < len(noise):
+        return None
+    numbers: dict[int, int] = {}
+    generator.manual_seed(int(seed))
+    for draw in range(max_draws):
+        values = torch.randn(noise.shape[1:], generator=generator).to(noise.dtype)
+        i = latents.get(tuple(values.flatten()[:PREFIX].tolist()))
+        if i is not None and torch.equal(noise[i], values):
+            numbers[i] = draw
+            if len(numbers) == len(noise):
+                return tuple(numbers[i] for i in range(len(noise)))
     return None

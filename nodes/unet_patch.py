@@ -1,9 +1,9 @@
 """How the reference term enters ComfyUI's UNet: the only file that touches a ModelPatcher's patches.
 
-One Apply node is one Injection: K and V of its tokens, how strongly they act where and when, and a mask. It is kept in
-the patcher's attachments. At every UNet call a wrapper (step_wrapper.py) hands the injections that act to the attention
-sites, in transformer_options; the SitePatch at each site adds its injection's term. So model_options holds 70 addresses
-and no tensor.
+One Apply node is one Injection: K and V of its tokens, how strongly they act where and when, and a mask. It
+is kept in the patcher's attachments. At every UNet call a wrapper (step_wrapper.py) hands the injections that
+act to the attention sites, in transformer_options; the SitePatch at each site adds its injection's term. So
+model_options holds 70 addresses and no tensor.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ class Attached:
 
     injections: tuple[Injection, ...] = ()
     lora: tuple[tuple[str, float], ...] = ()  # (checkpoint fingerprint, strength)
+    sites: frozenset[tuple[int, Site]] = frozenset()  # Apply node and site of every SitePatch
 
 
 @dataclasses.dataclass(frozen=True)
 class ApplySettings:
     """Settings of Apply EasyRef.
 
-    start_percent, end_percent: fractions of the sampling. mask: (frames, height, width) or (height, width), of any
-    size; it covers the latent. weight_type, layer_weights: see layer_weights.py; weight_schedule: schedule.py;
+    start_percent, end_percent: fractions of the sampling. mask: (frames, height, width) or (height, width),
+    of any size; it covers the latent. weight_type, layer_weights: see layer_weights.py; weight_schedule:
+    schedule.py;
     embeds_scaling: attention.py.
     """
 
@@ -72,10 +74,11 @@ class ApplySettings:
 def condition(
     model: ModelPatcher, easyref: HostedEasyRef, tokens: TokenPair, settings: ApplySettings
 ) -> ModelPatcher:
-    """A clone of `model` that attends to the tokens and carries the checkpoint's LoRA; `model` stays as it is.
+    """A clone of `model` that attends to the tokens and carries the checkpoint's LoRA; `model` stays as it
+    is.
 
-    Raises ValueError for a model that the checkpoint was not made for, for tokens of another checkpoint, and for
-    settings that cannot be read.
+    Raises ValueError for a model that the checkpoint was not made for, for tokens of another checkpoint, and
+    for settings that cannot be read.
     """
     checkpoint = easyref.model.checkpoint
     require_fit(describe(model), cross_attention_widths(model), checkpoint.widths)
@@ -92,7 +95,6 @@ def condition(
         mask = None if mask is None else mask.detach().cpu().reshape(-1, *mask.shape[-2:])
         injection = Injection(easyref.key_value_rows(tokens), strength, sides, mask)
         _inject(patched, injection, checkpoint.sites)
-        easyref.load_with(patched, injection.key_values)
     if settings.lora_strength:
         _add_lora(patched, easyref, settings.lora_strength)
     if patched.get_attachment(KEY):
@@ -102,7 +104,8 @@ def condition(
 
 def cross_attention_widths(model: ModelPatcher) -> dict[Site, int]:
     """Width of the attention at each cross-attention site of the model's UNet; empty for other architectures."""
-    # the UNet itself, not get_model_object's: torch.compile puts a wrapper in its place that names modules otherwise
+    # the UNet itself, not get_model_object's: torch.compile puts a wrapper in its place that names modules
+    # otherwise
     modules = model.model.diffusion_model.named_modules()
     found = {parse_comfy(name): module for name, module in modules if name.endswith(".attn2")}
     return {site: module.to_k.out_features for site, module in found.items() if site}
@@ -125,21 +128,26 @@ def _inject(model: ModelPatcher, injection: Injection, sites: tuple[Site, ...]) 
     attached = model.get_attachment(KEY) or Attached()
     slot = len(attached.injections)
     replaced = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
-    for position, site in enumerate(sites):
-        if not injection.strength.factors[position]:
-            continue
-        previous = replaced.get(tuple(site), replaced.get((site.block, site.number)))
-        model.set_model_attn2_replace(SitePatch(slot, position, site, previous), *site)
-    attach(model, dataclasses.replace(attached, injections=(*attached.injections, injection)))
+    loaded = injection.key_values.model
+    patches = [
+        SitePatch(slot, position, site, replaced.get(tuple(site), replaced.get((site.block, site.number))))
+        for position, site in enumerate(sites)
+        if injection.strength.factors[position]
+    ]
+    for i, patch in enumerate(patches):  # one is enough to have the projections loaded
+        model.set_model_attn2_replace(dataclasses.replace(patch, model=None if i else loaded), *patch.site)
+    added = frozenset((slot, patch.site) for patch in patches)
+    attached = dataclasses.replace(
+        attached, injections=(*attached.injections, injection), sites=attached.sites | added
+    )
+    attach(model, attached)
 
 
 def attach(model: ModelPatcher, attached: Attached) -> None:
     """Make `attached` what the model's wrappers and callbacks work with."""
     model.set_attachments(KEY, attached)
     injections = attached.injections
-    replaced = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
-    sites = frozenset(patch.site for patch in replaced.values() if isinstance(patch, SitePatch))
-    step = StepWrapper(injections, model.get_model_object("model_sampling"), sites)
+    step = StepWrapper(injections, model.get_model_object("model_sampling"), attached.sites)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, SubBatchWrapper(max(injection.rows for injection in injections))),
         (WrappersMP.PREPARE_SAMPLING, MemoryWrapper(injections)),
@@ -168,11 +176,12 @@ def _add_lora(model: ModelPatcher, easyref: HostedEasyRef, strength: float) -> N
     placed = model.add_patches(patches, strength - present)
     if len(placed) != len(lora) // 2:
         raise ValueError(
-            f"{describe(model)} took {len(placed)} of the {len(lora) // 2} matrices of the checkpoint's attention LoRA. "
+            f"{describe(model)} took {len(placed)} of the {len(lora) // 2} matrices of the checkpoint's "
+            "attention LoRA. "
             "Its attention layers are not SDXL's; use an SDXL model, or set lora_strength to 0."
         )
-    # The same LoRA on the same weights has the same name, so that a run that only changes the weight, the window or the
-    # tokens finds it merged already; the host's own name would be new each time.
+    # The same LoRA on the same weights has the same name, so that a run that only changes the weight, the
+    # window or the tokens finds it merged already; the host's own name would be new each time.
     model.patches_uuid = uuid.uuid5(merged_before, f"{easyref.model.fingerprint} {strength}")
     strengths[easyref.model.fingerprint] = strength
     model.set_attachments(KEY, dataclasses.replace(attached, lora=tuple(strengths.items())))

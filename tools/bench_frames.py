@@ -60,7 +60,7 @@ def injection_of(pack: ModuleType, frames: int) -> Any:
         with torch.inference_mode():
             return projections(row)
 
-    rows = key_values.ProjectedRows(
+    rows = key_values.KeyValueProjector(
         torch.randn(1 + frames, TOKENS, WIDTH), 1, 2 * TOKENS * sum(inner), project
     )
     strength = injection.Strength(1.0, (0.0, 1.0), (1.0,) * len(inner))
@@ -103,7 +103,7 @@ def main() -> None:
     complete_cpu_torch()
     enter_host(find_hosts()[0])
     pack = load_pack()
-    limit = import_module(f"{pack.__name__}.nodes.key_values").MAX_HELD_BYTES
+    limit = import_module(f"{pack.__name__}.nodes.key_values").MAX_TABLE_BYTES
     heads = "frames, tokens, K and V of all frames, of these held in RAM, on the device, told to the host, time".split(
         ", "
     )

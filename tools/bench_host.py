@@ -61,8 +61,7 @@ def with_references(pack: ModuleType, model: Any, start: float = 0.0) -> Any:
     checkpoint = SimpleNamespace(sites=sites, widths=widths)
     easyref = SimpleNamespace(
         model=SimpleNamespace(checkpoint=checkpoint),
-        key_value_rows=lambda _: held.HeldRows(key_values, 1),
-        load_with=lambda *_: None,
+        key_value_rows=lambda _: held.KeyValueTable(key_values, 1),
         require_own=lambda _: None,
         forget_with=lambda _: None,
     )

@@ -96,11 +96,15 @@ def test_a_tile_in_a_latent(pack) -> None:
     assert find(latent[:, 2:5, 3:7], latent) == (2, 3)
     assert find(latent.roll(-8, dims=-1)[:, :, :4], latent) == (0, 8)  # over the right edge
     assert find(latent[:, 2:5, 3:7] + 1e-3, latent) is None
+    assert find(torch.ones(4, 2, 2), torch.ones(4, 6, 10)) is None  # everywhere
+    assert find(latent[:, 2:5, 3:7], latent.repeat(1, 1, 2)) is None  # twice
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_latents_that_are_cut_without_their_conditionings(easy, model, rows: int) -> None:
-    """One latent after the other, as a pack might sample them to save memory: which it is decides about its tokens."""
+    """One latent after the other, as a pack might sample them to save memory: which it is decides about its
+    tokens.
+    """
     batch, _ = batched_tokens(easy, 2)
     applied = easy.apply(model, tokens=batch if rows == 2 else easy.tokens)
     wanted = sampled(applied, batch=2)
@@ -187,26 +191,101 @@ def test_rows_of_style_guides_are_refused(easy, model, style_rows: int) -> None:
         sampled(other_packs.row_after_row(easy.apply(model), style_rows))
 
 
-def test_rows_of_queries(pack) -> None:
+@pytest.mark.parametrize("outside", [True, False])
+@pytest.mark.parametrize("order", [1, -1])
+def test_sides_that_a_wrapper_evaluates_one_by_one(easy, model, outside: bool, order: int) -> None:
+    """It says which in cond_or_uncond, outside of Apply EasyRef's wrapper or inside of it."""
+
+    def one_by_one(
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        y: Tensor,
+        control: Any,
+        options: dict,
+        **more: Any,
+    ) -> Tensor:
+        roles = options["cond_or_uncond"]
+        per_side = [part.chunk(len(roles)) for part in (x, t, context, y)]
+        out = [
+            executor(
+                *(part[i] for part in per_side), control, {**options, "cond_or_uncond": [roles[i]]}, **more
+            )
+            for i in range(len(roles))[::order]
+        ]
+        return torch.cat(out[::order])
+
+    batch, _ = batched_tokens(easy, 2)
+    kind = WrappersMP.DIFFUSION_MODEL
+    before = model.clone()
+    if outside:
+        before.add_wrapper_with_key(kind, "one by one", one_by_one)
+    for settings in ({}, {"tokens": batch, "mask": masks_of(2)}):
+        applied = easy.apply(before, **settings)
+        if not outside:
+            applied.add_wrapper_with_key(kind, "one by one", one_by_one)
+        wanted = sampled(easy.apply(model, **settings), batch=2)
+        assert golden.error(sampled(applied, batch=2), wanted) <= 1e-5
+
+
+def test_function_that_cuts_what_it_knows(easy, model) -> None:
+    """Each side in a call of its own, with conditionings that it does not know passed on as they are."""
+
+    def one_by_one(apply_model: Any, args: dict[str, Any]) -> Tensor:
+        out, roles = [], args["cond_or_uncond"]
+        for i, role in enumerate(roles):
+            conds = dict(args["c"])
+            conds |= {name: conds[name].chunk(len(roles))[i] for name in ("c_crossattn", "y")}
+            conds["transformer_options"] = {**conds["transformer_options"], "cond_or_uncond": [role]}
+            x, t = (args[name].chunk(len(roles))[i] for name in ("input", "timestep"))
+            out.append(apply_model(x, t, **conds))
+        return torch.cat(out)
+
+    batch, _ = batched_tokens(easy, 2)
+    applied = easy.apply(model, tokens=batch)
+    wanted = sampled(applied, batch=2)
+    applied.set_model_unet_function_wrapper(one_by_one)
+    assert golden.error(sampled(applied, batch=2), wanted) <= 1e-5
+
+
+def test_rows_of_queries(pack, core) -> None:
     layout = golden.part(pack, "nodes.batch_layout")
 
-    def rows(queries: int, rows: int, tokens: int = 16, calls: int = 0, **options: Any) -> Any:
-        return layout.rows_of_queries(layout.Queries(queries, tokens, (4, 4), calls), rows, options)
+    def rows(
+        queries: int, latents: int, sides: int = 2, tokens: int = 16, calls: int | None = None, **options: Any
+    ) -> Any:
+        batch = tuple(
+            layout.Row(side, latent, latent, core.masks.whole(16, 16))
+            for side in (True, False)[-sides:]
+            for latent in range(latents)
+        )
+        asked = layout.Queries(queries, tokens, (4, 4), calls or 0, calls is not None)
+        return layout.rows_of_queries(asked, batch, options)
 
-    assert rows(4, 4, cond_or_uncond=[1, 0]) is None
-    assert rows(2, 4, calls=1, cond_or_uncond=[1, 0]) == (2, 3)
-    assert rows(4, 2, tokens=8, cond_or_uncond=[1, 0]) == (0, 0, 1, 1)
-    assert rows(6, 4, cond_or_uncond=[1, 0]) == (0, 1, 2, 3, 2, 3)
-    assert rows(6, 4, cond_or_uncond=[0, 1]) == (0, 1, 0, 1, 2, 3)
-    assert rows(4, 2, cond_or_uncond=[0]) == (0, 1, 0, 1)
+    assert rows(4, 2, cond_or_uncond=[1, 0]) is None
+    assert rows(2, 2, cond_or_uncond=[0]) == (2, 3)
+    assert rows(2, 2, cond_or_uncond=[1]) == (0, 1)
+    assert rows(1, 1, calls=1, cond_or_uncond=[1, 0]) == (1,)
+    assert rows(4, 1, tokens=8, cond_or_uncond=[1, 0]) == (0, 0, 1, 1)
+    assert rows(6, 2, cond_or_uncond=[1, 0]) == (0, 1, 2, 3, 2, 3)
+    assert rows(6, 2, cond_or_uncond=[0, 1]) == (0, 1, 0, 1, 2, 3)
+    assert rows(4, 2, sides=1, cond_or_uncond=[0]) == (0, 1, 0, 1)
     for wrong in (
-        {"queries": 3, "rows": 4},
-        {"queries": 2, "rows": 4, "calls": 2},
-        {"queries": 5, "rows": 4, "cond_or_uncond": [1, 0]},
-        {"queries": 6, "rows": 4, "cond_or_uncond": [1, 0], "cond_or_uncond_couple": [1, 0, 0, 0]},
+        {"queries": 3, "latents": 2},
+        {"queries": 2, "latents": 2, "cond_or_uncond": [1, 0]},
+        {"queries": 1, "latents": 1, "calls": 2},
+        {"queries": 2, "latents": 1, "calls": 0},
+        {"queries": 5, "latents": 2, "cond_or_uncond": [1, 0]},
+        {"queries": 6, "latents": 2, "cond_or_uncond": [1, 0], "cond_or_uncond_couple": [1, 0, 0, 0]},
     ):
         with pytest.raises(ValueError, match="attention couples"):
             rows(**wrong)
+
+
+@pytest.fixture
+def core(pack) -> Any:
+    return golden.part(pack, "easyref_core")
 
 
 # NAG
@@ -258,9 +337,32 @@ def test_part_of_a_batch_has_the_tokens_and_masks_of_the_whole(easy, model) -> N
     batch, _ = batched_tokens(easy, 3)
     applied = easy.apply(model, tokens=batch, mask=masks_of(3))
     whole = sampled_as_ksampler(applied, [0, 1, 2, 3], 4)
-    for numbers in ([0], [1], [2], [1, 2], [3, 0]):
+    for numbers in ([0], [1], [2], [1, 2], [3, 0], [100]):
         part = sampled_as_ksampler(applied, numbers, len(numbers))
-        assert golden.error(part, whole[numbers]) <= 1e-5
+        if numbers != [100]:
+            assert golden.error(part, whole[numbers]) <= 1e-5
+        else:  # beyond the last row, which goes on
+            assert golden.error(part, sampled_as_ksampler(last_alone(easy, model, batch), numbers, 1)) <= 1e-5
+
+
+def last_alone(easy: Easy, model: ModelPatcher, batch: Any) -> ModelPatcher:
+    """The model with the last row of the tokens and the last mask alone."""
+    tokens = batch.conditional
+    last = type(tokens).of(Tensor(tokens)[-1:].clone(), tokens.provenance)
+    return easy.apply(model, tokens=type(batch)(last, batch.unconditional), mask=masks_of(3)[-1:])
+
+
+@pytest.mark.parametrize("numbers", [[0, 0], [0, 1, 0]])
+def test_latents_of_one_noise_are_told_by_their_places(easy, model, log, numbers: list[int]) -> None:
+    """As Latent Batch and Latent Batch Seed Behavior make them: batch_index repeats, and means the noise
+    alone.
+    """
+    batch, singles = batched_tokens(easy, len(numbers))
+    together = sampled_as_ksampler(easy.apply(model, tokens=batch), numbers, len(numbers))
+    for i, tokens in enumerate(singles):
+        alone = sampled_as_ksampler(easy.apply(model, tokens=tokens), numbers, len(numbers))
+        assert golden.error(together[i], alone[i]) <= 1e-5
+    assert not log.text
 
 
 def test_part_that_the_noise_does_not_tell_is_warned_of(easy, model, log) -> None:
@@ -281,5 +383,7 @@ def test_reading_the_noise_leaves_the_random_numbers_as_they_are(pack) -> None:
     assert frames(noise, 3, 64) == (7,)
     assert frames(noise, 3, 7) is None
     assert frames(noise, 4, 64) is None
+    for no_seed in (None, "seed", 2**70):
+        assert frames(noise, no_seed, 64) is None
     assert frames(whole, 3, 64) == (0, 1)
     assert torch.equal(torch.get_rng_state(), before)

@@ -12,7 +12,6 @@ import comfy.ldm.modules.attention
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch._dynamo.utils import counters
 
@@ -168,19 +167,22 @@ def test_blocks_compiled_one_by_one(easy, model, caplog) -> None:
 
 
 @pytest.mark.one_host
-def test_unet_of_several_graphs(easy, model, caplog) -> None:
-    """As where the attention that the host chose cannot be traced."""
+def test_unet_of_several_graphs(easy, model, caplog, pack, monkeypatch) -> None:
+    """As with the attention that the host chooses for a CPU, which reads the free memory."""
+    plain_attention = comfy.ldm.modules.attention.attention_pytorch
 
-    def broken(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    def breaking(*args: Any, **kwargs: Any) -> torch.Tensor:
         torch._dynamo.graph_break()
-        return executor(*args, **kwargs)
+        return plain_attention(*args, **kwargs)
 
-    applied = easy.apply(model, end=0.5)
-    applied.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "another pack", broken)
-    assert "several graphs" in unlike_compiled(applied, caplog)
-    assert golden.error(sampled(compiled(applied)), sampled(applied)) <= 1e-5, (
-        "remembered without a new trace"
-    )
+    for module in (comfy.ldm.modules.attention, golden.part(pack, "nodes.site_patch")):
+        monkeypatch.setattr(module, "optimized_attention", breaking)
+    assert "several graphs" in unlike_compiled(easy.apply(model, end=0.5, lora=0.0), caplog)
+    before, other = graphs(), easy.apply(model, 0.5, mask=LEFT, lora=0.0)
+    assert golden.error(sampled(compiled(other)), sampled(other)) <= 1e-5
+    assert graphs() == before, "it is remembered without a new trace"
+    # meets nothing that was compiled with references
+    assert golden.error(sampled(compiled(model)), sampled(model)) <= 1e-5
 
 
 def test_patches_of_another_pack(easy, model, caplog) -> None:

@@ -46,8 +46,7 @@ def released(pack) -> SimpleNamespace:
     model = SimpleNamespace(checkpoint=checkpoint, fingerprint="released")
     return SimpleNamespace(
         model=model,
-        key_value_rows=lambda tokens: golden.part(pack, "nodes.key_values").HeldRows(key_values, 1),
-        load_with=lambda model, rows: None,
+        key_value_rows=lambda tokens: golden.part(pack, "nodes.key_values").KeyValueTable(key_values, 1),
         require_own=lambda tokens: None,
         forget_with=lambda model: None,
     )

@@ -41,7 +41,7 @@ def sampled(model: ModelPatcher, **how: Any) -> torch.Tensor:
 @pytest.fixture
 def none_held(pack, monkeypatch) -> None:
     """As if all K and V were too large to be held."""
-    monkeypatch.setattr(golden.part(pack, "nodes.mllm_patcher"), "MAX_HELD_BYTES", 0)
+    monkeypatch.setattr(golden.part(pack, "nodes.mllm_patcher"), "MAX_TABLE_BYTES", 0)
 
 
 def applied(easy: Any, model: ModelPatcher, **settings: Any) -> ModelPatcher:
@@ -51,14 +51,14 @@ def applied(easy: Any, model: ModelPatcher, **settings: Any) -> ModelPatcher:
 @pytest.mark.parametrize("settings", [{}, {"weight": 0.5, "weight_type": "style transfer precise"}])
 def test_projected_rows_are_the_held_rows_bit_for_bit(easy, model, monkeypatch, settings: dict) -> None:
     held = sampled(in_windows(applied(easy, model, **settings)))
-    monkeypatch.setattr(golden.part(easy.pack, "nodes.mllm_patcher"), "MAX_HELD_BYTES", 0)
+    monkeypatch.setattr(golden.part(easy.pack, "nodes.mllm_patcher"), "MAX_TABLE_BYTES", 0)
     projected = in_windows(applied(easy, model, **settings))
     assert torch.equal(sampled(projected), held)
     assert golden.error(held, sampled(in_windows(easy.apply(model, lora=0.0, **settings)))) > 1e-2
 
 
 def test_rows_of_a_window_alone_are_on_the_device(easy, model, none_held, monkeypatch) -> None:
-    rows = golden.part(easy.pack, "nodes.key_values").ProjectedRows
+    rows = golden.part(easy.pack, "nodes.key_values").KeyValueProjector
     taken, take = [], rows.take
     monkeypatch.setattr(
         rows, "take", lambda self, numbers, *place: taken.append(list(numbers)) or take(self, numbers, *place)
@@ -83,18 +83,21 @@ def test_projections_are_loaded_with_the_unet(easy, model, none_held) -> None:
     assert any(module is easy.easyref.model.kv for module in loaded)
 
 
-def test_a_chain_names_the_projections_once(easy, model, none_held) -> None:
+def test_the_projections_are_loaded_once_for_a_chain_and_for_several_devices(easy, model, none_held) -> None:
+    """As models of the patches, of which the host makes no copies for other devices."""
     twice = applied(easy, applied(easy, model))
-    assert len(twice.get_additional_models()) == 1
-    assert easy.apply(model).get_additional_models()  # two rows are too large as well here
+    assert {id(one) for one in twice.model_patches_models()} == {id(easy.easyref.get_models()[1])}
+    assert not twice.get_additional_models()
 
 
 def test_held_rows_load_nothing_with_the_unet(easy, model) -> None:
-    assert not applied(easy, model).get_additional_models()
+    assert not applied(easy, model).model_patches_models()
 
 
 def test_the_host_is_told_the_memory(easy, model, monkeypatch) -> None:
-    """Room for K and V of both sides of the latents that are sampled at a time, to one latent's activations."""
+    """Room for K and V of both sides of the latents that are sampled at a time, to one latent's
+    activations.
+    """
     asked, load = [], mm.load_models_gpu
 
     def ask(*models: Any, **how: Any) -> None:

@@ -238,3 +238,13 @@ def test_patch_that_drops_the_references_is_told(easy, model, pack, monkeypatch,
     picture(dropped)
     assert caplog.text.count("no effect in 1 of 17 cross-attentions") == 1
     assert "Adapter" in caplog.text
+
+
+def test_first_of_two_references_that_another_pack_drops_is_told(
+    easy, model, pack, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(golden.part(pack, "nodes.log"), "_given", set())
+    between = easy.apply(model)
+    between.set_model_attn2_replace(Adapter(), "input", 4, 0)
+    picture(easy.apply(between, tokens=easy.other_tokens()))
+    assert "no effect in 1 of 17 cross-attentions" in caplog.text
