@@ -32,10 +32,10 @@ ATTENTION_LEVELS = (1, 2)  # of SDXL's UNet: its cross-attentions run on the lat
 MASK_CACHE_BYTES = 2**28
 
 Value = TypeVar("Value")
-MaskPart = tuple[
-    int, Crop
-]  # of a row of a batch: the frame that chooses its mask, and its part of the latent
-RowKey = tuple[bool, int]  # of a row of a batch: unconditional, and the frame that chooses its tokens
+# Of a row of a batch: the frame that chooses its mask, and its part of the latent; its side, and the frame that
+# chooses its tokens.
+MaskPart = tuple[int, Crop]
+RowKey = tuple[bool, int]
 
 
 class Place(NamedTuple):
@@ -53,8 +53,9 @@ class MaskTable:
         self._masks = masks
 
     def __call__(self, grid: tuple[int, int], tokens: int) -> Tensor:
-        """The mask (1 or rows, tokens, 1) of a grid. Raises RuntimeError where another pack has changed grid
-        or tokens.
+        """The mask (1 or rows, tokens, 1) of a grid.
+
+        Raises RuntimeError where another pack has changed grid or tokens.
         """
         if grid not in self._masks or grid[0] * grid[1] != tokens:
             raise RuntimeError("The mask of Apply EasyRef was not made for this size of the activations.")
@@ -104,18 +105,15 @@ class Step:
     unet: nn.Module | None = None
     one_by_one: bool = False  # whether the UNet runs its attentions on one row after the other
     whole_blocks: dict[tuple, Callable[..., Tensor]] = dataclasses.field(default_factory=dict)
-    reached: set[tuple[int, Site]] = dataclasses.field(
-        default_factory=set
-    )  # Apply nodes and sites whose patch ran, where not compiled
-    # per patch: how often it ran on a part of the rows
+    # Apply nodes and sites whose patch ran, where not compiled
+    reached: set[tuple[int, Site]] = dataclasses.field(default_factory=set)
+    # per patch: how often it ran on one of the rows
     calls: Counter = dataclasses.field(default_factory=Counter)
 
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """Weight of one injection over layers and steps: weight times the factor of the layer times the
-    schedule's factor.
-    """
+    """Weight of one injection: weight times the factor of the layer times the schedule's factor."""
 
     weight: float
     window: tuple[float, float]  # (start, end) as fractions of the sampling
@@ -125,9 +123,7 @@ class Strength:
 
 
 class Curve:
-    """Weight of a strength at each sigma of one model. Fractions become sigmas here, by the model that
-    samples.
-    """
+    """Weight of a strength at each sigma of the model that samples, which turns fractions into sigmas."""
 
     def __init__(self, strength: Strength, model_sampling: Any) -> None:
         to_sigma = model_sampling.percent_to_sigma
@@ -195,11 +191,10 @@ class Injection:
         return max(*self.key_values.counts, masks)
 
     def nbytes(self, latents: int, itemsize: int) -> int:
-        """Bytes of K and V on the device in a UNet call of both sides of so many latents, in a type of this
-        size.
-        """
+        """Bytes of K and V on the device in a UNet call of both sides of so many latents."""
         each = latents if max(self.key_values.counts) > 1 else 1
-        return 2 * each * self.key_values.row_numel * itemsize
+        rows = 2 * each + self.key_values.resident_rows
+        return rows * self.key_values.row_numel * itemsize
 
     def at(self, sigma: float, layout: BatchLayout, place: Place) -> ActiveInjection | None:
         """What acts in a UNet call; None outside the window.
@@ -226,8 +221,7 @@ class Injection:
     def fixed(
         self, active: ActiveInjection | None, layout: BatchLayout, place: Place, size: tuple[int, int]
     ) -> ActiveInjection:
-        """The same at every step, for torch.compile: with V = 0 outside the window, and with the masks of all
-        grids.
+        """The same at every step, for torch.compile: V = 0 outside the window, and the masks of all grids.
 
         size: (height, width) of the latent that the UNet is given.
         """
@@ -317,8 +311,7 @@ class Injection:
 
 @functools.lru_cache(maxsize=256)
 def equal_runs(rows: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
-    """One entry for each run of equal entries, all runs being of the longest length that divides the rows
-    alike.
+    """One entry for each run of equal entries; all runs have one length, the longest that is possible.
 
     (u, u, c, c) -> (u, c); (u, c, u, c) -> (u, c, u, c); (c, c, c) -> (c,).
     """

@@ -29,6 +29,7 @@ class KeyValueRows(Protocol):
 
     counts: tuple[int, int]  # unconditional rows, conditional rows
     row_numel: int  # elements of one row's K and V, of all sites together
+    resident_rows: int  # rows that stay on the device beside those that are taken
     model: ModelPatcher | None  # that has to be loaded with the UNet
 
     def take(self, numbers: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[KeyValue]:
@@ -51,6 +52,9 @@ class KeyValueTable:
         self._copies: dict[tuple[torch.device, torch.dtype], list[KeyValue]] = {}
         self.counts = unconditional_rows, len(key_values[0][0]) - unconditional_rows
         self.row_numel = sum(k[0].numel() + v[0].numel() for k, v in key_values)
+        self.resident_rows = (
+            0 if self.counts == (1, 1) else sum(self.counts)
+        )  # of two rows the table itself is taken
 
     def take(self, numbers: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[KeyValue]:
         if (device, dtype) not in self._copies:
@@ -73,6 +77,8 @@ class KeyValueProjector:
     Each row is projected by itself, as for KeyValueTable, so that its numbers do not depend on the rows taken
     with it.
     """
+
+    resident_rows = 0
 
     def __init__(self, tokens: Tensor, unconditional_rows: int, row_numel: int, project: Project) -> None:
         """tokens: (rows, T, C)."""

@@ -34,9 +34,7 @@ NUMBERED = "easyref_numbered"  # in transformer_options: the RowNumbers of this 
 def publish_step(
     executor: Any, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]
 ) -> Any:
-    """CALC_COND_BATCH wrapper: publish the sigma and the sides of a step, and number the rows of its
-    conditionings.
-    """
+    """CALC_COND_BATCH wrapper: publish the step's sigma and sides, and number the conditionings' rows."""
     options = dict(model_options.get("transformer_options", {}))
     options |= {SIGMA: read_sigma(timestep), ROLES: named_roles(conds)}
     sides = unconditional_runs({**options, "cond_or_uncond": list(range(len(conds)))})
@@ -51,9 +49,7 @@ def publish_step(
 
 
 def _with_ours_innermost(wrappers: dict[str, dict]) -> dict[str, dict]:
-    """The wrappers with StepWrapper as the last of APPLY_MODEL, so that it sees the batch and the modules
-    that the UNet will.
-    """
+    """The wrappers with StepWrapper last of APPLY_MODEL: it sees the batch and the modules that run."""
     around = dict(wrappers.get(WrappersMP.APPLY_MODEL, {}))
     if KEY in around:
         around[KEY] = around.pop(KEY)
@@ -64,8 +60,8 @@ def _with_ours_innermost(wrappers: dict[str, dict]) -> dict[str, dict]:
 class StepWrapper:
     """APPLY_MODEL and DIFFUSION_MODEL wrappers of a model with injections.
 
-    model_sampling: of the model at Apply EasyRef, for UNet calls that come without a model. sites: those at
-    which the model has a SitePatch.
+    model_sampling: of the model at Apply EasyRef, for UNet calls that come without a model. sites: Apply node
+    and site of every SitePatch of the model.
     """
 
     injections: tuple[Injection, ...]
@@ -134,9 +130,7 @@ class StepWrapper:
         return Step(sigma, active, layout, unet, type(unet).__name__ == ONE_BY_ONE, whole_blocks)
 
     def _fixed(self, step: Step, place: Place, size: tuple[int, int]) -> Step:
-        """The step as it may be compiled: every injection acts, with V = 0 outside its window, and all masks
-        are made.
-        """
+        """The step as it may be compiled: every injection acts, and all masks are made."""
         active = {
             slot: injection.fixed(step.active.get(slot), step.layout, place, size)
             for slot, injection in enumerate(self.injections)

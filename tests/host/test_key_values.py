@@ -115,5 +115,5 @@ def test_the_host_is_told_the_memory(easy, model, monkeypatch) -> None:
             asked.clear()
             sampled(prepare(one), steps=1)
             told.append(max(asked))
-        needed = 2 * frames * latent * 4
+        needed = (2 * frames + FRAMES + 1) * latent * 4  # and all rows, from which a window is selected
         assert needed <= told[1] - told[0] <= needed + latent
