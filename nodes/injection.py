@@ -33,7 +33,7 @@ MASK_CACHE_BYTES = 2**28
 
 Value = TypeVar("Value")
 # Of a row of a batch: the frame that chooses its mask, and its part of the latent; its side, and the frame that
-# chooses its tokens.
+# chooses its tokens
 MaskPart = tuple[int, Crop]
 RowKey = tuple[bool, int]
 

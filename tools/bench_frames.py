@@ -60,9 +60,11 @@ def injection_of(pack: ModuleType, frames: int) -> Any:
         with torch.inference_mode():
             return projections(row)
 
-    rows = key_values.KeyValueProjector(
-        torch.randn(1 + frames, TOKENS, WIDTH), 1, 2 * TOKENS * sum(inner), project
-    )
+    tokens, row_numel = torch.randn(1 + frames, TOKENS, WIDTH), 2 * TOKENS * sum(inner)
+    if len(tokens) * row_numel * 4 <= key_values.MAX_TABLE_BYTES:
+        rows = key_values.KeyValueTable(key_values.project_rows(tokens, project), 1)
+    else:
+        rows = key_values.KeyValueProjector(tokens, 1, row_numel, project)
     strength = injection.Strength(1.0, (0.0, 1.0), (1.0,) * len(inner))
     return injection.Injection(rows, strength, [layers.OWN] * len(inner))
 
@@ -87,7 +89,7 @@ def measure(pack: ModuleType, frames: int, window: int) -> SimpleNamespace:
     return SimpleNamespace(
         tokens=(1 + frames) * TOKENS * WIDTH * 4,
         held=(1 + frames) * applied.key_values.row_numel * 4,
-        window=sum(placed.values()),
+        window=sum(placed.values()) + applied.key_values.resident_rows * applied.key_values.row_numel * 2,
         told=applied.nbytes(min(window, frames), 2),
         seconds=took,
     )
