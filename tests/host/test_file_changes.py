@@ -107,7 +107,7 @@ def test_other_files_run_nothing_again(server):
 def test_value_computed_while_it_runs(server):
     """No constant of the graph holds the name of the folder."""
     graph = linked(*FOLDER, **IN_FOLDER)
-    graph["folder"] = node("StringConcatenate", string_a="fa", string_b="ces", delimiter="")
+    graph["folder"] = node("StringConcatenate", string_a="chang", string_b="ing", delimiter="")
     executed(server, graph)
     assert executed(server, graph) == set()
     replace(server.base / "input" / "changing" / "0.png")
