@@ -55,8 +55,7 @@ def _checks(node: type[io.ComfyNode]) -> tuple[Checks, bool]:
         io.String.Input: _text,
         io.Combo.Input: _choice,
     }
-    files = {one.id for one in schema.inputs if one.id in own and isinstance(one, io.Combo.Input)}
-    inputs = [one for one in schema.inputs if type(one) in kinds and one.id not in files]
+    inputs = [one for one in schema.inputs if type(one) in kinds and one.id not in own]
     return {one.id: functools.partial(kinds[type(one)], one) for one in inputs}, schema.is_input_list
 
 
@@ -81,6 +80,7 @@ def unknown_input(node: type[io.ComfyNode], name: str) -> str:
     return f"{display_name} has no input {brief(repr(name))}; its inputs are {known}. {remedy}"
 
 
+@functools.cache
 def _names(node: type[io.ComfyNode]) -> dict[str, tuple[str, ...]]:
     """Names of each input in a prompt: its own, or of an input that grows, images.image0 and so on."""
     return {
