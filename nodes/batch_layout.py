@@ -187,7 +187,7 @@ class Queries(NamedTuple):
     rows: int
     tokens: int
     grid: tuple[int, int]  # rows and columns of the tokens of a whole row
-    earlier_calls: int = 0  # of this attention in this UNet call, on a part of its rows
+    earlier_calls: int = 0  # of this attention in this UNet call, where the UNet runs one row at a time
     one_by_one: bool = False  # the UNet runs its attentions on one row after the other (RES4LYF)
 
 

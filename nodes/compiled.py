@@ -98,9 +98,7 @@ def guard_signature(signature: str | None) -> None:
 
 
 def _frames() -> tuple[int, int, int]:
-    """Frames that were compiled, frames which succeeded, and graph breaks, since the process
-    began.
-    """
+    """Frames that dynamo began to compile, those that it compiled, and graph breaks, of the process."""
     counters = sys.modules["torch._dynamo.utils"].counters
     frames = counters["frames"]
     return frames["total"], frames["ok"], sum(counters["graph_break"].values())

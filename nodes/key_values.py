@@ -80,12 +80,18 @@ class KeyValueProjector:
 
     resident_rows = 0
 
-    def __init__(self, tokens: Tensor, unconditional_rows: int, row_numel: int, project: Project) -> None:
-        """tokens: (rows, T, C)."""
+    def __init__(
+        self,
+        tokens: Tensor,
+        unconditional_rows: int,
+        row_numel: int,
+        project: Project,
+        model: ModelPatcher | None = None,
+    ) -> None:
+        """tokens: (rows, T, C). model: of the projections, to be loaded with the UNet."""
         self._tokens, self._project = tokens, project
         self.counts = unconditional_rows, len(tokens) - unconditional_rows
-        self.row_numel = row_numel
-        self.model: ModelPatcher | None = None
+        self.row_numel, self.model = row_numel, model
 
     def take(self, numbers: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[KeyValue]:
         rows: list[KeyValue] = []

@@ -13,9 +13,8 @@ from .sockets import EasyRefModel
 def state_of(checkpoint: str, mllm: str) -> str:
     """State of the checkpoint and of all files in the MLLM folder. Raises FileNotFoundError if one is missing."""
     folder = files.find_mllm(mllm)
-    of_mllm = (
-        sorted(file for file in folder.iterdir() if file.exists()) if folder else []
-    )  # a link may lead nowhere
+    # a link may lead nowhere
+    of_mllm = sorted(file for file in folder.iterdir() if file.exists()) if folder else []
     return files.state_of([files.find_checkpoint(checkpoint), *of_mllm])
 
 

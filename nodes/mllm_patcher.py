@@ -144,9 +144,7 @@ class HostedEasyRef:
         if len(rows) * row_numel * torch.float32.itemsize <= MAX_TABLE_BYTES:
             return KeyValueTable(self.key_values(tokens), len(tokens.unconditional))
         project = partial(self.model.key_values, dtype=torch.float32)
-        projector = KeyValueProjector(rows, len(tokens.unconditional), row_numel, project)
-        projector.model = self._kv_patcher
-        return projector
+        return KeyValueProjector(rows, len(tokens.unconditional), row_numel, project, self._kv_patcher)
 
     def require_own(self, tokens: TokenPair) -> None:
         """Raises ValueError for tokens of another checkpoint."""

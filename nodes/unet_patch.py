@@ -50,8 +50,7 @@ class ApplySettings:
 
     start_percent, end_percent: fractions of the sampling. mask: (frames, height, width) or (height, width),
     of any size; it covers the latent. weight_type, layer_weights: see layer_weights.py; weight_schedule:
-    schedule.py;
-    embeds_scaling: attention.py.
+    schedule.py; embeds_scaling: attention.py.
     """
 
     weight: float = 1.0

@@ -196,18 +196,10 @@ def test_rows_of_style_guides_are_refused(easy, model, style_rows: int) -> None:
 def test_sides_that_a_wrapper_evaluates_one_by_one(easy, model, outside: bool, order: int) -> None:
     """It says which in cond_or_uncond, outside of Apply EasyRef's wrapper or inside of it."""
 
-    def one_by_one(
-        executor: Any,
-        x: Tensor,
-        t: Tensor,
-        context: Tensor,
-        y: Tensor,
-        control: Any,
-        options: dict,
-        **more: Any,
-    ) -> Tensor:
+    def one_by_one(executor: Any, *given: Any, **more: Any) -> Tensor:
+        *per_row, control, options = given
         roles = options["cond_or_uncond"]
-        per_side = [part.chunk(len(roles)) for part in (x, t, context, y)]
+        per_side = [part.chunk(len(roles)) for part in per_row]
         out = [
             executor(
                 *(part[i] for part in per_side), control, {**options, "cond_or_uncond": [roles[i]]}, **more
