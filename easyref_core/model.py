@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .attention import KeyValue, KVProjections, require_finite
-from .budget import Budget, budget, largest_size
-from .checkpoint import Cast, Checkpoint, open_checkpoint, save
-from .group_encoder import GroupEncoder
-from .group_reader import GroupReader, PreparedGroup, digest
-from .instructions import (
+from .checkpoint.checkpoint import Cast, Checkpoint, open_checkpoint, save
+from .mllm.budget import Budget, budget, largest_size
+from .mllm.group_encoder import GroupEncoder
+from .mllm.instructions import (
     INSTRUCTION,
     image_spans,
     image_token_id,
@@ -23,17 +21,25 @@ from .instructions import (
     require_text,
     tokenize,
 )
-from .negative import noise_image
-from .preprocess import SIZE, check_group, check_sides, grid_of, resized_sides
-from .qwen2_vl import Unfilled
-from .reference_tokens import ContextStates, Provenance, ReferenceAggregator, ReferenceTokens, weight_bias
+from .mllm.prefix_cache import GroupReader, PreparedGroup, digest
+from .mllm.preprocess import SIZE, check_group, check_sides, grid_of, resized_sides
+from .mllm.qwen2_vl import Unfilled
+from .tokens.reference_tokens import (
+    ContextStates,
+    Provenance,
+    ReferenceAggregator,
+    ReferenceTokens,
+    weight_bias,
+)
+from .unet.reference_attention import KeyValue, KVProjections, require_finite
+from .utils.negative import noise_image
 
 if TYPE_CHECKING:
     from PIL import Image
     from tokenizers import Tokenizer
     from torch import Tensor
 
-    from .config import EasyRefConfig
+    from .mllm.config import EasyRefConfig
 
 KEPT = 16  # unconditional tokens, one set for each instruction, size and noise
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from .sockets import EasyRefContext, EasyRefModel, EasyRefTokens
+from .host.socket_types import EasyRefContext, EasyRefModel, EasyRefTokens
 
 if TYPE_CHECKING:
     from ..easyref_core import ContextStates
-    from .mllm_patcher import HostedEasyRef
+    from .host.hosted_model import HostedEasyRef
 
 
 BLACK, GROUP, NOISE = NEGATIVES = ("black image", "group", "noise")

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..easyref_core.attention import SCALINGS
-from ..easyref_core.layer_weights import LINEAR, WEIGHT_TYPES
-from . import shown
-from .notes import window_note
-from .sockets import EasyRefModel, EasyRefTokens, TokenPair
-from .unet_patch import ApplySettings, condition
+from ..easyref_core.unet.layer_weights import LINEAR, WEIGHT_TYPES
+from ..easyref_core.unet.reference_attention import SCALINGS
+from .host import preview
+from .host.notes import window_note
+from .host.socket_types import EasyRefModel, EasyRefTokens, TokenPair
+from .unet_patch.condition import ApplySettings, condition
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from torch import Tensor
 
-    from .mllm_patcher import HostedEasyRef
+    from .host.hosted_model import HostedEasyRef
 
 
 class EasyRefApply(io.ComfyNode):
@@ -148,4 +148,4 @@ class EasyRefApply(io.ComfyNode):
         )
         patched = condition(model, easyref, tokens, settings)
         note = window_note(start_percent, end_percent) if weight else None
-        return io.NodeOutput(patched, ui=shown.text(note) if note else None)
+        return io.NodeOutput(patched, ui=preview.text(note) if note else None)

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from . import shown
-from .group_budget import ERROR, LOWER, lowered, read_as, sides
-from .inputs import group_input, instruction_input, prompt_input, size_input
-from .notes import empty_prompt_note, image_notes, read_prompt
-from .pictures import references_of
-from .references import advice, count
-from .sockets import EasyRefContext, EasyRefModel
+from .group.budget import ERROR, LOWER, lowered, read_as, sides
+from .group.reference_group import advice, count
+from .host import preview
+from .host.images import references_of
+from .host.inputs import group_input, instruction_input, prompt_input, size_input
+from .host.notes import empty_prompt_note, image_notes, read_prompt
+from .host.socket_types import EasyRefContext, EasyRefModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .mllm_patcher import HostedEasyRef
+    from .host.hosted_model import HostedEasyRef
 
 
 class EasyRefEncodeGroup(io.ComfyNode):
@@ -91,4 +91,4 @@ class EasyRefEncodeGroup(io.ComfyNode):
             empty_prompt_note(text),
             *image_notes(prepared),
         ]
-        return io.NodeOutput(context, ui=shown.text("\n".join(filter(None, lines))))
+        return io.NodeOutput(context, ui=preview.text("\n".join(filter(None, lines))))

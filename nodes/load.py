@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import files
-from .file_changes import FileChanges
-from .mllm_patcher import PRECISIONS, load_hosted
-from .sockets import EasyRefModel
+from .host import folders
+from .host.file_changes import FileChanges
+from .host.hosted_model import PRECISIONS, load_hosted
+from .host.socket_types import EasyRefModel
 
 
 def state_of(checkpoint: str, mllm: str) -> str:
     """State of the checkpoint and of all files in the MLLM folder. Raises FileNotFoundError if one is missing."""
-    folder = files.find_mllm(mllm)
+    folder = folders.find_mllm(mllm)
     # a link may lead nowhere
     of_mllm = sorted(file for file in folder.iterdir() if file.exists()) if folder else []
-    return files.state_of([files.find_checkpoint(checkpoint), *of_mllm])
+    return folders.state_of([folders.find_checkpoint(checkpoint), *of_mllm])
 
 
 FILES = FileChanges(state_of)
-ATTENTION = {files.FROM_CHECKPOINT: None, "causal": True, "bidirectional": False}
+ATTENTION = {folders.FROM_CHECKPOINT: None, "causal": True, "bidirectional": False}
 
 
 class EasyRefLoader(io.ComfyNode):
@@ -37,14 +37,14 @@ class EasyRefLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=files.checkpoints(),
+                    options=folders.checkpoints(),
                     tooltip="EasyRef checkpoint in models/easyref (.safetensors, or DeepSpeed's .pt). "
                     "The file name does not matter; the tensors in it do.",
                 ),
                 io.Combo.Input(
                     "mllm",
-                    options=[files.FROM_CHECKPOINT, *files.mllm_folders()],
-                    default=files.FROM_CHECKPOINT,
+                    options=[folders.FROM_CHECKPOINT, *folders.mllm_folders()],
+                    default=folders.FROM_CHECKPOINT,
                     tooltip="The released checkpoint contains its fine-tuned Qwen2-VL-2B: leave this at 'from the "
                     "checkpoint'. A checkpoint without one needs a Qwen2-VL-2B-Instruct folder in models/easyref, "
                     "models/text_encoders or models/LLM.",
@@ -59,7 +59,7 @@ class EasyRefLoader(io.ComfyNode):
                 io.Combo.Input(
                     "last_layer_attention",
                     options=list(ATTENTION),
-                    default=files.FROM_CHECKPOINT,
+                    default=folders.FROM_CHECKPOINT,
                     advanced=True,
                     tooltip="Attention of the layer that gathers the reference tokens. The released model was trained "
                     "causal. Only for checkpoints trained otherwise whose file does not say so.",
@@ -77,7 +77,7 @@ class EasyRefLoader(io.ComfyNode):
         """
         try:
             if checkpoint is not None:
-                files.find_checkpoint(checkpoint)
+                folders.find_checkpoint(checkpoint)
         except FileNotFoundError as error:
             return str(error)
         return True
@@ -89,13 +89,13 @@ class EasyRefLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint: str, mllm: str, precision: str, last_layer_attention: str) -> io.NodeOutput:
-        file, folder = files.find_checkpoint(checkpoint), files.find_mllm(mllm)
+        file, folder = folders.find_checkpoint(checkpoint), folders.find_mllm(mllm)
         FILES.record(checkpoint, mllm)
         return io.NodeOutput(
             load_hosted(
                 file,
                 folder,
-                folder or files.host_tokenizer(),
+                folder or folders.host_tokenizer(),
                 precision,
                 ATTENTION[last_layer_attention],
             )

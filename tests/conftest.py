@@ -3,8 +3,8 @@
 import sys
 from importlib.util import find_spec
 
-from .cpu_torch import complete_cpu_torch
-from .hosts import ROOT
+from devkit.cpu_torch import complete_cpu_torch
+from devkit.hosts import ROOT
 
 sys.path.append(str(ROOT))  # last: this pack's `nodes` must not hide ComfyUI's nodes.py
 

@@ -1,7 +1,7 @@
 """What EasyRef does, shown on the tiny model that comes with the pack, without a download.
 
 Writes output/demo.png: groups of references, pictures without EasyRef and with it, painted by workflows/try_it_now.json
-in ComfyUI where one is found (tests/hosts.py), else by the core and diffusers. Prints and writes output/demo.md: how
+in ComfyUI where one is found (devkit/hosts.py), else by the core and diffusers. Prints and writes output/demo.md: how
 often what is shared and what the prompt names is right in the pictures of held-out groups, judged by a classifier.
 """
 
@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
-from easyref_core.visualize import contact_sheet
-from tests.cpu_torch import complete_cpu_torch
-from tests.hosts import ROOT, find_hosts, host_version
+from devkit.cpu_torch import complete_cpu_torch
+from devkit.hosts import ROOT, find_hosts, host_version
+from easyref_core.inspect.drawing import contact_sheet
 
 if TYPE_CHECKING:
     from easyref_core.mrbench.methods import Method
@@ -73,8 +73,8 @@ def main() -> None:
 
 def in_comfyui(host: Path) -> Iterator[Shown]:
     """The groups through the shipped workflow, on a server started for it."""
-    from tests.host import graphs
-    from tests.host.server import ComfyServer
+    from devkit.host import graphs
+    from devkit.host.server import ComfyServer
 
     graph = graphs.from_file(WORKFLOW)
     titles = {node["_meta"]["title"]: number for number, node in graph.items()}

@@ -2,7 +2,7 @@
 
     python tools/faults.py [--largest 1000]
 
-The stages are those of tests/host/faults.py: preprocessing, each block of the vision tower and of the decoder, the
+The stages are those of devkit/host/faults.py: preprocessing, each block of the vision tower and of the decoder, the
 aggregation, the keys and values, and each cross-attention of each step; both sides of the guidance. Prints how many
 calls each has; the first that leaves anything behind ends it with an error.
 """
@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.host import graphs
-from tests.host.faults import STAGES, interrupted_then_whole
-from tests.host.server import ComfyServer
-from tests.hosts import find_hosts, host_version
+from devkit.host import graphs
+from devkit.host.faults import STAGES, interrupted_then_whole
+from devkit.host.server import ComfyServer
+from devkit.hosts import find_hosts, host_version
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import save_file
 
-from tests.cpu_torch import complete_cpu_torch
-from tests.host.in_process import enter_host, load_pack
-from tests.hosts import ROOT, find_hosts
+from devkit.cpu_torch import complete_cpu_torch
+from devkit.host.in_process import enter_host, load_pack
+from devkit.hosts import ROOT, find_hosts
 
 LAYOUT = ROOT / "tests" / "golden" / "released_layout.json"
 CHECKPOINT = "easyref.safetensors"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.host.locales import LOCALES, english, read, texts
-from tests.host.server import ComfyServer
-from tests.hosts import find_hosts
+from devkit.host.locales import LOCALES, english, read, texts
+from devkit.host.server import ComfyServer
+from devkit.hosts import find_hosts
 
 
 def main() -> None:

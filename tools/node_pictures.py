@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import Image
 from screenshots import FRAME
 
-from tests.host import browser, graphs
-from tests.host.locales import PACK
-from tests.host.server import ComfyServer
-from tests.hosts import ROOT, find_hosts
+from devkit.host import browser, graphs
+from devkit.host.locales import PACK
+from devkit.host.server import ComfyServer
+from devkit.hosts import ROOT, find_hosts
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.hosts import ROOT, find_hosts, host_version
+from devkit.hosts import ROOT, find_hosts, host_version
 
 
 class Counts(NamedTuple):

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
-from tests.host import browser, graphs
-from tests.host.server import ComfyServer
-from tests.hosts import ROOT, find_hosts
+from devkit.host import browser, graphs
+from devkit.host.server import ComfyServer
+from devkit.hosts import ROOT, find_hosts
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -1,6 +1,6 @@
 """Fills .venv with what the tests and the demo need; does nothing where that has been done already.
 
-Every ComfyUI found by tests/hosts.py brings its own requirements. What two of them pin to different
+Every ComfyUI found by devkit/hosts.py brings its own requirements. What two of them pin to different
 versions goes into .venv for the first and into a folder of its own (`hosts.overlay`) for each other.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.hosts import ROOT, find_hosts, host_version, overlay
-from tests.project import pyproject
+from devkit.hosts import ROOT, find_hosts, host_version, overlay
+from devkit.project import pyproject
 
 # One release of each, because torchvision is installed without its dependencies and must match torch.
 TORCH, TORCHVISION = "torch==2.13.0", "torchvision==0.28.0"

@@ -4,7 +4,7 @@
 
 Starts a ComfyUI with this pack and the tiny models of the tests, on the CPU, and queues workflows drawn from the seed
 (tools/soak_prompts.py), in bursts. Some are interrupted while they run, some deleted from the queue, and /free is asked
-for in both its forms. Every so many prompts the server is emptied and measured (tests/host/watch_nodes). Prints tables;
+for in both its forms. Every so many prompts the server is emptied and measured (devkit/host/watch_nodes). Prints tables;
 the exit code is 1 if anything failed, each failure on a line of its own.
 """
 
@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from tests.host import golden, graphs
-from tests.host.server import LAST_EVENTS, PACKS, ComfyServer, pixels
-from tests.hosts import ROOT, find_hosts, host_version
+from devkit.host import golden, graphs
+from devkit.host.server import LAST_EVENTS, PACKS, ComfyServer, pixels
+from devkit.hosts import ROOT, find_hosts, host_version
 from tools.growth import growth
 from tools.soak_prompts import CHECKPOINTS, Drawn, Saved, draw, probes, shorter
 
-WATCH = ROOT / "tests" / "host" / "watch_nodes"
+WATCH = ROOT / "devkit" / "host" / "watch_nodes"
 # Idle threads must not spin, and memory that was freed shall not be held back for the thread that once had it.
 SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 EVERY = 20  # prompts between two measurements; the first measurement, after as many, is the start

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import NamedTuple
 
-from easyref_core.attention import SCALINGS
-from easyref_core.combine import METHODS
-from easyref_core.layer_weights import WEIGHT_TYPES
-from easyref_core.presets import PRESETS
-from tests.host import golden, graphs
-from tests.host.graphs import Graph, node
+from devkit.host import golden, graphs
+from devkit.host.graphs import Graph, node
+from easyref_core.mllm.presets import PRESETS
+from easyref_core.tokens.combine import METHODS
+from easyref_core.unet.layer_weights import WEIGHT_TYPES
+from easyref_core.unet.reference_attention import SCALINGS
 
 CHECKPOINTS = ("easyref.safetensors", "second.safetensors")
 FILES = [f"{i}.png" for i in range(golden.SETTINGS["images"])]

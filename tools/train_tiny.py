@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.cpu_torch import complete_cpu_torch
-from tests.hosts import ROOT
+from devkit.cpu_torch import complete_cpu_torch
+from devkit.hosts import ROOT
 
 TINY = ROOT / "easyref_core" / "tiny"
 CONFIG = ROOT / "easyref_core" / "training" / "configs" / "tiny.yaml"

@@ -25,7 +25,7 @@ from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.hosts import ROOT
+from devkit.hosts import ROOT
 from tools.setup_env import TORCH, TORCHVISION
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import ImageOps
 from screenshots import LANCZOS, THUMBNAIL, WORKFLOWS, shot
 
-from tests.host import browser
-from tests.host.server import ComfyServer
-from tests.hosts import find_hosts
-from tests.project import pyproject
+from devkit.host import browser
+from devkit.host.server import ComfyServer
+from devkit.hosts import find_hosts
+from devkit.project import pyproject
 from tools.workflow_plans import EASYREF, PLANS, SDXL, Link, Plan
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .captions import NO_CATEGORY
+from .images import describe
 from .manifest import read_manifest, usable, write_manifest
-from .pictures import describe
 
 if TYPE_CHECKING:
     from .group_scores import Extractors

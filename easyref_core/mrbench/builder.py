@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..duplicates import Fingerprint, find_duplicates, fingerprint, first_of_each
-from ..whole_files import whole
+from ..files.atomic_write import whole
+from ..inspect.duplicates import Fingerprint, find_duplicates, fingerprint, first_of_each
 from .captions import NO_CATEGORY, CaptionedImage, read_folder
+from .images import BrokenPicture, Exclusion, open_picture
 from .leaks import leaks
 from .manifest import Attributes, Group, Manifest, write_manifest
-from .pictures import BrokenPicture, Exclusion, open_picture
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,8 +10,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..image_files import no_reader_reason, sort_files
-from .pictures import Exclusion
+from ..files.image_files import no_reader_reason, sort_files
+from .images import Exclusion
 
 METADATA = "metadata.jsonl"
 METADATA_KEYS = {"file_name", "text", "category"}

@@ -12,10 +12,10 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..whole_files import whole
+from ..files.atomic_write import whole
+from .images import Exclusion, open_picture
 from .manifest import Group, Manifest, read_manifest, usable
 from .methods import Method, Sampling, Task, build, check
-from .pictures import Exclusion, open_picture
 from .processes import this_process
 from .record import base_fingerprint, group_digest, merge, read_record, write_record
 

@@ -12,8 +12,8 @@ from uuid import uuid4
 import numpy as np
 
 from . import metrics
+from .images import BrokenPicture, Exclusion, open_picture
 from .manifest import Attributes, Group
-from .pictures import BrokenPicture, Exclusion, open_picture
 from .rows import Row
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..duplicates import Pair, find_duplicates, fingerprint
-from .pictures import open_picture
+from ..inspect.duplicates import Pair, find_duplicates, fingerprint
+from .images import open_picture
 
 if TYPE_CHECKING:
     from .manifest import Manifest

@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..whole_files import write_whole
-from .pictures import BrokenPicture, Exclusion, open_picture
+from ..files.atomic_write import write_whole
+from .images import BrokenPicture, Exclusion, open_picture
 
 SPLITS = ("held-in", "held-out")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # an id names a folder of generated pictures

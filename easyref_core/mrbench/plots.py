@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..whole_files import whole
+from ..files.atomic_write import whole
 from .metrics import bootstrap
 from .rows import Row
 from .summary import LABELS, compare, group_means

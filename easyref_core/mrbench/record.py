@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..whole_files import write_whole
+from ..files.atomic_write import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor

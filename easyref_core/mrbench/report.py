@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..whole_files import write_whole
+from ..files.atomic_write import write_whole
 from .metrics import Interval
 from .paper_numbers import CAVEATS, ROWS, SOURCE, PaperRow, row_of
 from .plots import plot_references, plot_win_rates

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..whole_files import whole
-from .pictures import Exclusion
+from ..files.atomic_write import whole
+from .images import Exclusion
 
 PICTURES, EXCLUDED, PARTS = "pictures.csv", "excluded.csv", "parts"
 

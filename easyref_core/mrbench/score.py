@@ -13,10 +13,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from ..whole_files import write_whole
+from ..files.atomic_write import write_whole
 from .group_scores import Extractors, Picture, Work, bundles, score_bundle
+from .images import Exclusion
 from .manifest import Group, Manifest, read_manifest, usable
-from .pictures import Exclusion
 from .processes import Process
 from .rows import EXCLUDED, Part, Row, read_rows, remove_parts, take_parts, write_csv, write_rows
 from .summary import write_summary

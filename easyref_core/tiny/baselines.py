@@ -19,9 +19,9 @@ from ..mrbench.methods.ip_adapter import load_image_encoder
 from ..mrbench.methods.ip_adapter_training import train_ip_adapter
 from ..training.base_model import BaseModel
 from .clip import pretrain_image_encoder
-from .pool import draw_pool
+from .dataset import draw_pool
 from .recipe import BASE, COPIES, POOL_SEED
-from .single_pictures import SinglePictures
+from .single_images import SinglePictures
 
 WEIGHTS = Path(__file__).parent / "weights"
 CLIP, IP_ADAPTER = "clip", "ip_adapter.safetensors"

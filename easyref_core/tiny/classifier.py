@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ..whole_files import whole
-from .pictures import ATTRIBUTES, COUNTS, NAMES, every_picture, render
+from ..files.atomic_write import whole
+from .images import ATTRIBUTES, COUNTS, NAMES, every_picture, render
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

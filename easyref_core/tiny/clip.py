@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, log_softmax, normalize
 
+from ..files.atomic_write import write_whole
 from ..mrbench.methods.clip_pixels import clip_pixels_of
-from ..whole_files import write_whole
 from .classifier import to_tensor
-from .pictures import COUNTS, NAMES, PICTURE, caption, every_picture, held_out, render
-from .words import PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
+from .images import COUNTS, NAMES, PICTURE, caption, every_picture, held_out, render
+from .tokenizer import PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from .pool import Pool
+    from .dataset import Pool
 
 WIDTH, PROJECTION = 96, 64
 PATCH = 16  # pixels
@@ -173,7 +173,7 @@ def save_processor(folder: Path) -> None:
     """preprocessor_config.json: CLIP's own steps, at the tiny size."""
     import json
 
-    from ..preprocess import CLIP_MEAN, CLIP_STD
+    from ..mllm.preprocess import CLIP_MEAN, CLIP_STD
 
     settings = {
         "image_processor_type": "CLIPImageProcessor",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .groups import Plan, plan_group
-from .pictures import ATTRIBUTES, render
+from .images import ATTRIBUTES, render
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,8 +15,8 @@ from ..mrbench.methods.plain import Plain
 from ..mrbench.metrics import Interval, bootstrap
 from ..training.base_model import BaseModel
 from .groups import Plan
-from .pictures import ATTRIBUTES, PICTURE, render
-from .reader import SIZE
+from .images import ATTRIBUTES, PICTURE, render
+from .qwen2_vl import SIZE
 from .recipe import BASE, EASYREF, MLLM
 
 if TYPE_CHECKING:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..instructions import INSTRUCTION, load_tokenizer, tokenize
-from ..preprocess import black_image, patchify, preprocess
+from ..mllm.instructions import INSTRUCTION, load_tokenizer, tokenize
+from ..mllm.preprocess import black_image, patchify, preprocess
 from ..training.batches import Batch, generator, new_seed, pad_left
 from ..training.examples import Augmentation, check_rates, choose, drops
+from .dataset import draw_pool
 from .groups import plan_group
-from .painter import pool_latents
-from .pictures import COUNTS, NAMES, PICTURE, caption, held_out
-from .pool import draw_pool
-from .reader import IMAGE_GRID, IMAGE_TOKENS, LARGEST_GROUP, SIZE, body_config, prepared
+from .images import COUNTS, NAMES, PICTURE, caption, held_out
+from .qwen2_vl import IMAGE_GRID, IMAGE_TOKENS, LARGEST_GROUP, SIZE, body_config, prepared
+from .sdxl import pool_latents
 
 if TYPE_CHECKING:
     from pathlib import Path

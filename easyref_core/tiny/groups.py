@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .pictures import COUNTS, NAMES, caption, held_out
+from .images import COUNTS, NAMES, caption, held_out
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

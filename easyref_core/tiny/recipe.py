@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from .classifier import to_tensor, train_classifier
-from .codec import pretrain_codec
-from .painter import make_painter, pretrain_painter
-from .pool import draw_pool
-from .reader import pretrain_reader
-from .words import train_mllm_tokenizer
+from .dataset import draw_pool
+from .qwen2_vl import pretrain_reader
+from .sdxl import make_painter, pretrain_painter
+from .tokenizer import train_mllm_tokenizer
+from .vae import pretrain_codec
 
 BASE, MLLM, CLASSIFIER = "base", "tiny-qwen2-vl", "classifier.safetensors"
 EASYREF = "tiny_easyref.safetensors"

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..whole_files import write_whole
+from ..files.atomic_write import write_whole
 from .full_size import (
     EASYREF,
     IMAGE_TOKENS,

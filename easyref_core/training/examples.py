@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..image_files import open_image
-from ..instructions import INSTRUCTION, image_token_id, tokenize
-from ..preprocess import SIZE, black_image, preprocess, to_rgb
+from ..files.image_files import open_image
+from ..mllm.instructions import INSTRUCTION, image_token_id, tokenize
+from ..mllm.preprocess import SIZE, black_image, preprocess, to_rgb
 from .batches import Batch, Sample, collate, generator, new_seed, row_at
-from .framing import crop_frame, face_crop, native_frame, single_reference
+from .crops import crop_frame, face_crop, native_frame, single_reference
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
-    from ..config import EasyRefConfig
+    from ..mllm.config import EasyRefConfig
     from .rows import Row
 
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..attention import KVProjections
-from ..checkpoint import lora_shapes
-from ..config import EasyRefConfig
-from ..diffusers_unet import cross_attention_widths
-from ..group_encoder import GroupEncoder
-from ..preprocess import SIZE
-from ..qwen2_vl import Unfilled
-from ..reference_tokens import ReferenceAggregator
+from ..checkpoint.checkpoint import lora_shapes
+from ..mllm.config import EasyRefConfig
+from ..mllm.group_encoder import GroupEncoder
+from ..mllm.preprocess import SIZE
+from ..mllm.qwen2_vl import Unfilled
+from ..tokens.reference_tokens import ReferenceAggregator
+from ..unet.diffusers_unet import cross_attention_widths
+from ..unet.reference_attention import KVProjections
 from .base_model import Text
 from .batches import Batch
 from .counting import Counted, count
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from torch import Tensor
 
-    from ..unet_layout import Site
+    from ..unet.layout import Site
 
 # Qwen/Qwen2-VL-2B-Instruct, config.json, with the aggregation of the released EasyRef
 EASYREF = EasyRefConfig(

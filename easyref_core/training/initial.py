@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..checkpoint import lora_shapes, open_checkpoint, open_mllm, read_config
-from ..config import EasyRefConfig
-from ..diffusers_unet import cross_attention_widths
-from ..formats import MLLM_NAMES, translate
-from ..tensor_files import Source, read_sources
-from ..unet_layout import Site, require_fit
+from ..checkpoint.checkpoint import lora_shapes, open_checkpoint, open_mllm, read_config
+from ..checkpoint.formats import MLLM_NAMES, translate
+from ..files.tensor_files import Source, read_sources
+from ..mllm.config import EasyRefConfig
+from ..unet.diffusers_unet import cross_attention_widths
+from ..unet.layout import Site, require_fit
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

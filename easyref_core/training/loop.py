@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from .batches import Examples, loader
-from .records import Records
-from .resuming import require_same_run, resume, save_state, saved_states
+from .resume import require_same_run, resume, save_state, saved_states
 from .run import Run, learning_rate
+from .run_log import Records
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

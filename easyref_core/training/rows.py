@@ -25,7 +25,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..image_files import open_image
+from ..files.image_files import open_image
 
 log = logging.getLogger(__name__)
 

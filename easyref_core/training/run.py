@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import mse_loss
 
-from ..checkpoint import fingerprint, save
-from ..instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
-from ..preprocess import black_image, preprocess
-from ..visualize import contact_sheet
+from ..checkpoint.checkpoint import fingerprint, save
+from ..inspect.drawing import contact_sheet
+from ..mllm.instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
+from ..mllm.preprocess import black_image, preprocess
 from .base_model import BaseModel
 from .batches import Batch, Examples
 from .cache import Cache, contexts, moments
 from .config import build
 from .examples import RowExamples
 from .initial import Weights, from_base, from_checkpoint
-from .painting import paint, references_of, to_images
 from .rows import read_rows
+from .sampling import paint, references_of, to_images
 from .trainable import TrainableEasyRef, tensor_name
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from ..config import EasyRefConfig
+    from ..mllm.config import EasyRefConfig
     from .config import Settings
 
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}

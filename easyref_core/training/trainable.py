@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import KVProjections
-from ..diffusers_unet import attach
-from ..group_encoder import GroupEncoder
-from ..qwen2_vl import Unfilled
-from ..reference_tokens import ReferenceAggregator
+from ..mllm.group_encoder import GroupEncoder
+from ..mllm.qwen2_vl import Unfilled
+from ..tokens.reference_tokens import ReferenceAggregator
+from ..unet.diffusers_unet import attach
+from ..unet.reference_attention import KVProjections
 from .batches import pad_left
 from .initial import Weights
 from .stages import Stage, group_of
@@ -178,7 +178,7 @@ def one_by_one(input_ids: Tensor, image_token: int, references: int) -> list[Ten
 
 
 def tensor_name(parameter: str) -> str:
-    """Name of a parameter of TrainableEasyRef -> name of the tensor as easyref_core.checkpoint.save takes it."""
+    """Name of a parameter of TrainableEasyRef -> name of the tensor as easyref_core.checkpoint.checkpoint.save takes it."""
     match = re.fullmatch(r"lora\.(.+)/(to_\w+)\.(down|up)\.weight", parameter)
     return _lora_name(match[1].replace("/", "."), match[2], match[3]) if match else parameter
 

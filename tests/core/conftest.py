@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import easyref_core as er
-
-from . import golden
+from devkit import golden
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from . import golden
+from devkit import golden
 
 
 def error_of(call: Callable[[], object], kind: type[Exception] = ValueError) -> str:

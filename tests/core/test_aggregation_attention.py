@@ -9,10 +9,9 @@ import torch
 from einops import rearrange
 
 import easyref_core as er
-from easyref_core.aggregation_attention import aggregation_attention, attention_weights, read_shares
-from easyref_core.qwen2_vl import text_rotation
-
-from . import golden
+from devkit import golden
+from easyref_core.inspect.attention_maps import aggregation_attention, attention_weights, read_shares
+from easyref_core.mllm.qwen2_vl import text_rotation
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import easyref_core as er
-from easyref_core.checkpoint import open_checkpoint
-from easyref_core.formats import quantized
-from easyref_core.tensor_files import open_tensors
+from devkit import golden
+from devkit.golden import checkpoint_tensors, write
+from easyref_core.checkpoint.checkpoint import open_checkpoint
+from easyref_core.checkpoint.formats import quantized
+from easyref_core.files.tensor_files import open_tensors
 
-from . import golden
 from .errors import assert_says, error_of, folder_with
-from .golden import checkpoint_tensors, write
 
 # Files that are something else
 

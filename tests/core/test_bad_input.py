@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 import easyref_core as er
-from easyref_core.instructions import tokenize
-from easyref_core.preprocess import to_rgb
+from devkit import golden
+from devkit.golden import checkpoint_tensors, write
+from easyref_core.mllm.instructions import tokenize
+from easyref_core.mllm.preprocess import to_rgb
 
-from . import golden
 from .errors import assert_says, error_of, folder_with
-from .golden import checkpoint_tensors, write
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from easyref_core.bench import encoding, loading, unet, unet_counts
-from easyref_core.bench.report import markdown, write_json
-from easyref_core.bench.rows import Limit, Options, Row
-from easyref_core.bench.timing import Pairs, interleaved
 from easyref_core.training.full_size import EASYREF, released_shapes
+from tools.bench import encoding, loading, unet, unet_counts
+from tools.bench.report import markdown, write_json
+from tools.bench.rows import Limit, Options, Row
+from tools.bench.timing import Pairs, interleaved
 
 QUICK = Options(quick=True, pairs=1, pixels=(64,))
 

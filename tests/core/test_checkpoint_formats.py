@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 import easyref_core as er
-from easyref_core.checkpoint import open_checkpoint
-from easyref_core.formats import METADATA_KEY
-from easyref_core.unet_layout import sdxl_sites
-
-from . import golden
-from .golden import EXACT, Tensors, checkpoint_tensors, error, write, write_deepspeed
+from devkit import golden
+from devkit.golden import EXACT, Tensors, checkpoint_tensors, error, write, write_deepspeed
+from easyref_core.checkpoint.checkpoint import open_checkpoint
+from easyref_core.checkpoint.formats import METADATA_KEY
+from easyref_core.unet.layout import sdxl_sites
 
 BODY = "multimodal_llm."
 
@@ -407,7 +406,7 @@ def test_two_final_layers_are_read(two_final_layers: er.EasyRef) -> None:
 
 @torch.inference_mode()
 def test_of_two_final_layers_both_see_the_reference_tokens(two_final_layers: er.EasyRef) -> None:
-    from easyref_core.qwen2_vl import text_rotation
+    from easyref_core.mllm.qwen2_vl import text_rotation
 
     aggregator = two_final_layers.mllm.aggregator
     context = torch.randn(1, 20, 64, generator=torch.manual_seed(0))

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import easyref_core as er
-from easyref_core.combine import METHODS, combine
-from easyref_core.reference_tokens import Provenance
-from easyref_core.token_frames import EASINGS, batch, distinct, over_frames
+from devkit import golden
+from easyref_core.tokens.combine import METHODS, combine
+from easyref_core.tokens.frames import EASINGS, batch, distinct, over_frames
+from easyref_core.tokens.reference_tokens import Provenance
 
-from . import golden
 from .errors import assert_says, error_of
 
 MADE = Provenance("checkpoint", "look", "a cat", 3, 336)

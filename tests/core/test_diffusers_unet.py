@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import easyref_core as er
-from easyref_core import diffusers_unet
-from easyref_core.attention import KeyValue
-
-from . import golden
-from .golden import EXACT, Tensors, error, predict
+from devkit import golden
+from devkit.golden import EXACT, Tensors, error, predict
+from easyref_core.unet import diffusers_unet
+from easyref_core.unet.reference_attention import KeyValue
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

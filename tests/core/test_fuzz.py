@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from easyref_core import token_files
+from easyref_core.tokens import files
 from tools.fuzzing import pool
 from tools.fuzzing import token_files as token_cases
 from tools.fuzzing.cases import open_kind, seeded
@@ -56,9 +56,7 @@ def test_no_failure_without_a_broken_reader(tmp_path: Path) -> None:
 
 
 def test_a_reader_without_checks_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        token_files, "_read_about", lambda _, metadata, __: json.loads(metadata["easyref_tokens"])
-    )
+    monkeypatch.setattr(files, "_read_about", lambda _, metadata, __: json.loads(metadata["easyref_tokens"]))
     assert "not an error of our own" in first_failure(tmp_path)
 
 
@@ -71,7 +69,7 @@ def test_an_error_from_below_is_caught() -> None:
 
 
 def test_an_error_without_a_remedy_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_files, "_damaged", lambda path, what: ValueError(f"{path} is damaged: {what}"))
+    monkeypatch.setattr(files, "_damaged", lambda path, what: ValueError(f"{path} is damaged: {what}"))
     assert "without a remedy" in first_failure(tmp_path)
 
 

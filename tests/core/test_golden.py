@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import easyref_core as er
-from easyref_core.instructions import tokenize
-from easyref_core.preprocess import preprocess
-
-from . import golden
-from .golden import CASES, EXACT, Tensors, error
+from devkit import golden
+from devkit.golden import CASES, EXACT, Tensors, error
+from easyref_core.mllm.instructions import tokenize
+from easyref_core.mllm.preprocess import preprocess
 
 
 @pytest.fixture(scope="module", params=["safetensors", "deepspeed", "saved"])

@@ -13,14 +13,14 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import easyref_core as er
-from easyref_core import group_reader, pieces, preprocess
-from easyref_core.kept import Kept
-from easyref_core.pieces import in_pieces, is_out_of_memory
-from easyref_core.qwen2_vl import Past
+from devkit import golden
+from devkit.golden import EXACT, error
+from easyref_core.mllm import chunks, prefix_cache, preprocess
+from easyref_core.mllm.chunks import in_pieces, is_out_of_memory
+from easyref_core.mllm.qwen2_vl import Past
+from easyref_core.utils.lru_cache import Kept
 
-from . import golden
 from .errors import assert_says, error_of
-from .golden import EXACT, error
 
 SIZE = 84  # pixels: 9 image tokens a reference
 COLOURS = ("red", "green", "blue", "white", "orange", "purple", "gray", "pink", "brown")
@@ -194,7 +194,7 @@ def cold_after(model: er.EasyRef, prompt: str) -> torch.Tensor:
 def test_the_operations_of_reading_on_are_counted(own: er.EasyRef) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from easyref_core.budget import operations
+    from easyref_core.mllm.budget import operations
 
     tokens(own, A, B, C)
     work = own.reader.work(group := own.prepare([A, B, C, D], "a cat", er.INSTRUCTION, SIZE))
@@ -346,7 +346,7 @@ def heavy(model: er.EasyRef) -> list[torch.nn.Module]:
 def test_encoding_goes_on_in_smaller_pieces_wherever_memory_runs_out(
     own: er.EasyRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_reader, "SMALLEST_PIECE", 8)
+    monkeypatch.setattr(prefix_cache, "SMALLEST_PIECE", 8)
     wanted, freed = cold(own, A, B, C, D), []
     own.reader.free = lambda: freed.append(1)
     for number, module in enumerate(heavy(own)):
@@ -382,8 +382,8 @@ def test_what_a_failed_attempt_has_read_is_gone_before_the_next(
 
     if before:
         tokens(own, *before)
-    monkeypatch.setattr(group_reader, "SMALLEST_PIECE", 8)
-    monkeypatch.setattr(group_reader, "Past", Watched)
+    monkeypatch.setattr(prefix_cache, "SMALLEST_PIECE", 8)
+    monkeypatch.setattr(prefix_cache, "Past", Watched)
     start = own.reader.work(own.prepare([A, B, C, D], "a cat", er.INSTRUCTION, SIZE)).start
     last = own.mllm.encoder.layers[-1].mlp.down_proj
     # the first piece of all tokens fails, of the two halves that follow the second one
@@ -399,7 +399,7 @@ def test_what_a_failed_attempt_has_read_is_gone_before_the_next(
 def test_what_is_kept_of_other_groups_makes_room(
     own: er.EasyRef, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    monkeypatch.setattr(group_reader, "SMALLEST_PIECE", 8)
+    monkeypatch.setattr(prefix_cache, "SMALLEST_PIECE", 8)
     wanted = cold(own, A, B, C)
     own.forget()
     tokens(own, A, D)
@@ -416,8 +416,8 @@ def test_after_a_failure_a_group_is_read_on_in_pieces_that_the_mask_allows(
     own: er.EasyRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     length = own.prepare([A, B, C, D], "a cat", er.INSTRUCTION, SIZE).input_ids.shape[1]
-    monkeypatch.setattr(group_reader, "SMALLEST_PIECE", 2)
-    monkeypatch.setattr(group_reader, "MASKED", 5 * length)
+    monkeypatch.setattr(prefix_cache, "SMALLEST_PIECE", 2)
+    monkeypatch.setattr(prefix_cache, "MASKED", 5 * length)
     read: list[int] = []
     layer = own.mllm.encoder.layers[0]
     with hooked((layer, lambda _, inputs: read.append(inputs[0].shape[1])), (layer, failing(1))):
@@ -456,7 +456,7 @@ def test_what_cannot_be_kept_is_read_all_the_same(own: er.EasyRef, monkeypatch: 
 
     wanted = cold(own, A, B)
     own.forget()
-    monkeypatch.setattr(group_reader, "Prefix", full)
+    monkeypatch.setattr(prefix_cache, "Prefix", full)
     assert torch.equal(tokens(own, A, B), wanted)
     assert not list(own.reader._prefixes)
 
@@ -526,7 +526,7 @@ def test_large_groups_are_read_in_pieces(
     own: er.EasyRef, monkeypatch: pytest.MonkeyPatch, name: str, value: int
 ) -> None:
     wanted = cold(own, A, B, C, D)
-    monkeypatch.setattr(group_reader, name, value)
+    monkeypatch.setattr(prefix_cache, name, value)
     own.forget()
     tokens(own, A)
     assert error(tokens(own, A, B, C, D), wanted) <= EXACT
@@ -545,4 +545,4 @@ def test_no_error_holds_on_to_memory_while_it_is_tried_again() -> None:
 
     in_pieces(8, lambda _: 8, 1, run, gc.collect, "")
     assert len(alive) == 2
-    assert pieces.is_out_of_memory(MemoryError())
+    assert chunks.is_out_of_memory(MemoryError())

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 import easyref_core as er
-from easyref_core.crop import middle_square, square_around
-from easyref_core.duplicates import duplicates, thumbnail
-from easyref_core.presets import LANGUAGES, PRESETS
+from devkit import golden
+from easyref_core.inspect.duplicates import duplicates, thumbnail
+from easyref_core.mllm.presets import LANGUAGES, PRESETS
+from easyref_core.utils.crop import middle_square, square_around
 
-from . import golden
 from .errors import assert_says, error_of
 
 # Presets

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from easyref_core.image_files import open_image, readable_formats, readable_suffixes, sort_files
+from easyref_core.files.image_files import open_image, readable_formats, readable_suffixes, sort_files
 
 
 def test_files_are_sorted_by_what_pillow_reads() -> None:

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import easyref_core as er
-from easyref_core.consistency import cropped_share, similarity
-from easyref_core.influence import change, likeness, odd_one, pooled_features, robust_z, to_the_others
-
-from . import golden
+from devkit import golden
+from easyref_core.inspect.consistency import cropped_share, similarity
+from easyref_core.inspect.influence import change, likeness, odd_one, pooled_features, robust_z, to_the_others
 
 
 def near(count: int, odd: int | None = None) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from easyref_core.layer_weights import (
+from easyref_core.unet.layer_weights import (
     AGAINST,
     OWN,
     SWAPPED,
@@ -15,7 +15,7 @@ from easyref_core.layer_weights import (
     layers_of,
     parse_layer_weights,
 )
-from easyref_core.unet_layout import Site, sdxl_sites
+from easyref_core.unet.layout import Site, sdxl_sites
 
 # Computed apart from the code, from what IPAdapter_plus does at layer t of 11.
 EXPECTED = {

@@ -16,11 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from easyref_core.checkpoint import Checkpoint, expected_shapes, open_checkpoint, save
-from easyref_core.config import EasyRefConfig
-from easyref_core.unet_layout import sdxl_sites
-
-from . import golden
+from devkit import golden
+from easyref_core.checkpoint.checkpoint import Checkpoint, expected_shapes, open_checkpoint, save
+from easyref_core.mllm.config import EasyRefConfig
+from easyref_core.unet.layout import sdxl_sites
 
 CORE = golden.ROOT / "easyref_core"
 HOST_MODULES = {
@@ -49,7 +48,7 @@ from pathlib import Path
 
 import torch
 import easyref_core as er
-from easyref_core.instructions import load_tokenizer
+from easyref_core.mllm.instructions import load_tokenizer
 
 def memory(*names):
     lines = Path("/proc/self/status").read_text().splitlines()

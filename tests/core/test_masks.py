@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from easyref_core.masks import Crop, token_mask, whole
+from easyref_core.unet.masks import Crop, token_mask, whole
 
 SIZES = [(16, 16), (125, 169), (13, 40), (1, 3), (128, 128)]  # of the latent: 125 x 169 is 1000 x 1352 pixels
 

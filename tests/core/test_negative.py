@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from devkit import golden
 from easyref_core import model as core_model
-from easyref_core.negative import noise_image
-from easyref_core.preprocess import black_image
-
-from . import golden
+from easyref_core.mllm.preprocess import black_image
+from easyref_core.utils.negative import noise_image
 
 
 def test_noise_of_strength_0_is_the_black_image(model) -> None:

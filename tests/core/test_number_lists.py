@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from easyref_core.layer_weights import parse_layer_weights
-from easyref_core.number_lists import parse_numbers, parse_reference_weights, parse_references
-from easyref_core.schedule import parse_schedule
+from easyref_core.unet.layer_weights import parse_layer_weights
+from easyref_core.unet.weight_schedule import parse_schedule
+from easyref_core.utils.number_lists import parse_numbers, parse_reference_weights, parse_references
 
 SEPARATORS = (", ", ";", "; ", " ", "\n", "\t", " ,", "，", "；", "、", ",\n", " , ; ", "　")
 NUMBERS = ("0", "1", "-1", "0.5", ".5", "2.", "+3", "1e-1", "-0.25")

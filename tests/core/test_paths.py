@@ -12,10 +12,9 @@ import pytest
 import torch
 
 import easyref_core as er
-from easyref_core.instructions import load_tokenizer, tokenize
-
-from ..hosts import ROOT
-from . import golden
+from devkit import golden
+from devkit.hosts import ROOT
+from easyref_core.mllm.instructions import load_tokenizer, tokenize
 
 NAMES = {
     "spaces": "my models (old) & new",

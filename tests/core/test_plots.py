@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from easyref_core.plots import BLUE, RED, Bar, bar_chart, matrix_chart, parts_chart
-from easyref_core.visualize import HEAT, captioned, fitted, font, heat_colours, overlaid, shortened
+from easyref_core.inspect.charts import BLUE, RED, Bar, bar_chart, matrix_chart, parts_chart
+from easyref_core.inspect.drawing import HEAT, captioned, fitted, font, heat_colours, overlaid, shortened
 
 LONG = "a label that is far longer than any chart is wide, " * 8
 

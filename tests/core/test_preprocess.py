@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 import easyref_core as er
-from easyref_core.preprocess import black_image, pixel_limits, preprocess, resize, target_size
-
-from . import golden
+from devkit import golden
+from easyref_core.mllm.preprocess import black_image, pixel_limits, preprocess, resize, target_size
 
 
 def test_limits_at_the_authors_size() -> None:

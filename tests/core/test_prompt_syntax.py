@@ -6,9 +6,8 @@ import time
 
 import pytest
 
-from easyref_core.prompt_syntax import plain_text
-
-from .golden import SETTINGS
+from devkit.golden import SETTINGS
+from easyref_core.utils.prompt_syntax import plain_text
 
 PLAIN = [
     "",

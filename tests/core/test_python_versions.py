@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ..hosts import ROOT
-from ..project import pyproject
+from devkit.hosts import ROOT
+from devkit.project import pyproject
 
 OLDEST = (3, 10)
 SOURCES = [
     file
-    for folder in ("nodes", "easyref_core", "tools", "tests")
+    for folder in ("nodes", "easyref_core", "tools", "tests", "devkit")
     for file in sorted((ROOT / folder).rglob("*.py"))
 ] + [ROOT / "__init__.py"]
 
@@ -86,7 +86,7 @@ def test_the_oldest_python_reads_and_knows_every_source() -> None:
     for file in SOURCES:
         tree = ast.parse(file.read_text(encoding="utf-8"), name_of(file), feature_version=OLDEST)
         found[name_of(file)] = newer_names(tree)
-    assert found.pop("tests/project.py") == {"tomllib"}  # which says what to do without it
+    assert found.pop("devkit/project.py") == {"tomllib"}  # which says what to do without it
     assert {name: names for name, names in found.items() if names} == {}
 
 

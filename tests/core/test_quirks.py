@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 import easyref_core as er
-from easyref_core import group_encoder, instructions, preprocess, reference_tokens
-from easyref_core.instructions import chat, image_token_id
-from easyref_core.qwen2_vl import Rotation, image_rotation, rotation, text_rotation
-
-from . import golden
-from .golden import EXACT, Tensors, error, predict
+from devkit import golden
+from devkit.golden import EXACT, Tensors, error, predict
+from easyref_core.mllm import group_encoder, instructions, preprocess
+from easyref_core.mllm.instructions import chat, image_token_id
+from easyref_core.mllm.qwen2_vl import Rotation, image_rotation, rotation, text_rotation
+from easyref_core.tokens import reference_tokens
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from easyref_core.bench.transformers_mllm import text_model, vision_tower
-from easyref_core.config import EasyRefConfig
-from easyref_core.formats import MLLM_NAMES, translate
-from easyref_core.group_encoder import GroupEncoder
-from easyref_core.qwen2_vl import DecoderLayer, VisionTower, text_rotation
-
-from .golden import EXACT, Tensors, error
+from devkit.golden import EXACT, Tensors, error
+from easyref_core.checkpoint.formats import MLLM_NAMES, translate
+from easyref_core.mllm.config import EasyRefConfig
+from easyref_core.mllm.group_encoder import GroupEncoder
+from easyref_core.mllm.qwen2_vl import DecoderLayer, VisionTower, text_rotation
+from tools.bench.transformers_mllm import text_model, vision_tower
 
 if TYPE_CHECKING:
     from torch import nn

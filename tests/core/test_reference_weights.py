@@ -9,14 +9,14 @@ import torch
 from einops import rearrange, repeat
 
 import easyref_core as er
-from easyref_core.config import EasyRefConfig
+from devkit import golden
+from devkit.golden import EXACT, error
+from easyref_core.mllm.config import EasyRefConfig
+from easyref_core.mllm.qwen2_vl import DecoderLayer, attention_mask, rotate, text_rotation
 from easyref_core.model import MLLM
-from easyref_core.qwen2_vl import DecoderLayer, attention_mask, rotate, text_rotation
-from easyref_core.reference_tokens import ReferenceAggregator, weight_bias
+from easyref_core.tokens.reference_tokens import ReferenceAggregator, weight_bias
 
-from . import golden
 from .errors import assert_says, error_of
-from .golden import EXACT, error
 
 
 @pytest.fixture(scope="module")

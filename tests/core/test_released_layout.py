@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from easyref_core import checkpoint as checkpoints
-from easyref_core.attention import KVProjections
-from easyref_core.checkpoint import Checkpoint, expected_shapes, open_checkpoint
-from easyref_core.formats import EASYREF_NAMES, by_processor_path, stored_name, translate
+from devkit import golden
+from easyref_core.checkpoint import checkpoint as checkpoints
+from easyref_core.checkpoint.checkpoint import Checkpoint, expected_shapes, open_checkpoint
+from easyref_core.checkpoint.formats import EASYREF_NAMES, by_processor_path, stored_name, translate
 from easyref_core.model import MLLM
-from easyref_core.unet_layout import parse_diffusers, sdxl_sites
-
-from . import golden
+from easyref_core.unet.layout import parse_diffusers, sdxl_sites
+from easyref_core.unet.reference_attention import KVProjections
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from ..project import pyproject
+from devkit.project import pyproject
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINKS = [link for link in re.findall(r"\]\(([^)#]+)", README) if not link.startswith("http")]
 PROJECT = pyproject()
+ROOMS = ("utils", "files", "mllm", "tokens", "unet", "checkpoint", "inspect")
 
 
 @pytest.mark.parametrize("link", LINKS)
@@ -23,8 +24,11 @@ def test_linked_file_exists(link: str) -> None:
 
 
 def test_the_map_shows_every_file_of_the_core() -> None:
-    files = {f"easyref_core/{file.name}" for file in (ROOT / "easyref_core").glob("*.py")} - {
-        "easyref_core/__init__.py"
+    files = {
+        file.relative_to(ROOT).as_posix()
+        for room in ("", *ROOMS)
+        for file in (ROOT / "easyref_core" / room).glob("*.py")
+        if file.name != "__init__.py"
     }
     assert files <= set(LINKS)
 
@@ -33,8 +37,8 @@ def test_table_of_contents_names_every_file_of_the_flow() -> None:
     contents = ast.get_docstring(
         ast.parse((ROOT / "easyref_core" / "__init__.py").read_text(encoding="utf-8"))
     )
-    for name in re.findall(r"(\w+\.py)", contents):
-        assert (ROOT / "easyref_core" / name).is_file(), name
+    for name in re.findall(r"(\w+(?:/|\.py))", contents):
+        assert (ROOT / "easyref_core" / name).exists(), name
 
 
 def test_commands_of_the_readme_are_targets() -> None:
@@ -60,7 +64,7 @@ def test_registry_metadata_is_complete() -> None:
 
 
 def test_node_list_has_every_node_id() -> None:
-    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "nodes").glob("*.py")]
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "nodes").rglob("*.py")]
     ids = {node for source in sources for node in re.findall(r'node_id="(\w+)"', source)}
     assert set(json.loads((ROOT / "node_list.json").read_text(encoding="utf-8"))) == ids
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from easyref_core.attention import SCALINGS, reference_attention, require_scaling, scaled
-from easyref_core.in_place import plus
+from easyref_core.unet.reference_attention import SCALINGS, reference_attention, require_scaling, scaled
+from easyref_core.utils.in_place import plus
 
 HEADS, INNER, WIDEST = 2, 8, 16
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from easyref_core.schedule import Schedule, interpolate, parse_schedule
+from easyref_core.unet.weight_schedule import Schedule, interpolate, parse_schedule
 
 
 def percent_to_sigma(percent: float) -> float:

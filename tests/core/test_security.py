@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ..project import pyproject
+from devkit.project import pyproject
 
 ROOT = Path(__file__).resolve().parents[2]
 SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
@@ -17,7 +17,7 @@ PROJECT = pyproject()["project"]
 SOURCES = [*ROOT.glob("nodes/**/*.py"), *ROOT.glob("easyref_core/**/*.py")]
 
 # the benchmark tells the allocator to let go of freed memory before it measures; no node runs it
-ALLOWED = {"easyref_core/bench/timing.py": {"ctypes"}}
+ALLOWED = {"tools/bench/timing.py": {"ctypes"}}
 
 NO_MODULES = {
     "subprocess",
@@ -101,7 +101,7 @@ def test_the_scan_finds(source: str) -> None:
 
 
 def test_the_tokenizer_is_read_without_code_and_network() -> None:
-    source = (ROOT / "easyref_core" / "instructions.py").read_text(encoding="utf-8")
+    source = (ROOT / "easyref_core" / "mllm" / "instructions.py").read_text(encoding="utf-8")
     assert "local_files_only=True, trust_remote_code=False" in source
 
 

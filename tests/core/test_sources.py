@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ..hosts import ROOT
+from devkit.hosts import ROOT
 
 SOURCES = sorted(
     file for folder in ("nodes", "easyref_core", "tools") for file in (ROOT / folder).rglob("*.py")

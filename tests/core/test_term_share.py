@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from easyref_core.term_share import Moment, Recorder
-from easyref_core.unet_layout import Site
+from easyref_core.inspect.reference_share import Moment, Recorder
+from easyref_core.unet.layout import Site
 
 SITE = Site("middle", 0, 0)
 

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import easyref_core as er
-from easyref_core import token_files
-from easyref_core.reference_tokens import Provenance
-from easyref_core.token_files import METADATA_KEY, thumbnail
+from devkit import golden
+from devkit.project import pyproject
+from easyref_core.tokens import files
+from easyref_core.tokens.files import METADATA_KEY, thumbnail
+from easyref_core.tokens.reference_tokens import Provenance
 
-from ..project import pyproject
-from . import golden
 from .errors import assert_says, error_of
 
 MADE = Provenance("checkpoint", "look", "eine Katze, 猫", 3, 336)
@@ -66,14 +66,14 @@ def test_both_sides_come_back_bit_for_bit(saved: Path) -> None:
 def test_metadata_is_readable_by_others(saved: Path) -> None:
     with safe_open(saved, framework="pt") as file:
         about = json.loads(file.metadata()[METADATA_KEY])
-    assert (about["version"], about["pack"]) == (1, token_files.VERSION)
+    assert (about["version"], about["pack"]) == (1, files.VERSION)
     assert about["conditional"] == {**dataclasses.asdict(MADE), "parts": []}
     assert about["unconditional"]["how"] == "black image"
 
 
 def test_version_is_the_pack_s() -> None:
     project = pyproject()["project"]
-    assert token_files.VERSION == project["version"]
+    assert files.VERSION == project["version"]
 
 
 def test_what_was_combined_comes_back(tmp_path: Path) -> None:

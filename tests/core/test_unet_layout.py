@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from easyref_core.unet_layout import (
+from easyref_core.unet.layout import (
     Site,
     in_processor_order,
     parse_comfy,

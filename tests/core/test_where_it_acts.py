@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from easyref_core.term_share import Moment, Share
-from easyref_core.unet_layout import Site, sdxl_sites
-from easyref_core.where_it_acts import by_block_and_step, by_place, short_name
+from easyref_core.inspect.reference_share import Moment, Share
+from easyref_core.inspect.where_it_acts import by_block_and_step, by_place, short_name
+from easyref_core.unet.layout import Site, sdxl_sites
 
 
 def recorded(*entries: tuple[float, Site, float, torch.Tensor]) -> dict[Moment, Share]:

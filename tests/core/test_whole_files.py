@@ -11,13 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from easyref_core.checkpoint import open_checkpoint
-from easyref_core.reference_tokens import Provenance, ReferenceTokens
-from easyref_core.tensor_files import SafetensorsFile
-from easyref_core.token_files import load_tokens, save_tokens
-from easyref_core.whole_files import write_whole
-
-from .golden import GOLDEN
+from devkit.golden import GOLDEN
+from easyref_core.checkpoint.checkpoint import open_checkpoint
+from easyref_core.files.atomic_write import write_whole
+from easyref_core.files.tensor_files import SafetensorsFile
+from easyref_core.tokens.files import load_tokens, save_tokens
+from easyref_core.tokens.reference_tokens import Provenance, ReferenceTokens
 
 
 def tokens(value: float) -> ReferenceTokens:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ..hosts import find_hosts
-from .in_process import enter_host, load_pack
+from devkit.host.in_process import enter_host, load_pack
+from devkit.hosts import find_hosts
 
 HOST: Path | None = next(iter(find_hosts()), None)
 NO_HOST = "no ComfyUI found: set COMFYUI_PATH to a checkout, or put one at ~/comfy/ComfyUI"
@@ -41,14 +41,14 @@ def pack() -> ModuleType:
 @pytest.fixture(scope="module")
 def easy(pack: ModuleType) -> Any:
     """The golden EasyRef model and its tokens, in the host: a sampling.Easy."""
-    from .sampling import golden_easy
+    from devkit.host.sampling import golden_easy
 
     return golden_easy(pack)
 
 
 @pytest.fixture(scope="session")
 def _loaded() -> Callable[..., Any]:
-    from .tiny_nodes.tiny_sdxl import load_tiny_sdxl
+    from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl
 
     return functools.cache(load_tiny_sdxl)
 
@@ -67,7 +67,7 @@ def model(request: pytest.FixtureRequest, _loaded: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="session")
 def server() -> Iterator[object]:
     """A running ComfyServer (server.py) that all tests of the session share."""
-    from .server import ComfyServer
+    from devkit.host.server import ComfyServer
 
     with ComfyServer(HOST) as running:
         yield running

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from . import golden, graphs
-from .graphs import Graph, node
-from .server import ComfyServer, PromptFailed
+from devkit.host import golden, graphs
+from devkit.host.graphs import Graph, node
+from devkit.host.server import ComfyServer, PromptFailed
 
 GROUP = graphs.group(["image", 0], ["image", 0])
 IN_FACES = {"folder": "faces", "limit": 2, "start": 0}

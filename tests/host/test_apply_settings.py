@@ -15,10 +15,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from . import golden
-from .sampling import Attended, Easy, cfg_guider, in_float64, predict, sample, watch_attention
+from devkit.host import golden
+from devkit.host.sampling import Attended, Easy, cfg_guider, in_float64, predict, sample, watch_attention
+from devkit.host.tiny_nodes.tiny_sdxl import random_conditioning
+
 from .test_unet_patch import SITES, by_hand, sigma_at, state
-from .tiny_nodes.tiny_sdxl import random_conditioning
 
 pytestmark = pytest.mark.one_host
 
@@ -216,7 +217,7 @@ def half_by_hand(easy: Easy, model: ModelPatcher) -> Tensor:
     """Prediction with the term written out, on the left half of each grid of a 16 x 16 latent only."""
     key_values = dict(zip(easy.easyref.model.checkpoint.sites, easy.key_values, strict=True))
     patched = easy.apply(model, weight=0.0).clone()
-    reference_attention = golden.part(easy.pack, "easyref_core.attention").reference_attention
+    reference_attention = golden.part(easy.pack, "easyref_core.unet.reference_attention").reference_attention
 
     def at(site):
         def attention(q, k, v, extra_options):
@@ -326,7 +327,7 @@ def test_area_sees_its_own_part_of_the_mask(easy, model) -> None:
 
 
 def test_area_is_cut_off_as_the_host_does(pack, core) -> None:
-    area_crop = golden.part(pack, "nodes.batch_layout").area_crop
+    area_crop = golden.part(pack, "nodes.unet_patch.batch_layout").area_crop
     assert area_crop((8, 12, 4, 10), (16, 16)) == core.masks.Crop((16, 16), 4, 10, 8, 6)
     assert area_crop(None, (16, 8)) == core.masks.whole(16, 8)
 
@@ -380,7 +381,7 @@ def test_two_models_that_share_an_injection_have_their_own_sigmas(easy, model) -
 def batched_tokens(easy: Easy, count: int) -> tuple[object, list]:
     """Tokens of so many groups as one pair, and each group's own pair."""
     pairs = [easy.other_tokens(seed) for seed in range(count)]
-    of = golden.part(easy.pack, "easyref_core.reference_tokens").ReferenceTokens.of
+    of = golden.part(easy.pack, "easyref_core.tokens.reference_tokens").ReferenceTokens.of
     conditional = torch.cat([torch.Tensor(pair.conditional) for pair in pairs])
     singles = [
         type(pair)(conditional=pair.conditional, unconditional=easy.tokens.unconditional) for pair in pairs
@@ -423,14 +424,14 @@ def test_rows_of_tokens_with_other_settings(easy, model, settings: dict) -> None
     ],
 )
 def test_frames_that_are_sampled(pack, options: dict, frames: tuple) -> None:
-    assert golden.part(pack, "nodes.guidance").frames_of(options, 2) == frames
+    assert golden.part(pack, "nodes.unet_patch.cond_roles").frames_of(options, 2) == frames
 
 
 # The recorder
 
 
 def recorded(easy: Easy, model: ModelPatcher, **settings) -> tuple:
-    with_record = golden.part(easy.pack, "nodes.recording").with_record
+    with_record = golden.part(easy.pack, "nodes.unet_patch.recording").with_record
     patched, record = with_record(easy.apply(model, **settings))
     return predict(patched), record.recorders[0].shares()
 

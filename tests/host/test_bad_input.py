@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from . import golden, graphs
-from .full_size_unets import FLUX, REFINER, SD15, on_meta
+from devkit.host import golden, graphs
+from devkit.host.full_size_unets import FLUX, REFINER, SD15, on_meta
 
 pytestmark = pytest.mark.one_host
 
@@ -165,7 +165,7 @@ def test_missing_keys(fails, folder):
 )
 def test_model_of_another_architecture(pack, name: str, unet: dict, found: str):
     """Against the widths of the released checkpoint, each model in the host's own class, without memory."""
-    sites = golden.part(pack, "easyref_core.unet_layout").sdxl_sites()
+    sites = golden.part(pack, "easyref_core.unet.layout").sdxl_sites()
     widths = {site: 640 if site.block == "input" and site.number < 6 else 1280 for site in sites}
     easyref = SimpleNamespace(model=SimpleNamespace(checkpoint=SimpleNamespace(widths=widths)))
     with pytest.raises(ValueError, match=rf"The MODEL \({name}\) does not fit") as refused:

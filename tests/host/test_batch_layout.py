@@ -13,11 +13,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from . import golden, other_packs
+from devkit.host import golden
+from devkit.host.sampling import Easy, cfg_guider, in_float64, sample
+from devkit.host.tiny_nodes.tiny_sdxl import random_conditioning
+
+from . import other_packs
 from .other_packs import Tile
-from .sampling import Easy, cfg_guider, in_float64, sample
 from .test_apply_settings import batched_tokens
-from .tiny_nodes.tiny_sdxl import random_conditioning
 
 POSITIVE, NEGATIVE, OTHER = (random_conditioning(seed, 77) for seed in (1, 2, 3))
 TILES = [Tile(top, left, 8, 8) for top in (0, 4, 8) for left in (0, 8)]  # of a 16 x 16 latent; they overlap
@@ -33,7 +35,7 @@ def sampled(model: ModelPatcher, cfg: float = 5.0, **how: Any) -> Tensor:
 @pytest.fixture
 def log(pack, monkeypatch, caplog):
     """The log, of a process that has given no warning."""
-    monkeypatch.setattr(golden.part(pack, "nodes.log"), "_given", set())
+    monkeypatch.setattr(golden.part(pack, "nodes.host.log"), "_given", set())
     return caplog
 
 
@@ -91,7 +93,7 @@ def test_tiles_without_row_numbers_are_refused(easy, model) -> None:
 
 
 def test_a_tile_in_a_latent(pack) -> None:
-    find = golden.part(pack, "nodes.batch_layout").find_tile
+    find = golden.part(pack, "nodes.unet_patch.batch_layout").find_tile
     latent = torch.randn(4, 6, 10, generator=torch.Generator().manual_seed(0))
     assert find(latent[:, 2:5, 3:7], latent) == (2, 3)
     assert find(latent.roll(-8, dims=-1)[:, :, :4], latent) == (0, 8)  # over the right edge
@@ -151,7 +153,7 @@ def with_terms_after(easy: Easy, couple: ModelPatcher) -> ModelPatcher:
     """The model, to whose coupled attention the term is added afterwards, projected as the attention's own
     output.
     """
-    attention = golden.part(easy.pack, "easyref_core.attention").reference_attention
+    attention = golden.part(easy.pack, "easyref_core.unet.reference_attention").reference_attention
     places = {tuple(site): i for i, site in enumerate(easy.easyref.model.checkpoint.sites)}
     unet = couple.model.diffusion_model
     asked: list[Tensor] = []
@@ -162,7 +164,7 @@ def with_terms_after(easy: Easy, couple: ModelPatcher) -> ModelPatcher:
 
     def add(n: Tensor, options: dict) -> Tensor:
         site = (*options["block"], options["block_index"])
-        path = golden.part(easy.pack, "easyref_core.unet_layout").Site(*site).comfy
+        path = golden.part(easy.pack, "easyref_core.unet.layout").Site(*site).comfy
         attn2 = unet.get_submodule(f"{path}.attn2")
         k, v = easy.key_values[places[site]]
         rows = [0 if role == 1 else 1 for role in options["cond_or_uncond"]]
@@ -242,7 +244,7 @@ def test_function_that_cuts_what_it_knows(easy, model) -> None:
 
 
 def test_rows_of_queries(pack, core) -> None:
-    layout = golden.part(pack, "nodes.batch_layout")
+    layout = golden.part(pack, "nodes.unet_patch.batch_layout")
 
     def rows(
         queries: int, latents: int, sides: int = 2, tokens: int = 16, calls: int | None = None, **options: Any
@@ -368,7 +370,7 @@ def test_part_that_the_noise_does_not_tell_is_warned_of(easy, model, log) -> Non
 
 
 def test_reading_the_noise_leaves_the_random_numbers_as_they_are(pack) -> None:
-    frames = golden.part(pack, "nodes.sub_batch").frames_by_noise
+    frames = golden.part(pack, "nodes.unet_patch.sub_batch").frames_by_noise
     noise = comfy.sample.prepare_noise(torch.zeros(1, 4, 8, 8), 3, [7])
     whole = comfy.sample.prepare_noise(torch.zeros(2, 4, 8, 8), 3)
     before = torch.get_rng_state()

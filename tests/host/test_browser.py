@@ -6,9 +6,11 @@ import json
 
 import pytest
 
-from ..hosts import ROOT
-from . import browser, graphs, tiny_workflow
-from .server import pixels
+from devkit.host import browser, graphs
+from devkit.host.server import pixels
+from devkit.hosts import ROOT
+
+from . import tiny_workflow
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on the PATH")
 

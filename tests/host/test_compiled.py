@@ -15,11 +15,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch._dynamo.utils import counters
 
-from . import golden
-from .sampling import cfg_guider, sample
+from devkit.host import golden
+from devkit.host.sampling import cfg_guider, sample
+from devkit.host.tiny_nodes.tiny_sdxl import random_conditioning
+
 from .test_apply_settings import batched_tokens
 from .test_unet_patch import ANYWHERE, add_as_other_packs_do
-from .tiny_nodes.tiny_sdxl import random_conditioning
 
 WHOLE = ("diffusion_model",)
 BLOCKS = tuple(  # modules of ComfyUI's UNet that it can run compiled one by one
@@ -48,7 +49,7 @@ def attention(pack, monkeypatch) -> Iterator[None]:
     graph.
     """
     plain = comfy.ldm.modules.attention.attention_pytorch
-    for module in (comfy.ldm.modules.attention, golden.part(pack, "nodes.site_patch")):
+    for module in (comfy.ldm.modules.attention, golden.part(pack, "nodes.unet_patch.site_patch")):
         monkeypatch.setattr(module, "optimized_attention", plain)
     # what torch would write into a trace of its own is slow to make, and the log of the tests asks for it
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
@@ -150,7 +151,7 @@ def unlike_compiled(model: ModelPatcher, caplog, **how: Any) -> str:
 
 @pytest.fixture
 def caplog(caplog, pack, monkeypatch):
-    monkeypatch.setattr(golden.part(pack, "nodes.log"), "_given", set())
+    monkeypatch.setattr(golden.part(pack, "nodes.host.log"), "_given", set())
     return caplog
 
 
@@ -175,7 +176,7 @@ def test_unet_of_several_graphs(easy, model, caplog, pack, monkeypatch) -> None:
         torch._dynamo.graph_break()
         return plain_attention(*args, **kwargs)
 
-    for module in (comfy.ldm.modules.attention, golden.part(pack, "nodes.site_patch")):
+    for module in (comfy.ldm.modules.attention, golden.part(pack, "nodes.unet_patch.site_patch")):
         monkeypatch.setattr(module, "optimized_attention", breaking)
     assert "several graphs" in unlike_compiled(easy.apply(model, end=0.5, lora=0.0), caplog)
     before, other = graphs(), easy.apply(model, 0.5, mask=LEFT, lora=0.0)
@@ -191,7 +192,7 @@ def test_patches_of_another_pack(easy, model, caplog) -> None:
 
 
 def test_recorded_model(easy, model, caplog) -> None:
-    with_record = golden.part(easy.pack, "nodes.recording").with_record
+    with_record = golden.part(easy.pack, "nodes.unet_patch.recording").with_record
     recorded, record = with_record(easy.apply(model))
     assert "Record Where It Acts" in unlike_compiled(recorded, caplog)
     assert record.recorders[0].shares()

@@ -14,12 +14,13 @@ import comfy.sd
 import pytest
 import torch
 
+from devkit.host import golden
+from devkit.hosts import ROOT
 from easyref_core.tiny.demo_group import demo_group
-from easyref_core.tiny.pictures import NAMES, held_out
+from easyref_core.tiny.images import NAMES, held_out
 from easyref_core.training.base_model import BaseModel
 
-from ..hosts import ROOT
-from . import golden, tiny_weights
+from . import tiny_weights
 
 pytestmark = pytest.mark.one_host
 
@@ -46,12 +47,12 @@ def diffusers(base: Path) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def tiny_sdxl(pack):
-    return golden.part(pack, "nodes.tiny_sdxl")
+    return golden.part(pack, "nodes.demo.tiny_sdxl")
 
 
 @pytest.fixture(scope="module")
 def vae(pack, base: Path) -> comfy.sd.VAE:
-    return golden.part(pack, "nodes.tiny_vae").load_vae(base)
+    return golden.part(pack, "nodes.demo.tiny_vae").load_vae(base)
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:
@@ -111,7 +112,7 @@ def test_noise_schedule_is_the_folder_s(tiny_sdxl, base, diffusers) -> None:
 
 
 def test_conditioning_is_what_training_read(pack, base, diffusers) -> None:
-    made = golden.part(pack, "nodes.demo").conditionings(base, tuple(PROMPTS))
+    made = golden.part(pack, "nodes.demo.demo").conditionings(base, tuple(PROMPTS))
     text = diffusers.encode_text(PROMPTS)
     for i, ((states, extra),) in enumerate(made):
         torch.testing.assert_close(states, text.states[i : i + 1], atol=1e-6, rtol=1e-5)
@@ -165,9 +166,9 @@ def test_host_can_load_the_model_anew(tiny_sdxl, base) -> None:
 
 @pytest.fixture
 def demo(pack, stand_in: Path, monkeypatch):
-    """nodes.demo with the stand-in for a model."""
-    monkeypatch.setattr(golden.part(pack, "nodes.files"), "SHIPPED", stand_in)
-    return golden.part(pack, "nodes.demo")
+    """nodes.demo.demo with the stand-in for a model."""
+    monkeypatch.setattr(golden.part(pack, "nodes.host.folders"), "SHIPPED", stand_in)
+    return golden.part(pack, "nodes.demo.demo")
 
 
 def outputs(demo, **changes) -> dict:
@@ -222,7 +223,7 @@ def test_target_of_an_example_is_held_out_from_training() -> None:
 
 
 def test_pack_without_the_model_says_what_to_do(demo, tmp_path, monkeypatch, pack) -> None:
-    monkeypatch.setattr(golden.part(pack, "nodes.files"), "SHIPPED", tmp_path)
+    monkeypatch.setattr(golden.part(pack, "nodes.host.folders"), "SHIPPED", tmp_path)
     with pytest.raises(FileNotFoundError, match="Install the pack anew") as missing:
         outputs(demo)
     assert str(tmp_path) in str(missing.value)

@@ -14,9 +14,10 @@ import comfy.model_management as mm
 import pytest
 import torch
 
+from devkit.host import golden, sampling
+from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl
+
 from ..fake_device import FakeDevice, Operation
-from . import golden, sampling
-from .tiny_nodes.tiny_sdxl import load_tiny_sdxl
 
 CUDA = "cuda:1"  # an index that a forgotten one would lose
 
@@ -88,7 +89,7 @@ def require_portable(operations: list[Operation]) -> None:
 
 def asked_for(pack: Any, monkeypatch, precision: str) -> tuple[torch.device, torch.dtype, Callable]:
     """Device, arithmetic and cast that the loader gives to the model it builds."""
-    hosted, asked = golden.part(pack, "nodes.mllm_patcher"), []
+    hosted, asked = golden.part(pack, "nodes.host.hosted_model"), []
     monkeypatch.setattr(
         hosted, "build", lambda _, __, device, dtype, cast, ___: asked.append((device, dtype, cast))
     )
@@ -154,7 +155,7 @@ def test_a_group_is_read_on_the_device_and_kept_where_the_host_says(pack, loaded
         assert len(fake.read_back) == 2 + 2 * easyref.model.config.body_layers
         assert context.states.device == mm.intermediate_device()
         assert context.states.dtype == easyref.model.dtype
-        weighed = golden.part(pack, "easyref_core.reference_tokens").weight_bias(
+        weighed = golden.part(pack, "easyref_core.tokens.reference_tokens").weight_bias(
             context.weighed([1, 2, 0]), easyref.model.config.num_tokens
         )
         for bias in (None, fake.like(weighed.to(easyref.model.dtype))):
@@ -186,7 +187,7 @@ def test_keys_and_values_are_kept_where_the_host_says(pack, monkeypatch, loaded,
 def attention(pack, monkeypatch) -> None:
     """The host's attention of torch alone, in place of the one it chooses for a CPU by free memory."""
     plain = comfy.ldm.modules.attention.attention_pytorch
-    for module in (comfy.ldm.modules.attention, golden.part(pack, "nodes.site_patch")):
+    for module in (comfy.ldm.modules.attention, golden.part(pack, "nodes.unet_patch.site_patch")):
         monkeypatch.setattr(module, "optimized_attention", plain)
 
 
@@ -197,7 +198,7 @@ def test_a_step_waits_for_the_device_at_no_layer(attention, easy, pack) -> None:
     fake = FakeDevice(CUDA)
     fake.adopt(unet)
     options = sampling.sampling_options(model)
-    options |= {"cond_or_uncond": [1, 0], golden.part(pack, "nodes.guidance").SIGMA: 1.0}
+    options |= {"cond_or_uncond": [1, 0], golden.part(pack, "nodes.unet_patch.cond_roles").SIGMA: 1.0}
     x, time, text = (
         fake.like(given[f"unet.{name}"]) for name in ("sample", "timestep", "encoder_hidden_states")
     )
@@ -235,13 +236,13 @@ def steps(
     (injection,) = model.get_attachment("easyref").injections
     if recorder is not None:
         injection = injection.recorded_by(recorder)
-    step_wrapper = golden.part(pack, "nodes.step_wrapper")
+    step_wrapper = golden.part(pack, "nodes.unet_patch.step_wrapper")
     wrapper = step_wrapper.StepWrapper((injection,), model.get_model_object("model_sampling"))
     patches = list(model.model_options["transformer_options"]["patches_replace"]["attn2"].items())
     x = fake.like(torch.zeros(4, 4, 16, 16))
     for sigma in sigmas:
         fake.forget()
-        options = {"cond_or_uncond": [1, 0], golden.part(pack, "nodes.guidance").SIGMA: sigma}
+        options = {"cond_or_uncond": [1, 0], golden.part(pack, "nodes.unet_patch.cond_roles").SIGMA: sigma}
         handed = wrapper.diffusion_model(NoUNet(), x, transformer_options=options)
         for _, patch in (patches[0], patches[-1]):
             width = handed[step_wrapper.STEP].active[0].key_values[patch.position][0].shape[-1]
@@ -256,7 +257,7 @@ def steps(
 def test_no_setting_waits_for_the_device(attention, pack, easy, setting: str) -> None:
     fake = FakeDevice(KINDS["MPS"].device)
     model = easy.apply(load_tiny_sdxl(), **SETTINGS[setting])
-    recorder = golden.part(pack, "easyref_core.term_share").Recorder()
+    recorder = golden.part(pack, "easyref_core.inspect.reference_share").Recorder()
     with torch.inference_mode(), fake:
         taken = steps(pack, model, fake, [1.0, 1.0, 0.7], recorder)
         next(taken)
@@ -268,7 +269,7 @@ def test_no_setting_waits_for_the_device(attention, pack, easy, setting: str) ->
 def test_batched_tokens_are_brought_once(attention, pack, easy) -> None:
     """The rows of the frames that are sampled, and where one stands for several, their numbers."""
     fake, other = FakeDevice(CUDA), easy.other_tokens()
-    tokens = golden.part(pack, "nodes.batch_tokens").EasyRefBatchTokens.execute
+    tokens = golden.part(pack, "nodes.tokens.batch").EasyRefBatchTokens.execute
     with torch.inference_mode():
         shared = type(other)(other.conditional, easy.tokens.unconditional)
         for second, numbers in ((other, 0), (shared, 1)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.memory_management
 import torch
 
-from . import golden
+from devkit.host import golden
 
 
 def test_every_weight_arrives_and_tokens_are_the_authors(pack, monkeypatch) -> None:

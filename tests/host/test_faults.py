@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-from . import golden, graphs
-from .faults import (
+from devkit.host import golden, graphs
+from devkit.host.faults import (
     AGGREGATION,
     DECODER,
     KEY_VALUES,
@@ -23,7 +23,7 @@ from .faults import (
     failed,
     interrupted_then_whole,
 )
-from .graphs import node
+from devkit.host.graphs import node
 
 pytestmark = pytest.mark.one_host
 

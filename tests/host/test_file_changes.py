@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from . import golden, graphs
-from .graphs import Graph, node
-from .server import ComfyServer
+from devkit.host import golden, graphs
+from devkit.host.graphs import Graph, node
+from devkit.host.server import ComfyServer
 
 TEXT, NUMBER, CHOICE = "PrimitiveString", "PrimitiveInt", "TinyCombo"
 
@@ -132,7 +132,7 @@ def test_replaced_file_is_noticed_by_a_node_of_another_number(server):
 def changes(pack: ModuleType) -> tuple[Any, dict[str, str]]:
     """FileChanges over files in a dictionary: {name: state}."""
     states = {"a": "1", "b": "1"}
-    return golden.part(pack, "nodes.file_changes").FileChanges(states.__getitem__), states
+    return golden.part(pack, "nodes.host.file_changes").FileChanges(states.__getitem__), states
 
 
 def test_fingerprint_of_a_typed_value_is_the_state_of_its_files(changes):
@@ -163,7 +163,7 @@ def test_file_that_changes_between_two_nodes_of_one_prompt_changes_the_next_fing
 
 def test_oldest_record_is_given_up_as_if_its_file_had_changed(pack, changes):
     record, states = changes
-    most = golden.part(pack, "nodes.file_changes").MAX_RECORDS
+    most = golden.part(pack, "nodes.host.file_changes").MAX_RECORDS
     first = record.fingerprint(None)
     for number in range(most):
         states[f"{number}"] = "1"
@@ -175,7 +175,7 @@ def test_oldest_record_is_given_up_as_if_its_file_had_changed(pack, changes):
 
 def test_another_process_has_other_fingerprints(pack, monkeypatch):
     """A cache on disk outlives the process, but the count of changes restarts at zero."""
-    module = golden.part(pack, "nodes.file_changes")
+    module = golden.part(pack, "nodes.host.file_changes")
     first = module.FileChanges(str).fingerprint(None)
     monkeypatch.setattr(module, "PROCESS", "another")
     assert module.FileChanges(str).fingerprint(None) != first

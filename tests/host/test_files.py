@@ -14,18 +14,18 @@ import pytest
 from safetensors.torch import load_file, save_file
 from utils.extra_config import load_extra_path_config
 
-from . import golden
+from devkit.host import golden
 
 
 @pytest.fixture
 def files(pack, tmp_path, monkeypatch):
-    """nodes.files in a host whose models folder is tmp_path/models and empty, and of a pack with no model of its own."""
+    """nodes.host.folders in a host whose models folder is tmp_path/models and empty, and of a pack with no model of its own."""
     models = tmp_path / "models"
     text_encoders = [str(models / "text_encoders")], folder_paths.supported_pt_extensions
     monkeypatch.setattr(folder_paths, "models_dir", str(models))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {"text_encoders": text_encoders})
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    files = golden.part(pack, "nodes.files")
+    files = golden.part(pack, "nodes.host.folders")
     monkeypatch.setattr(files, "SHIPPED", tmp_path / "shipped")
     return files
 
@@ -343,7 +343,7 @@ def test_loader_notices_new_files_in_the_mllm_folder(pack, models):
 
 
 def test_host_has_the_tokenizer_of_qwen2_vl(pack, files):
-    tokenizer = golden.part(pack, "easyref_core.instructions").load_tokenizer(files.host_tokenizer())
+    tokenizer = golden.part(pack, "easyref_core.mllm.instructions").load_tokenizer(files.host_tokenizer())
     assert tokenizer.token_to_id("<|image_pad|>") == 151655
     system = [8948, 198, 2610, 525, 264, 10950, 17847, 13]
     assert tokenizer.encode("system\nYou are a helpful assistant.").ids == system

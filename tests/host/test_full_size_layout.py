@@ -16,8 +16,8 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from . import golden
-from .full_size_unets import FLUX, REFINER, SD15, SDXL, SSD_1B, on_meta
+from devkit.host import golden
+from devkit.host.full_size_unets import FLUX, REFINER, SD15, SDXL, SSD_1B, on_meta
 
 TOKENS = SimpleNamespace(conditional=torch.empty(1), unconditional=torch.empty(1))  # one row for each side
 RELEASED = json.loads((golden.GOLDEN / "released_layout.json").read_text())
@@ -31,7 +31,7 @@ def sdxl() -> ModelPatcher:
 @pytest.fixture(scope="module")
 def released(pack) -> SimpleNamespace:
     """What unet_patch asks of a loaded EasyRef, at the released sizes."""
-    formats = golden.part(pack, "easyref_core.formats")
+    formats = golden.part(pack, "easyref_core.checkpoint.formats")
     shapes = RELEASED["keys"]
     named = formats.translate(shapes, formats.EASYREF_NAMES)
     sites, numbered = formats.number_sites({new: shapes[stored] for stored, new in named.items()})
@@ -46,19 +46,19 @@ def released(pack) -> SimpleNamespace:
     model = SimpleNamespace(checkpoint=checkpoint, fingerprint="released")
     return SimpleNamespace(
         model=model,
-        key_value_rows=lambda tokens: golden.part(pack, "nodes.key_values").KeyValueTable(key_values, 1),
+        key_value_rows=lambda tokens: golden.part(pack, "nodes.host.key_values").KeyValueTable(key_values, 1),
         require_own=lambda tokens: None,
         forget_with=lambda model: None,
     )
 
 
 def apply(pack: Any, model: ModelPatcher, released: SimpleNamespace) -> ModelPatcher:
-    unet_patch = golden.part(pack, "nodes.unet_patch")
+    unet_patch = golden.part(pack, "nodes.unet_patch.condition")
     return unet_patch.condition(model, released, TOKENS, unet_patch.ApplySettings())
 
 
 def test_cross_attentions_are_those_of_the_checkpoint(pack, sdxl, released) -> None:
-    found = golden.part(pack, "nodes.unet_patch").cross_attention_widths(sdxl)
+    found = golden.part(pack, "nodes.unet_patch.condition").cross_attention_widths(sdxl)
     assert Counter(found.values()) == {640: 10, 1280: 60}
     assert found == released.model.checkpoint.widths
 

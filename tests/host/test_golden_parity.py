@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from . import golden
-from .sampling import predict
-from .tiny_nodes.tiny_sdxl import load_tiny_sdxl
+from devkit.host import golden
+from devkit.host.sampling import predict
+from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl
 
 
 @pytest.fixture(scope="module")

@@ -21,16 +21,9 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_custom_sampler, nodes_pag, nodes_perpneg, nodes_sag
 from torch import Tensor
 
-from . import golden
-from .sampling import (
-    Easy,
-    cfg_guider,
-    predict,
-    sample,
-    start_of,
-    watch_attention,
-)
-from .tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning
+from devkit.host import golden
+from devkit.host.sampling import Easy, cfg_guider, predict, sample, start_of, watch_attention
+from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning
 
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 NAMES = ("positive", "negative", "middle", "empty", "second")
@@ -180,7 +173,7 @@ def test_guider_gives_each_side_its_tokens(case: str, model, probe) -> None:
     ],
 )
 def test_side_is_told_by_the_name_of_the_conditioning(pack, name: str, unconditional: bool) -> None:
-    assert golden.part(pack, "nodes.guidance").is_unconditional(name) == unconditional
+    assert golden.part(pack, "nodes.unet_patch.cond_roles").is_unconditional(name) == unconditional
 
 
 @pytest.mark.skipif(
@@ -208,7 +201,7 @@ def test_ksampler(model, probe) -> None:
 
 def test_nothing_of_a_guider_is_remembered_after_it(pack, model) -> None:
     sample(cfg(model))
-    assert golden.part(pack, "nodes.guidance")._predicting.get() is None
+    assert golden.part(pack, "nodes.unet_patch.cond_roles")._predicting.get() is None
 
 
 # How the host makes batches
@@ -339,17 +332,17 @@ def test_context_windows(model, probe, make: Callable) -> None:
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0], [0], [1], [2, 0, 1], [0, 0, 1]])
 def test_convention_where_no_guider_says_otherwise(pack, order: list[int]) -> None:
-    runs = golden.part(pack, "nodes.guidance").unconditional_runs
+    runs = golden.part(pack, "nodes.unet_patch.cond_roles").unconditional_runs
     assert runs({"cond_or_uncond": order}) == tuple(index != 0 for index in order)
 
 
 def test_one_run_where_nothing_is_said(pack) -> None:
-    assert golden.part(pack, "nodes.guidance").unconditional_runs({}) == (False,)
+    assert golden.part(pack, "nodes.unet_patch.cond_roles").unconditional_runs({}) == (False,)
 
 
 def test_index_that_no_guider_announced(pack) -> None:
     """Packs that rewrite cond_or_uncond may number runs the guider never listed."""
-    guidance = golden.part(pack, "nodes.guidance")
+    guidance = golden.part(pack, "nodes.unet_patch.cond_roles")
     runs = guidance.unconditional_runs({"cond_or_uncond": [0, 1, 2], guidance.ROLES: (True, None)})
     assert runs == (True, True, True)
 

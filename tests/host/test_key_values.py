@@ -13,10 +13,11 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from . import golden
-from .sampling import cfg_guider, sample
+from devkit.host import golden
+from devkit.host.sampling import cfg_guider, sample
+from devkit.host.tiny_nodes.tiny_sdxl import random_conditioning
+
 from .test_apply_settings import batched_tokens
-from .tiny_nodes.tiny_sdxl import random_conditioning
 
 FRAMES, WINDOW = 6, 2
 
@@ -41,7 +42,7 @@ def sampled(model: ModelPatcher, **how: Any) -> torch.Tensor:
 @pytest.fixture
 def none_held(pack, monkeypatch) -> None:
     """As if all K and V were too large to be held."""
-    monkeypatch.setattr(golden.part(pack, "nodes.mllm_patcher"), "MAX_TABLE_BYTES", 0)
+    monkeypatch.setattr(golden.part(pack, "nodes.host.hosted_model"), "MAX_TABLE_BYTES", 0)
 
 
 def applied(easy: Any, model: ModelPatcher, **settings: Any) -> ModelPatcher:
@@ -51,14 +52,14 @@ def applied(easy: Any, model: ModelPatcher, **settings: Any) -> ModelPatcher:
 @pytest.mark.parametrize("settings", [{}, {"weight": 0.5, "weight_type": "style transfer precise"}])
 def test_projected_rows_are_the_held_rows_bit_for_bit(easy, model, monkeypatch, settings: dict) -> None:
     held = sampled(in_windows(applied(easy, model, **settings)))
-    monkeypatch.setattr(golden.part(easy.pack, "nodes.mllm_patcher"), "MAX_TABLE_BYTES", 0)
+    monkeypatch.setattr(golden.part(easy.pack, "nodes.host.hosted_model"), "MAX_TABLE_BYTES", 0)
     projected = in_windows(applied(easy, model, **settings))
     assert torch.equal(sampled(projected), held)
     assert golden.error(held, sampled(in_windows(easy.apply(model, lora=0.0, **settings)))) > 1e-2
 
 
 def test_rows_of_a_window_alone_are_on_the_device(easy, model, none_held, monkeypatch) -> None:
-    rows = golden.part(easy.pack, "nodes.key_values").KeyValueProjector
+    rows = golden.part(easy.pack, "nodes.host.key_values").KeyValueProjector
     taken, take = [], rows.take
     monkeypatch.setattr(
         rows, "take", lambda self, numbers, *place: taken.append(list(numbers)) or take(self, numbers, *place)

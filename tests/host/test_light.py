@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import golden
-from .sampling import predict
+from devkit.host import golden
+from devkit.host.sampling import predict
+
 from .test_unet_patch import SITES, rows_of_two_sides
 
 
 def prepared(easy, model, **settings) -> tuple:
     """One site of a patched model, and what the host gives it in a step: q, k, v and extra_options."""
-    injection = golden.part(easy.pack, "nodes.injection")
+    injection = golden.part(easy.pack, "nodes.unet_patch.injection")
     patched = easy.apply(model, **settings)
     site = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 4, 0]
     (injected,) = patched.get_attachment("easyref").injections

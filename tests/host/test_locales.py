@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from .locales import english, read, texts
+from devkit.host.locales import english, read, texts
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 

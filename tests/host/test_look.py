@@ -10,12 +10,13 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from . import golden
-from .sampling import Easy, cfg_guider, predict, sample
+from devkit.host import golden
+from devkit.host.sampling import Easy, cfg_guider, predict, sample
+from devkit.host.tiny_nodes.tiny_clip import load_tiny_clip_vision
+from devkit.host.tiny_nodes.tiny_images import noise
+from devkit.host.tiny_nodes.tiny_sdxl import random_conditioning
+
 from .test_unet_patch import state
-from .tiny_nodes.tiny_clip import load_tiny_clip_vision
-from .tiny_nodes.tiny_images import noise
-from .tiny_nodes.tiny_sdxl import random_conditioning
 
 pytestmark = pytest.mark.one_host
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import golden, graphs
-from .tiny_nodes.tiny_sdxl import load_tiny_sdxl
+from devkit.host import golden, graphs
+from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl
 
 MAPS = Path("/proc/self/maps")
 
@@ -91,7 +91,7 @@ def test_weights_are_kept_in_the_precision_asked_for(pack, precision: str, dtype
 
 @pytest.mark.parametrize("lookup", [True, False])
 def test_fp8_is_for_the_matrices_on_which_the_tokens_depend_less(pack, monkeypatch, lookup: bool):
-    hosted = golden.part(pack, "nodes.mllm_patcher")
+    hosted = golden.part(pack, "nodes.host.hosted_model")
     assert hosted.looks_up_fp8(torch.device("cpu"))
     monkeypatch.setattr(hosted, "looks_up_fp8", lambda _: lookup)
     easyref = golden.load(pack, "fp8_e4m3fn")
@@ -106,7 +106,7 @@ def test_fp8_is_for_the_matrices_on_which_the_tokens_depend_less(pack, monkeypat
 
 def test_fp8_takes_half_of_bf16_at_full_size(pack, monkeypatch):
     """Counted over every tensor of the released layout, without their memory."""
-    hosted = golden.part(pack, "nodes.mllm_patcher")
+    hosted = golden.part(pack, "nodes.host.hosted_model")
     monkeypatch.setattr(hosted, "_converted", lambda tensor, dtype: tensor.to(dtype))
     size = {
         precision: sum(
@@ -122,7 +122,7 @@ def test_fp8_takes_half_of_bf16_at_full_size(pack, monkeypatch):
 def released(pack) -> list[tuple[str, torch.Tensor]]:
     """Tensors without memory of the released model: those that stay loaded, by name."""
     layout = json.loads((golden.GOLDEN / "released_layout.json").read_text())["keys"]
-    formats = golden.part(pack, "easyref_core.formats")
+    formats = golden.part(pack, "easyref_core.checkpoint.formats")
     named = formats.translate(layout, formats.EASYREF_NAMES)
     tensors = (
         (new, torch.empty(layout[name], dtype=torch.bfloat16, device="meta")) for name, new in named.items()
@@ -140,7 +140,7 @@ def test_nothing_is_computed_in_fp16(pack, monkeypatch, precision: str, has_bf16
     import comfy.model_management
 
     monkeypatch.setattr(comfy.model_management, "should_use_bf16", lambda *_: has_bf16)
-    hosted = golden.part(pack, "nodes.mllm_patcher")
+    hosted = golden.part(pack, "nodes.host.hosted_model")
     wanted = torch.bfloat16 if has_bf16 and precision != "fp32" else torch.float32
     assert hosted.compute_dtype(torch.device("cpu"), precision) == wanted
 

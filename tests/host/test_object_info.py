@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from ..hosts import ROOT
+from devkit.hosts import ROOT
+
 from .conftest import HOST
 
 SNAPSHOT = Path(__file__).with_name("object_info.json")
@@ -133,9 +134,9 @@ IMPORT = """
 import asyncio, contextlib, io, json, logging, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.cpu_torch import complete_cpu_torch
+from devkit.cpu_torch import complete_cpu_torch
 complete_cpu_torch()
-from tests.host.in_process import enter_host, load_pack
+from devkit.host.in_process import enter_host, load_pack
 enter_host(Path({host!r}))
 import comfy_api.latest, nodes  # what the host itself has imported by then
 printed = io.StringIO()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from . import golden
+from devkit.host import golden
 
 NAME = "Größe, 猫 & 😀 (new)"
 LONG = "x" * 200
@@ -32,7 +32,7 @@ def files(pack, tmp_path, monkeypatch) -> Any:
     monkeypatch.setattr(folder_paths, "input_directory", str(base / "input"))
     for folder in ("models/easyref", "models/LLM", "output/easyref", "input"):
         (base / folder).mkdir(parents=True)
-    files = golden.part(pack, "nodes.files")
+    files = golden.part(pack, "nodes.host.folders")
     files.register_folders()
     return files
 
@@ -49,7 +49,7 @@ def test_a_checkpoint_and_an_mllm_of_any_name_are_listed_and_found(files, name: 
 
 @pytest.mark.parametrize("name", [NAME, LONG, f"{NAME}/{LONG}"])
 def test_tokens_of_any_name_are_saved_and_found(pack, files, easy, name: str) -> None:
-    save = golden.part(pack, "nodes.save_tokens").EasyRefSaveTokens
+    save = golden.part(pack, "nodes.tokens.save").EasyRefSaveTokens
     with torch.inference_mode():
         save.execute(tokens=easy.tokens, filename_prefix=name)
     (listed,) = files.token_files()
@@ -62,7 +62,7 @@ def test_a_folder_of_pictures_may_have_any_name(pack, files) -> None:
     folder.mkdir()
     for name in ("2 猫.png", "10 😀.png", "1 Größe.PNG"):
         Image.new("RGB", (8, 8)).save(folder / name)
-    module = golden.part(pack, "nodes.folder")
+    module = golden.part(pack, "nodes.group.from_folder")
     names = module.sorted_files(NAME).readable
     assert names == ["1 Größe.PNG", "2 猫.png", "10 😀.png"]
     assert [file.name for file in module.pictures_in(NAME, names)] == names

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from . import golden
-from .sampling import Easy
+from devkit.host import golden
+from devkit.host.sampling import Easy
 
 PROMPT = golden.SETTINGS["prompt"]
 SIZE = 84
@@ -40,7 +40,7 @@ def test_weights_are_read_as_the_host_reads_them() -> None:
     """Against ComfyUI's own parser, on random texts of its syntax."""
     from comfy.sd1_clip import escape_important, token_weights, unescape_important
 
-    from easyref_core.prompt_syntax import plain_text
+    from easyref_core.utils.prompt_syntax import plain_text
 
     parts = ["(", ")", "\\(", "\\)", "a", " ", ":", "1.2", ":1.3", "\\", ","]
     choose = random.Random(0)
@@ -107,7 +107,7 @@ def test_duplicates_and_black_images(easy, images) -> None:
 
 
 def test_notes_of_eight_large_references_take_no_time(easy) -> None:
-    notes = golden.part(easy.pack, "nodes.notes")
+    notes = golden.part(easy.pack, "nodes.host.notes")
     large = [image[0] for image in torch.rand(8, 1024, 1024, 3).split(1)]
     group = easy.easyref.model.prepare(large, PROMPT, "Look:\n", 336)
     notes.image_notes(group)
@@ -119,7 +119,7 @@ def test_notes_of_eight_large_references_take_no_time(easy) -> None:
 
 
 def test_window(pack) -> None:
-    note = golden.part(pack, "nodes.notes").window_note
+    note = golden.part(pack, "nodes.host.notes").window_note
     assert note(0.2, 0.8) is None
     for start, end in ((0.8, 0.2), (0.5, 0.5)):
         assert f"start_percent is {start:g} and end_percent is {end:g}" in note(start, end)

@@ -10,7 +10,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy_execution.utils import CurrentNodeContext
 
-from . import golden
+from devkit.host import golden
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def seen(easyref):
 @pytest.fixture
 def room(pack, monkeypatch):
     """What was asked of the host for the work each time, in bytes, without the constant part of it."""
-    held_back = golden.part(pack, "easyref_core.budget").HELD_BACK
+    held_back = golden.part(pack, "easyref_core.mllm.budget").HELD_BACK
     asked, load = [], mm.load_models_gpu
 
     def recording(models, memory_required=0, **how):
@@ -85,7 +85,7 @@ def test_making_room_while_a_prompt_runs_keeps_it(pack, easyref):
 
 def applying(pack):
     """condition(model, easyref, tokens) with the weight, window and LoRA strength after these."""
-    patch = golden.part(pack, "nodes.unet_patch")
+    patch = golden.part(pack, "nodes.unet_patch.condition")
     return lambda model, easyref, tokens, *settings: patch.condition(
         model, easyref, tokens, patch.ApplySettings(*settings)
     )

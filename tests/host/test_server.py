@@ -2,8 +2,8 @@
 
 import pytest
 
-from ..hosts import host_version
-from .server import ComfyServer, PromptFailed, pixels
+from devkit.host.server import ComfyServer, PromptFailed, pixels
+from devkit.hosts import host_version
 
 
 def tiny_workflow(seed: int = 1, prompt_tokens: int = 77, steps: int = 2) -> dict:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from . import golden, graphs
+from devkit.host import golden, graphs
+from devkit.host.server import ComfyServer, PromptFailed, pixels
+
 from .conftest import HOST
-from .server import ComfyServer, PromptFailed, pixels
 
 EASYREF = {"load", "group", "encode", "aggregate", "apply"}
 NEUTRAL = {"weight": 0.0, "lora_strength": 0.0}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from . import golden, graphs
-from .graphs import node
-from .server import ComfyServer, pixels
+from devkit.host import golden, graphs
+from devkit.host.graphs import node
+from devkit.host.server import ComfyServer, pixels
 
 
 @pytest.fixture(scope="module", autouse=True)

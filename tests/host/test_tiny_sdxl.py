@@ -8,7 +8,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 from safetensors.torch import load_file
 
-from .tiny_nodes.tiny_sdxl import TinyVAE, load_tiny_sdxl, random_conditioning
+from devkit.host.tiny_nodes.tiny_sdxl import TinyVAE, load_tiny_sdxl, random_conditioning
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "expected.safetensors"
 

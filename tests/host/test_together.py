@@ -23,10 +23,11 @@ from comfy_extras import (
 )
 from torch import Tensor
 
-from . import golden
-from .sampling import cfg_guider, in_float64, predict, sample, sampling_options
+from devkit.host import golden
+from devkit.host.sampling import cfg_guider, in_float64, predict, sample, sampling_options
+from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning, random_sdxl
+
 from .test_unet_patch import ANYWHERE, add_as_other_packs_do, foreign_term
-from .tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning, random_sdxl
 
 Patch = Callable[[ModelPatcher], ModelPatcher]
 HALF = torch.zeros(1, 5, 6)
@@ -227,7 +228,7 @@ def test_unet_stored_in_fp8(easy) -> None:
 
 def test_patch_that_drops_the_references_is_told(easy, model, pack, monkeypatch, caplog) -> None:
     """It replaces ours and does not call it; one that does is not told of."""
-    monkeypatch.setattr(golden.part(pack, "nodes.log"), "_given", set())
+    monkeypatch.setattr(golden.part(pack, "nodes.host.log"), "_given", set())
     applied = easy.apply(model)
     ours = applied.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 4, 0]
     kept, dropped = applied.clone(), applied.clone()
@@ -243,7 +244,7 @@ def test_patch_that_drops_the_references_is_told(easy, model, pack, monkeypatch,
 def test_first_of_two_references_that_another_pack_drops_is_told(
     easy, model, pack, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr(golden.part(pack, "nodes.log"), "_given", set())
+    monkeypatch.setattr(golden.part(pack, "nodes.host.log"), "_given", set())
     between = easy.apply(model)
     between.set_model_attn2_replace(Adapter(), "input", 4, 0)
     picture(easy.apply(between, tokens=easy.other_tokens()))

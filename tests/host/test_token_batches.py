@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from . import golden
-from .sampling import Easy, cfg_guider, sample
-from .tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning
+from devkit.host import golden
+from devkit.host.sampling import Easy, cfg_guider, sample
+from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning
 
 pytestmark = pytest.mark.one_host
 

@@ -11,22 +11,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from . import golden
-from .sampling import Easy, predict
-from .tiny_nodes.tiny_sdxl import load_tiny_sdxl
+from devkit.host import golden
+from devkit.host.sampling import Easy, predict
+from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl
 
 PROMPT = golden.SETTINGS["prompt"]
 
 
 @pytest.fixture
 def files(pack, tmp_path, monkeypatch) -> Any:
-    """nodes.files in a host whose output, input and temp folders are new."""
+    """nodes.host.folders in a host whose output, input and temp folders are new."""
     for name in ("output", "input", "temp"):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    files = golden.part(pack, "nodes.files")
+    files = golden.part(pack, "nodes.host.folders")
     files.register_folders()
     return files
 
@@ -158,7 +158,7 @@ def test_no_path_leads_out_of_the_folders(easy, files, output, tmp_path) -> None
         with pytest.raises(FileNotFoundError, match="was not found"):
             files.find_tokens(path)
         assert "was not found" in golden.part(
-            easy.pack, "nodes.load_tokens"
+            easy.pack, "nodes.tokens.load"
         ).EasyRefLoadTokens.validate_inputs(path)
     assert files.token_files() == [files.NO_TOKENS]
 
@@ -173,7 +173,7 @@ def test_a_file_of_something_else_is_refused(easy, output) -> None:
 
 
 def test_a_file_replaced_under_its_name_is_read_again(easy, output) -> None:
-    node = golden.part(easy.pack, "nodes.load_tokens").EasyRefLoadTokens
+    node = golden.part(easy.pack, "nodes.tokens.load").EasyRefLoadTokens
     name = save(easy)
     before = node.fingerprint_inputs(name)
     assert node.fingerprint_inputs(name) == before
@@ -191,7 +191,7 @@ def combined(easy: Easy, *pairs: Any, method: str = "concat", factor: float = 0.
 
 
 def methods(pack: Any) -> list[str]:
-    return list(golden.part(pack, "easyref_core.combine").METHODS)
+    return list(golden.part(pack, "easyref_core.tokens.combine").METHODS)
 
 
 def test_one_set_passes_through(easy) -> None:
@@ -233,7 +233,7 @@ def test_sockets_are_read_by_their_numbers(easy) -> None:
 
 
 def test_weights_as_text(easy) -> None:
-    parse = golden.part(easy.pack, "nodes.combine_tokens").parse_weights
+    parse = golden.part(easy.pack, "nodes.tokens.combine").parse_weights
     assert parse("", 2) == [1, 1]
     assert parse(" 0.5 ", 2) == [0.5, 1]
     assert parse("1,0.5 2", 3) == [1, 0.5, 2]

@@ -26,8 +26,8 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP, copy_nested_dicts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import golden
-from .sampling import (
+from devkit.host import golden
+from devkit.host.sampling import (
     Easy,
     cfg_guider,
     golden_easy,
@@ -37,7 +37,7 @@ from .sampling import (
     sampling_options,
     watch_attention,
 )
-from .tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning, random_sdxl
+from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning, random_sdxl
 
 HUGE = 1e9  # a sigma above every schedule
 NARROWER = 10  # so much narrower than SDXL is the UNet with its depths
@@ -110,7 +110,10 @@ def add_as_other_packs_do(model: ModelPatcher, callback: Callable, **options: An
 
 def rows_of_two_sides(pack: Any) -> tuple:
     """The layout of a batch of [unconditional, conditional], of one 16 x 16 latent."""
-    row, whole = golden.part(pack, "nodes.batch_layout").Row, golden.part(pack, "easyref_core.masks").whole
+    row, whole = (
+        golden.part(pack, "nodes.unet_patch.batch_layout").Row,
+        golden.part(pack, "easyref_core.unet.masks").whole,
+    )
     return tuple(row(side, 0, 0, whole(16, 16)) for side in (True, False))
 
 
@@ -252,7 +255,7 @@ def test_unet_of_half_precision(easy, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_site_takes_queries_of_another_dtype_than_its_key_values(easy, model, dtype: torch.dtype) -> None:
     """Where the UNet's input and its arithmetic differ, as another pack's patch of the inputs can bring about."""
-    injection = golden.part(easy.pack, "nodes.injection")
+    injection = golden.part(easy.pack, "nodes.unet_patch.injection")
     patched = easy.apply(model)
     site = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 4, 0]
     step = injection.Step(
@@ -724,7 +727,7 @@ def full_depth(pack, easy, tmp_path_factory) -> tuple[Easy, dict[str, Tensor]]:
     """An EasyRef for SDXL's depths (narrow), saved and loaded, and its projections by the names in its file."""
     released = json.loads((golden.GOLDEN / "released_layout.json").read_text())["keys"]
     model, random = easy.easyref.model, torch.Generator().manual_seed(0)
-    sites = golden.part(pack, "easyref_core.unet_layout").sdxl_sites()
+    sites = golden.part(pack, "easyref_core.unet.layout").sdxl_sites()
     stored = {}
     for i, site in enumerate(sites):
         width = released[f"unet.{site.diffusers}.attn2.processor.to_k_ip.weight"][0] // NARROWER
@@ -734,9 +737,11 @@ def full_depth(pack, easy, tmp_path_factory) -> tuple[Easy, dict[str, Tensor]]:
     parts = {"encoder.": model.mllm.encoder, "aggregator.": model.mllm.aggregator}
     mllm = {prefix + name: t for prefix, part in parts.items() for name, t in part.state_dict().items()}
     path = tmp_path_factory.mktemp("full_depth") / "seventy.safetensors"
-    save = golden.part(pack, "easyref_core.checkpoint").save
+    save = golden.part(pack, "easyref_core.checkpoint.checkpoint").save
     save(path, model.config, sites, {**mllm, **stored})
-    hosted = golden.part(pack, "nodes.mllm_patcher").load_hosted(path, golden.MLLM, golden.MLLM, "auto", None)
+    hosted = golden.part(pack, "nodes.host.hosted_model").load_hosted(
+        path, golden.MLLM, golden.MLLM, "auto", None
+    )
     with torch.inference_mode():
         loaded = Easy(pack, hosted, golden.tokens(pack, hosted))
     return loaded, comfy.utils.load_torch_file(str(path))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from . import graphs
-from .server import ComfyServer
+from devkit.host import graphs
+from devkit.host.server import ComfyServer
 
 pytestmark = pytest.mark.one_host
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from devkit.host import graphs
+from devkit.hosts import ROOT
 from tools.workflow_plans import PLANS, Link
 
-from ..hosts import ROOT
-from . import graphs, tiny_workflow
+from . import tiny_workflow
 
 WORKFLOWS = sorted(file for file in (ROOT / "workflows").glob("*.json") if file.stem != "try_it_now")
 

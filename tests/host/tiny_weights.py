@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from easyref_core.tiny.words import PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
-
-from . import golden
+from devkit.host import golden
+from easyref_core.tiny.tokenizer import PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
 
 
 def write(folder: Path) -> None:

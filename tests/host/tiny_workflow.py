@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from . import golden, graphs
-from .graphs import Graph, node
+from devkit.host import golden, graphs
+from devkit.host.graphs import Graph, node
 
 if TYPE_CHECKING:
-    from .server import ComfyServer
+    from devkit.host.server import ComfyServer
 
 SMALL = 128  # pixels, side of a picture
 TEXT = "CLIPTextEncode"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageEnhance
 
-from easyref_core.duplicates import fingerprint, first_of_each, perceptual_hash
+from easyref_core.inspect.duplicates import fingerprint, first_of_each, perceptual_hash
 from easyref_core.mrbench.builder import from_folder, from_groups, split_topics
 from easyref_core.mrbench.leaks import leaks
 from easyref_core.mrbench.manifest import Attributes, read_manifest, usable, write_manifest

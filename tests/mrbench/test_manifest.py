@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from easyref_core.mrbench.images import describe
 from easyref_core.mrbench.manifest import Attributes, read_manifest, usable, write_manifest
-from easyref_core.mrbench.pictures import describe
 
 from .benchmarks import benchmark, error_of, group, write
 

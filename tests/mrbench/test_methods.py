@@ -133,11 +133,11 @@ def test_the_same_seed_is_the_same_noise_for_every_method_and_another_for_every_
 def test_every_method_starts_from_that_noise(
     base: BaseModel, entries: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from easyref_core.training import painting
+    from easyref_core.training import sampling
 
-    given, plain = [], painting.paint
+    given, plain = [], sampling.paint
     monkeypatch.setattr(
-        painting, "paint", lambda base, noise, *rest: given.append(noise) or plain(base, noise, *rest)
+        sampling, "paint", lambda base, noise, *rest: given.append(noise) or plain(base, noise, *rest)
     )
     for name, entry in entries.items():
         paint(build(name, entry, base), TASKS[:1], tmp_path / name)
@@ -195,7 +195,7 @@ class TestEasyRef:
     def test_repeating_the_unconditional_tokens_changes_nothing(
         self, model: er.EasyRef, base: BaseModel
     ) -> None:
-        from easyref_core import diffusers_unet
+        from easyref_core.unet import diffusers_unet
 
         black = model.unconditional(size=tiny.REFERENCE).as_subclass(torch.Tensor)
         once = predicted(base, lambda: diffusers_unet.apply(base.unet, model, black, None))

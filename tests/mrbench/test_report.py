@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from easyref_core.mrbench.__main__ import main
+from easyref_core.mrbench.images import Exclusion
 from easyref_core.mrbench.metrics import Interval
 from easyref_core.mrbench.paper_numbers import ROWS, row_of
-from easyref_core.mrbench.pictures import Exclusion
 from easyref_core.mrbench.report import cell, write_report
 from easyref_core.mrbench.rows import EXCLUDED, Row, write_csv, write_rows
 from easyref_core.mrbench.summary import LABELS, METRICS, compare, group_means

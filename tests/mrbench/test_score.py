@@ -260,7 +260,7 @@ def test_shares_are_all_and_each_once() -> None:
 LAUNCHED = """
 import sys
 sys.path.insert(0, {root!r})
-from tests.cpu_torch import complete_cpu_torch
+from devkit.cpu_torch import complete_cpu_torch
 complete_cpu_torch()
 from easyref_core.mrbench.__main__ import main
 sys.exit(main(sys.argv[1:]))

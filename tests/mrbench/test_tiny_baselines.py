@@ -11,8 +11,8 @@ import torch
 from easyref_core.mrbench.extractors import Clip
 from easyref_core.mrbench.methods.ip_adapter import load_image_encoder
 from easyref_core.tiny.clip import PROJECTION, contrastive_loss, pretrain_image_encoder, true_of
-from easyref_core.tiny.pictures import every_picture, held_out, render
-from easyref_core.tiny.pool import Pool, combination
+from easyref_core.tiny.dataset import Pool, combination
+from easyref_core.tiny.images import every_picture, held_out, render
 
 
 @pytest.fixture(scope="module")

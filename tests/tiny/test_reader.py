@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from easyref_core.tiny.pictures import COUNTS
-from easyref_core.tiny.pool import Pool, draw_pool
-from easyref_core.tiny.reader import SIZES, VISION, body_config, prepared, pretrain_reader
-from easyref_core.tiny.sight import Sight, pretrain_sight
-from easyref_core.tiny.words import train_mllm_tokenizer
+from easyref_core.tiny.dataset import Pool, draw_pool
+from easyref_core.tiny.images import COUNTS
+from easyref_core.tiny.qwen2_vl import SIZES, VISION, body_config, prepared, pretrain_reader
+from easyref_core.tiny.tokenizer import train_mllm_tokenizer
+from easyref_core.tiny.vision_pretraining import Sight, pretrain_sight
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 import easyref_core as er
-from easyref_core.preprocess import preprocess
+from easyref_core.mllm.preprocess import preprocess
 from easyref_core.tiny.classifier import load_classifier
 from easyref_core.tiny.evaluate import chance, draw, judge_pictures, paint_groups, summary, tiny_methods
 from easyref_core.tiny.examples import ProceduralExamples, ProceduralSettings
 from easyref_core.tiny.groups import groups_to_judge
-from easyref_core.tiny.pictures import ATTRIBUTES, NAMES, every_picture, held_out, render
-from easyref_core.tiny.reader import IMAGE_TOKENS, SIZE
+from easyref_core.tiny.images import ATTRIBUTES, NAMES, every_picture, held_out, render
+from easyref_core.tiny.qwen2_vl import IMAGE_TOKENS, SIZE
 
 WEIGHTS = Path(er.__file__).parent / "tiny" / "weights"
 MLLM = WEIGHTS / "tiny-qwen2-vl"

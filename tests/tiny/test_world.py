@@ -7,9 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from easyref_core.tiny.dataset import draw_pool
 from easyref_core.tiny.demo_group import demo_group, in_common
 from easyref_core.tiny.groups import groups_to_judge, plan_group, spread
-from easyref_core.tiny.pictures import (
+from easyref_core.tiny.images import (
     ATTRIBUTES,
     COUNTS,
     NAMES,
@@ -19,7 +20,6 @@ from easyref_core.tiny.pictures import (
     held_out,
     render,
 )
-from easyref_core.tiny.pool import draw_pool
 
 
 def plans(count: int, references: int, **options: object) -> list:

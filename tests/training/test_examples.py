@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from easyref_core.instructions import INSTRUCTION, load_tokenizer, tokenize
-from easyref_core.preprocess import black_image, preprocess
+from easyref_core.mllm.instructions import INSTRUCTION, load_tokenizer, tokenize
+from easyref_core.mllm.preprocess import black_image, preprocess
 from easyref_core.training.batches import Batch, generator
+from easyref_core.training.crops import crop_frame, native_frame
 from easyref_core.training.examples import Augmentation, RowExamples, choose, drops, held_out, to_tensor
-from easyref_core.training.framing import crop_frame, native_frame
 from easyref_core.training.rows import Row
 
 from . import tiny

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from easyref_core.training.framing import (
+from easyref_core.training.crops import (
     crop_frame,
     expanded,
     face_crop,

@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 
 import easyref_core as er
 import easyref_core.training
-from easyref_core.preprocess import preprocess
+from easyref_core.mllm.preprocess import preprocess
 from easyref_core.training.base_model import BaseModel
 from easyref_core.training.batches import loader
 from easyref_core.training.config import Samples, Settings, load
 from easyref_core.training.initial import from_checkpoint
 from easyref_core.training.loop import train
-from easyref_core.training.painting import paint, references_of
-from easyref_core.training.records import read_metrics
 from easyref_core.training.run import Run, learning_rate, randomness
+from easyref_core.training.run_log import read_metrics
+from easyref_core.training.sampling import paint, references_of
 from easyref_core.training.stages import STAGES
 
 from . import tiny

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from easyref_core.training.loop import train
-from easyref_core.training.records import read_metrics
-from easyref_core.training.resuming import saved_states
+from easyref_core.training.resume import saved_states
+from easyref_core.training.run_log import read_metrics
 
 from . import tiny
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import easyref_core as er
-from easyref_core.checkpoint import save
+from easyref_core.checkpoint.checkpoint import save
 from easyref_core.training.base_model import BaseModel
 from easyref_core.training.batches import Batch
 from easyref_core.training.initial import Weights, from_base

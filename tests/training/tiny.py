@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from easyref_core.checkpoint import open_checkpoint
-from easyref_core.instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
-from easyref_core.preprocess import preprocess
+from easyref_core.checkpoint.checkpoint import open_checkpoint
+from easyref_core.mllm.instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
+from easyref_core.mllm.preprocess import preprocess
 from easyref_core.training.batches import Batch, Sample, collate, generator, new_seed, row_at
 from easyref_core.training.config import Data, Settings
 from easyref_core.training.examples import Augmentation
 
 if TYPE_CHECKING:
-    from easyref_core.config import EasyRefConfig
+    from easyref_core.mllm.config import EasyRefConfig
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 MLLM = GOLDEN / "mllm"

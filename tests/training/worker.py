@@ -13,12 +13,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
+from devkit.cpu_torch import complete_cpu_torch
 from easyref_core.training import run as run_module
 from easyref_core.training.batches import loader
 from easyref_core.training.initial import Weights
 from easyref_core.training.loop import train
 from easyref_core.training.run import Run
-from tests.cpu_torch import complete_cpu_torch
 from tests.training import tiny
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import easyref_core as er
-from tests.core import golden
+from devkit import golden
 
 from .cases import Case
 from .mutations import ODD, broken_bytes

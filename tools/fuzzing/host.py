@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.cpu_torch import complete_cpu_torch
-from tests.hosts import find_hosts
+from devkit.cpu_torch import complete_cpu_torch
+from devkit.hosts import find_hosts
 
 from .cases import Skipped
 
@@ -22,7 +22,7 @@ def pack() -> ModuleType:
     hosts = find_hosts()
     if not hosts:
         raise Skipped("no ComfyUI found: set COMFYUI_PATH to a checkout, or put one at ~/comfy/ComfyUI")
-    from tests.host.in_process import enter_host, load_pack
+    from devkit.host.in_process import enter_host, load_pack
 
     complete_cpu_torch()
     enter_host(hosts[0])
@@ -49,7 +49,7 @@ def use_folders(base: Path) -> None:
     encoders = [str(models / "text_encoders")], folder_paths.supported_pt_extensions
     folder_paths.folder_names_and_paths = {"text_encoders": encoders}
     folder_paths.filename_list_cache = {}
-    part("nodes.files").register_folders()
+    part("nodes.host.folders").register_folders()
 
 
 def nodes() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import easyref_core as er
-from tests.core import golden
+from devkit import golden
 
 from .cases import Case
 from .checkpoint import TINY

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 import easyref_core as er
-from tests.core import golden
+from devkit import golden
 
 from .cases import Case
 from .checkpoint import used

@@ -102,8 +102,8 @@ class Cases:
     def __init__(self, folder: Path) -> None:
         host.use_folders(folder)
         self.writable = (folder / "temp", folder / "output" / "easyref")
-        from tests.host import golden, sampling
-        from tests.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl
+        from devkit.host import golden, sampling
+        from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl
 
         self.easy, self.predict = sampling.golden_easy(host.pack()), sampling.predict
         self.nodes, self.load_unet = host.nodes(), load_tiny_sdxl

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tests.core import golden
+from devkit import golden
 
 from . import host
 from .cases import Case
@@ -97,19 +97,19 @@ class Cases:
     def __init__(self, folder: Path) -> None:
         self.base = folder
         host.use_folders(folder)
-        from tests.host import sampling
+        from devkit.host import sampling
 
         self.tokens = sampling.golden_easy(host.pack()).tokens
         self.nodes = host.nodes()
         self._fill(folder)
         self.writable = (folder / "temp", folder / "output" / "easyref")
         self.readable = tuple(folder / name for name in ("input", "output", "temp", "models"))
-        files = host.part("nodes.files")
+        files = host.part("nodes.host.folders")
         self.shipped = str(files.SHIPPED)
 
     def _fill(self, base: Path) -> None:
         """A good file of each kind where it belongs, one that is not to be read outside, and links to it."""
-        save = host.part("easyref_core.token_files").save_tokens
+        save = host.part("easyref_core.tokens.files").save_tokens
         outside, saved = base / "outside", base / "output" / "easyref"
         for made in (
             outside / "deep",
@@ -121,7 +121,7 @@ class Cases:
             made.mkdir(parents=True)
         both = self.tokens.conditional, self.tokens.unconditional
         save(saved / "good_00001_.safetensors", *both)
-        secret = host.part("easyref_core.reference_tokens").ReferenceTokens
+        secret = host.part("easyref_core.tokens.reference_tokens").ReferenceTokens
         made = dataclasses.replace(both[0].provenance, prompt=SECRET)
         save(outside / "secret.safetensors", secret.of(both[0].clone(), made), both[1])
         shutil.copy(outside / "secret.safetensors", base / "secret.safetensors")
@@ -215,7 +215,7 @@ class Cases:
 
     def _find(self, checkpoint: str, mllm: str) -> object:
         """What the loader would load; loading is checkpoint.py's."""
-        node, files = self.nodes["EasyRefLoader"], host.part("nodes.files")
+        node, files = self.nodes["EasyRefLoader"], host.part("nodes.host.folders")
         said = node.validate_inputs(checkpoint)
         if said is not True:
             return self._same_error(said, lambda: files.find_checkpoint(checkpoint))

@@ -7,8 +7,8 @@ from pathlib import Path
 from random import Random
 
 import easyref_core as er
-from easyref_core.instructions import INSTRUCTION
-from tests.core import golden
+from devkit import golden
+from easyref_core.mllm.instructions import INSTRUCTION
 
 from .cases import Case
 

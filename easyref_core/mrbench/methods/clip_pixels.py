@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from easyref_core.preprocess import CLIP_MEAN, CLIP_STD
+from easyref_core.mllm.preprocess import CLIP_MEAN, CLIP_STD
 
 if TYPE_CHECKING:
     from torch import Tensor

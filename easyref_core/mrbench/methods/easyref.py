@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from easyref_core import INSTRUCTION, SIZE, diffusers_unet, load
+from easyref_core import INSTRUCTION, SIZE, load
 from easyref_core.training.trainable import AGGREGATIONS
+from easyref_core.unet import diffusers_unet
 
 from .method import Method, Task
 

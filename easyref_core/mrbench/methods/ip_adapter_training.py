@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from ...whole_files import whole
+from ...files.atomic_write import whole
 from .clip_pixels import clip_pixels_of
 from .ip_adapter import Adapter, AdapterState, attached, embedding, image_processors, load_adapter
 

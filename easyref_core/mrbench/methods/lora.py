@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ...whole_files import whole
+from ...files.atomic_write import whole
 from .clip_pixels import framed
 from .method import Method, Task, number_of
 

@@ -78,7 +78,7 @@ class Method(abc.ABC):
         self, tasks: Sequence[Task], conditions: Sequence[Any], seeds: Sequence[int], sampling: Sampling
     ) -> list[list[Image.Image]]:
         """Pictures of each task, one for each seed."""
-        from easyref_core.training.painting import paint
+        from easyref_core.training.sampling import paint
 
         shape = latent_shape(self.base, sampling)
         noise = torch.stack([starting_noise(task.id, seed, shape) for task in tasks for seed in seeds])

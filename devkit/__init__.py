@@ -1,0 +1,1 @@
+"""Development helpers that tests and tools share: ComfyUI checkouts, golden data, a CPU-only torch."""

@@ -1,0 +1,109 @@
+"""The golden data (results of the authors' code on tiny random models), and how results are compared with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from easyref_core.mllm.preprocess import black_image
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+CHECKPOINT = GOLDEN / "easyref.safetensors"
+MLLM = GOLDEN / "mllm"
+UNET = GOLDEN / "unet"
+LAYOUT = GOLDEN / "released_layout.json"
+SETTINGS: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
+PROMPT: str = SETTINGS["prompt"]
+SIZE: int = SETTINGS["cond_image_size"]
+EXACT = 1e-5  # relative error at which a result is the authors' own
+
+Tensors = dict[str, torch.Tensor]
+
+
+def references() -> list[Image.Image]:
+    """The three golden references."""
+    return [Image.open(GOLDEN / "references" / f"{i}.png") for i in range(SETTINGS["images"])]
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    """An image as ComfyUI has it: (height, width, channels) in 0..1."""
+    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)
+
+
+# What each case of the golden data is made from: references and prompt.
+CASES: dict[str, Callable[[], tuple[list[Image.Image], str]]] = {
+    "cond": lambda: (references(), PROMPT),
+    "single": lambda: (references()[:1], PROMPT),
+    "permuted": lambda: (references()[::-1], PROMPT),
+    "uncond": lambda: ([black_image()], ""),
+}
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative error, ||found - wanted|| / ||wanted||."""
+    found, wanted = (torch.Tensor(t.detach()).float() for t in (found, wanted))
+    assert found.shape == wanted.shape
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def checkpoint_tensors() -> Tensors:
+    """The golden checkpoint's tensors under their stored names."""
+    return load_file(CHECKPOINT)
+
+
+def write(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
+    """Write tensors as safetensors; the path comes back."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def write_deepspeed(path: Path, tensors: Tensors) -> Path:
+    """Write tensors as DeepSpeed's mp_rank_00_model_states.pt: the model under "module", the trainer's state beside."""
+    state = {
+        "module": tensors,
+        "buffer_names": ["multimodal_llm.rotary_emb.inv_freq"],
+        "optimizer": None,
+        "param_shapes": [{name: tensor.shape for name, tensor in tensors.items()}],
+        "frozen_param_shapes": None,
+        "shared_params": {},
+        "lr_scheduler": None,
+        "sparse_tensor_module_names": set(),
+        "skipped_steps": 0,
+        "global_steps": 120000,
+        "dp_world_size": 32,
+        "ds_config": {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}},
+        "ds_version": "0.14.4",
+    }
+    torch.save(state, path)
+    return path
+
+
+def load_unet() -> UNet2DConditionModel:
+    """The tiny SDXL-shaped UNet."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(UNET, torch_dtype=torch.float32)
+
+
+@torch.no_grad()
+def predict(unet: UNet2DConditionModel, expected: Tensors) -> torch.Tensor:
+    """The UNet's noise prediction for the golden input, a batch of [unconditional, conditional]."""
+    return forward(unet, expected)
+
+
+def forward(unet: UNet2DConditionModel, expected: Tensors) -> torch.Tensor:
+    """`predict`, with gradients."""
+    sdxl = {name: expected[f"unet.{name}"] for name in ("text_embeds", "time_ids")}
+    inputs = (expected[f"unet.{name}"] for name in ("sample", "timestep", "encoder_hidden_states"))
+    return unet(*inputs, added_cond_kwargs=sdxl).sample

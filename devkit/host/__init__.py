@@ -1,0 +1,1 @@
+"""Helpers that run in or beside a real ComfyUI: a server, a browser, graphs, tiny nodes."""

@@ -1,0 +1,105 @@
+"""The golden data, and what the pack makes of it inside the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
+CHECKPOINT = GOLDEN / "easyref.safetensors"
+MLLM = GOLDEN / "mllm"
+SETTINGS: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
+SIZE = SETTINGS["cond_image_size"]
+
+
+def expected() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "expected.safetensors")
+
+
+def references() -> tuple[torch.Tensor, ...]:
+    """The three references as ComfyUI's IMAGE, each (1, height, width, 3) in 0..1."""
+    images = [
+        Image.open(GOLDEN / "references" / f"{i}.png").convert("RGB") for i in range(SETTINGS["images"])
+    ]
+    return tuple(torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None] for image in images)
+
+
+def part(pack: ModuleType, name: str) -> ModuleType:
+    """A module of the loaded pack, such as nodes.unet_patch.condition."""
+    import importlib
+
+    return importlib.import_module(f"{pack.__name__}.{name}")
+
+
+def load(pack: ModuleType, precision: str = "auto") -> Any:
+    """The golden checkpoint as the loader node loads it."""
+    return part(pack, "nodes.host.hosted_model").load_hosted(CHECKPOINT, MLLM, MLLM, precision, None)
+
+
+def write_random(pack: ModuleType, folder: Path, layers: int, width: int, context: int = 4096) -> int:
+    """Write a random checkpoint that fits the tiny UNet, random.safetensors, and its MLLM folder, random-qwen2-vl.
+
+    layers, width: of the MLLM body; context: tokens it reads at most. -> bytes of the weights in float32.
+    """
+    checkpoint = part(pack, "easyref_core.checkpoint.checkpoint")
+    made_for = checkpoint.open_checkpoint(CHECKPOINT, MLLM)
+    config = dataclasses.replace(
+        made_for.config,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        body_layers=layers,
+        max_positions=context,
+        projector_width=width,
+    )
+    random = np.random.default_rng(0)
+    shapes = checkpoint.expected_shapes(dataclasses.replace(made_for, config=config))
+    tensors = {
+        name: torch.ones(shape, dtype=torch.float16)
+        if "norm" in name and name.endswith("weight")
+        else torch.from_numpy((random.standard_normal(shape, np.float32) / 50).astype(np.float16))
+        for name, shape in shapes.items()
+    }
+    checkpoint.save(folder / "random.safetensors", config, made_for.sites, tensors)
+
+    settings = json.loads((MLLM / "config.json").read_text())
+    settings |= {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers + 1}
+    settings |= {"max_position_embeddings": context, "num_key_value_heads": config.kv_heads}
+    mllm = folder / "random-qwen2-vl"
+    shutil.copytree(MLLM, mllm, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    (mllm / "config.json").write_text(json.dumps(settings))
+    return sum(4 * tensor.numel() for name, tensor in tensors.items() if not name.startswith("unet."))
+
+
+def write_changed(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Write the golden checkpoint with some of its tensors changed."""
+    tensors = load_file(CHECKPOINT)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def tokens(pack: ModuleType, easyref: Any) -> Any:
+    """Reference tokens of the golden group, through the nodes' own methods."""
+    context = easyref.encode(
+        [image[0] for image in references()], SETTINGS["prompt"], instruction(pack), SIZE
+    )
+    return easyref.aggregate(context)
+
+
+def instruction(pack: ModuleType) -> str:
+    return part(pack, "easyref_core").INSTRUCTION
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative error, ||found - wanted|| / ||wanted||."""
+    found = found.detach().float().cpu().as_subclass(torch.Tensor)
+    return ((found - wanted).norm() / wanted.norm()).item()

@@ -1,0 +1,163 @@
+"""Workflows in API form for the server tests (tiny SDXL, golden EasyRef), and what comes of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from devkit.host import golden
+from devkit.host.server import PromptFailed, pixels
+
+if TYPE_CHECKING:
+    from devkit.host.server import ComfyServer
+
+Graph = dict[str, dict[str, Any]]
+AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")  # what the frontend keeps beside a seed
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def install_golden(server: ComfyServer) -> None:
+    """Put the golden checkpoint, its MLLM folder and the references where a user would put them."""
+    folder = server.base / "models" / "easyref"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(golden.CHECKPOINT, folder / "easyref.safetensors")
+    shutil.copytree(golden.MLLM, folder / "golden-qwen2-vl", dirs_exist_ok=True)
+    for picture in (golden.GOLDEN / "references").glob("*.png"):
+        shutil.copy(picture, server.base / "input" / picture.name)
+
+
+def sampled(model: list, **inputs: Any) -> Graph:
+    """The graph after a MODEL output: two steps on a 16x16 latent, decoded and saved. Node "tiny" must be there."""
+    sampler = {
+        "seed": 7,
+        "steps": 2,
+        "cfg": 5.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "denoise": 1.0,
+        "positive": ["tiny", 1],
+        "negative": ["tiny", 2],
+        "latent_image": ["latent", 0],
+    }
+    return {
+        "latent": node("EmptyLatentImage", width=128, height=128, batch_size=1),
+        "sample": node("KSampler", **{**sampler, "model": model, **inputs}),
+        "decode": node("VAEDecode", samples=["sample", 0], vae=["tiny", 3]),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix="easyref"),
+    }
+
+
+def plain(**inputs: Any) -> Graph:
+    """The unpatched model."""
+    return {"tiny": node("TinySDXL", seed=0, prompt_tokens=77), **sampled(["tiny", 0], **inputs)}
+
+
+def easyref(
+    apply: dict[str, Any] | None = None,
+    encode: dict[str, Any] | None = None,
+    load: dict[str, Any] | None = None,
+    **inputs: Any,
+) -> Graph:
+    """The whole path: three images, group, encode, aggregate, apply, sample."""
+    file = {
+        "checkpoint": "easyref.safetensors",
+        "mllm": "easyref/golden-qwen2-vl",
+        "precision": "auto",
+        "last_layer_attention": "from the checkpoint",
+    }
+    weights = {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, "lora_strength": 1.0}
+    text = {
+        "prompt": golden.SETTINGS["prompt"],
+        "instruction": golden.SETTINGS["instruction"],
+        "size": golden.SIZE,
+    }
+    images = range(golden.SETTINGS["images"])
+    linked = {"model": ["tiny", 0], "easyref": ["load", 0], "tokens": ["aggregate", 0]}
+    return {
+        "tiny": node("TinySDXL", seed=0, prompt_tokens=77),
+        "load": node("EasyRefLoader", **{**file, **(load or {})}),
+        **{f"image{i}": node("LoadImage", image=f"{i}.png") for i in images},
+        "group": group(*([f"image{i}", 0] for i in images)),
+        "encode": node(
+            "EasyRefEncodeGroup",
+            **{"easyref": ["load", 0], "group": ["group", 0], **text, **(encode or {})},
+        ),
+        "aggregate": node("EasyRefAggregate", easyref=["load", 0], context=["encode", 0]),
+        "apply": node("EasyRefApply", **{**linked, **weights, **(apply or {})}),
+        **sampled(["apply", 0], **inputs),
+    }
+
+
+def from_file(workflow: Path) -> Graph:
+    """A saved workflow (UI format 0.4) as the frontend queues it, by the nodes' numbers."""
+    saved = json.loads(workflow.read_text(encoding="utf-8"))
+    links = {link[0]: [str(link[1]), link[2]] for link in saved["links"]}
+    graph = {}
+    for entry in saved["nodes"]:
+        if entry["type"] == "MarkdownNote":
+            continue
+        values = [value for value in entry.get("widgets_values", []) if value not in AFTER_GENERATE]
+        widgets = [socket["name"] for socket in entry["inputs"] if "widget" in socket]
+        linked = {socket["name"]: links[socket["link"]] for socket in entry["inputs"] if socket["link"]}
+        inputs = dict(zip(widgets, values, strict=True)) | linked
+        graph[str(entry["id"])] = node(entry["type"], **inputs) | {"_meta": {"title": entry.get("title")}}
+    return graph
+
+
+def group(*images: list, **inputs: Any) -> dict[str, Any]:
+    """A group node with these links at its sockets image0, image1, ..."""
+    return node("EasyRefGroup", **{f"images.image{i}": link for i, link in enumerate(images)}, **inputs)
+
+
+def tiny_images(shapes: str, seed: int = 0, fill: str = "noise") -> dict[str, Any]:
+    """A node of random images: see tiny_nodes.tiny_images.noise."""
+    return node("TinyImages", shapes=shapes, seed=seed, fill=fill)
+
+
+def of_images(link: list, nodes: Graph, **changes: Any) -> Graph:
+    """The whole path with the given nodes in place of the three images and their group; `link` goes to the encoder."""
+    graph = easyref(**changes)
+    for i in range(golden.SETTINGS["images"]):
+        del graph[f"image{i}"]
+    del graph["group"]
+    graph["encode"]["inputs"]["group"] = link
+    return {**graph, **nodes}
+
+
+def picture(server: ComfyServer, graph: Graph) -> bytes:
+    """The pixels of the one picture that a workflow ends in; a PNG file's own bytes also hold the workflow."""
+    return picture_of(server, server.queue(graph))
+
+
+def picture_of(server: ComfyServer, prompt_id: str) -> bytes:
+    """The same of a workflow that was queued, once it has ended."""
+    (png,) = server.images(server.wait(prompt_id), "output")
+    return pixels(png).tobytes()
+
+
+def picture_uncached(server: ComfyServer, graph: Graph) -> bytes:
+    """The same from a run in which every node was executed, after the host has let go of everything."""
+    for _ in range(5):  # the host may take the first prompt before it empties the cache
+        server.free()
+        prompt_id = server.queue(graph)
+        (png,) = server.images(server.wait(prompt_id), "output")
+        if not server.cached(prompt_id):
+            return pixels(png).tobytes()
+    raise AssertionError("the host went on using its cache after /free")
+
+
+def failure(server: ComfyServer, graph: Graph) -> str:
+    """What the server says about a workflow that it refuses (HTTP 400) or that fails."""
+    try:
+        server.run(graph)
+    except PromptFailed as failed:
+        if failed.kind != "invalid":
+            return failed.details["exception_message"]
+        errors = [error for node in failed.details["node_errors"].values() for error in node["errors"]]
+        return "\n".join(error["details"] for error in errors)
+    raise AssertionError("the workflow ran; it should have failed")

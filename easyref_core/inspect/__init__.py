@@ -1,0 +1,1 @@
+"""Inspection: attention maps, influence, reference share, duplicates, and their drawings."""

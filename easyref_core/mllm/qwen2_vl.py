@@ -1,0 +1,331 @@
+"""Our own Qwen2-VL: the vision tower and the decoder layer, small, built from an `operations` namespace.
+
+`operations` is torch.nn by default; a host passes its own Linear, LayerNorm, RMSNorm and Embedding, so that it can
+stream, cast and evict the weights. Qwen2-VL: arXiv 2409.12191; reference: transformers 4.45.2 modeling_qwen2_vl.py.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn.functional import gelu, pad, scaled_dot_product_attention, silu
+
+from ..utils.in_place import plus, times
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from .config import EasyRefConfig
+
+Rotation = tuple["Tensor", "Tensor"]  # cosines and sines, each (tokens, head_dim), float32
+
+VISION_LAYER_NORM_EPS = 1e-6
+VISION_ROPE_THETA = 10_000.0
+
+
+class Unfilled:
+    """torch.nn for modules whose weights come from a file: an Embedding is not filled with random numbers first.
+
+    On the meta device that filling would import torch._dynamo, a second and 80 MB.
+    """
+
+    Linear, LayerNorm, RMSNorm = nn.Linear, nn.LayerNorm, nn.RMSNorm
+
+    class Embedding(nn.Embedding):
+        def reset_parameters(self) -> None: ...
+
+
+def rotation(positions: Tensor, dim: int, theta: float) -> Tensor:
+    """Angles (tokens, dim / 2) of rotary position embedding, float32."""
+    frequencies = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    return positions.float()[:, None] * frequencies
+
+
+def text_rotation(length: int, config: EasyRefConfig, device: torch.device, start: int = 0) -> Rotation:
+    """Plain RoPE for positions start .. start + length - 1.
+
+    The authors never pass position_ids, so image tokens too have the positions 0, 1, 2, ... on all three axes of
+    M-RoPE, which is then ordinary RoPE. Qwen2-VL's 2-D image positions would land 11 % away (see parity tests).
+    """
+    angles = rotation(torch.arange(start, start + length, device=device), config.head_dim, config.rope_theta)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def image_rotation(grid: Tensor, config: EasyRefConfig, device: torch.device) -> Rotation:
+    """2-D RoPE of the vision tower: half of each head turns with the patch's row, half with its column.
+
+    grid: (K, 3) frames, rows, columns in patches, patches ordered as preprocess.patchify orders them.
+    """
+    m = config.merge_size
+    sizes = [(rows, columns) for _, rows, columns in grid.tolist()]
+    places = {
+        (rows, columns): rearrange(
+            torch.cartesian_prod(torch.arange(rows), torch.arange(columns)),
+            "(h mh w mw) yx -> (h w mh mw) yx",
+            mh=m,
+            mw=m,
+            h=rows // m,
+        )
+        for rows, columns in set(sizes)
+    }
+    place = torch.cat([places[size] for size in sizes]).to(device)
+    dim = config.vision_width // config.vision_heads // 2
+    angles = torch.cat([rotation(place[:, axis], dim, VISION_ROPE_THETA) for axis in (0, 1)], dim=-1)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """Apply rotary position embedding to x (..., tokens, heads, head_dim), in float32."""
+    cos, sin = (t[:, None, : x.shape[-1] // 2] for t in by)  # both halves are alike
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+class VisionAttention(nn.Module):
+    """Self-attention of the vision tower: every patch sees the patches of its own image."""
+
+    def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.heads = config.vision_heads
+        self.qkv = operations.Linear(config.vision_width, 3 * config.vision_width, **factory)
+        self.proj = operations.Linear(config.vision_width, config.vision_width, **factory)
+
+    def forward(self, x: Tensor, turn: Rotation, lengths: list[int]) -> Tensor:
+        """x: (patches of the whole group, width); lengths: patches of each image."""
+        # heads stay behind the patches, as they come, so that neither rotation nor attention moves anything
+        q, k, v = rearrange(self.qkv(x), "n (qkv h d) -> qkv n h d", qkv=3, h=self.heads)
+        q, k = rotate(q, turn), rotate(k, turn)
+        # images of equal length that follow one another are one batch
+        runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+        parts = zip(*(t.split([math.prod(run) for run in runs]) for t in (q, k, v)), strict=True)
+        out = []
+        for (length, _), part in zip(runs, parts, strict=True):
+            images = (rearrange(t, "(k n) h d -> k h n d", n=length) for t in part)
+            out.append(rearrange(scaled_dot_product_attention(*images), "k h n d -> (k n) (h d)"))
+        return self.proj(torch.cat(out) if len(out) > 1 else out[0])
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.fc1 = operations.Linear(config.vision_width, config.vision_mlp_width, **factory)
+        self.fc2 = operations.Linear(config.vision_mlp_width, config.vision_width, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(times(x, (1.702 * x).sigmoid_()))  # QuickGELU
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.norm1 = operations.LayerNorm(config.vision_width, eps=VISION_LAYER_NORM_EPS, **factory)
+        self.attn = VisionAttention(config, operations, **factory)
+        self.norm2 = operations.LayerNorm(config.vision_width, eps=VISION_LAYER_NORM_EPS, **factory)
+        self.mlp = VisionMLP(config, operations, **factory)
+
+    def forward(self, x: Tensor, turn: Rotation, lengths: list[int]) -> Tensor:
+        x = plus(x, self.attn(self.norm1(x), turn, lengths))
+        return plus(x, self.mlp(self.norm2(x)))
+
+
+class PatchMerger(nn.Module):
+    """Four neighbouring patches -> one image token in the MLLM's width."""
+
+    def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        merged = config.vision_width * config.merge_size**2
+        self.ln_q = operations.LayerNorm(config.vision_width, eps=VISION_LAYER_NORM_EPS, **factory)
+        self.mlp = nn.ModuleList(
+            [
+                operations.Linear(merged, merged, **factory),
+                nn.Identity(),
+                operations.Linear(merged, config.hidden_size, **factory),
+            ]
+        )
+        self.patches_per_token = config.merge_size**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = rearrange(self.ln_q(x), "(n m) d -> n (m d)", m=self.patches_per_token)
+        return self.mlp[2](gelu(self.mlp[0](x)))
+
+
+class VisionTower(nn.Module):
+    """Patches of a whole group -> image tokens, in one pass with no attention between images."""
+
+    def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        # The reference's Conv3d has stride = kernel: on flattened patches it is a matrix product.
+        self.patch_embed = operations.Linear(config.patch_values, config.vision_width, bias=False, **factory)
+        self.blocks = nn.ModuleList(
+            VisionBlock(config, operations, **factory) for _ in range(config.vision_depth)
+        )
+        self.merger = PatchMerger(config, operations, **factory)
+
+    def forward(
+        self, patches: Tensor, grid: Tensor, after_block: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """patches (sum of patches, 1176), grid (K, 3) -> image tokens (sum of patches / 4, D)."""
+        x = self.patch_embed(patches)
+        turn = image_rotation(grid, self.config, x.device)
+        lengths = grid.prod(dim=1).tolist()
+        for block in self.blocks:
+            x = block(x, turn, lengths)
+            after_block()
+        return self.merger(x)
+
+
+def attention_mask(
+    queries: int,
+    length: int,
+    causal: bool,
+    real: Tensor | None,
+    device: torch.device,
+    bias: Tensor | None = None,
+) -> Tensor | None:
+    """Which of `length` keys each of the last `queries` positions sees; None where is_causal alone says it.
+
+    bias: (rows, length), added to the logits of the last `rows` positions; the mask is then all numbers, of its type.
+    """
+    if real is None and bias is None and (queries == length or not causal):
+        return None
+    # is_causal aligns the mask to the first key; here queries are the last
+    mask = torch.ones(queries, length, dtype=torch.bool, device=device)
+    mask = mask.tril(length - queries) if causal else mask
+    if real is not None:
+        # a padded position sees itself, for a softmax over nothing is not a number; nobody reads it
+        alone = torch.eye(length, dtype=torch.bool, device=device)[-queries:]
+        mask = (mask & real[:, None] | alone)[:, None]  # -> (B, 1, queries, length)
+    if bias is None:
+        return mask
+    bias = pad(bias, (0, 0, queries - len(bias), 0))  # -> (queries, length)
+    return bias.expand(mask.shape).masked_fill(~mask, -torch.inf)
+
+
+class Past:
+    """Keys and values of what one decoder layer has read, (B, kv_heads, length, head_dim) each, keys rotated."""
+
+    def __init__(self, key_value: tuple[Tensor, Tensor] | None = None) -> None:
+        self.key_value = key_value
+
+    @property
+    def length(self) -> int:
+        return self.key_value[0].shape[2] if self.key_value else 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of everything read so far, these included."""
+        if self.key_value:
+            k, v = (torch.cat([old.to(t), t], dim=2) for old, t in zip(self.key_value, (k, v), strict=True))
+        self.key_value = k, v
+        return k, v
+
+    def cut(self, length: int) -> None:
+        """Forget what was read after the first `length` positions, and give its memory back."""
+        if self.length > length:
+            k, v = self.key_value
+            self.key_value = (k[:, :, :length].clone(), v[:, :, :length].clone()) if length else None
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention of the Qwen2 decoder: biases on q, k, v only."""
+
+    def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.q_proj = operations.Linear(config.hidden_size, self.heads * self.head_dim, **factory)
+        self.k_proj = operations.Linear(config.hidden_size, self.kv_heads * self.head_dim, **factory)
+        self.v_proj = operations.Linear(config.hidden_size, self.kv_heads * self.head_dim, **factory)
+        self.o_proj = operations.Linear(self.heads * self.head_dim, config.hidden_size, bias=False, **factory)
+
+    def forward(
+        self,
+        x: Tensor,
+        turn: Rotation,
+        causal: bool = True,
+        queries: int | None = None,
+        real: Tensor | None = None,
+        bias: Tensor | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
+        """x (B, S, D) -> (B, queries, D): attention output of the last `queries` positions (None: of all).
+
+        real: (B, S), False where a row of the batch is padded; None where nothing is. bias: see attention_mask.
+        past: what the layer has read before x, which is attended to as well, and to which x is added.
+        """
+        queries = queries or x.shape[1]
+        cos, sin = turn
+        q = rearrange(self.q_proj(x[:, -queries:]), "b n (h d) -> b n h d", h=self.heads)
+        k = rearrange(self.k_proj(x), "b n (h d) -> b n h d", h=self.kv_heads)
+        q, k = rotate(q, (cos[-queries:], sin[-queries:])), rotate(k, turn)
+        k = rearrange(k, "b n h d -> b h n d")
+        v = rearrange(self.v_proj(x), "b n (h d) -> b h n d", h=self.kv_heads)
+        if past is not None:
+            k, v = past.extend(k, v)
+        mask = attention_mask(queries, k.shape[2], causal, real, x.device, bias)
+        if real is not None:
+            mask = mask.repeat_interleave(self.kv_heads, dim=0)
+        # every key-value head and its group of query heads stand as a row of a batch, so that nothing is repeated
+        q = rearrange(q, "b n (h g) d -> (b h) g n d", h=self.kv_heads)
+        k, v = (t.flatten(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
+        return self.o_proj(rearrange(out, "(b h) g n d -> b n (h g d)", h=self.kv_heads))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.gate_proj = operations.Linear(
+            config.hidden_size, config.intermediate_size, bias=False, **factory
+        )
+        self.up_proj = operations.Linear(config.hidden_size, config.intermediate_size, bias=False, **factory)
+        self.down_proj = operations.Linear(
+            config.intermediate_size, config.hidden_size, bias=False, **factory
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        gate = silu(gate, inplace=not gate.requires_grad)
+        return self.down_proj(times(self.up_proj(x), gate))
+
+
+class DecoderLayer(nn.Module):
+    """One layer of the Qwen2 decoder."""
+
+    def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
+        super().__init__()
+        self.input_layernorm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
+        self.self_attn = SelfAttention(config, operations, **factory)
+        self.post_attention_layernorm = operations.RMSNorm(
+            config.hidden_size, eps=config.rms_norm_eps, **factory
+        )
+        self.mlp = GatedMLP(config, operations, **factory)
+
+    def forward(
+        self,
+        x: Tensor,
+        turn: Rotation,
+        causal: bool = True,
+        queries: int | None = None,
+        real: Tensor | None = None,
+        bias: Tensor | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
+        """x (B, S, D) -> (B, queries, D): the layer's output at the last `queries` positions (None: at all).
+
+        turn: of x's positions. real: (B, S), False where a row of the batch is padded. bias: (rows, S), see
+        attention_mask. past: what the layer has read before x; x is added to it.
+        """
+        attended = self.self_attn(self.input_layernorm(x), turn, causal, queries, real, bias, past)
+        x = plus(x[:, -attended.shape[1] :], attended)
+        return plus(x, self.mlp(self.post_attention_layernorm(x)))

@@ -1,0 +1,1 @@
+"""Reference tokens: their records, the aggregator, combinations, batches and files."""

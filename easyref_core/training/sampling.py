@@ -1,0 +1,85 @@
+"""Pictures from a base model: classifier-free guidance over a batch of prompts, and sheets of what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+
+from ..mllm.preprocess import CLIP_MEAN, CLIP_STD
+from .base_model import Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..mllm.config import EasyRefConfig
+    from .base_model import BaseModel
+
+
+@torch.no_grad()
+def paint(
+    base: BaseModel,
+    noise: Tensor,
+    prompts: Sequence[str],
+    negative: str = "",
+    guidance: float = 5.0,
+    steps: int = 30,
+    size: tuple[int, int] | None = None,
+) -> list[Image.Image]:
+    """One picture from each noise (B, 4, h, w) and prompt, by Euler steps.
+
+    Every batch the UNet sees is [unconditional rows, conditional rows]; whoever wants references attaches them to
+    base.unet first (easyref_core.unet.diffusers_unet). size: the height and width SDXL is told, the noise's own by default.
+    """
+    from diffusers import EulerDiscreteScheduler
+
+    schedule = EulerDiscreteScheduler.from_config(base.schedule.config)
+    schedule.set_timesteps(steps, device=base.device)
+    text = Text.cat([base.encode_text([negative] * len(prompts)), base.encode_text(prompts)])
+    size = size or tuple(side * base.factor for side in noise.shape[-2:])
+    sizes = {
+        "text_embeds": text.pooled.to(base.unet.dtype),
+        "time_ids": base.time_ids(size, (0, 0), size, batch=2 * len(prompts)),
+    }
+    states = text.states.to(base.unet.dtype)
+    latents = noise.to(base.device, torch.float32) * schedule.init_noise_sigma
+    for timestep in schedule.timesteps:
+        inputs = schedule.scale_model_input(torch.cat([latents, latents]), timestep).to(base.unet.dtype)
+        predicted = base.unet(inputs, timestep, states, added_cond_kwargs=sizes, return_dict=False)[0]
+        unconditional, conditional = predicted.float().chunk(2)
+        predicted = unconditional + guidance * (conditional - unconditional)
+        latents = schedule.step(predicted, timestep, latents, return_dict=False)[0]
+    return to_images(base.decode(latents))
+
+
+def to_images(pictures: Tensor) -> list[Image.Image]:
+    """Pictures (B, 3, H, W) in 0..1 -> PIL images."""
+    pixels = (pictures.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    return [Image.fromarray(image) for image in rearrange(pixels, "b c h w -> b h w c").numpy()]
+
+
+def references_of(patches: Tensor, grid: Tensor, config: EasyRefConfig) -> list[Image.Image]:
+    """The references as the MLLM reads them: preprocess.patchify turned back. patches (sum, 1176), grid (K, 3)."""
+    images = []
+    for part, (_, rows, columns) in zip(
+        patches.cpu().split(grid.prod(dim=1).tolist()), grid.tolist(), strict=True
+    ):
+        m = config.merge_size
+        frames = rearrange(
+            part,
+            "(h w mh mw) (c t ph pw) -> t (h mh ph) (w mw pw) c",
+            h=rows // m,
+            w=columns // m,
+            mh=m,
+            mw=m,
+            t=config.temporal_patch_size,
+            ph=config.patch_size,
+            pw=config.patch_size,
+        )
+        pixels = frames[0].numpy() * CLIP_STD + CLIP_MEAN
+        images.append(Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8)))
+    return images

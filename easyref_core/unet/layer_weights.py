@@ -1,0 +1,145 @@
+"""In which of SDXL's 11 spatial transformers the references act, and how strongly: IPAdapter_plus' weight types, as data.
+
+    index   0   1   2   3         4        5   6     7   8   9   10
+    where   4   5   7   8         0        0   1     2   3   4   5
+            input blocks          middle   output blocks
+                    composition                style
+
+A spatial transformer holds 1 to 10 cross-attentions (2 2 10 10 · 10 · 10 10 10 2 2 2 in SDXL), which share its factor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from ..files.tensor_files import brief
+from ..utils.number_lists import parse_number, split_entries
+from .layout import Site
+
+LAYERS = 11
+COMPOSITION, MIDDLE, STYLE = 3, 4, 6
+WEAK = 0.2
+_INDEX = re.compile(r"[+-]?\d{1,9}", re.ASCII)
+LINEAR = "linear"
+LARGEST_FACTOR = (
+    100  # of a weight: with a weight of 3 and two such factors, half precision still holds the result
+)
+
+
+class Sides(NamedTuple):
+    """Whose tokens each side of the guidance attends to: the unconditional ones (True), the conditional ones (False),
+    or none (None)."""
+
+    unconditional: bool | None = True
+    conditional: bool | None = False
+
+
+OWN = Sides()
+SWAPPED = Sides(unconditional=False, conditional=True)
+AGAINST = Sides(unconditional=False, conditional=None)  # only the negative side sees the references
+
+
+class WeightType(NamedTuple):
+    """factors: of each layer, times the weight; sides: of each layer."""
+
+    factors: tuple[float, ...]
+    sides: tuple[Sides, ...] = (OWN,) * LAYERS
+
+
+def _ramp(height: list[float]) -> WeightType:
+    """height: 0 to 1 of each layer; the least factor is 0.05."""
+    return WeightType(tuple(0.05 + 0.95 * h for h in height))
+
+
+def _only(chosen: Mapping[int, float], rest: float = 0.0) -> WeightType:
+    return WeightType(tuple(chosen.get(layer, rest) for layer in range(LAYERS)))
+
+
+_INPUT, _OUTPUT = range(MIDDLE), range(MIDDLE + 1, LAYERS)
+_fall = [1 - layer / LAYERS for layer in range(LAYERS)]
+_rise = [layer / LAYERS for layer in range(LAYERS)]
+_valley = [abs(layer / LAYERS - 0.5) * 2 for layer in range(LAYERS)]
+
+WEIGHT_TYPES: dict[str, WeightType] = {
+    LINEAR: _only({}, rest=1.0),
+    "ease in": _ramp(_fall),
+    "ease out": _ramp(_rise),
+    "ease in-out": _ramp([1 - height for height in _valley]),
+    "reverse in-out": _ramp(_valley),
+    "weak input": _only(dict.fromkeys(_INPUT, WEAK), rest=1.0),
+    "weak output": _only(dict.fromkeys(_OUTPUT, WEAK), rest=1.0),
+    "weak middle": _only({MIDDLE: WEAK}, rest=1.0),
+    "strong middle": _only({MIDDLE: 1.0}, rest=WEAK),
+    "style transfer": _only({STYLE: 1.0}),
+    "composition": _only({COMPOSITION: 1.0}),
+    "strong style transfer": _only({COMPOSITION: 0.0}, rest=1.0),
+    # One group is both references of these two; two groups are two Apply nodes, one of each kind.
+    "style and composition": _only({COMPOSITION: 1.0, STYLE: 1.0}),
+    "strong style and composition": _only({}, rest=1.0),
+    "style transfer precise": _only({COMPOSITION: 1.0, STYLE: 1.0})._replace(
+        sides=tuple(AGAINST if layer == COMPOSITION else OWN for layer in range(LAYERS))
+    ),
+    "composition precise": _only({COMPOSITION: 1.0, STYLE: 1.0}, rest=0.1)._replace(
+        sides=tuple(OWN if layer == COMPOSITION else SWAPPED for layer in range(LAYERS))
+    ),
+}
+
+
+def choose(weight_type: str, layer_weights: str = "") -> WeightType:
+    """The weight type of this name; layer_weights, if any, take the place of its factors.
+
+    Raises ValueError for an unknown name and for layer weights that cannot be read.
+    """
+    if weight_type not in WEIGHT_TYPES:
+        raise ValueError(
+            f"There is no weight type {weight_type!r}. Choose one of: {', '.join(WEIGHT_TYPES)}."
+        )
+    chosen = WEIGHT_TYPES[weight_type]
+    if not split_entries(layer_weights, "layer_weights"):
+        return chosen
+    return chosen._replace(factors=parse_layer_weights(layer_weights))
+
+
+def parse_layer_weights(text: str) -> tuple[float, ...]:
+    """ "index:weight, ..." -> 11 factors, 0 where an index is not named.
+
+    number_lists.py has the rules of the text. Raises ValueError for anything else.
+    """
+    factors: dict[int, float] = {}
+    for entry in split_entries(text, "layer_weights"):
+        index, colon, weight = entry.partition(":")
+        if not colon or not _INDEX.fullmatch(index):
+            raise ValueError(
+                f"layer_weights has {brief(repr(entry))}, which is not index:weight. Write for example "
+                '"3:1, 6:0.5"; layers that are not named get 0.'
+            )
+        layer = int(index)
+        if not 0 <= layer < LAYERS:
+            raise ValueError(
+                f"layer_weights names layer {brief(layer)}; wanted SDXL's layers 0 to {LAYERS - 1} (0-3 input, 4 middle, "
+                "5-10 output)."
+            )
+        if layer in factors:
+            raise ValueError(f"layer_weights names layer {layer} twice. Name each layer once.")
+        name = f"layer_weights for layer {layer}"
+        example = 'index:weight pairs, as in "3:1, 6:0.5"'
+        factors[layer] = parse_number(weight, name, -LARGEST_FACTOR, LARGEST_FACTOR, example=example)
+    return _only(factors).factors
+
+
+def layers_of(sites: Iterable[Site]) -> dict[Site, int]:
+    """The running index of each site's spatial transformer, in the order the UNet runs them.
+
+    Raises ValueError for a UNet without SDXL's 11.
+    """
+    sites = list(sites)
+    order = ("input", "middle", "output").index
+    modules = sorted({(order(site.block), site.number) for site in sites})
+    if len(modules) != LAYERS:
+        raise ValueError(
+            f"The UNet has {len(modules)} spatial transformers, and the weight types are made for SDXL's {LAYERS}. "
+            'Use weight_type "linear" and no layer_weights.'
+        )
+    return {site: modules.index((order(site.block), site.number)) for site in sites}

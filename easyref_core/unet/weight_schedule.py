@@ -1,0 +1,79 @@
+"""The weight over the denoising: a curve through given points, read at a step's sigma."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from ..files.tensor_files import brief
+from ..utils.number_lists import parse_number, require_alike, split_entries
+from .layer_weights import LARGEST_FACTOR
+
+NAME = "weight_schedule"
+EXAMPLE = 'numbers, as in "1, 0.5, 0", or percent:weight pairs, as in "0.2:1, 0.8:0"'
+STEPS = 999  # SDXL was trained with 1000 timesteps: between two of them log sigma is linear in the percent
+NEARLY = 1e-9  # percent_to_sigma gives no schedule's sigmas at exactly 0 and 1
+
+Point = tuple[float, float]  # (part of the denoising 0..1, factor)
+
+
+def parse_schedule(text: str, start: float, end: float) -> list[Point]:
+    """ "1, 0.5, 0", spread evenly from start to end, or "0.2:1, 0.8:0" -> points by rising percent; [] for "".
+
+    number_lists.py has the rules of the text. Raises ValueError for what is neither, for weights beyond
+    LARGEST_FACTOR, and for percents outside 0..1 or given twice.
+    """
+    entries = split_entries(text, NAME)
+    paired = require_alike(entries, NAME, "percent:weight", EXAMPLE)
+    if paired:
+        points = sorted(tuple(_number(part) for part in entry.split(":", 1)) for entry in entries)
+    else:
+        last = max(len(entries) - 1, 1)
+        points = [(start + (end - start) * i / last, _number(entry)) for i, entry in enumerate(entries)]
+    percents = [percent for percent, _ in points]
+    if any(not 0 <= percent <= 1 for percent in percents):
+        raise ValueError(
+            f"weight_schedule {brief(repr(text))} names a percent outside 0 to 1. Write 0.5 for half of the denoising."
+        )
+    if paired and len(set(percents)) < len(percents):
+        raise ValueError(f"weight_schedule {brief(repr(text))} names a percent twice. Name each once.")
+    return points
+
+
+def _number(text: str) -> float:
+    return parse_number(text, NAME, -LARGEST_FACTOR, LARGEST_FACTOR, example=EXAMPLE)
+
+
+def interpolate(points: list[Point], at: float) -> float:
+    """The value at `at` of the line through points (x rising, value); beyond the ends, the ends' values."""
+    following, end = 0, len(points)
+    while following < end:  # bisect, written out: torch.compile cannot follow the one that is built in
+        middle = (following + end) // 2
+        following, end = (middle + 1, end) if points[middle][0] < at else (following, middle)
+    if following == 0:
+        return points[0][1]
+    if following == len(points):
+        return points[-1][1]
+    (x0, y0), (x1, y1) = points[following - 1], points[following]
+    return y1 if at == x1 else y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+
+
+class Schedule:
+    """The factor at a step's sigma. The sigmas are looked up once, when it is made; reading it touches no tensor."""
+
+    def __init__(self, points: list[Point], percent_to_sigma: Callable[[float], float]) -> None:
+        """points: by rising percent, at least one. percent_to_sigma: falls from the first sigma to the last."""
+        self.points = points
+        percents = [step / STEPS for step in range(STEPS, -1, -1)]
+        inside = [min(max(percent, NEARLY), 1 - NEARLY) for percent in percents]
+        sigmas = [float(percent_to_sigma(percent)) for percent in inside]
+        self._percents = [(math.log(sigma), percent) for sigma, percent in zip(sigmas, percents, strict=True)]
+
+    def percent(self, sigma: float) -> float:
+        """Part of the denoising that is done at this sigma, 0..1."""
+        if sigma <= 0:
+            return 1.0
+        return interpolate(self._percents, math.log(sigma))
+
+    def __call__(self, sigma: float) -> float:
+        return interpolate(self.points, self.percent(sigma))

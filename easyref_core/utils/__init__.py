@@ -1,0 +1,1 @@
+"""Helpers without a model: errors, images, parsers of typed text, an LRU cache."""

@@ -1,0 +1,167 @@
+"""Parser of the lists that people type: numbers, pairs, and references of a group.
+
+    numbers      1, 0.5, 0
+    pairs        0.2:1, 0.8:0     spaces around the colon are allowed
+    references   3, 1-2           whole numbers from 1, ranges, and "all"
+
+Commas, semicolons, spaces, tabs and line breaks separate entries; several in a row count as one. Full-width
+digits and signs (０ ． ， ； ： 、 －) are read as their ASCII forms.
+
+A decimal has a point. `0,5` may be one half with a decimal comma, or 0 and 5, so it is an error. In general, a
+comma directly before a digit is an error, unless it can only be a separator:
+
+    1, 0.5, 0     a space follows the comma
+    1,0.5,0       a number joined to it by commas has a decimal point
+    3:1,6:0.5     every entry is a pair, and a number cannot span two pairs
+    1,2,3         in a list of references, which are whole numbers
+    0，5          full-width commas are not decimal commas
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import chain
+
+from ..files.tensor_files import brief
+
+_FULL_WIDTH = {
+    ord(wide): plain
+    for wide, plain in zip("０１２３４５６７８９．；：＋－−", "0123456789.;:+--", strict=True)
+}
+# A full-width comma gets a space, so that it is not taken for a decimal comma.
+_TO_ASCII = _FULL_WIDTH | {ord("，"): ", ", ord("、"): ", ", ord("–"): "-"}
+_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+_SEPARATORS = re.compile(r"[\s,;]+")
+_RUN_ENDS = re.compile(r"[\s;]+")
+_DECIMAL_COMMA = re.compile(r"(?<![\d.])([+-]?\d*),(\d+)(?![\d.])", re.ASCII)
+ALL = "all"
+
+
+def parse_numbers(
+    text: str, name: str, low: float = -math.inf, high: float = math.inf, example: str = "1, 0.5, 0"
+) -> list[float]:
+    """Numbers of a list, finite and from `low` to `high`; [] for an empty text.
+
+    name: the input, for the errors. example: a valid list, for the errors.
+    Raises ValueError for anything else, and for a comma that may be a decimal comma.
+    """
+    entries = split_entries(text, name)
+    example = f'numbers, as in "{example}"'
+    return [parse_number(entry, name, low, high, example=example) for entry in entries]
+
+
+def parse_number(
+    entry: str, name: str, low: float = -math.inf, high: float = math.inf, *, example: str
+) -> float:
+    """One number of a list. Raises ValueError unless it is finite and from `low` to `high`."""
+    number = float(entry) if _NUMBER.fullmatch(entry) else math.nan
+    if math.isfinite(number) and low <= number <= high:
+        return number
+    bounds = "" if math.isinf(low) and math.isinf(high) else f", from {low:g} to {high:g}"
+    raise ValueError(f"{name} has {brief(repr(entry))} where a number is wanted{bounds}. Write {example}.")
+
+
+def parse_references(text: str, name: str, count: int, most: int) -> list[int]:
+    """Numbers of references in the order written, from 1 to `count`: "3, 1-2, all". [] for an empty text.
+
+    A range may fall: 3-1 is 3, 2, 1. Raises ValueError for anything else, and for more than `most` numbers.
+    """
+    ranges = [_reference_range(entry, name, count) for entry in split_entries(text, name, whole=True)]
+    total = sum(map(len, ranges))
+    if total > most:
+        raise ValueError(f"{name} names {total:,} references; wanted at most {most:,}. Shorten the list.")
+    return list(chain.from_iterable(ranges))
+
+
+def parse_reference_weights(text: str, name: str, count: int) -> list[float]:
+    """Weights of a group's references: a number for each, or pairs "2:0.5, 4-6:0" with 1 for all others.
+
+    An empty text gives 1 for each of the `count` references. Raises ValueError for anything else. The number of
+    weights and their bounds are left to ContextStates.weighed.
+    """
+    entries = split_entries(text, name)
+    example = 'one number for each reference, as in "1, 0.5, 1", or reference:weight pairs, as in "2:0.5"'
+    if not entries:
+        return [1.0] * count
+    if not require_alike(entries, name, "reference:weight", example):
+        return [parse_number(entry, name, example=example) for entry in entries]
+    weights: dict[int, float] = {}
+    for entry in entries:
+        references, _, written = entry.partition(":")
+        weight = parse_number(written, name, example=example)
+        for reference in _reference_range(references, name, count):
+            if reference in weights:
+                raise ValueError(f"{name} names reference {reference} twice. Name each reference once.")
+            weights[reference] = weight
+    return [weights.get(reference, 1.0) for reference in range(1, count + 1)]
+
+
+def split_entries(text: str, name: str, *, whole: bool = False) -> list[str]:
+    """Entries of a list in ASCII, a pair as "a:b" without spaces.
+
+    whole: the list holds whole numbers, so that no comma is a decimal comma; ranges "1 - 3" lose their spaces.
+    Raises ValueError for a comma that may be a decimal comma.
+    """
+    text = _joined(text.translate(_TO_ASCII), ":")
+    if whole:
+        text = _joined(text.replace("~", "-").replace("～", "-"), "-")
+    entries = [entry for entry in _SEPARATORS.split(text) if entry]
+    pairs = sum(":" in entry for entry in entries)
+    if not whole and pairs < len(entries):
+        for run in _RUN_ENDS.split(text):
+            _refuse_decimal_comma(run, name, mixed=pairs > 0)
+    return entries
+
+
+def require_alike(entries: list[str], name: str, kind: str, example: str) -> bool:
+    """Whether the entries are pairs. Raises ValueError for a list of both numbers and pairs."""
+    paired = {":" in entry for entry in entries}
+    if len(paired) > 1:
+        raise ValueError(
+            f"{name} {brief(repr(', '.join(entries)))} mixes numbers and {kind} pairs. Write either {example}."
+        )
+    return paired == {True}
+
+
+def _joined(text: str, sign: str) -> str:
+    return sign.join(part.strip() for part in text.split(sign)) if sign in text else text
+
+
+def _refuse_decimal_comma(run: str, name: str, mixed: bool) -> None:
+    """Raises ValueError where a comma of a run, which holds no space, may be a decimal comma.
+
+    mixed: some entries of the list are pairs and others are not, which a decimal comma explains even where the
+    run has a decimal point.
+    """
+    comma = _DECIMAL_COMMA.search(run)
+    if comma is None or (not mixed and re.search(r"[.eE]", run)):
+        return
+    whole, fraction = comma.groups()
+    decimal = f"{whole if whole.strip('+-') else whole + '0'}.{fraction}"
+    listed = "; ".join(filter(None, run.split(",")))
+    raise ValueError(
+        f"{name} has {brief(repr(run.strip(',')))}, where a comma may be a decimal comma. Write decimals with a "
+        f"point, as in {brief(decimal)}, and separate numbers by semicolons or by commas with a space, as in "
+        f"{brief(listed)}."
+    )
+
+
+def _reference_range(entry: str, name: str, count: int) -> range:
+    """References that an entry names: "2", "1-3", "3-1" or "all"."""
+    if entry.lower() == ALL:
+        return range(1, count + 1)
+    first, dash, last = entry.partition("-")
+    start = _reference(first, entry, name, count)
+    end = _reference(last, entry, name, count) if dash else start
+    return range(start, end + 1) if start <= end else range(start, end - 1, -1)
+
+
+def _reference(text: str, entry: str, name: str, count: int) -> int:
+    number = float(text) if _NUMBER.fullmatch(text) else math.nan
+    if 1 <= number <= count and number == int(number):
+        return int(number)
+    raise ValueError(
+        f"{name} has {brief(repr(entry))}, and there is no such reference in a group of {count}. Write whole "
+        f"numbers from 1 to {count}, ranges such as 1-{count}, or {ALL}."
+    )

@@ -1,0 +1,159 @@
+"""Plain text of a prompt that holds the syntax of SDXL's text encoders in ComfyUI.
+
+    (smile:1.3)  (x)  ((x))       weights: the text inside, as ComfyUI's parser reads it
+    \\(  \\)                        literal brackets
+    embedding:name                dropped
+    <lora:name:0.8>  BREAK        dropped; other interfaces read them, ComfyUI's encoders do not
+    /* comment */  // comment     dropped, as the frontend does in the text box of CLIP Text Encode
+    {x}  \\{  \\}  \\|              x and literal characters, likewise
+    {a|b}                         an error: the frontend draws a or b for each text box by itself
+
+[x], and x:1.3 outside brackets, have no meaning in ComfyUI and stay. A prompt without syntax comes back unchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
+
+from ..files.tensor_files import brief
+
+MAX_NESTING = 100  # brackets inside brackets; deeper ones stay, because each level reads the text again
+
+# Tokens of a prompt: text, a bracket that weighs, or something that is dropped.
+TEXT, OPEN, CLOSE, DROPPED = "text", "(", ")", "dropped"
+Token = tuple[str, str]  # kind and text
+
+_LINE_COMMENT = re.compile(r"//[^\n\r\u2028\u2029]*")
+_COMMENT = re.compile(rf"/\*|{_LINE_COMMENT.pattern}")
+_BRACE = re.compile(r"\\.|[{}|]", re.DOTALL)
+_SPECIAL = re.compile(r"\\[()]|[()]|<(?i:lora|lyco|hypernet):[^<>\n]*>|(?<![^\s,(])BREAK(?![^\s,):])")
+_EMBEDDING = re.compile(r"(?<!\S)embedding:\s*([^\s<\[]*)")
+
+
+def plain_text(prompt: str) -> str:
+    """The prompt without weights, embeddings, LoRAs, comments and escapes.
+
+    Raises ValueError for a choice {a|b} that was not made.
+    """
+    tokens = _tokens(_without_braces(_without_comments(prompt)))
+    return _joined(part for segment in _segments(tokens) for part in _without_embeddings(segment))
+
+
+def _without_comments(text: str) -> str:
+    parts, start = [], 0
+    while found := _COMMENT.search(text, start):
+        end = found.end()
+        if found.group() == "/*":
+            close = text.find("*/", end)
+            if close < 0:  # neither this comment nor a later one ends, so they are text
+                return "".join(parts) + text[start:end] + _LINE_COMMENT.sub("", text[end:])
+            end = close + 2
+        parts.append(text[start : found.start()])
+        start = end
+    return "".join(parts) + text[start:]
+
+
+def _without_braces(text: str) -> str:
+    """The text with braces and their escapes removed. Raises ValueError for a choice."""
+    parts, level, opened, end = [], 0, 0, 0
+    for found in _BRACE.finditer(text):
+        sign = found.group()
+        if sign == "|" and level:
+            block = text[opened:]
+            raise ValueError(
+                f"prompt has a choice that was not made: {brief(repr(block[: block.find('}') + 1] or block))}. "
+                "ComfyUI makes such choices in the text box of CLIP Text Encode alone, so SDXL and the MLLM could "
+                "read different prompts. Write one of the alternatives, in one text node that is linked to both."
+            )
+        if sign == "{" or (sign == "}" and level):
+            parts.append(text[end : found.start()])
+            opened = found.start() if not level else opened
+            level, end = level + (1 if sign == "{" else -1), found.end()
+    return re.sub(r"\\([{}|])", r"\1", "".join(parts) + text[end:])
+
+
+def _tokens(text: str) -> list[Token]:
+    tokens, end = [], 0
+    for found in _SPECIAL.finditer(text):
+        sign = found.group()
+        tokens.append((TEXT, text[end : found.start()]))
+        if sign in (OPEN, CLOSE):
+            tokens.append((sign, sign))
+        else:
+            tokens.append((TEXT, sign[1]) if sign[0] == "\\" else (DROPPED, ""))
+        end = found.end()
+    tokens.append((TEXT, text[end:]))
+    return [token for token in tokens if token != (TEXT, "")]
+
+
+def _segments(tokens: list[Token]) -> Iterator[list[Token]]:
+    """Runs of one weight, in order; the brackets that are left in them are text."""
+    stack = [(tokens, 0, True)]
+    while stack:
+        tokens, level, grouped = stack.pop()
+        if not grouped:
+            yield tokens
+            continue
+        for piece in reversed(_pieces(tokens)):
+            grouped = level < MAX_NESTING and len(piece) > 1 and (piece[0][0], piece[-1][0]) == (OPEN, CLOSE)
+            stack.append((_without_weight(piece[1:-1]) if grouped else piece, level + 1, grouped))
+
+
+def _pieces(tokens: list[Token]) -> list[list[Token]]:
+    """The tokens, cut before a bracket that opens at level 0 and after one that closes to level 0.
+
+    The level may fall below 0; ComfyUI counts the same way, so unbalanced brackets are read alike.
+    """
+    cuts, level = [0], 0
+    for i, (kind, _) in enumerate(tokens):
+        if kind == OPEN:
+            cuts += [i] * (level == 0)
+            level += 1
+        elif kind == CLOSE:
+            level -= 1
+            cuts += [i + 1] * (level == 0)
+    return [tokens[start:end] for start, end in pairwise([*cuts, len(tokens)]) if start < end]
+
+
+def _without_weight(tokens: list[Token]) -> list[Token]:
+    """The inside of brackets without its ":1.3"."""
+    kind, text = tokens[-1] if tokens else (DROPPED, "")
+    inside, colon, weight = text.rpartition(":")
+    if kind != TEXT or not colon or (not inside and len(tokens) == 1):
+        return tokens
+    try:
+        float(weight)
+    except ValueError:
+        return tokens
+    return [*tokens[:-1], *([(TEXT, inside)] if inside else [])]
+
+
+def _without_embeddings(segment: Sequence[Token]) -> Iterator[str | None]:
+    """Texts of a segment, with None where something was dropped."""
+    for dropped, run in groupby(segment, key=lambda token: token[0] == DROPPED):
+        text, end = "".join(part for _, part in run), 0
+        for found in _EMBEDDING.finditer(text):
+            yield from (text[end : found.start()], None)
+            name = found.group(1)
+            end = found.end() - (len(name) - len(name.rstrip(",")))  # the comma after the name is text
+        yield None if dropped else text[end:]
+
+
+def _joined(parts: Iterator[str | None]) -> str:
+    """The parts as one text, without a second comma or space where something was dropped."""
+    text, dropped = "", False
+    for part in parts:
+        if part is None:
+            dropped = True
+        elif part:
+            text, dropped = (_tidy(text, part) if dropped else text + part), False
+    return text.rstrip(", \t\n") if dropped else text
+
+
+def _tidy(before: str, after: str) -> str:
+    if after.lstrip().startswith(","):
+        before = before.rstrip()
+        after = after.lstrip()[1:] if not before or before.endswith(",") else after.lstrip()
+    return before + (after.lstrip() if not before or before[-1].isspace() else after)

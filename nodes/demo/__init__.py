@@ -1,0 +1,1 @@
+"""The demo node and its tiny SDXL."""

@@ -1,0 +1,1 @@
+"""Nodes that prepare a group of references, its instruction and its size."""

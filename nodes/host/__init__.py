@@ -1,0 +1,1 @@
+"""ComfyUI's side of the pack: hosted model, folders, images, previews, socket types, validation."""

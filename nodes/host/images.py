@@ -1,0 +1,36 @@
+"""Between the host's IMAGE tensors, single references and PIL pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ...easyref_core.mllm.preprocess import to_rgb
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+
+def split(batch: Tensor) -> list[Tensor]:
+    """(batch, height, width, channels) -> the single images, each (1, height, width, channels); none if it is empty."""
+    return [batch[i : i + 1] for i in range(len(batch))]
+
+
+def references_of(group: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """The references of an EASYREF_GROUP or an IMAGE batch, each (1, height, width, channels)."""
+    return list(group) if isinstance(group, tuple) else split(group)
+
+
+def pictures_of(images: Tensor | list[Tensor]) -> list[Image.Image]:
+    """IMAGE (batch, height, width, channels), or a list of single ones -> RGB pictures."""
+    return [
+        to_rgb(image[0] if image.ndim == 4 else image, f"image {i + 1}") for i, image in enumerate(images)
+    ]
+
+
+def image_of(picture: Image.Image) -> Tensor:
+    """A picture as IMAGE (1, height, width, 3) in 0..1."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32) / 255)[None]

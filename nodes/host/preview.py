@@ -1,0 +1,50 @@
+"""What a node shows of its run: a text and a contact sheet on the node, both also in the history."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import ui
+from comfy_execution.utils import get_executing_context
+
+from ...easyref_core.inspect.drawing import contact_sheet, stacked
+from ...easyref_core.inspect.duplicates import thumbnail
+from .images import image_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+COLUMNS, CELL = 6, 128  # of a contact sheet; pixels
+
+
+def text(content: str) -> dict[str, Any]:
+    """The ui part of a node's output that holds a text. It is sent to the node too: only some nodes show their own."""
+    context = get_executing_context()
+    if context is not None:  # None where the node is not run by the host's executor
+        from server import PromptServer
+
+        server = PromptServer.instance
+        server.send_progress_text(content, context.node_id, server.client_id)
+    return ui.PreviewText(content).as_dict()
+
+
+def pictures(references: Sequence[Tensor]) -> dict[str, Any]:
+    """The ui part that shows references, each (1, height, width, C), in rows of six under their numbers and sizes."""
+    captions = [f"{i + 1}: {image.shape[2]}x{image.shape[1]}" for i, image in enumerate(references)]
+    cells = [_cell(reference[0]) for reference in references]
+    rows = []
+    for start in range(0, len(cells), COLUMNS):
+        row = cells[start : start + COLUMNS]
+        row += [None] * (min(COLUMNS, len(cells)) - len(row))
+        headings = dict(enumerate(captions[start : start + COLUMNS]))
+        rows.append(contact_sheet({"": row}, CELL, headings))
+    return ui.PreviewImage(image_of(stacked(rows))).as_dict()
+
+
+def _cell(image: Tensor) -> Image.Image | None:
+    try:
+        return thumbnail(image, CELL)
+    except ValueError:  # the encoder names what is wrong with it
+        return None

@@ -1,0 +1,1 @@
+"""Nodes that show what the references do."""

@@ -1,0 +1,1 @@
+"""Nodes that combine, batch, save and load reference tokens."""

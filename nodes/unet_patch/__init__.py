@@ -1,0 +1,1 @@
+"""The patch of the UNet that Apply EasyRef attaches to a MODEL."""

@@ -1,0 +1,180 @@
+"""Wrappers around one step of a sampling: which injections act in a UNet call, and on which rows.
+
+CALC_COND_BATCH (`publish_step`) numbers the rows of the conditionings and reads the sigma once; APPLY_MODEL
+(`StepWrapper`) decides, outside of anything that is compiled, what each attention adds, and hands it on in
+transformer_options; DIFFUSION_MODEL does the same where a pack calls the UNet without the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from comfy.patcher_extension import WrappersMP
+
+from ..host.log import warn_once
+from .batch_layout import ROW_NUMBERS, BatchLayout, RowNumbers, layout_of, place_tiles
+from .compiled import SIGNATURE, Signature, guard_signature, is_compiled, run_compiled
+from .cond_roles import ROLES, SIGMA, frames_of, named_roles, read_sigma, unconditional_runs
+from .injection import STEP, Injection, Place, Step
+from .site_patch import is_foreign
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ...easyref_core.unet.layout import Site
+
+KEY = "easyref"
+ONE_BY_ONE = "ReUNetModel"  # class of RES4LYF's UNet, which runs its attentions on one row after the other
+NUMBERED = "easyref_numbered"  # in transformer_options: the RowNumbers of this step
+
+
+def publish_step(
+    executor: Any, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]
+) -> Any:
+    """CALC_COND_BATCH wrapper: publish the step's sigma and sides, and number the conditionings' rows."""
+    options = dict(model_options.get("transformer_options", {}))
+    options |= {SIGMA: read_sigma(timestep), ROLES: named_roles(conds)}
+    sides = unconditional_runs({**options, "cond_or_uncond": list(range(len(conds)))})
+    numbered = RowNumbers(x_in, frames_of(options, len(x_in)))
+    conds = [
+        side and [numbered.add(cond, unconditional) for cond in side]
+        for side, unconditional in zip(conds, sides, strict=True)
+    ]
+    options[NUMBERED] = numbered
+    options["wrappers"] = _with_ours_innermost(options.get("wrappers", {}))
+    return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
+
+
+def _with_ours_innermost(wrappers: dict[str, dict]) -> dict[str, dict]:
+    """The wrappers with StepWrapper last of APPLY_MODEL: it sees the batch and the modules that run."""
+    around = dict(wrappers.get(WrappersMP.APPLY_MODEL, {}))
+    if KEY in around:
+        around[KEY] = around.pop(KEY)
+    return {**wrappers, WrappersMP.APPLY_MODEL: around}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepWrapper:
+    """APPLY_MODEL and DIFFUSION_MODEL wrappers of a model with injections.
+
+    model_sampling: of the model at Apply EasyRef, for UNet calls that come without a model. sites: Apply node
+    and site of every SitePatch of the model.
+    """
+
+    injections: tuple[Injection, ...]
+    model_sampling: nn.Module
+    sites: frozenset[tuple[int, Site]] = frozenset()
+
+    def apply_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **conds: Any,
+    ) -> Tensor:
+        """Hand the step's injections to the attentions; takes the row numbers out of the conditionings."""
+        numbers = conds.pop(ROW_NUMBERS, None)
+        options = dict(transformer_options or {})
+        numbered = options.pop(NUMBERED, None)
+        layout = layout_of(x, options, numbered, numbers)
+        if numbered is not None and any(injection.mask is not None for injection in self.injections):
+            layout = place_tiles(layout, x, numbered.latents)
+        model = executor.class_obj
+        unet, compiled = model.diffusion_model, is_compiled(model, options)
+        place = Place(model.model_sampling, x.device, model.get_dtype_inference())
+        step = options[STEP] = self._step(options, layout, place, unet)
+        if compiled:
+            step = options[STEP] = self._fixed(step, place, tuple(x.shape[-2:]))
+        run = functools.partial(executor, x, t, c_concat, c_crossattn, control, options, **conds)
+        if compiled:
+            return run_compiled(unet, run, self._signature(step, options), self._obstacle(step, options))
+        out = run()
+        self._warn_of_lost_sites(step, options)
+        return out
+
+    def diffusion_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        timesteps: Tensor | None = None,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **conds: Any,
+    ) -> Tensor:
+        """Hand the injections to the attentions where no APPLY_MODEL wrapper ran."""
+        options = dict(transformer_options or {})
+        guard_signature(conds.pop(SIGNATURE, None))
+        if STEP not in options:
+            layout = layout_of(x, options, None, None)
+            place = Place(self.model_sampling, x.device, x.dtype)
+            options[STEP] = self._step(options, layout, place, executor.class_obj)
+        return executor(x, timesteps, context, y, control, options, **conds)
+
+    def _step(self, options: dict[str, Any], layout: BatchLayout, place: Place, unet: nn.Module) -> Step:
+        sigma = options[SIGMA] if SIGMA in options else read_sigma(options.get("sigmas"))
+        active = {slot: injection.at(sigma, layout, place) for slot, injection in enumerate(self.injections)}
+        active = {slot: found for slot, found in active.items() if found}
+        replaced = options.get("patches_replace", {}).get("attn2", {})
+        whole_blocks: dict[tuple, Callable[..., Tensor]] = {
+            address: patch for address, patch in replaced.items() if len(address) == 2
+        }
+        return Step(sigma, active, layout, unet, type(unet).__name__ == ONE_BY_ONE, whole_blocks)
+
+    def _fixed(self, step: Step, place: Place, size: tuple[int, int]) -> Step:
+        """The step as it may be compiled: every injection acts, and all masks are made."""
+        active = {
+            slot: injection.fixed(step.active.get(slot), step.layout, place, size)
+            for slot, injection in enumerate(self.injections)
+        }
+        return dataclasses.replace(step, active=active)
+
+    def _signature(self, step: Step, options: dict[str, Any]) -> Signature:
+        sites = [[bool(factor) for factor in injection.strength.factors] for injection in self.injections]
+        shapes = [
+            (tuple(active.key_values[0][0].shape), active.mask and active.mask.shapes)
+            for active in step.active.values()
+        ]
+        wrappers = sorted(map(str, options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})))
+        return Signature(repr((sites, shapes, len(step.layout))), repr(wrappers))
+
+    def _obstacle(self, step: Step, options: dict[str, Any]) -> str | None:
+        """Why the attentions cannot be compiled in this step."""
+        if any(active.recorder for active in step.active.values()):
+            return "Record Where It Acts reads every attention"
+        patches = options.get("patches_replace", {}).get("attn2", {}).values()
+        if step.one_by_one:
+            return "RES4LYF runs its rows one after the other"
+        if options.get("patches", {}).get("attn2_patch"):
+            return "another pack patches the cross-attentions too"
+        if step.whole_blocks or any(is_foreign(patch) for patch in patches):
+            return "another pack patches the cross-attentions too"
+        return None
+
+    def _warn_of_lost_sites(self, step: Step, options: dict[str, Any]) -> None:
+        """Warn where another pack has put its patch in the place of a SitePatch and did not call that."""
+        missing = self.sites - step.reached
+        if not step.active or not missing:
+            return
+        replaced = options.get("patches_replace", {}).get("attn2", {})
+        lost = {site for _, site in missing if is_foreign(replaced.get(tuple(site)))}
+        if lost:
+            kind = type(replaced[tuple(next(iter(lost)))])
+            warn_once(
+                f"References have no effect in {len(lost)} of {len({site for _, site in self.sites})} "
+                "cross-attentions: "
+                f"another pack replaced them after Apply EasyRef ({kind.__module__}.{kind.__qualname__}). "
+                "Put that pack's "
+                "node before Apply EasyRef."
+            )
+
+    def __deepcopy__(self, memo: dict) -> StepWrapper:
+        return self

@@ -1,0 +1,122 @@
+"""Operations of one step of SDXL's UNet, and what the reference term adds to them: counted at full size, without weights.
+
+A step is one call on the two rows of classifier-free guidance. An operation is an addition or a multiplication of a matrix
+product, a convolution or an attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from easyref_core.checkpoint.checkpoint import lora_shapes
+from easyref_core.training.counting import Counted, count
+from easyref_core.training.full_size import DTYPE, EASYREF, POOLED, PROMPT_TOKENS, sites
+from easyref_core.unet.diffusers_unet import attach
+from easyref_core.unet.layout import parse_diffusers
+from easyref_core.unet.reference_attention import KVProjections
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from torch import Tensor
+
+ROWS = 2  # of the batch: classifier-free guidance
+PIXELS_PER_LATENT = 8
+
+
+class Added(NamedTuple):
+    """Operations of a step without references, and what each way adds to them."""
+
+    bare: Counted
+    patched: Counted  # as this project does it
+    projections: int  # K and V of all sites, once
+    lora: int  # the attention LoRA beside the layers, not merged into them
+
+    @property
+    def term(self) -> int:
+        return self.patched.operations - self.bare.operations
+
+    @property
+    def authors(self) -> int:
+        """The authors' processors project K and V in every layer of every step, and run the LoRA beside the layers."""
+        return self.term + self.projections + self.lora
+
+    @property
+    def ip_adapter_plus(self) -> int:
+        """IPAdapter_plus projects K and V in every layer of every step; the host has merged the LoRA."""
+        return self.term + self.projections
+
+
+def inputs(pixels: int, dtype: torch.dtype, device: str) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Latents (2, 4, h, w), timesteps (2,) and text (2, 77, 2048), and what SDXL reads beside them. Random, but on meta."""
+    side = pixels // PIXELS_PER_LATENT
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    text = random(ROWS, PROMPT_TOKENS, EASYREF.token_width)
+    given = random(ROWS, 4, side, side), torch.full((ROWS,), 500.0, device=device), text
+    return given, {"text_embeds": random(ROWS, POOLED), "time_ids": random(ROWS, 6)}
+
+
+def step(unet: UNet2DConditionModel, given: tuple[tuple[Tensor, ...], Mapping[str, Tensor]]) -> Tensor:
+    """One call of the UNet on what `inputs` gives."""
+    (latents, timesteps, text), added = given
+    return unet(latents, timesteps, encoder_hidden_states=text, added_cond_kwargs=added).sample
+
+
+def added(unet: UNet2DConditionModel, pixels: int) -> Added:
+    """Counted on a full-size UNet on the meta device; the LoRA from its shapes."""
+    projections = KVProjections(tuple(sites().values()), EASYREF.token_width, device="meta", dtype=DTYPE)
+    tokens = empty(ROWS, EASYREF.num_tokens, EASYREF.token_width)
+    bare, patched = counted(unet, pixels, None), counted(unet, pixels, 1.0)
+    return Added(bare, patched, count(lambda: projections(tokens)).operations, lora_by_hand(pixels))
+
+
+def counted(unet: UNet2DConditionModel, pixels: int, weight: float | None) -> Counted:
+    """One step with references at this weight (0: outside their window); with nothing attached where it is None."""
+    given = inputs(pixels, DTYPE, "meta")
+    if weight is None:
+        return count(lambda: step(unet, given))
+    attachment = attach(unet, weight=weight)
+    attachment.condition([(empty(ROWS, EASYREF.num_tokens, width),) * 2 for width in sites().values()])
+    try:
+        return count(lambda: step(unet, given))
+    finally:
+        attachment.remove()
+
+
+def term_by_hand(pixels: int) -> int:
+    """The same as Added.term, from shapes: two products of queries with 64 keys and values at each site."""
+    return sum(
+        2 * 2 * ROWS * queries(pixels, width) * EASYREF.num_tokens * width for width in sites().values()
+    )
+
+
+def lora_by_hand(pixels: int) -> int:
+    """Two products more at q, k, v and out of each attention, with all its tokens; k and v of attn2 have the text's."""
+    found = sites()
+    shapes = lora_shapes(EASYREF, tuple(found), tuple(found.values()))
+    operations = 0
+    for name, shape in shapes.items():
+        width = found[parse_diffusers(name.removeprefix("unet."))]
+        reads_text = ".attn2." in name and ("to_k" in name or "to_v" in name)
+        tokens = PROMPT_TOKENS if reads_text else queries(pixels, width)
+        operations += 2 * ROWS * tokens * shape[0] * shape[1]
+    return operations
+
+
+def queries(pixels: int, width: int) -> int:
+    """Tokens of a picture in an attention of SDXL: those 640 wide see the latents halved, those 1280 wide quartered."""
+    return (pixels // PIXELS_PER_LATENT // {640: 2, 1280: 4}[width]) ** 2
+
+
+def copied_bytes(itemsize: int, images: int) -> int:
+    """Bytes that IPAdapter_plus writes in a step by repeating K and V over the rows of a batch of `images`, with CFG."""
+    return 2 * ROWS * images * EASYREF.num_tokens * sum(sites().values()) * itemsize
+
+
+def empty(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=DTYPE, device="meta")
