@@ -21,9 +21,9 @@ from .mllm.instructions import (
     require_text,
     tokenize,
 )
-from .mllm.prefix_cache import GroupReader, PreparedGroup, digest
+from .mllm.prefix_cache import CachedGroupEncoder, PreparedGroup, digest
 from .mllm.preprocess import SIZE, check_group, check_sides, grid_of, resized_sides
-from .mllm.qwen2_vl import Unfilled
+from .mllm.qwen2_vl import SkipInit
 from .tokens.reference_tokens import (
     ContextStates,
     Provenance,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 KEPT = 16  # unconditional tokens, one set for each instruction, size and noise
 
 
-class MLLM(nn.Module):
+class EasyRefModules(nn.Module):
     """The parts that run to make tokens: the MLLM body, and the last layer with the projector."""
 
     def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
@@ -63,7 +63,7 @@ class EasyRef:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        mllm: MLLM,
+        mllm: EasyRefModules,
         kv: KVProjections,
         tokenizer: Tokenizer,
         device: torch.device | str,
@@ -74,7 +74,7 @@ class EasyRef:
         self.mllm, self.kv, self.tokenizer = mllm, kv, tokenizer
         self.device, self.dtype = torch.device(device), dtype
         self.image_token = image_token_id(tokenizer)
-        self.reader = GroupReader(mllm.encoder, self.image_token, self.device, dtype)
+        self.reader = CachedGroupEncoder(mllm.encoder, self.image_token, self.device, dtype)
         self._unconditional: dict[tuple[str, int, int, float], ReferenceTokens] = {}
         if self.image_token >= self.config.vocab_size:
             raise ValueError(
@@ -161,7 +161,7 @@ class EasyRef:
 
         Raises ValueError for a context of another checkpoint and where the arithmetic overflowed.
         """
-        self.require_own(context, "context")
+        self.require_same_checkpoint(context, "context")
         bias = weight_bias(context, self.config.num_tokens)
         bias = None if bias is None else bias.to(self.device, self.dtype)
         tokens = self.mllm.aggregator(context.states.to(self.device, self.dtype), bias=bias).float()
@@ -218,7 +218,7 @@ class EasyRef:
         self.reader.forget()
         self._unconditional.clear()
 
-    def require_own(self, made: ContextStates | ReferenceTokens, what: str) -> None:
+    def require_same_checkpoint(self, made: ContextStates | ReferenceTokens, what: str) -> None:
         """Refuse what another checkpoint made: its numbers mean nothing to this one."""
         if made.provenance.checkpoint != self.fingerprint:
             raise ValueError(
@@ -289,7 +289,7 @@ def build(
     device: torch.device | str,
     dtype: torch.dtype,
     cast: Cast,
-    operations: Any = Unfilled,
+    operations: Any = SkipInit,
 ) -> EasyRef:
     """The model of an opened checkpoint: modules of `operations`, every weight passed through `cast` once.
 
@@ -297,7 +297,7 @@ def build(
     file's mapping.
     """
     config = checkpoint.config
-    mllm = MLLM(config, operations, device="meta").eval()
+    mllm = EasyRefModules(config, operations, device="meta").eval()
     kv = KVProjections(checkpoint.inner, config.token_width, operations, device="meta").eval()
     mllm.encoder.load_state_dict(checkpoint.state("encoder.", cast), assign=True)
     mllm.aggregator.load_state_dict(checkpoint.state("aggregator.", cast), assign=True)

@@ -25,7 +25,7 @@ from .group.instruction import EasyRefInstruction
 from .group.reference_group import EasyRefGroup, EasyRefSelectReferences
 from .group.weigh import EasyRefWeighReferences
 from .host.folders import make_checkpoint_folder, register_folders
-from .host.validation import keep_to_schema
+from .host.validation import validate_inputs_of
 from .inspect.attention import EasyRefReferenceAttention
 from .inspect.consistency import EasyRefConsistency
 from .inspect.influence import EasyRefReferenceInfluence
@@ -66,7 +66,7 @@ NODES = [
     EasyRefSheet,
 ]
 for node in NODES:
-    keep_to_schema(node)
+    validate_inputs_of(node)
 
 
 class EasyRefExtension(ComfyExtension):

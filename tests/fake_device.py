@@ -100,9 +100,8 @@ class FakeDevice(FakeTensorMode):
         self._inside = True
         try:
             args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
-            with (
-                torch._C.DisableTorchFunction()
-            ):  # the parts of an operation are not written in Python's x[...]
+            # the parts of an operation are not written in Python's x[...]
+            with torch._C.DisableTorchFunction():
                 result = super().__torch_dispatch__(func, types, args, kwargs)
         finally:
             self._inside = False

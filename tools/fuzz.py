@@ -12,9 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[1])
-)  # last: this pack's `nodes` must not hide ComfyUI's nodes.py
+# last: this pack's `nodes` must not hide ComfyUI's nodes.py
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from tools.fuzzing.cases import KINDS
 from tools.fuzzing.judge import ERROR, FAILURE, RIGHT

@@ -41,6 +41,11 @@ def part(pack: ModuleType, name: str) -> ModuleType:
     return importlib.import_module(f"{pack.__name__}.{name}")
 
 
+def node(pack: ModuleType, name: str) -> Any:
+    """A node class of the loaded pack by its id, such as EasyRefApply."""
+    return next(node for node in part(pack, "nodes").NODES if node.__name__ == name)
+
+
 def load(pack: ModuleType, precision: str = "auto") -> Any:
     """The golden checkpoint as the loader node loads it."""
     return part(pack, "nodes.host.hosted_model").load_hosted(CHECKPOINT, MLLM, MLLM, precision, None)

@@ -49,7 +49,7 @@ class Easy:
         **more: Any,
     ) -> ModelPatcher:
         """more: the inputs that came after these."""
-        node = golden.part(self.pack, "nodes.apply").EasyRefApply
+        node = golden.node(self.pack, "EasyRefApply")
         with torch.inference_mode():  # as the host runs nodes
             inputs = model, self.easyref, tokens or self.tokens, weight, start, end, lora
             return node.execute(*inputs, **more).result[0]

@@ -235,9 +235,8 @@ class ComfyServer:
         )
         if last.type != "execution_success":
             raise PromptFailed(last.type, last.data)
-        while not (
-            history := json.loads(self.get(f"/history/{prompt_id}"))
-        ):  # written after the event is sent
+        # written after the event is sent
+        while not (history := json.loads(self.get(f"/history/{prompt_id}"))):
             self._check_alive()
             time.sleep(0.02)
         return history[prompt_id]

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from ..files.atomic_write import whole
-from ..files.tensor_files import Source, TensorFile, brief, has_weights, open_tensors, read_json, read_sources
+from ..files.atomic_write import atomic_write
+from ..files.tensor_files import Source, TensorFile, has_weights, open_tensors, read_json, read_sources
 from ..mllm.config import EasyRefConfig, Shapes, mllm_name
 from ..mllm.group_encoder import GroupEncoder
-from ..mllm.qwen2_vl import Unfilled
+from ..mllm.qwen2_vl import SkipInit
 from ..tokens.reference_tokens import ReferenceAggregator
 from ..unet.layout import Site
 from ..unet.reference_attention import KVProjections
+from ..utils.errors import shorten
 from .formats import (
     BASE_MLLM,
     EASYREF_NAMES,
@@ -156,7 +157,7 @@ def read_config(mllm: Path) -> dict[str, Any]:
     config = read_json(file)
     if config.get("model_type") != "qwen2_vl":
         raise ValueError(
-            f"{file} describes {mllm_name(config)}, model type {brief(repr(config.get('model_type')))}; EasyRef needs "
+            f"{file} describes {mllm_name(config)}, model type {shorten(repr(config.get('model_type')))}; EasyRef needs "
             f"'qwen2_vl', another architecture. Download Qwen/Qwen2-VL-2B-Instruct ({BASE_MLLM}) and choose its folder."
         )
     return config
@@ -176,23 +177,23 @@ def open_mllm(folder: Path) -> TensorFile:
         _refuse_gguf(folder, name)
     file = open_tensors(folder)
     if tensors := quantized(file.shapes):
-        raise _quantized_mllm(folder, name, f"{len(tensors)} tensors such as {brief(tensors[0])}")
+        raise _quantized_mllm(folder, name, f"{len(tensors)} tensors such as {shorten(tensors[0])}")
     return file
 
 
 def _quantizer(settings: object) -> str:
     """The method that a quantization_config names; bitsandbytes did not always write one."""
     if not isinstance(settings, Mapping):
-        return brief(repr(settings))
+        return shorten(repr(settings))
     loads = [key for key in ("load_in_4bit", "load_in_8bit") if settings.get(key)]
     method = settings.get("quant_method") or ("bitsandbytes" if loads else "unknown method")
-    return ", ".join([brief(method), *loads])
+    return ", ".join([shorten(method), *loads])
 
 
 def _refuse_gguf(folder: Path, name: str) -> None:
     """Raises ValueError for a folder of GGUF files, which are not read."""
     if found := sorted(file.name for file in folder.glob("*.gguf")):
-        raise _quantized_mllm(folder, name, f"a GGUF file, {brief(found[0])}")
+        raise _quantized_mllm(folder, name, f"a GGUF file, {shorten(found[0])}")
 
 
 def _quantized_mllm(folder: Path, name: str, found: str) -> ValueError:
@@ -207,8 +208,8 @@ def expected_shapes(checkpoint: Checkpoint) -> Shapes:
     config = checkpoint.config
     with torch.device("meta"):
         modules = {
-            "encoder.": GroupEncoder(config, Unfilled),
-            "aggregator.": ReferenceAggregator(config, Unfilled),
+            "encoder.": GroupEncoder(config, SkipInit),
+            "aggregator.": ReferenceAggregator(config, SkipInit),
             "kv.": KVProjections(checkpoint.inner, config.token_width),
         }
     shapes = {
@@ -247,7 +248,7 @@ def save(
         stored_name(name, sites): _stored_tensor(name, tensor, config) for name, tensor in tensors.items()
     }
     metadata = {METADATA_KEY: json.dumps(dataclasses.asdict(config)), "format": "pt"}
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         save_file(stored, partial, metadata)
 
 
@@ -315,7 +316,7 @@ def _require_layers(path: Path, shapes: Shapes, sites: Sequence[Site]) -> None:
     if flat:
         raise ValueError(
             f"{path}: {len(flat)} tensors hold no weights of a model, first {stored_name(flat[0], sites)} of shape "
-            f"{brief(shapes[flat[0]])}. The file is damaged; download or export it again ({RELEASE})."
+            f"{shorten(shapes[flat[0]])}. The file is damaged; download or export it again ({RELEASE})."
         )
 
 
@@ -323,7 +324,7 @@ def _compare(checkpoint: Checkpoint, found: Shapes) -> None:
     path, sites, wanted = checkpoint.path, checkpoint.sites, expected_shapes(checkpoint)
     _raise_missing(path, sorted(wanted.keys() - found.keys()), sites)
     wrong = [
-        f"{stored_name(name, sites)}: found {brief(tuple(found[name]))}, wanted {tuple(shape)}"
+        f"{stored_name(name, sites)}: found {shorten(tuple(found[name]))}, wanted {tuple(shape)}"
         for name, shape in wanted.items()
         if tuple(found[name]) != tuple(shape)
     ]
@@ -336,7 +337,7 @@ def _compare(checkpoint: Checkpoint, found: Shapes) -> None:
     if unknown:
         raise ValueError(
             f"{path} holds {len(unknown)} tensors in places where an EasyRef model on Qwen2-VL has none, first "
-            f"{', '.join(map(brief, unknown[:5]))}. It is of another architecture, or damaged; use the release ({RELEASE})."
+            f"{', '.join(map(shorten, unknown[:5]))}. It is of another architecture, or damaged; use the release ({RELEASE})."
         )
 
 

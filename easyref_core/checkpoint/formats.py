@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ..files.tensor_files import brief
 from ..unet.layout import Site, in_processor_order, parse_diffusers, sdxl_sites
+from ..utils.errors import shorten
 
 log = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -93,7 +93,7 @@ def require_easyref(path: Path, names: Iterable[str]) -> None:
     own = any(name.startswith("mllm_final_layer.") for name in names)
     if own and (found := quantized(filter(OWN_MODULES.fullmatch, names))):
         raise ValueError(
-            f"{path} is a quantized EasyRef checkpoint ({len(found)} tensors such as {brief(found[0])}); wanted weights "
+            f"{path} is a quantized EasyRef checkpoint ({len(found)} tensors such as {shorten(found[0])}); wanted weights "
             f"that are not quantized. Download the release, {RELEASE}. {SAVE_MEMORY}"
         )
     if all(_occurs(pattern, names) for pattern in SIGNATURE):
@@ -101,7 +101,7 @@ def require_easyref(path: Path, names: Iterable[str]) -> None:
     what = next(
         (what for what, patterns in OTHER_FILES if all(_occurs(p, names) for p in patterns)),
         f"a file of {len(names)} tensors"
-        + (f" such as {brief(', '.join(sorted(names)[:3]))}" if names else ""),
+        + (f" such as {shorten(', '.join(sorted(names)[:3]))}" if names else ""),
     )
     raise ValueError(
         f"{path} is not an EasyRef checkpoint but {what}. Wanted: a file with the keys mllm_final_layer.*, "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str) -> Iterator[Path]:
     """A name beside `path` to write to. It becomes `path` when the block ends, and is removed when the block raises.
 
     A killed process leaves .<digest of the name>.partial behind (shorter than a name may be, whatever path is): no list of
@@ -25,7 +25,7 @@ def whole(path: Path | str) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: Path | str, text: str) -> None:
+def atomic_write_text(path: Path | str, text: str) -> None:
     """Write a text file in UTF-8."""
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..utils.errors import shorten
+
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 ZIP, GGUF = b"PK\x03\x04", b"GGUF"
-BRIEF = 200  # characters of what a file says that an error repeats
 MAPPED_AT_ONCE = 64 * 2**20  # bytes; more of files above 2 GB, so that none is mapped more than 32 times
 
 
@@ -81,7 +82,7 @@ class SafetensorsFile:
                 self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is not a complete safetensors file: {brief(error)} ({path.stat().st_size:,} bytes on disk). "
+                f"{path} is not a complete safetensors file: {shorten(error)} ({path.stat().st_size:,} bytes on disk). "
                 "It was cut short or is of another format; download it again."
             ) from error
 
@@ -101,7 +102,7 @@ class SafetensorsFile:
                 return file.get_tensor(name)
             except (SafetensorError, AttributeError) as error:  # a type that this torch has not
                 raise ValueError(
-                    f"{self.path}: {name} cannot be read ({brief(error)}). Save the file in float32, float16 or bfloat16."
+                    f"{self.path}: {name} cannot be read ({shorten(error)}). Save the file in float32, float16 or bfloat16."
                 ) from error
 
         return get
@@ -233,13 +234,7 @@ def _reason(error: Exception) -> str:
     """The telling sentence of torch.load's error, without its advice on how to load the file all the same."""
     text = str(error) or type(error).__name__
     found = re.search(r"unsupported .+", text, re.IGNORECASE)
-    return brief((found[0] if found else text.splitlines()[0]).partition(". ")[0].removesuffix("."))
-
-
-def brief(found: object) -> str:
-    """What a file says, as an error repeats it: not longer than it takes to see what it is, in letters that can be sent."""
-    text = str(found).encode(errors="backslashreplace").decode()
-    return text if len(text) <= BRIEF else f"{text[:BRIEF]}..."
+    return shorten((found[0] if found else text.splitlines()[0]).partition(". ")[0].removesuffix("."))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -247,7 +242,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({brief(error)}). Download it again.") from error
+        raise ValueError(f"{file} is damaged ({shorten(error)}). Download it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}; wanted a JSON object. Download it again.")
     return content
@@ -260,7 +255,7 @@ def _listed_files(index: Path) -> list[Path]:
     wrong = [name for name in names if not _is_file_name(name)]
     if not names or wrong:
         found = (
-            "names no weight files" if not names else f"names {brief(repr(wrong[0]))} as a file of weights"
+            "names no weight files" if not names else f"names {shorten(repr(wrong[0]))} as a file of weights"
         )
         raise ValueError(
             f"{index} {found}; wanted the names of files beside it. Download the whole folder again."
@@ -269,7 +264,7 @@ def _listed_files(index: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{index.parent} lacks {brief(', '.join(missing))}, which {index.name} names. Download the whole folder again."
+            f"{index.parent} lacks {shorten(', '.join(missing))}, which {index.name} names. Download the whole folder again."
         )
     return files
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from einops import rearrange, repeat
 
-from ..mllm.qwen2_vl import rotate, text_rotation
+from ..mllm.qwen2_vl import apply_rope, text_rope
 from ..tokens.reference_tokens import weight_bias
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..mllm.config import EasyRefConfig
-    from ..mllm.qwen2_vl import Rotation, SelfAttention
+    from ..mllm.qwen2_vl import Rope, SelfAttention
     from ..model import EasyRef
     from ..tokens.reference_tokens import ContextStates, ReferenceAggregator
 
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 class AttentionShares:
     """Where the attention of the reference tokens goes; all shares together are 1."""
 
-    maps: tuple[
-        Tensor, ...
-    ]  # per reference (rows, columns) in image tokens; the sum of a map is the reference's share
+    # per reference (rows, columns) in image tokens; the sum of a map is the reference's share
+    maps: tuple[Tensor, ...]
     template: (
         float  # the chat template up to the last reference: the marks, and the start that many heads rest on
     )
@@ -45,7 +44,7 @@ def read_shares(model: EasyRef, context: ContextStates, token: int = -1) -> Atte
 
     Raises ValueError for a context of another checkpoint and for a token there is not.
     """
-    model.require_own(context, "context")
+    model.require_same_checkpoint(context, "context")
     count = model.config.num_tokens
     if not -1 <= token < count:
         raise ValueError(
@@ -71,7 +70,7 @@ def aggregation_attention(
     config, count = aggregator.config, aggregator.config.num_tokens
     tokens = aggregator.reference_tokens(torch.arange(count, device=context.device)).to(context.dtype)
     x = torch.cat([context, tokens.expand(len(context), -1, -1)], dim=1)
-    turn = text_rotation(x.shape[1], config, x.device)
+    turn = text_rope(x.shape[1], config, x.device)
     for layer in aggregator.layers[:-1]:
         x = layer(x, turn, causal=config.causal, bias=bias)
     last = aggregator.layers[-1]
@@ -81,7 +80,7 @@ def aggregation_attention(
 def attention_weights(
     attention: SelfAttention,
     x: Tensor,
-    turn: Rotation,
+    turn: Rope,
     causal: bool,
     queries: int,
     bias: Tensor | None = None,
@@ -93,7 +92,7 @@ def attention_weights(
     cos, sin = turn
     q = rearrange(attention.q_proj(x[:, -queries:]), "b n (h d) -> b n h d", h=attention.heads).float()
     k = rearrange(attention.k_proj(x), "b n (h d) -> b n h d", h=attention.kv_heads).float()
-    q, k = rotate(q, (cos[-queries:], sin[-queries:])), rotate(k, turn)
+    q, k = apply_rope(q, (cos[-queries:], sin[-queries:])), apply_rope(k, turn)
     k = repeat(k, "b n h d -> b (h g) n d", g=attention.heads // attention.kv_heads)
     scores = q.transpose(1, 2) @ k.transpose(-1, -2) / attention.head_dim**0.5
     scores = scores if bias is None else scores + bias.float()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .drawing import INK, MARGIN, PAPER, fitted, font, heat_colours, shortened
+from .drawing import INK, MARGIN, PAPER, fit_square, font, heat_colours, shortened
 
 WIDTH = 720  # pixels, of bars and parts
 TITLE, TEXT = 22, 18  # font sizes
@@ -46,7 +46,7 @@ def bar_chart(
         top = LINE + 2 * MARGIN + place * height
         middle = top + height / 2 - 4
         if bar.picture:
-            shown = fitted(bar.picture, height - 8)
+            shown = fit_square(bar.picture, height - 8)
             sheet.paste(
                 shown, (MARGIN + (height - 8 - shown.width) // 2, top + (height - 8 - shown.height) // 2)
             )
@@ -109,7 +109,7 @@ def matrix_chart(
     for number, column in enumerate(columns):
         x = left + number * cell
         if pictures:
-            shown = fitted(pictures[number], cell - 4)
+            shown = fit_square(pictures[number], cell - 4)
             sheet.paste(shown, (x + (cell - shown.width) // 2, top - LINE - 2 - shown.height))
         if number % every == 0:
             colour = RED if number == marked else INK

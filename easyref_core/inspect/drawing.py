@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 MARGIN, LABEL_HEIGHT = 12, 26  # pixels
 PAPER, INK = "white", "black"
 # Colours of a heat map from 0 to 1, dark to bright, so that it can be read without colour too.
-HEAT = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
+INFERNO = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
 
 
 def contact_sheet(
@@ -33,12 +33,14 @@ def contact_sheet(
         draw.text((MARGIN, top), shortened(label, sheet.width - 2 * MARGIN, 16), INK, font(16))
         for column, picture in enumerate(pictures):
             if picture is not None:
-                sheet.paste(fitted(picture, cell), (MARGIN + column * (cell + MARGIN), top + LABEL_HEIGHT))
+                sheet.paste(
+                    fit_square(picture, cell), (MARGIN + column * (cell + MARGIN), top + LABEL_HEIGHT)
+                )
         top += row_height
     return sheet
 
 
-def captioned(
+def caption_grid(
     pictures: Sequence[Image.Image], captions: Sequence[str], cell: int = 256, columns: int = 4
 ) -> Image.Image:
     """Pictures row by row, each fitted into a square of `cell` pixels with its caption below."""
@@ -50,13 +52,13 @@ def captioned(
     for place, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         row, column = divmod(place, columns)
         left, top = MARGIN + column * step, MARGIN + row * (step + line)
-        shown = fitted(picture, cell)
+        shown = fit_square(picture, cell)
         sheet.paste(shown, (left + (cell - shown.width) // 2, top + cell - shown.height))
         draw.text((left + cell / 2, top + cell + 4), shortened(caption, cell, 20), INK, font(20), anchor="ma")
     return sheet
 
 
-def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+def vstack(pictures: Sequence[Image.Image]) -> Image.Image:
     """Pictures one below the other, on paper as wide as the widest."""
     sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), PAPER)
     top = 0
@@ -66,7 +68,7 @@ def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def overlaid(picture: Image.Image, heat: np.ndarray, opacity: float = 0.75) -> Image.Image:
+def overlay_heatmap(picture: Image.Image, heat: np.ndarray, opacity: float = 0.75) -> Image.Image:
     """A heat map (rows, columns) in 0..1 over a picture in grey; the more heat, the less of the picture."""
     grey = ImageOps.grayscale(picture).convert("RGB")
     spread = Image.fromarray(heat.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC)
@@ -77,12 +79,12 @@ def overlaid(picture: Image.Image, heat: np.ndarray, opacity: float = 0.75) -> I
 
 def heat_colours(values: np.ndarray) -> np.ndarray:
     """Values (...) in 0..1 -> colours (..., 3) in bytes."""
-    places = np.linspace(0, 1, len(HEAT))
-    channels = [np.interp(values, places, channel) for channel in zip(*HEAT, strict=True)]
+    places = np.linspace(0, 1, len(INFERNO))
+    channels = [np.interp(values, places, channel) for channel in zip(*INFERNO, strict=True)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def fitted(picture: Image.Image, cell: int) -> Image.Image:
+def fit_square(picture: Image.Image, cell: int) -> Image.Image:
     """A picture as large as fits into a square of `cell` pixels; pixels stay sharp where it grows."""
     grows = max(picture.size) <= cell
     how = Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS

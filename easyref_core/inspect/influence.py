@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from ..mllm.prefix_cache import PreparedGroup
     from ..model import EasyRef
 
-FEWEST = 4  # references from which on one can be said not to belong
+MIN_REFERENCES = 4  # references from which on one can be said not to belong
 # Of groups made by code and read by the model that ships, half with an outsider (4 and 6 references, 96 groups), pooled
 # vision features found 23 of 48 outsiders at 5 and named 2 references of 48 groups that have none; at 3.5, 27 and 5.
 # The tokens of each reference alone found 13 and named 4; leaving one out tells nothing, as the model was trained
 # to leave outsiders out itself.
-STANDS_OUT = 5.0
+OUTLIER_Z = 5.0
 
 
 def change(tokens: Tensor, without: Tensor) -> float:
@@ -45,7 +45,7 @@ def likeness(features: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-def to_the_others(similarity: Tensor) -> Tensor:
+def mean_to_others(similarity: Tensor) -> Tensor:
     """Similarity (K, K) -> each one's mean similarity to the others (K,)."""
     count = len(similarity)
     return (similarity.sum(dim=1) - similarity.diagonal()) / (count - 1)
@@ -62,12 +62,12 @@ def robust_z(values: Sequence[float]) -> list[float]:
     return (0.6745 * below / deviation.clamp_min(1e-6)).tolist()
 
 
-def odd_one(similarity: Tensor) -> tuple[int, float]:
-    """The reference that is least like the others and its robust z-score; -1 where it is below STANDS_OUT.
+def find_outlier(similarity: Tensor) -> tuple[int, float]:
+    """The reference that is least like the others and its robust z-score; -1 where it is below OUTLIER_Z.
 
     Of fewer than 4 references none is named: the score is that of the least alike all the same.
     """
-    scores = robust_z(to_the_others(similarity).tolist())
+    scores = robust_z(mean_to_others(similarity).tolist())
     least = max(range(len(scores)), key=scores.__getitem__)
-    named = len(scores) >= FEWEST and scores[least] >= STANDS_OUT
+    named = len(scores) >= MIN_REFERENCES and scores[least] >= OUTLIER_Z
     return least if named else -1, scores[least]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Grid = tuple[int, int]  # rows and columns of the query tokens
 
 
-class Moment(NamedTuple):
+class ShareKey(NamedTuple):
     """What one share is of: one side of the guidance, at one site, in one step."""
 
     sigma: float
@@ -63,7 +63,7 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self._squares: dict[tuple[Moment, Grid], tuple[Tensor, Tensor]] = {}
+        self._squares: dict[tuple[ShareKey, Grid], tuple[Tensor, Tensor]] = {}
 
     def record(
         self,
@@ -81,15 +81,15 @@ class Recorder:
         tokens = term.shape[1]
         grid = grid if grid[0] * grid[1] == tokens else (1, tokens)
         for is_unconditional, rows in sides_of(unconditional):
-            key = Moment(sigma, site, is_unconditional), grid
+            key = ShareKey(sigma, site, is_unconditional), grid
             found = tuple(squares(tensor[rows]) for tensor in (term, attention))
             before = self._squares.get(key)
             self._squares[key] = found if before is None else (before[0] + found[0], before[1] + found[1])
 
-    def shares(self) -> dict[Moment, Share]:
+    def shares(self) -> dict[ShareKey, Share]:
         """{(sigma, site, is_unconditional): (share, grid (rows, columns) of each token's share)}, on the CPU, by
         falling sigma. Of calls on latents of several sizes (areas) the largest is given."""
-        largest: dict[Moment, Grid] = {}
+        largest: dict[ShareKey, Grid] = {}
         for moment, grid in sorted(self._squares, key=lambda key: key[1][0] * key[1][1]):
             largest[moment] = grid
         shares = {}

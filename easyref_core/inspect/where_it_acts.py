@@ -11,13 +11,13 @@ from torch.nn.functional import interpolate
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .reference_share import Moment, Share
+    from .reference_share import Share, ShareKey
 
 Block = tuple[str, int]  # "input", "middle" or "output", and its number
 SHORT = {"input": "in", "middle": "mid", "output": "out"}
 
 
-def by_block_and_step(shares: Mapping[Moment, Share]) -> tuple[list[Block], list[float], Tensor]:
+def by_block_and_step(shares: Mapping[ShareKey, Share]) -> tuple[list[Block], list[float], Tensor]:
     """Blocks in the order of the UNet, sigmas falling, and the mean share of each block's sites (blocks, steps).
 
     NaN where nothing was added.
@@ -35,7 +35,7 @@ def by_block_and_step(shares: Mapping[Moment, Share]) -> tuple[list[Block], list
     return blocks, sigmas, values
 
 
-def by_place(shares: Mapping[Moment, Share]) -> Tensor:
+def by_place(shares: Mapping[ShareKey, Share]) -> Tensor:
     """The mean share at each place of the picture (rows, columns), at the finest grid of the UNet's attentions."""
     grids = [share.grid for share in shares.values()]
     # a site whose tokens another pack has made fewer has lost their places

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .prefix_cache import MASKED, VISION_PIECE
+from .prefix_cache import MAX_MASK_ENTRIES, VISION_CHUNK_PATCHES
 from .preprocess import resized_sides
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SMALLEST = 2  # image tokens along a side, see preprocess
 # Bytes that a device's allocator keeps of what was freed, in pieces that do not fit what comes next. On a CPU 1 to 8
 # references took up to 101 MiB more than their tensors are counted here (docs/performance.md).
-HELD_BACK = 128 * 2**20
+ALLOCATOR_SLACK_BYTES = 128 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Budget:
     text_tokens: int  # instruction, prompt, chat, and the two marks around each reference
     limit: int  # tokens that fit beside the reference tokens
     activation_bytes: int  # beside the weights
-    operations: int  # of the encoding, a multiplication and an addition counted as two
+    flops: int  # of the encoding, a multiplication and an addition counted as two
 
     @property
     def total(self) -> int:
@@ -55,7 +55,7 @@ def budget(
         text_tokens,
         config.max_positions - config.num_tokens,
         activation_bytes(config, patches, total + config.num_tokens, itemsize),
-        operations(config, patches, total),
+        flops(config, patches, total),
     )
 
 
@@ -83,10 +83,10 @@ def activation_bytes(
     patches: of each reference for the vision tower; tokens: that the decoder reads, `before`: after so many that it has
     read already. Counted: the widest moment of a vision block (QKV, their rotated float32 copies, both sides of the
     MLP), which sees a piece of the group at a time, or of a decoder layer, with the keys and values of all layers,
-    whichever is larger; the image tokens and the embeddings; and HELD_BACK.
+    whichever is larger; the image tokens and the embeddings; and ALLOCATOR_SLACK_BYTES.
     """
     c = config
-    piece = min(sum(patches), max(VISION_PIECE, *patches)) if patches else 0
+    piece = min(sum(patches), max(VISION_CHUNK_PATCHES, *patches)) if patches else 0
     vision = piece * (
         c.vision_width * (6 * itemsize + 16) + 3 * c.vision_mlp_width * itemsize + 4 * c.patch_values
     )
@@ -94,14 +94,14 @@ def activation_bytes(
     keys_values = 2 * c.kv_heads * c.head_dim * itemsize
     decoder += (tokens + before) * c.body_layers * keys_values
     if before:  # of one layer, for all heads; and the mask
-        decoder += before * 2 * c.hidden_size * itemsize + min(MASKED, tokens * (before + tokens)) * (
-            1 + itemsize
-        )
+        decoder += before * 2 * c.hidden_size * itemsize + min(
+            MAX_MASK_ENTRIES, tokens * (before + tokens)
+        ) * (1 + itemsize)
     seen = max(tokens, sum(patches) // c.merge_size**2)
-    return max(vision, decoder) + (seen + tokens) * c.hidden_size * itemsize + HELD_BACK
+    return max(vision, decoder) + (seen + tokens) * c.hidden_size * itemsize + ALLOCATOR_SLACK_BYTES
 
 
-def operations(config: EasyRefConfig, patches: Sequence[int], tokens: int, before: int = 0) -> int:
+def flops(config: EasyRefConfig, patches: Sequence[int], tokens: int, before: int = 0) -> int:
     """Multiplications and additions of one encoding. patches: of each reference; tokens: of the context.
 
     before: tokens of the context that were read already, whose keys and values the others attend to.

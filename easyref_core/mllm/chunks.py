@@ -17,7 +17,7 @@ MESSAGES = (
 QUOTED = 200  # characters of what the allocator says
 
 
-def in_pieces(
+def run_in_chunks(
     count: int,
     at_once: Callable[[int], int],
     least: int,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..files.tensor_files import brief
+from ..utils.errors import shorten
 
 Shapes = Mapping[str, tuple[int, ...]]  # tensor name in this package's own module names -> shape
 
@@ -192,7 +192,7 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A part of a config.json, {} where it has none."""
     section = config.get(name) or {}
     if not isinstance(section, Mapping):
-        raise ValueError(f"{name} is {brief(repr(section))}; wanted a JSON object. {DAMAGED}")
+        raise ValueError(f"{name} is {shorten(repr(section))}; wanted a JSON object. {DAMAGED}")
     return section
 
 
@@ -200,7 +200,7 @@ def _size(name: str, value: Any) -> int:
     """A count or width as a file gives it. Raises ValueError for what is none."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31:
         return value
-    raise ValueError(f"{name} is {brief(repr(value))}; wanted a whole number from 1. {DAMAGED}")
+    raise ValueError(f"{name} is {shorten(repr(value))}; wanted a whole number from 1. {DAMAGED}")
 
 
 def _number(name: str, *sections: Mapping[str, Any]) -> float:
@@ -213,7 +213,7 @@ def _number(name: str, *sections: Mapping[str, Any]) -> float:
         and math.isfinite(value)
     ):
         return float(value)
-    raise ValueError(f"{name} is {brief(repr(value))}; wanted a positive number. {DAMAGED}")
+    raise ValueError(f"{name} is {shorten(repr(value))}; wanted a positive number. {DAMAGED}")
 
 
 def _require_whole_heads(what: str, width: int, heads: int, multiple: int) -> None:
@@ -253,7 +253,7 @@ def _folder_sizes(
 def _require_same(pairs: Mapping[str, tuple[Any, int]], mllm: Mapping[str, Any] | None) -> None:
     """The MLLM folder must describe the MLLM in the checkpoint: a 7B's folder beside a 2B's weights is an error."""
     wrong = [
-        f"{name}: folder {brief(folder)}, checkpoint {checkpoint}"
+        f"{name}: folder {shorten(folder)}, checkpoint {checkpoint}"
         for name, (folder, checkpoint) in pairs.items()
         if folder is not None and folder != checkpoint
     ]

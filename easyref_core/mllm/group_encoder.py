@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .qwen2_vl import DecoderLayer, VisionTower, text_rotation
+from .qwen2_vl import DecoderLayer, VisionTower, text_rope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
     from .config import EasyRefConfig
-    from .qwen2_vl import Past
+    from .qwen2_vl import LayerKVCache
 
 
 class GroupEncoder(nn.Module):
@@ -57,7 +57,7 @@ class GroupEncoder(nn.Module):
     def read(
         self,
         x: Tensor,
-        past: Sequence[Past] | None = None,
+        past: Sequence[LayerKVCache] | None = None,
         after_block: Callable[[], None] = lambda: None,
         real: Tensor | None = None,
     ) -> Tensor:
@@ -65,7 +65,7 @@ class GroupEncoder(nn.Module):
 
         after_block: called after each layer; may raise to stop.
         """
-        turn = text_rotation(x.shape[1], self.config, x.device, past[0].length if past else 0)
+        turn = text_rope(x.shape[1], self.config, x.device, past[0].length if past else 0)
         for number, layer in enumerate(self.layers):
             x = layer(x, turn, real=real, past=past[number] if past else None)
             after_block()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..files.tensor_files import brief
+from ..utils.errors import shorten
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -86,7 +86,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = found.backend_tokenizer
     except Exception as error:  # tokenizers raises bare Exceptions for files it cannot read
         raise ValueError(
-            f"No Qwen2-VL tokenizer could be read from {folder} ({brief(error)}). {wanted}"
+            f"No Qwen2-VL tokenizer could be read from {folder} ({shorten(error)}). {wanted}"
         ) from error
     # Where files are missing, transformers 5 makes an empty one.
     if tokenizer.token_to_id(IMAGE_TOKEN) is None:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..utils.lru_cache import Kept
-from .chunks import in_pieces, is_out_of_memory
+from ..utils.lru_cache import ByteLRUCache
+from .chunks import is_out_of_memory, run_in_chunks
 from .preprocess import grid_of, patches_of, pixels_of
-from .qwen2_vl import Past
+from .qwen2_vl import LayerKVCache
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,13 +34,12 @@ if TYPE_CHECKING:
 
 # Bytes that are kept. At 336 pixels an image takes 0.3 MB of pixels and, in float32, 0.9 MB of features, a group 8.5 MB
 # of prefix for each reference: the longest context of the released model fits in bfloat16, 120 references in float32.
-PIXELS, FEATURES, PREFIXES = 64 * 2**20, 256 * 2**20, 1024 * 2**20
+PIXEL_CACHE_BYTES, FEATURE_CACHE_BYTES, PREFIX_CACHE_BYTES = 64 * 2**20, 256 * 2**20, 1024 * 2**20
 # The vision tower sees no more patches at once (about 14 images at 336 pixels): more are no faster, and take memory.
-VISION_PIECE = 8192
-MASKED = (
-    2**24
-)  # entries of the attention mask where a group is read on: tokens read at once times tokens before them
-SMALLEST_PIECE = 64  # tokens read at once where memory is short
+VISION_CHUNK_PATCHES = 8192
+# entries of the attention mask where a group is read on: tokens read at once times tokens before them
+MAX_MASK_ENTRIES = 2**24
+MIN_CHUNK_TOKENS = 64  # tokens read at once where memory is short
 
 REMEDY = (
     "Out of memory while the MLLM reads the group, although it was read in the smallest pieces. "
@@ -98,7 +97,7 @@ class Work:
     tokens: int  # the rest of it
 
 
-class GroupReader:
+class CachedGroupEncoder:
     """Owns what is kept; it goes with the loaded model, or at forget().
 
     kept_on: where it is kept, and where the states are returned. free: gives memory back when it was short.
@@ -110,9 +109,13 @@ class GroupReader:
         self.encoder, self.image_token, self.device, self.dtype = encoder, image_token, device, dtype
         self.kept_on = device
         self.free: Callable[[], None] = lambda: None
-        self._pixels: Kept[np.ndarray] = Kept(PIXELS)  # by the digest of the image's values, and the size
-        self._features: Kept[Tensor] = Kept(FEATURES)  # by digest, (image tokens, D)
-        self._prefixes: Kept[Prefix] = Kept(PREFIXES)  # by what they read
+        self._pixels: ByteLRUCache[np.ndarray] = ByteLRUCache(
+            PIXEL_CACHE_BYTES
+        )  # by the digest of the image's values, and the size
+        self._features: ByteLRUCache[Tensor] = ByteLRUCache(
+            FEATURE_CACHE_BYTES
+        )  # by digest, (image tokens, D)
+        self._prefixes: ByteLRUCache[Prefix] = ByteLRUCache(PREFIX_CACHE_BYTES)  # by what they read
 
     @property
     def nbytes(self) -> int:
@@ -153,12 +156,15 @@ class GroupReader:
             self.dtype,
         )
         before = work.prefix.key_values if work.prefix else [None] * layers
-        past = [Past(key_value and tuple(t[:, :, : work.start] for t in key_value)) for key_value in before]
+        past = [
+            LayerKVCache(key_value and tuple(t[:, :, : work.start] for t in key_value))
+            for key_value in before
+        ]
         states = [work.prefix.states[:, : work.start]] if work.prefix else []
 
         def at_once(start: int) -> int:
             # what is read on from something needs a mask; the first piece of a group does not
-            return MASKED // group.input_ids.shape[1] if work.start + start else work.tokens
+            return MAX_MASK_ENTRIES // group.input_ids.shape[1] if work.start + start else work.tokens
 
         def put_back() -> None:
             self._give_back(steps)
@@ -171,7 +177,7 @@ class GroupReader:
             part = self.encoder.read(piece, past, steps.counting((end - start) / work.tokens))
             states.append(part.to(self.kept_on))
 
-        in_pieces(work.tokens, at_once, SMALLEST_PIECE, read_piece, put_back, REMEDY)
+        run_in_chunks(work.tokens, at_once, MIN_CHUNK_TOKENS, read_piece, put_back, REMEDY)
         read = torch.cat(states, dim=1) if len(states) > 1 else states[0]
         self._keep(group, work, past, read)
         return read
@@ -229,8 +235,8 @@ class GroupReader:
             seen.update(zip(digests, tokens.split(counts), strict=True))
             kept.update(zip(digests, parts, strict=True))
 
-        at_once = VISION_PIECE // max((group.patches[number] for number in unseen), default=1)
-        in_pieces(len(unseen), lambda _: at_once, 1, see_piece, partial(self._give_back, steps), REMEDY)
+        at_once = VISION_CHUNK_PATCHES // max((group.patches[number] for number in unseen), default=1)
+        run_in_chunks(len(unseen), lambda _: at_once, 1, see_piece, partial(self._give_back, steps), REMEDY)
         for digest, part in kept.items():
             self._features.put(digest, part, part.nbytes)
         return seen
@@ -253,7 +259,7 @@ class GroupReader:
         # a last token is read in any case, so that there is a next one to read on from
         return self._prefixes.get(best), min(common[best], len(reads) - 1)
 
-    def _keep(self, group: PreparedGroup, work: Work, past: Sequence[Past], states: Tensor) -> None:
+    def _keep(self, group: PreparedGroup, work: Work, past: Sequence[LayerKVCache], states: Tensor) -> None:
         """Keep a group up to the end of its last image, in place of what it begins with; nothing that is kept already."""
         end = group.spans[-1][1] + 1  # the mark after the image
         if work.start >= end:

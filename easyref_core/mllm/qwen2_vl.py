@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention, silu
 
-from ..utils.in_place import plus, times
+from ..utils.in_place import add_in_place, mul_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from .config import EasyRefConfig
 
-Rotation = tuple["Tensor", "Tensor"]  # cosines and sines, each (tokens, head_dim), float32
+Rope = tuple["Tensor", "Tensor"]  # cosines and sines, each (tokens, head_dim), float32
 
 VISION_LAYER_NORM_EPS = 1e-6
 VISION_ROPE_THETA = 10_000.0
 
 
-class Unfilled:
+class SkipInit:
     """torch.nn for modules whose weights come from a file: an Embedding is not filled with random numbers first.
 
     On the meta device that filling would import torch._dynamo, a second and 80 MB.
@@ -48,7 +48,7 @@ def rotation(positions: Tensor, dim: int, theta: float) -> Tensor:
     return positions.float()[:, None] * frequencies
 
 
-def text_rotation(length: int, config: EasyRefConfig, device: torch.device, start: int = 0) -> Rotation:
+def text_rope(length: int, config: EasyRefConfig, device: torch.device, start: int = 0) -> Rope:
     """Plain RoPE for positions start .. start + length - 1.
 
     The authors never pass position_ids, so image tokens too have the positions 0, 1, 2, ... on all three axes of
@@ -59,7 +59,7 @@ def text_rotation(length: int, config: EasyRefConfig, device: torch.device, star
     return angles.cos(), angles.sin()
 
 
-def image_rotation(grid: Tensor, config: EasyRefConfig, device: torch.device) -> Rotation:
+def image_rotation(grid: Tensor, config: EasyRefConfig, device: torch.device) -> Rope:
     """2-D RoPE of the vision tower: half of each head turns with the patch's row, half with its column.
 
     grid: (K, 3) frames, rows, columns in patches, patches ordered as preprocess.patchify orders them.
@@ -83,7 +83,7 @@ def image_rotation(grid: Tensor, config: EasyRefConfig, device: torch.device) ->
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, by: Rotation) -> Tensor:
+def apply_rope(x: Tensor, by: Rope) -> Tensor:
     """Apply rotary position embedding to x (..., tokens, heads, head_dim), in float32."""
     cos, sin = (t[:, None, : x.shape[-1] // 2] for t in by)  # both halves are alike
     first, second = x.float().chunk(2, dim=-1)
@@ -100,11 +100,11 @@ class VisionAttention(nn.Module):
         self.qkv = operations.Linear(config.vision_width, 3 * config.vision_width, **factory)
         self.proj = operations.Linear(config.vision_width, config.vision_width, **factory)
 
-    def forward(self, x: Tensor, turn: Rotation, lengths: list[int]) -> Tensor:
+    def forward(self, x: Tensor, turn: Rope, lengths: list[int]) -> Tensor:
         """x: (patches of the whole group, width); lengths: patches of each image."""
         # heads stay behind the patches, as they come, so that neither rotation nor attention moves anything
         q, k, v = rearrange(self.qkv(x), "n (qkv h d) -> qkv n h d", qkv=3, h=self.heads)
-        q, k = rotate(q, turn), rotate(k, turn)
+        q, k = apply_rope(q, turn), apply_rope(k, turn)
         # images of equal length that follow one another are one batch
         runs = [(length, len(list(run))) for length, run in groupby(lengths)]
         parts = zip(*(t.split([math.prod(run) for run in runs]) for t in (q, k, v)), strict=True)
@@ -123,7 +123,7 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(times(x, (1.702 * x).sigmoid_()))  # QuickGELU
+        return self.fc2(mul_in_place(x, (1.702 * x).sigmoid_()))  # QuickGELU
 
 
 class VisionBlock(nn.Module):
@@ -134,9 +134,9 @@ class VisionBlock(nn.Module):
         self.norm2 = operations.LayerNorm(config.vision_width, eps=VISION_LAYER_NORM_EPS, **factory)
         self.mlp = VisionMLP(config, operations, **factory)
 
-    def forward(self, x: Tensor, turn: Rotation, lengths: list[int]) -> Tensor:
-        x = plus(x, self.attn(self.norm1(x), turn, lengths))
-        return plus(x, self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, turn: Rope, lengths: list[int]) -> Tensor:
+        x = add_in_place(x, self.attn(self.norm1(x), turn, lengths))
+        return add_in_place(x, self.mlp(self.norm2(x)))
 
 
 class PatchMerger(nn.Module):
@@ -213,7 +213,7 @@ def attention_mask(
     return bias.expand(mask.shape).masked_fill(~mask, -torch.inf)
 
 
-class Past:
+class LayerKVCache:
     """Keys and values of what one decoder layer has read, (B, kv_heads, length, head_dim) each, keys rotated."""
 
     def __init__(self, key_value: tuple[Tensor, Tensor] | None = None) -> None:
@@ -251,12 +251,12 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        turn: Rotation,
+        turn: Rope,
         causal: bool = True,
         queries: int | None = None,
         real: Tensor | None = None,
         bias: Tensor | None = None,
-        past: Past | None = None,
+        past: LayerKVCache | None = None,
     ) -> Tensor:
         """x (B, S, D) -> (B, queries, D): attention output of the last `queries` positions (None: of all).
 
@@ -267,7 +267,7 @@ class SelfAttention(nn.Module):
         cos, sin = turn
         q = rearrange(self.q_proj(x[:, -queries:]), "b n (h d) -> b n h d", h=self.heads)
         k = rearrange(self.k_proj(x), "b n (h d) -> b n h d", h=self.kv_heads)
-        q, k = rotate(q, (cos[-queries:], sin[-queries:])), rotate(k, turn)
+        q, k = apply_rope(q, (cos[-queries:], sin[-queries:])), apply_rope(k, turn)
         k = rearrange(k, "b n h d -> b h n d")
         v = rearrange(self.v_proj(x), "b n (h d) -> b h n d", h=self.kv_heads)
         if past is not None:
@@ -296,7 +296,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate_proj(x)
         gate = silu(gate, inplace=not gate.requires_grad)
-        return self.down_proj(times(self.up_proj(x), gate))
+        return self.down_proj(mul_in_place(self.up_proj(x), gate))
 
 
 class DecoderLayer(nn.Module):
@@ -314,12 +314,12 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        turn: Rotation,
+        turn: Rope,
         causal: bool = True,
         queries: int | None = None,
         real: Tensor | None = None,
         bias: Tensor | None = None,
-        past: Past | None = None,
+        past: LayerKVCache | None = None,
     ) -> Tensor:
         """x (B, S, D) -> (B, queries, D): the layer's output at the last `queries` positions (None: at all).
 
@@ -327,5 +327,5 @@ class DecoderLayer(nn.Module):
         attention_mask. past: what the layer has read before x; x is added to it.
         """
         attended = self.self_attn(self.input_layernorm(x), turn, causal, queries, real, bias, past)
-        x = plus(x[:, -attended.shape[1] :], attended)
-        return plus(x, self.mlp(self.post_attention_layernorm(x)))
+        x = add_in_place(x[:, -attended.shape[1] :], attended)
+        return add_in_place(x, self.mlp(self.post_attention_layernorm(x)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..files.atomic_write import whole
+from ..files.atomic_write import atomic_write
 from ..inspect.duplicates import Fingerprint, find_duplicates, fingerprint, first_of_each
 from .captions import NO_CATEGORY, CaptionedImage, read_folder
 from .images import BrokenPicture, Exclusion, open_picture
@@ -176,7 +176,7 @@ def _write_group(folder: Path, group_id: str, split: str, category: str, group: 
     for picture, file in zip(
         (*group.references, group.target), (*references, place / "target.png"), strict=True
     ):
-        with whole(file) as partial:
+        with atomic_write(file) as partial:
             picture.save(partial, format="PNG")
     captions = tuple(getattr(group, "captions", ()))  # not every maker of groups describes its references
     attributes = Attributes(dict(group.shared), dict(group.named))

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files.atomic_write import whole
+from ..files.atomic_write import atomic_write
 from .images import Exclusion, open_picture
 from .manifest import Group, Manifest, read_manifest, usable
 from .methods import Method, Sampling, Task, build, check
@@ -215,7 +215,7 @@ def chunks(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write it whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         picture.save(partial, format="PNG")
 
 

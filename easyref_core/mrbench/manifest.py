@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..files.atomic_write import write_whole
+from ..files.atomic_write import atomic_write_text
 from .images import BrokenPicture, Exclusion, open_picture
 
 SPLITS = ("held-in", "held-out")
@@ -101,7 +101,7 @@ def write_manifest(manifest: Manifest, path: Path | str) -> None:
         "groups": [_group_to_dict(group, path.parent) for group in manifest.groups],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    atomic_write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def usable(manifest: Manifest) -> tuple[Manifest, tuple[Exclusion, ...]]:

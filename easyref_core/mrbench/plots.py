@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..files.atomic_write import whole
+from ..files.atomic_write import atomic_write
 from .metrics import bootstrap
 from .rows import Row
 from .summary import LABELS, compare, group_means
@@ -46,7 +46,7 @@ def plot_references(rows: Sequence[Row], metrics: Sequence[str], methods: Sequen
         ax.set(title=LABELS[metric], xlabel="references shown", ylabel=_unit(metric), xticks=sizes)
         ax.grid(alpha=0.3)
     _legend(figure, axes[0])
-    with whole(file) as partial:
+    with atomic_write(file) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
 
@@ -72,7 +72,7 @@ def plot_win_rates(
         )
         ax.set_yticks(range(len(others)), others)
         ax.grid(axis="x", alpha=0.3)
-    with whole(file) as partial:
+    with atomic_write(file) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
-LONGEST_WAIT = timedelta(
-    days=7
-)  # shares of the work may end far apart; the default, 10 minutes, would end the run
+# shares of the work may end far apart; the default, 10 minutes, would end the run
+LONGEST_WAIT = timedelta(days=7)
 
 Item = TypeVar("Item")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..files.atomic_write import write_whole
+from ..files.atomic_write import atomic_write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,7 @@ def merge(folder: Path, old: Record | None, new: Record) -> Record:
 def write_record(folder: Path, record: Record) -> None:
     """Write it whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    atomic_write_text(folder / FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str, str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files.atomic_write import write_whole
+from ..files.atomic_write import atomic_write_text
 from .metrics import Interval
 from .paper_numbers import CAVEATS, ROWS, SOURCE, PaperRow, row_of
 from .plots import plot_references, plot_win_rates
@@ -48,7 +48,7 @@ def write_report(results: Path, first: str | None = None, methods: Sequence[str]
         plot_win_rates(rows, names, methods, first, results / WIN_RATES)
         sections.append(_wins(rows, methods, names, first))
     sections += [_paper(), _excluded(results / EXCLUDED)]
-    write_whole(results / REPORT, "\n\n".join(sections) + "\n")
+    atomic_write_text(results / REPORT, "\n\n".join(sections) + "\n")
     return results / REPORT
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..files.atomic_write import whole
+from ..files.atomic_write import atomic_write
 from .images import Exclusion
 
 PICTURES, EXCLUDED, PARTS = "pictures.csv", "excluded.csv", "parts"
@@ -65,7 +65,7 @@ def read_rows(folder: Path) -> list[Row]:
 def write_csv(file: Path, columns: Sequence[str], lines: Iterable[dict[str, Any]]) -> None:
     """Write the file whole or not at all; what is NaN becomes an empty field."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole(file) as partial, partial.open("w", newline="", encoding="utf-8") as content:
+    with atomic_write(file) as partial, partial.open("w", newline="", encoding="utf-8") as content:
         writer = csv.DictWriter(content, columns, lineterminator="\n")
         writer.writeheader()
         for line in lines:

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from ..files.atomic_write import write_whole
+from ..files.atomic_write import atomic_write_text
 from .group_scores import Extractors, Picture, Work, bundles, score_bundle
 from .images import Exclusion
 from .manifest import Group, Manifest, read_manifest, usable
@@ -153,7 +153,7 @@ def _gather(
         "pictures": len(rows),
         "excluded": len(exclusions),
     }
-    write_whole(results / RESULTS, json.dumps(facts, indent=1) + "\n")
+    atomic_write_text(results / RESULTS, json.dumps(facts, indent=1) + "\n")
     remove_parts(results)
     old = {(*row.place, row.picture, row.scorer) for row in known.values()}
     return Outcome(rows, exclusions, sum((*row.place, row.picture, row.scorer) not in old for row in rows))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ..files.atomic_write import whole
+from ..files.atomic_write import atomic_write
 from .images import ATTRIBUTES, COUNTS, NAMES, every_picture, render
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def train_classifier(
         if step % 100 == 0 or step == steps - 1:
             log(f"classifier {step}: loss {loss.item():.4f}")
     model.eval()
-    with whole(file) as partial:
+    with atomic_write(file) as partial:
         save_file(
             {n: t.half() if t.is_floating_point() else t for n, t in model.state_dict().items()}, partial
         )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, log_softmax, normalize
 
-from ..files.atomic_write import write_whole
+from ..files.atomic_write import atomic_write_text
 from ..mrbench.methods.clip_pixels import clip_pixels_of
 from .classifier import to_tensor
 from .images import COUNTS, NAMES, PICTURE, caption, every_picture, held_out, render
@@ -189,4 +189,4 @@ def save_processor(folder: Path) -> None:
         "image_mean": [round(float(value), 8) for value in CLIP_MEAN],
         "image_std": [round(float(value), 8) for value in CLIP_STD],
     }
-    write_whole(folder / "preprocessor_config.json", json.dumps(settings, indent=1) + "\n")
+    atomic_write_text(folder / "preprocessor_config.json", json.dumps(settings, indent=1) + "\n")

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOST_SHARED, MOST_NAMED = 3, 2  # attributes that a group shares, that a prompt names
+# how often one reference does not belong, in groups of at least so many
 OUTSIDER_RATE, OUTSIDER_FROM = (
     0.2,
     4,
-)  # how often one reference does not belong, in groups of at least so many
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +27,8 @@ class Plan:
 
     references: NDArray[np.integer]
     target: NDArray[np.integer]
-    shared: tuple[
-        str, ...
-    ]  # what the references have in common, but for an outsider, and the target with them
+    # what the references have in common, but for an outsider, and the target with them
+    shared: tuple[str, ...]
     named: tuple[str, ...]  # what the prompt names; in it the references differ from one another
     outsider: int | None  # the reference that shares nothing
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ..files.atomic_write import whole, write_whole
+from ..files.atomic_write import atomic_write, atomic_write_text
 from ..mllm.config import EasyRefConfig
 from ..mllm.group_encoder import GroupEncoder
 from ..mllm.instructions import image_token_id, load_tokenizer, tokenize
@@ -161,8 +161,10 @@ def save_mllm(folder: Path, model: GroupEncoder) -> None:
         if name == "visual.patch_embed.weight":
             name, tensor = "visual.patch_embed.proj.weight", tensor.unflatten(1, (3, 2, patch, patch))
         tensors[name if name.startswith("visual.") else f"model.{name}"] = tensor.half().contiguous()
-    write_whole(folder / "config.json", json.dumps(config_json(), indent=1) + "\n")
-    with whole(folder / "model.safetensors") as partial:  # last: by it the folder is known to be complete
+    atomic_write_text(folder / "config.json", json.dumps(config_json(), indent=1) + "\n")
+    with atomic_write(
+        folder / "model.safetensors"
+    ) as partial:  # last: by it the folder is known to be complete
         save_file(tensors, partial, {"format": "pt"})
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..files.atomic_write import whole, write_whole
+from ..files.atomic_write import atomic_write, atomic_write_text
 from ..training.base_model import BaseModel
 from .images import NAMES, PICTURE, caption
 from .tokenizer import PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
@@ -78,7 +78,7 @@ def make_painter(folder: Path, seed: int) -> None:
         "vae": ("diffusers", "AutoencoderKL"),
     }
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": False, **parts}
-    write_whole(folder / "model_index.json", json.dumps(index, indent=1) + "\n")
+    atomic_write_text(folder / "model_index.json", json.dumps(index, indent=1) + "\n")
 
 
 def pretrain_painter(
@@ -130,7 +130,7 @@ def _prefix(file: Path) -> None:
 
     tensors = load_file(file)
     named = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in tensors.items()}
-    with whole(file) as partial:
+    with atomic_write(file) as partial:
         save_file(named, partial, {"format": "pt"})
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..files.atomic_write import write_whole
+from ..files.atomic_write import atomic_write_text
 from ..mllm.instructions import INSTRUCTION
 from .images import NAMES, caption, every_picture
 
@@ -56,13 +56,13 @@ def train_mllm_tokenizer(folder: Path) -> None:
     tokenizer = _byte_bpe(VOCABULARY - len(SPECIAL), [])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    atomic_write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
     }
-    write_whole(folder / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
+    atomic_write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
 
 
 def train_clip_tokenizer(folder: Path) -> None:
@@ -74,7 +74,7 @@ def train_clip_tokenizer(folder: Path) -> None:
     places = [(token, tokenizer.token_to_id(token)) for token in (start, end)]
     tokenizer.post_processor = TemplateProcessing(single=f"{start} $A {end}", special_tokens=places)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    atomic_write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": start,
@@ -83,7 +83,7 @@ def train_clip_tokenizer(folder: Path) -> None:
         "unk_token": end,
         "model_max_length": PROMPT_TOKENS,
     }
-    write_whole(folder / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
+    atomic_write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
 
 
 def _byte_bpe(size: int, special: list[str]) -> Tokenizer:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..files.tensor_files import brief
-from ..unet.layer_weights import LARGEST_FACTOR
+from ..utils.errors import MAX_FACTOR, shorten
 from .reference_tokens import Provenance, ReferenceTokens
 
 if TYPE_CHECKING:
@@ -148,9 +147,9 @@ def _checked_weights(
         raise ValueError(
             f"There are {len(weights)} weights for {len(tokens)} sets of reference tokens; wanted one for each."
         )
-    if not all(0 <= weight <= LARGEST_FACTOR for weight in weights):  # NaN is in no range
+    if not all(0 <= weight <= MAX_FACTOR for weight in weights):  # NaN is in no range
         raise ValueError(
-            f"The weights are {brief(weights)}; wanted numbers from 0 to {LARGEST_FACTOR}. To take away, use subtract."
+            f"The weights are {shorten(weights)}; wanted numbers from 0 to {MAX_FACTOR}. To take away, use subtract."
         )
     if not any(weights):
         raise ValueError(f"All weights are 0: {method} has nothing left. Give at least one set a weight.")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files.atomic_write import whole
-from ..files.tensor_files import brief
+from ..files.atomic_write import atomic_write
 from ..mllm.preprocess import to_rgb
+from ..utils.errors import shorten
 from .reference_tokens import Provenance, ReferenceTokens
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def save_tokens(
     about = {"version": FORMAT, "pack": VERSION}
     about |= {side: dataclasses.asdict(provenance) for side, provenance in made.items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         save_file(tensors, partial, {METADATA_KEY: json.dumps(about), "format": "pt"})
 
 
@@ -85,7 +85,7 @@ def load_tokens(path: Path | str) -> SavedTokens:
             found = {name: file.get_tensor(name).clone() for name in names & {*SIDES, THUMBNAILS}}
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a complete safetensors file: {brief(error)} ({path.stat().st_size:,} bytes on disk). "
+            f"{path} is not a complete safetensors file: {shorten(error)} ({path.stat().st_size:,} bytes on disk). "
             "It was cut short or is of another format; save the tokens again."
         ) from error
     made = {side: _read_provenance(path, side, about.get(side)) for side in SIDES}
@@ -109,17 +109,17 @@ def _read_about(path: Path, metadata: Mapping[str, str], names: set[str]) -> dic
     if METADATA_KEY not in metadata or not names >= set(SIDES):
         raise ValueError(
             f"{path} is not a file of reference tokens: it holds {len(names)} tensors"
-            + (f" such as {brief(', '.join(sorted(names)[:3]))}" if names else "")
+            + (f" such as {shorten(', '.join(sorted(names)[:3]))}" if names else "")
             + f"; wanted {' and '.join(SIDES)}, and {METADATA_KEY} in the metadata, as Save Reference Tokens writes."
         )
     try:
         about = json.loads(metadata[METADATA_KEY])
         version = about["version"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise _damaged(path, f"its metadata is {brief(repr(metadata[METADATA_KEY]))}") from error
+        raise _damaged(path, f"its metadata is {shorten(repr(metadata[METADATA_KEY]))}") from error
     if version != FORMAT:
         raise ValueError(
-            f"{path} is of format {brief(repr(version))}, written by version {brief(repr(about.get('pack')))} of this pack; this is version "
+            f"{path} is of format {shorten(repr(version))}, written by version {shorten(repr(about.get('pack')))} of this pack; this is version "
             f"{VERSION}, which reads format {FORMAT}. Update the pack, or save the tokens again."
         )
     return about
@@ -135,11 +135,11 @@ def _read_provenance(path: Path, side: str, about: Any, depth: int = 0) -> Prove
         parts = tuple(_read_provenance(path, side, part, depth + 1) for part in about.get("parts", ()))
         made = Provenance(**{**values, "parts": parts})
     except (TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, f"what made the {side} tokens is {brief(about)}") from error
+        raise _damaged(path, f"what made the {side} tokens is {shorten(about)}") from error
     kinds = {"checkpoint": str, "instruction": str, "prompt": str, "references": int, "size": int, "how": str}
     for name, kind in kinds.items():
         if not isinstance(getattr(made, name), kind) or not _fits(getattr(made, name)):
-            raise _damaged(path, f"{name} of the {side} tokens is {brief(repr(getattr(made, name)))}")
+            raise _damaged(path, f"{name} of the {side} tokens is {shorten(repr(getattr(made, name)))}")
     return made
 
 
@@ -160,14 +160,14 @@ def _check_tensors(path: Path, found: Mapping[str, Tensor]) -> None:
         if tokens.ndim != 3 or not tokens.numel() or not tokens.is_floating_point():
             raise _damaged(
                 path,
-                f"the {side} tokens are {brief(tuple(tokens.shape))} of {tokens.dtype}; wanted (rows, tokens, width) of floats",
+                f"the {side} tokens are {shorten(tuple(tokens.shape))} of {tokens.dtype}; wanted (rows, tokens, width) of floats",
             )
         if not torch.isfinite(tokens.float()).all():  # what is finite as float64 may not be as float32
             raise _damaged(path, f"the {side} tokens hold values that are NaN or infinite")
     pictures = found.get(THUMBNAILS)
     wanted = (THUMBNAIL, THUMBNAIL, 3)
     if pictures is not None and (tuple(pictures.shape[1:]) != wanted or pictures.dtype != torch.uint8):
-        raise _damaged(path, f"the thumbnails are {brief(tuple(pictures.shape))} of {pictures.dtype}")
+        raise _damaged(path, f"the thumbnails are {shorten(tuple(pictures.shape))} of {pictures.dtype}")
 
 
 def _require_a_pair(name: str, shapes: Mapping[str, tuple[int, ...]], made: Mapping[str, Provenance]) -> None:
@@ -180,8 +180,8 @@ def _require_a_pair(name: str, shapes: Mapping[str, tuple[int, ...]], made: Mapp
         )
     if made[SIDES[0]].checkpoint != made[SIDES[1]].checkpoint:
         raise ValueError(
-            f"{name}: the two sides were made by different EasyRef checkpoints ({brief(made[SIDES[0]].checkpoint)} and "
-            f"{brief(made[SIDES[1]].checkpoint)}). Make both with one."
+            f"{name}: the two sides were made by different EasyRef checkpoints ({shorten(made[SIDES[0]].checkpoint)} and "
+            f"{shorten(made[SIDES[1]].checkpoint)}). Make both with one."
         )
 
 

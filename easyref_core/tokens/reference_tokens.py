@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
-from ..mllm.qwen2_vl import DecoderLayer, text_rotation
+from ..mllm.qwen2_vl import DecoderLayer, text_rope
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,9 +57,8 @@ class ContextStates:
     states: Tensor
     provenance: Provenance
     grid: Tensor  # (K, 3): frames, rows, columns of each reference in patches
-    spans: tuple[
-        tuple[int, int], ...
-    ]  # each reference's image tokens: first place in S, and the one after the last
+    # each reference's image tokens: first place in S, and the one after the last
+    spans: tuple[tuple[int, int], ...]
     weights: tuple[float, ...] | None = (
         None  # how much each reference counts in the aggregation; None: all alike
     )
@@ -153,7 +152,7 @@ class ReferenceAggregator(nn.Module):
         x = torch.cat([context, tokens.expand(len(context), -1, -1)], dim=1)
         if real is not None:
             real = torch.cat([real, real.new_ones(len(real), count)], dim=1)
-        turn = text_rotation(x.shape[1], self.config, x.device)
+        turn = text_rope(x.shape[1], self.config, x.device)
         for layer in self.layers[:-1]:
             x = layer(x, turn, causal=self.config.causal, real=real, bias=bias)
         # Of the last layer only the reference tokens' rows are used, so only those are computed.

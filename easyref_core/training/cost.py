@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..files.atomic_write import write_whole
+from ..files.atomic_write import atomic_write_text
 from .full_size import (
     EASYREF,
     IMAGE_TOKENS,
@@ -316,7 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = document()
     print(text)  # noqa: T201
     if file:
-        write_whole(file, text)
+        atomic_write_text(file, text)
 
 
 if __name__ == "__main__":

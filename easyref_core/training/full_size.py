@@ -11,7 +11,7 @@ from ..checkpoint.checkpoint import lora_shapes
 from ..mllm.config import EasyRefConfig
 from ..mllm.group_encoder import GroupEncoder
 from ..mllm.preprocess import SIZE
-from ..mllm.qwen2_vl import Unfilled
+from ..mllm.qwen2_vl import SkipInit
 from ..tokens.reference_tokens import ReferenceAggregator
 from ..unet.diffusers_unet import cross_attention_widths
 from ..unet.reference_attention import KVProjections
@@ -96,8 +96,8 @@ def released_shapes() -> dict[str, tuple[int, ...]]:
     """Shapes of every tensor of a full-size EasyRef, under the names of its modules."""
     widths, factory = sites(), {"device": "meta"}
     modules = {
-        "encoder.": GroupEncoder(EASYREF, Unfilled, **factory),
-        "aggregator.": ReferenceAggregator(EASYREF, Unfilled, **factory),
+        "encoder.": GroupEncoder(EASYREF, SkipInit, **factory),
+        "aggregator.": ReferenceAggregator(EASYREF, SkipInit, **factory),
         "kv.": KVProjections(tuple(widths.values()), EASYREF.token_width, **factory),
     }
     shapes = {prefix + name: t.shape for prefix, m in modules.items() for name, t in m.state_dict().items()}

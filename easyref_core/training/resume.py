@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import open_checkpoint
-from ..files.atomic_write import write_whole
+from ..files.atomic_write import atomic_write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,7 +79,7 @@ def require_same_run(settings: Settings, processes: int) -> None:
                 f"{settings.output} holds a run with other settings ({'; '.join(differ)}). "
                 "Set them back to continue it, or set another output."
             )
-    write_whole(file, json.dumps(mine, indent=1))
+    atomic_write_text(file, json.dumps(mine, indent=1))
 
 
 def contents(settings: Settings) -> dict[str, str]:

@@ -21,7 +21,7 @@ from .config import build
 from .examples import RowExamples
 from .initial import Weights, from_base, from_checkpoint
 from .rows import read_rows
-from .sampling import paint, references_of, to_images
+from .sampling import generate_images, references_of, to_images
 from .trainable import TrainableEasyRef, tensor_name
 
 if TYPE_CHECKING:
@@ -131,13 +131,12 @@ class Run:
             for number in range(samples.count):
                 batch = self.examples.batch(range(number, number + 1)).to(self.accelerator.device)
                 tokens, _ = model.padded_tokens(batch)
-                times = (
-                    tokens.shape[1] // empty.shape[1]
-                )  # concatenated tokens: attention to one set, said again
+                # concatenated tokens: attention to one set, said again
+                times = tokens.shape[1] // empty.shape[1]
                 model.condition(torch.cat([empty.repeat(1, times, 1), tokens]))
                 _, noise, draw = randomness(batch, self.base)
                 target = self.base.decode(self.latents(batch, draw))
-                painted = paint(
+                painted = generate_images(
                     self.base, noise, batch.prompts, samples.negative, samples.guidance, samples.steps
                 )
                 references = references_of(batch.patches, batch.grid, model.config)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..files.atomic_write import whole
+from ..files.atomic_write import atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +33,7 @@ class Records:
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
         self.metrics = output / "metrics.csv"
         kept = [row for row in read_metrics(self.metrics) if row["update"] <= start]
-        with whole(self.metrics) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        with atomic_write(self.metrics) as partial, partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
@@ -54,7 +54,7 @@ class Records:
     def add_sheet(self, update: int, sheet: Image.Image) -> None:
         """A picture under samples/ and in TensorBoard."""
         (self.folder / "samples").mkdir(exist_ok=True)
-        with whole(self.folder / "samples" / f"{update:07}.png") as partial:
+        with atomic_write(self.folder / "samples" / f"{update:07}.png") as partial:
             sheet.save(partial, format="PNG")
         self.board.add_image("samples", np.asarray(sheet), update, dataformats="HWC")
 

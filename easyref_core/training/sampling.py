@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def paint(
+def generate_images(
     base: BaseModel,
     noise: Tensor,
     prompts: Sequence[str],

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from ..mllm.group_encoder import GroupEncoder
-from ..mllm.qwen2_vl import Unfilled
+from ..mllm.qwen2_vl import SkipInit
 from ..tokens.reference_tokens import ReferenceAggregator
 from ..unet.diffusers_unet import attach
 from ..unet.reference_attention import KVProjections
@@ -72,13 +72,13 @@ class TrainableEasyRef(nn.Module):
         self.config, self.sites, self.stage, self.image_token = config, weights.sites, stage, image_token
         self.aggregation = aggregation
         self._unregistered = {"unet": unet}
-        encoder = GroupEncoder(config, Unfilled, device="meta")
+        encoder = GroupEncoder(config, SkipInit, device="meta")
         encoder.load_state_dict(_part(weights.tensors, "encoder."), assign=True)
         if stage.body_frozen:
             self._unregistered["encoder"] = encoder.requires_grad_(False).to(unet.device, frozen_dtype)
         else:
             self.encoder = encoder
-        self.aggregator = ReferenceAggregator(config, Unfilled, device="meta")
+        self.aggregator = ReferenceAggregator(config, SkipInit, device="meta")
         self.aggregator.load_state_dict(_part(weights.tensors, "aggregator."), assign=True)
         self.kv = KVProjections(weights.inner, config.token_width, device="meta")
         self.kv.load_state_dict(_part(weights.tensors, "kv."), assign=True)
@@ -134,9 +134,8 @@ class TrainableEasyRef(nn.Module):
             for alone in one_by_one(row[real], self.image_token, count)
         ]
         ids, real = (part.to(batch.real.device) for part in pad_left(ids))
-        each = self._aggregate(
-            self.context(batch.patches, batch.grid, ids, real), real
-        )  # -> (sum of K, T, C)
+        # -> (sum of K, T, C)
+        each = self._aggregate(self.context(batch.patches, batch.grid, ids, real), real)
         groups = each.split(batch.references)
         if self.aggregation == "average":
             return torch.stack([group.mean(dim=0) for group in groups]), None
@@ -164,10 +163,11 @@ def one_by_one(input_ids: Tensor, image_token: int, references: int) -> list[Ten
     """The ids (S,) of a question about a group -> the ids of the same question about each reference alone."""
     image = input_ids == image_token
     edges = torch.diff(image.int(), prepend=image.new_zeros(1).int(), append=image.new_zeros(1).int())
+    # with the marks around it
     starts, ends = (
         (edges == 1).nonzero()[:, 0] - 1,
         (edges == -1).nonzero()[:, 0] + 1,
-    )  # with the marks around it
+    )
     if len(starts) != references:
         raise ValueError(
             f"The question shows {len(starts)} references where the group has {references}: it was cut inside them. "

@@ -11,9 +11,9 @@ from einops import rearrange
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ..tokens.reference_tokens import ReferenceTokens
-from ..utils.in_place import plus
+from ..utils.in_place import add_in_place
 from .layout import Site, in_processor_order, parse_diffusers, require_fit
-from .reference_attention import KeyValue, reference_attention, scaled
+from .reference_attention import KeyValue, apply_weight, reference_attention
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -55,7 +55,7 @@ class ReferenceProcessor:
 
     def with_references(self, text: Tensor, q: Tensor, heads: int) -> Tensor:
         """What the text's attention gave (batch, tokens, inner), and the reference term of the same queries."""
-        return plus(text, reference_attention(q, self.key_value, heads, self.real))
+        return add_in_place(text, reference_attention(q, self.key_value, heads, self.real))
 
 
 class Attachment:
@@ -78,12 +78,11 @@ class Attachment:
         """
         if not self._weight:
             return
-        place = next(
-            self._unet.parameters()
-        )  # diffusers' own .device and .dtype walk the whole UNet each time
+        # diffusers' own .device and .dtype walk the whole UNet each time
+        place = next(self._unet.parameters())
         for processor, (k, v) in zip(self._processors, key_values, strict=True):
             placed = k.to(place.device, place.dtype), v.to(place.device, place.dtype)
-            processor.key_value = scaled(placed, self._weight)
+            processor.key_value = apply_weight(placed, self._weight)
             processor.real = real
 
     def remove(self) -> None:
@@ -121,7 +120,7 @@ def apply(
     given = [tokens] if uncond is None else [_as_many(uncond, tokens), tokens]
     for side in (tokens, uncond):
         if isinstance(side, ReferenceTokens):
-            model.require_own(side, "set of reference tokens")
+            model.require_same_checkpoint(side, "set of reference tokens")
     require_fit("The UNet", cross_attention_widths(unet), model.checkpoint.widths)
     rows = torch.cat(given)  # a copy: what inference mode made could not be used where gradients are recorded
     lora = {}

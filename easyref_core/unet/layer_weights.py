@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ..files.tensor_files import brief
+from ..utils.errors import MAX_FACTOR, shorten
 from ..utils.number_lists import parse_number, split_entries
 from .layout import Site
 
@@ -23,12 +23,9 @@ COMPOSITION, MIDDLE, STYLE = 3, 4, 6
 WEAK = 0.2
 _INDEX = re.compile(r"[+-]?\d{1,9}", re.ASCII)
 LINEAR = "linear"
-LARGEST_FACTOR = (
-    100  # of a weight: with a weight of 3 and two such factors, half precision still holds the result
-)
 
 
-class Sides(NamedTuple):
+class BranchTokens(NamedTuple):
     """Whose tokens each side of the guidance attends to: the unconditional ones (True), the conditional ones (False),
     or none (None)."""
 
@@ -36,16 +33,16 @@ class Sides(NamedTuple):
     conditional: bool | None = False
 
 
-OWN = Sides()
-SWAPPED = Sides(unconditional=False, conditional=True)
-AGAINST = Sides(unconditional=False, conditional=None)  # only the negative side sees the references
+OWN = BranchTokens()
+SWAPPED = BranchTokens(unconditional=False, conditional=True)
+AGAINST = BranchTokens(unconditional=False, conditional=None)  # only the negative side sees the references
 
 
 class WeightType(NamedTuple):
     """factors: of each layer, times the weight; sides: of each layer."""
 
     factors: tuple[float, ...]
-    sides: tuple[Sides, ...] = (OWN,) * LAYERS
+    sides: tuple[BranchTokens, ...] = (OWN,) * LAYERS
 
 
 def _ramp(height: list[float]) -> WeightType:
@@ -112,20 +109,20 @@ def parse_layer_weights(text: str) -> tuple[float, ...]:
         index, colon, weight = entry.partition(":")
         if not colon or not _INDEX.fullmatch(index):
             raise ValueError(
-                f"layer_weights has {brief(repr(entry))}, which is not index:weight. Write for example "
+                f"layer_weights has {shorten(repr(entry))}, which is not index:weight. Write for example "
                 '"3:1, 6:0.5"; layers that are not named get 0.'
             )
         layer = int(index)
         if not 0 <= layer < LAYERS:
             raise ValueError(
-                f"layer_weights names layer {brief(layer)}; wanted SDXL's layers 0 to {LAYERS - 1} (0-3 input, 4 middle, "
+                f"layer_weights names layer {shorten(layer)}; wanted SDXL's layers 0 to {LAYERS - 1} (0-3 input, 4 middle, "
                 "5-10 output)."
             )
         if layer in factors:
             raise ValueError(f"layer_weights names layer {layer} twice. Name each layer once.")
         name = f"layer_weights for layer {layer}"
         example = 'index:weight pairs, as in "3:1, 6:0.5"'
-        factors[layer] = parse_number(weight, name, -LARGEST_FACTOR, LARGEST_FACTOR, example=example)
+        factors[layer] = parse_number(weight, name, -MAX_FACTOR, MAX_FACTOR, example=example)
     return _only(factors).factors
 
 

@@ -55,6 +55,5 @@ def _overlaps(pixels: int, latent: int, first: int, length: int, tokens: int) ->
     upper = torch.minimum(edges[1:, None], marks[None, 1:])
     lower = torch.maximum(edges[:-1, None], marks[None, :-1])
     overlaps = (upper - lower).clamp(min=0)
-    return (
-        overlaps[:, :pixels] + overlaps[:, pixels:]
-    )  # the second half is the same axis again, beyond its end
+    # the second half is the same axis again, beyond its end
+    return overlaps[:, :pixels] + overlaps[:, pixels:]

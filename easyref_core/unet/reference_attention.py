@@ -71,7 +71,7 @@ def require_scaling(scaling: str) -> None:
         raise ValueError(f"There is no embeds_scaling {scaling!r}. Choose one of: {', '.join(SCALINGS)}.")
 
 
-def scaled(key_value: KeyValue, weight: float, scaling: str = SCALINGS[0], widest: int = 0) -> KeyValue:
+def apply_weight(key_value: KeyValue, weight: float, scaling: str = SCALINGS[0], widest: int = 0) -> KeyValue:
     """K and V (rows, T, inner) with the weight in them, so that no layer of no step multiplies its term by it.
 
     "V only" is the term times the weight; "K+V" makes the attention itself sharper with the weight; "C penalty" weakens narrow layers, by inner / widest

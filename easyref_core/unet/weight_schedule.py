@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ..files.tensor_files import brief
+from ..utils.errors import MAX_FACTOR, shorten
 from ..utils.number_lists import parse_number, require_alike, split_entries
-from .layer_weights import LARGEST_FACTOR
 
 NAME = "weight_schedule"
 EXAMPLE = 'numbers, as in "1, 0.5, 0", or percent:weight pairs, as in "0.2:1, 0.8:0"'
@@ -21,7 +20,7 @@ def parse_schedule(text: str, start: float, end: float) -> list[Point]:
     """ "1, 0.5, 0", spread evenly from start to end, or "0.2:1, 0.8:0" -> points by rising percent; [] for "".
 
     number_lists.py has the rules of the text. Raises ValueError for what is neither, for weights beyond
-    LARGEST_FACTOR, and for percents outside 0..1 or given twice.
+    MAX_FACTOR, and for percents outside 0..1 or given twice.
     """
     entries = split_entries(text, NAME)
     paired = require_alike(entries, NAME, "percent:weight", EXAMPLE)
@@ -33,15 +32,15 @@ def parse_schedule(text: str, start: float, end: float) -> list[Point]:
     percents = [percent for percent, _ in points]
     if any(not 0 <= percent <= 1 for percent in percents):
         raise ValueError(
-            f"weight_schedule {brief(repr(text))} names a percent outside 0 to 1. Write 0.5 for half of the denoising."
+            f"weight_schedule {shorten(repr(text))} names a percent outside 0 to 1. Write 0.5 for half of the denoising."
         )
     if paired and len(set(percents)) < len(percents):
-        raise ValueError(f"weight_schedule {brief(repr(text))} names a percent twice. Name each once.")
+        raise ValueError(f"weight_schedule {shorten(repr(text))} names a percent twice. Name each once.")
     return points
 
 
 def _number(text: str) -> float:
-    return parse_number(text, NAME, -LARGEST_FACTOR, LARGEST_FACTOR, example=EXAMPLE)
+    return parse_number(text, NAME, -MAX_FACTOR, MAX_FACTOR, example=EXAMPLE)
 
 
 def interpolate(points: list[Point], at: float) -> float:

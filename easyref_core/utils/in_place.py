@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def plus(x: Tensor, own: Tensor) -> Tensor:
+def add_in_place(x: Tensor, own: Tensor) -> Tensor:
     """x + own."""
     return own.add_(x) if _may_hold(own, x) else x + own
 
 
-def times(x: Tensor, own: Tensor) -> Tensor:
+def mul_in_place(x: Tensor, own: Tensor) -> Tensor:
     """x * own."""
     return own.mul_(x) if _may_hold(own, x) else x * own
 

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 Value = TypeVar("Value")
 
 
-class Kept(Generic[Value]):
+class ByteLRUCache(Generic[Value]):
     """Values by key, at most `limit` bytes of them; the one that was not asked for the longest goes first.
 
     What is larger than the limit by itself is not kept.

@@ -23,7 +23,7 @@ import math
 import re
 from itertools import chain
 
-from ..files.tensor_files import brief
+from .errors import shorten
 
 _FULL_WIDTH = {
     ord(wide): plain
@@ -59,7 +59,7 @@ def parse_number(
     if math.isfinite(number) and low <= number <= high:
         return number
     bounds = "" if math.isinf(low) and math.isinf(high) else f", from {low:g} to {high:g}"
-    raise ValueError(f"{name} has {brief(repr(entry))} where a number is wanted{bounds}. Write {example}.")
+    raise ValueError(f"{name} has {shorten(repr(entry))} where a number is wanted{bounds}. Write {example}.")
 
 
 def parse_references(text: str, name: str, count: int, most: int) -> list[int]:
@@ -119,7 +119,7 @@ def require_alike(entries: list[str], name: str, kind: str, example: str) -> boo
     paired = {":" in entry for entry in entries}
     if len(paired) > 1:
         raise ValueError(
-            f"{name} {brief(repr(', '.join(entries)))} mixes numbers and {kind} pairs. Write either {example}."
+            f"{name} {shorten(repr(', '.join(entries)))} mixes numbers and {kind} pairs. Write either {example}."
         )
     return paired == {True}
 
@@ -141,9 +141,9 @@ def _refuse_decimal_comma(run: str, name: str, mixed: bool) -> None:
     decimal = f"{whole if whole.strip('+-') else whole + '0'}.{fraction}"
     listed = "; ".join(filter(None, run.split(",")))
     raise ValueError(
-        f"{name} has {brief(repr(run.strip(',')))}, where a comma may be a decimal comma. Write decimals with a "
-        f"point, as in {brief(decimal)}, and separate numbers by semicolons or by commas with a space, as in "
-        f"{brief(listed)}."
+        f"{name} has {shorten(repr(run.strip(',')))}, where a comma may be a decimal comma. Write decimals with a "
+        f"point, as in {shorten(decimal)}, and separate numbers by semicolons or by commas with a space, as in "
+        f"{shorten(listed)}."
     )
 
 
@@ -162,6 +162,6 @@ def _reference(text: str, entry: str, name: str, count: int) -> int:
     if 1 <= number <= count and number == int(number):
         return int(number)
     raise ValueError(
-        f"{name} has {brief(repr(entry))}, and there is no such reference in a group of {count}. Write whole "
+        f"{name} has {shorten(repr(entry))}, and there is no such reference in a group of {count}. Write whole "
         f"numbers from 1 to {count}, ranges such as 1-{count}, or {ALL}."
     )

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 
-from ..files.tensor_files import brief
+from .errors import shorten
 
 MAX_NESTING = 100  # brackets inside brackets; deeper ones stay, because each level reads the text again
 
@@ -63,7 +63,7 @@ def _without_braces(text: str) -> str:
         if sign == "|" and level:
             block = text[opened:]
             raise ValueError(
-                f"prompt has a choice that was not made: {brief(repr(block[: block.find('}') + 1] or block))}. "
+                f"prompt has a choice that was not made: {shorten(repr(block[: block.find('}') + 1] or block))}. "
                 "ComfyUI makes such choices in the text box of CLIP Text Encode alone, so SDXL and the MLLM could "
                 "read different prompts. Write one of the alternatives, in one text node that is linked to both."
             )

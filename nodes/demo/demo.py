@@ -13,7 +13,7 @@ from ...easyref_core.utils.prompt_syntax import plain_text
 from ..host import folders
 from . import tiny_sdxl, tiny_text, tiny_vae
 
-FEWEST, MOST = 2, 6  # references of a group, as in training
+MIN_REFERENCES, MOST = 2, 6  # references of a group, as in training
 
 
 class EasyRefDemo(io.ComfyNode):
@@ -48,7 +48,7 @@ class EasyRefDemo(io.ComfyNode):
                 io.Int.Input(
                     "references",
                     default=4,
-                    min=FEWEST,
+                    min=MIN_REFERENCES,
                     max=MOST,
                     tooltip="How many references the group has.",
                 ),

@@ -128,7 +128,7 @@ def time_line(easyref: HostedEasyRef, budget: Budget) -> str:
     assumed = ASSUMED_RATE["cpu" if easyref.model.device.type == "cpu" else "other"]
     rate, source = (easyref.rate, "measured at the last encoding") if easyref.rate else (assumed, "assumed")
     return (
-        f"Time: about {budget.operations / rate:.1f} s ({budget.operations / 1e12:.3g} tera-operations counted, "
+        f"Time: about {budget.flops / rate:.1f} s ({budget.flops / 1e12:.3g} tera-operations counted, "
         f"{rate / 1e12:.3g} a second {source})."
     )
 

@@ -12,8 +12,8 @@ from comfy_api.latest import io
 from PIL import ImageOps
 
 from ...easyref_core.files.image_files import SortedFiles, no_reader_reason, open_image, sort_files
-from ...easyref_core.files.tensor_files import brief
 from ...easyref_core.mllm.preprocess import to_rgb
+from ...easyref_core.utils.errors import shorten
 from ..host import folders
 from ..host.file_changes import FileChanges
 from ..host.images import image_of
@@ -104,12 +104,12 @@ class EasyRefGroupFromFolder(io.ComfyNode):
                 taken.append(read(file))
                 names.append(file.name)
             except Exception as error:  # Pillow's decoders raise errors of every kind for foreign bytes
-                reason = brief(error) or type(error).__name__
-                notes.append(f"Warning: {brief(file.name)} was left out, it could not be read ({reason}).")
+                reason = shorten(error) or type(error).__name__
+                notes.append(f"Warning: {shorten(file.name)} was left out, it could not be read ({reason}).")
         notes += left_out(found) + beyond_the_limit(len(found.readable), start, limit)
         if not taken:
             raise ValueError(
-                f"No picture was found in {brief(repr(folder))} of the input folder "
+                f"No picture was found in {shorten(repr(folder))} of the input folder "
                 f"({len(tried)} files tried, from number {start} on). Put pictures there, or give another folder. {' '.join(notes)}".rstrip()
             )
         references = (*(group or ()), *taken)
@@ -126,7 +126,7 @@ def sorted_files(folder: str) -> SortedFiles:
     if not path.is_dir():
         there = sorted(entry.name for entry in base.iterdir() if entry.is_dir())
         raise FileNotFoundError(
-            f"There is no folder {brief(repr(folder))} in {base}. Give one that is. Folders there: {', '.join(there) or 'none'}."
+            f"There is no folder {shorten(repr(folder))} in {base}. Give one that is. Folders there: {', '.join(there) or 'none'}."
         )
     return sort_files(sorted((entry.name for entry in path.iterdir() if entry.is_file()), key=natural))
 
@@ -157,7 +157,7 @@ def beyond_the_limit(count: int, start: int, limit: int) -> list[str]:
 def listed(names: list[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(map(brief, names[:NAMED])) + more
+    return ", ".join(map(shorten, names[:NAMED])) + more
 
 
 def state_of(folder: str, limit: int, start: int) -> str:
@@ -180,7 +180,7 @@ def inside(base: Path, relative: str) -> Path:
     absolute = Path(relative).is_absolute() or PureWindowsPath(relative).drive
     if path is None or not relative.strip() or absolute or not path.is_relative_to(base):
         raise ValueError(
-            f"{brief(repr(relative))} is not inside ComfyUI's input folder ({base}). Give a path relative to it; links that lead "
+            f"{shorten(repr(relative))} is not inside ComfyUI's input folder ({base}). Give a path relative to it; links that lead "
             "out of it are not followed."
         )
     return path

@@ -17,7 +17,7 @@ import comfy.text_encoders
 import folder_paths
 
 from ...easyref_core.checkpoint.formats import BASE_MLLM, RELEASE
-from ...easyref_core.files.tensor_files import brief
+from ...easyref_core.utils.errors import shorten
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +31,8 @@ NOTHING_FOUND = "no file in models/easyref"
 TOKENS = "easyref_tokens"  # the host's name of the folders that hold reference tokens
 TOKENS_FOLDER = "easyref"  # in the host's output and input folders
 NO_TOKENS = "no file in output/easyref"
-DEVICE = re.compile(
-    r"(con|prn|aux|nul|conin\$|conout\$|clock\$|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.I
-)  # of Windows
+# of Windows
+DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|clock\$|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.I)
 LONGEST_PREFIX = 1000  # characters
 LONGEST_NAME = 255 - len("_00001_.safetensors")  # bytes
 SHIPPED = Path(__file__).absolute().parents[2] / "easyref_core" / "tiny" / "weights"
@@ -93,7 +92,7 @@ def find_checkpoint(name: str) -> Path:
     present = [file for file in checkpoints() if file != NOTHING_FOUND]
     missing = "No EasyRef checkpoint was found."
     if name != NOTHING_FOUND:
-        missing = f"EasyRef checkpoint {brief(repr(name))} was not found."
+        missing = f"EasyRef checkpoint {shorten(repr(name))} was not found."
     raise FileNotFoundError(
         f"{missing} Download the checkpoint (.safetensors) from {RELEASE} into models/easyref. "
         f"Searched: {', '.join(folder_paths.get_folder_paths(FOLDER))}; there: {', '.join(present) or 'no weight files'}."
@@ -122,7 +121,7 @@ def find_mllm(name: str) -> Path | None:
         return folders[name]
     searched = [base for kind in MLLM_KINDS for base in folder_paths.get_folder_paths(kind)]
     raise FileNotFoundError(
-        f"MLLM folder {brief(repr(name))} was not found. Put all files of {BASE_MLLM} into a folder of their own in "
+        f"MLLM folder {shorten(repr(name))} was not found. Put all files of {BASE_MLLM} into a folder of their own in "
         "models/easyref, models/text_encoders or models/LLM. "
         f"Searched: {', '.join(searched)}; Qwen2-VL folders there: {', '.join(folders) or 'none'}."
     )
@@ -143,7 +142,7 @@ def new_tokens_file(prefix: str) -> Path:
     allowed = len(prefix) <= LONGEST_PREFIX and all(map(_is_name, parts))
     if not allowed or not _stays_inside(saved_tokens().joinpath(*parts[:-1]), saved_tokens()):
         raise ValueError(
-            f"filename_prefix is {brief(repr(prefix))}; wanted the start of a file's name in {saved_tokens()}, such as tokens or "
+            f"filename_prefix is {shorten(repr(prefix))}; wanted the start of a file's name in {saved_tokens()}, such as tokens or "
             "faces/anna."
         )
     folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, str(saved_tokens()))
@@ -168,7 +167,7 @@ def find_tokens(name: str) -> Path:
         return path
     present = [file for file in token_files() if file != NO_TOKENS]
     raise FileNotFoundError(
-        f"The file of reference tokens {brief(repr(name))} was not found. Searched: "
+        f"The file of reference tokens {shorten(repr(name))} was not found. Searched: "
         f"{', '.join(folder_paths.get_folder_paths(TOKENS))}; there: {', '.join(present) or 'no .safetensors files'}. "
         "Save tokens with Save Reference Tokens, or put a saved file into input/easyref."
     )

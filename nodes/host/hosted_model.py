@@ -21,7 +21,7 @@ from comfy_execution.utils import get_executing_context
 from ...easyref_core.checkpoint.checkpoint import Cast, may_be_fp8, open_checkpoint
 from ...easyref_core.inspect.attention_maps import AttentionShares, read_shares
 from ...easyref_core.inspect.influence import pooled_features
-from ...easyref_core.mllm.budget import activation_bytes, operations
+from ...easyref_core.mllm.budget import activation_bytes, flops
 from ...easyref_core.mllm.preprocess import black_image
 from ...easyref_core.model import EasyRef, build
 from ...easyref_core.tokens.reference_tokens import ContextStates, ReferenceTokens
@@ -84,7 +84,7 @@ class HostedEasyRef:
         start = time.monotonic()
         context = self.model.encode_prepared(group, progress or counted(len(group.digests)))
         if not work.start:  # a few tokens read on take the time of the weights, not of their operations
-            done = operations(self.model.config, work.patches, work.tokens)
+            done = flops(self.model.config, work.patches, work.tokens)
             self.rate = done / max(time.monotonic() - start, 1e-3)
         return context
 
@@ -97,9 +97,9 @@ class HostedEasyRef:
     ) -> TokenPair:
         """Tokens for both sides. The unconditional ones are of the negative context, or else read the same
         instruction, at the same size, of a black image, or of noise where that has a strength."""
-        self.model.require_own(context, "context")
+        self.model.require_same_checkpoint(context, "context")
         if negative is not None:
-            self.model.require_own(negative, "negative context")
+            self.model.require_same_checkpoint(negative, "negative context")
             self._load_for((), max(context.states.shape[1], negative.states.shape[1]))
             tokens = self.model.aggregate(context), self.model.aggregate(negative)
         else:
@@ -114,7 +114,7 @@ class HostedEasyRef:
 
     def attention(self, context: ContextStates, token: int) -> AttentionShares:
         """What the reference tokens read of a context; see read_shares."""
-        self.model.require_own(context, "context")
+        self.model.require_same_checkpoint(context, "context")
         self._load_for((), context.states.shape[1])
         return read_shares(self.model, context, token)
 
@@ -146,10 +146,10 @@ class HostedEasyRef:
         project = partial(self.model.key_values, dtype=torch.float32)
         return KeyValueProjector(rows, len(tokens.unconditional), row_numel, project, self._kv_patcher)
 
-    def require_own(self, tokens: TokenPair) -> None:
+    def require_same_checkpoint(self, tokens: TokenPair) -> None:
         """Raises ValueError for tokens of another checkpoint."""
         for side in (tokens.unconditional, tokens.conditional):
-            self.model.require_own(side, "set of reference tokens")
+            self.model.require_same_checkpoint(side, "set of reference tokens")
 
     def _load_for(self, patches: Sequence[int], tokens: int, before: int = 0) -> None:
         """Bring the MLLM to its device, with room for the activations; arguments as for activation_bytes."""

@@ -52,9 +52,8 @@ class KeyValueTable:
         self._copies: dict[tuple[torch.device, torch.dtype], list[KeyValue]] = {}
         self.counts = unconditional_rows, len(key_values[0][0]) - unconditional_rows
         self.row_numel = sum(k[0].numel() + v[0].numel() for k, v in key_values)
-        self.resident_rows = (
-            0 if self.counts == (1, 1) else sum(self.counts)
-        )  # of two rows the table itself is taken
+        # of two rows the table itself is taken
+        self.resident_rows = 0 if self.counts == (1, 1) else sum(self.counts)
 
     def take(self, numbers: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[KeyValue]:
         if (device, dtype) not in self._copies:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ...easyref_core.inspect.duplicates import Fingerprint, Pair, fingerprint, repeats
-from ...easyref_core.utils.lru_cache import Kept
+from ...easyref_core.utils.lru_cache import ByteLRUCache
 from ...easyref_core.utils.prompt_syntax import plain_text
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 BLACK = 8  # of 255; noise of a compressed black image stays below
 PRINT_BYTES = 1024  # of a fingerprint, about
 # By the digest of a reference's pixels: another prompt does not compare the images again.
-_prints: Kept[Fingerprint] = Kept(2**20)
+_prints: ByteLRUCache[Fingerprint] = ByteLRUCache(2**20)
 
 
 def read_prompt(prompt: str) -> tuple[str, list[str]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
 
-from ...easyref_core.inspect.drawing import contact_sheet, stacked
+from ...easyref_core.inspect.drawing import contact_sheet, vstack
 from ...easyref_core.inspect.duplicates import thumbnail
 from .images import image_of
 
@@ -40,7 +40,7 @@ def pictures(references: Sequence[Tensor]) -> dict[str, Any]:
         row += [None] * (min(COLUMNS, len(cells)) - len(row))
         headings = dict(enumerate(captions[start : start + COLUMNS]))
         rows.append(contact_sheet({"": row}, CELL, headings))
-    return ui.PreviewImage(image_of(stacked(rows))).as_dict()
+    return ui.PreviewImage(image_of(vstack(rows))).as_dict()
 
 
 def _cell(image: Tensor) -> Image.Image | None:

@@ -15,13 +15,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...easyref_core.files.tensor_files import brief
 from ...easyref_core.mllm.instructions import require_text
+from ...easyref_core.utils.errors import shorten
 
 Checks = dict[str, Callable[[Any], None]]  # by the input's name
 
 
-def keep_to_schema(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+def validate_inputs_of(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """The node, whose `execute` raises ValueError or TypeError for names and values that its schema does not allow."""
     run = node.__dict__["execute"].__func__
     signature = inspect.signature(run)
@@ -77,7 +77,7 @@ def unknown_input(node: type[io.ComfyNode], name: str) -> str:
     nearest = [socket for several in sockets for socket in several if name in socket.split(".")]
     remedy = f"Connect it to {nearest[0]}." if nearest else "Rename or remove it."
     display_name = node.define_schema().display_name
-    return f"{display_name} has no input {brief(repr(name))}; its inputs are {known}. {remedy}"
+    return f"{display_name} has no input {shorten(repr(name))}; its inputs are {known}. {remedy}"
 
 
 @functools.cache
@@ -106,25 +106,27 @@ def _number(declared: io.Float.Input | io.Int.Input, value: Any) -> None:
         return
     bounds = "" if low is None or high is None else f" from {low} to {high}"
     raise ValueError(
-        f"{declared.id} is {brief(repr(value))}; wanted {wanted}{bounds}. Check what is linked to it."
+        f"{declared.id} is {shorten(repr(value))}; wanted {wanted}{bounds}. Check what is linked to it."
     )
 
 
 def _switch(declared: io.Boolean.Input, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(
-            f"{declared.id} is {brief(repr(value))}; wanted true or false. Check what is linked to it."
+            f"{declared.id} is {shorten(repr(value))}; wanted true or false. Check what is linked to it."
         )
 
 
 def _text(declared: io.String.Input, value: Any) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{declared.id} is {brief(repr(value))}; wanted a text. Check what is linked to it.")
+        raise TypeError(
+            f"{declared.id} is {shorten(repr(value))}; wanted a text. Check what is linked to it."
+        )
     require_text(value, declared.id)
 
 
 def _choice(declared: io.Combo.Input, value: Any) -> None:
     if not isinstance(value, str) or value not in declared.options:
         raise ValueError(
-            f"{declared.id} is {brief(repr(value))}; wanted one of: {', '.join(declared.options)}. Choose one of them."
+            f"{declared.id} is {shorten(repr(value))}; wanted one of: {', '.join(declared.options)}. Choose one of them."
         )

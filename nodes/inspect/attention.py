@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from torch.nn.functional import interpolate
 
 from ...easyref_core.inspect.charts import parts_chart, percent
-from ...easyref_core.inspect.drawing import captioned, overlaid, stacked
+from ...easyref_core.inspect.drawing import caption_grid, overlay_heatmap, vstack
 from ...easyref_core.mllm.preprocess import resize
 from ..host.images import image_of, pictures_of, references_of
 from ..host.inputs import group_input
@@ -86,10 +86,10 @@ def draw(pictures: list[Image.Image], maps: list[Tensor], shares: AttentionShare
     """The references under their heat maps, and one bar of all shares."""
     cell = 256
     shown = [_scaled(picture, cell) for picture in pictures]
-    heated = [overlaid(picture, part.numpy()) for picture, part in zip(shown, maps, strict=True)]
+    heated = [overlay_heatmap(picture, part.numpy()) for picture, part in zip(shown, maps, strict=True)]
     captions = [f"{i + 1}: {percent(share)}" for i, share in enumerate(shares.references)]
-    sheet = captioned(heated, captions, cell)
-    return stacked([sheet, parts_chart(_title(token), parts_of(shares), max(sheet.width, 540))])
+    sheet = caption_grid(heated, captions, cell)
+    return vstack([sheet, parts_chart(_title(token), parts_of(shares), max(sheet.width, 540))])
 
 
 def parts_of(shares: AttentionShares) -> dict[str, float]:

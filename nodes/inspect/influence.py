@@ -11,8 +11,15 @@ from comfy_api.latest import io, ui
 
 from ...easyref_core import INSTRUCTION, SIZE
 from ...easyref_core.inspect.charts import Bar, bar_chart, matrix_chart
-from ...easyref_core.inspect.drawing import stacked
-from ...easyref_core.inspect.influence import FEWEST, STANDS_OUT, change, likeness, odd_one, to_the_others
+from ...easyref_core.inspect.drawing import vstack
+from ...easyref_core.inspect.influence import (
+    MIN_REFERENCES,
+    OUTLIER_Z,
+    change,
+    find_outlier,
+    likeness,
+    mean_to_others,
+)
 from ..host.images import image_of, pictures_of, references_of
 from ..host.inputs import group_input, instruction_input, prompt_input, size_input
 from ..host.notes import read_prompt
@@ -75,7 +82,7 @@ class EasyRefReferenceInfluence(io.ComfyNode):
             )
         images, (text, notes) = [image[0] for image in references], read_prompt(prompt)
         changes, similarity = measure(easyref, images, text, instruction, size)
-        odd, score = odd_one(similarity)
+        odd, score = find_outlier(similarity)
         chart = image_of(draw(pictures_of(references), changes, similarity, odd))
         kept = tuple(image for i, image in enumerate(references) if i != odd)
         report = "\n".join([describe(changes, similarity, odd, score), *notes])
@@ -130,21 +137,21 @@ def draw(pictures: list[Image.Image], changes: list[float], similarity: Tensor, 
         pictures,
         odd,
     )
-    return stacked([bar_chart("Change of the reference tokens without it", bars), matrix])
+    return vstack([bar_chart("Change of the reference tokens without it", bars), matrix])
 
 
 def describe(changes: list[float], similarity: Tensor, odd: int, score: float) -> str:
     """The report: a line for each reference, and the verdict with its criterion."""
     lines = [
         f"reference {i + 1}: the tokens change by {value:.4f} without it (1 - cosine); mean likeness to the others {alike:.3f}"
-        for i, (value, alike) in enumerate(zip(changes, to_the_others(similarity).tolist(), strict=True))
+        for i, (value, alike) in enumerate(zip(changes, mean_to_others(similarity).tolist(), strict=True))
     ]
-    criterion = f"its mean likeness lies {score:.2f} robust standard deviations below the median; {STANDS_OUT:g} are asked for"
+    criterion = f"its mean likeness lies {score:.2f} robust standard deviations below the median; {OUTLIER_Z:g} are asked for"
     if odd >= 0:
         lines.append(f"Reference {odd + 1} does not belong: {criterion}.")
-    elif len(changes) < FEWEST:
+    elif len(changes) < MIN_REFERENCES:
         lines.append(
-            f"None is named: of fewer than {FEWEST} references it cannot be said who does not belong."
+            f"None is named: of fewer than {MIN_REFERENCES} references it cannot be said who does not belong."
         )
     else:
         lines.append(f"None stands out. Of the least alike, {criterion}.")

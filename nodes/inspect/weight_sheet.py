@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ...easyref_core.inspect.drawing import contact_sheet, fitted
+from ...easyref_core.inspect.drawing import contact_sheet, fit_square
 from ...easyref_core.utils.number_lists import parse_numbers
 from ..host import preview
 from ..host.images import image_of, pictures_of
@@ -127,7 +127,7 @@ def side_by_side(pictures: list[Image.Image], cell: int) -> Image.Image:
     """The pictures of a batch, in as many columns as rows, fitted into one cell."""
     columns = next(n for n in range(1, len(pictures) + 1) if n * n >= len(pictures))
     part = cell // columns
-    shown = [fitted(picture, part) for picture in pictures]
+    shown = [fit_square(picture, part) for picture in pictures]
     width, height = (max(sides) for sides in zip(*(picture.size for picture in shown), strict=True))
     rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ...easyref_core.inspect.charts import matrix_chart
-from ...easyref_core.inspect.drawing import captioned, fitted, heat_colours, overlaid, stacked
+from ...easyref_core.inspect.drawing import caption_grid, fit_square, heat_colours, overlay_heatmap, vstack
 from ...easyref_core.inspect.where_it_acts import by_block_and_step, by_place, short_name
 from ..host.images import image_of, pictures_of
 from ..host.socket_types import EasyRefRecordSocket
@@ -18,7 +18,7 @@ from ..host.socket_types import EasyRefRecordSocket
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...easyref_core.inspect.reference_share import Moment, Share
+    from ...easyref_core.inspect.reference_share import Share, ShareKey
     from ..unet_patch.recording import Record
 
 SIDES = ("prompt", "negative")
@@ -80,18 +80,18 @@ class EasyRefWhereItActs(io.ComfyNode):
             charts.append(draw(shares, pictures, name))
             reports.append(describe(shares, name))
             means.append(float(by_block_and_step(shares)[2].nanmean()))
-        chart = image_of(stacked(charts))
+        chart = image_of(vstack(charts))
         places = _one_size([by_place(shares) for shares in found.values()])
         mean = sum(means) / len(means)
         return io.NodeOutput(chart, places, mean, "\n".join(reports), ui=ui.PreviewImage(chart, cls=cls))
 
 
-def of_side(shares: dict[Moment, Share], side: str) -> dict[Moment, Share]:
+def of_side(shares: dict[ShareKey, Share], side: str) -> dict[ShareKey, Share]:
     """What was recorded on one side of the guidance."""
     return {m: share for m, share in shares.items() if m.is_unconditional == (side == SIDES[1])}
 
 
-def draw(shares: dict[Moment, Share], pictures: list[Image.Image], name: str) -> Image.Image:
+def draw(shares: dict[ShareKey, Share], pictures: list[Image.Image], name: str) -> Image.Image:
     """Blocks and steps above, the picture below under the map of places, or the map alone."""
     blocks, sigmas, values = by_block_and_step(shares)
     steps = [str(i + 1) for i in range(len(sigmas))]
@@ -103,14 +103,14 @@ def draw(shares: dict[Moment, Share], pictures: list[Image.Image], name: str) ->
     low, high = float(places.min()), float(places.max())
     heat = (places - low) / (high - low or 1.0)
     if pictures:
-        shown = [overlaid(fitted(picture, CELL), heat) for picture in pictures]
+        shown = [overlay_heatmap(fit_square(picture, CELL), heat) for picture in pictures]
     else:
-        shown = [fitted(Image.fromarray(heat_colours(heat)), CELL)]
+        shown = [fit_square(Image.fromarray(heat_colours(heat)), CELL)]
     captions = [f"dark {low:.2f}, bright {high:.2f}"] * len(shown)
-    return stacked([matrix, captioned(shown, captions, CELL, columns=2)])
+    return vstack([matrix, caption_grid(shown, captions, CELL, columns=2)])
 
 
-def describe(shares: dict[Moment, Share], name: str) -> str:
+def describe(shares: dict[ShareKey, Share], name: str) -> str:
     """The report: the mean share of each block, and of the first and the last step."""
     blocks, sigmas, values = by_block_and_step(shares)
     lines = [f"Size of the reference term{name} beside the text's attention, {len(sigmas)} steps"]

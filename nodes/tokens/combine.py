@@ -7,8 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...easyref_core.files.tensor_files import brief
 from ...easyref_core.tokens.combine import METHODS, combine
+from ...easyref_core.utils.errors import shorten
 from ...easyref_core.utils.number_lists import parse_numbers
 from ..host.socket_types import EasyRefTokens, TokenPair
 from .token_pairs import ABSENT, both_sides, in_order, several_tokens, validate_first_socket
@@ -70,7 +70,7 @@ def parse_weights(text: str, count: int) -> list[float]:
     weights = parse_numbers(text, "weights", example="1, 0.5")
     if len(weights) > count:
         raise ValueError(
-            f"There are {len(weights)} weights ({brief(text)}) for {count} sets of reference tokens. Remove the others, or "
+            f"There are {len(weights)} weights ({shorten(text)}) for {count} sets of reference tokens. Remove the others, or "
             "connect what they are for."
         )
     return weights + [1.0] * (count - len(weights))

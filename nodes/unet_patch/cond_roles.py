@@ -69,7 +69,7 @@ def is_unconditional(name: str) -> bool:
 _predicting: ContextVar[dict[Any, bool] | None] = ContextVar("easyref_predicting", default=None)
 
 
-def name_conditionings(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+def record_cond_roles(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
     """PREDICT_NOISE wrapper: remember, while this guider predicts, which of its conditionings are
     unconditional.
     """

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import comfy.lora
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ...easyref_core.unet.layer_weights import LINEAR, OWN, Sides, choose, layers_of
+from ...easyref_core.unet.layer_weights import LINEAR, OWN, BranchTokens, choose, layers_of
 from ...easyref_core.unet.layout import Site, parse_comfy, require_fit
 from ...easyref_core.unet.reference_attention import SCALINGS, require_scaling
 from ...easyref_core.unet.weight_schedule import parse_schedule
-from .cond_roles import name_conditionings
+from .cond_roles import record_cond_roles
 from .injection import Injection, Strength
 from .memory import MemoryWrapper
 from .site_patch import SitePatch
@@ -81,7 +81,7 @@ def condition(
     """
     checkpoint = easyref.model.checkpoint
     require_fit(describe(model), cross_attention_widths(model), checkpoint.widths)
-    easyref.require_own(tokens)
+    easyref.require_same_checkpoint(tokens)
     chosen = choose(settings.weight_type, settings.layer_weights)
     window = settings.start_percent, settings.end_percent
     points = tuple(parse_schedule(settings.weight_schedule, *window))
@@ -115,7 +115,9 @@ def describe(model: ModelPatcher) -> str:
     return f"The MODEL ({type(config or model.model).__name__})"
 
 
-def _of_sites(sites: tuple[Site, ...], chosen: WeightType) -> tuple[tuple[float, ...], tuple[Sides, ...]]:
+def _of_sites(
+    sites: tuple[Site, ...], chosen: WeightType
+) -> tuple[tuple[float, ...], tuple[BranchTokens, ...]]:
     """Factor and sides of each site."""
     if chosen == choose(LINEAR):  # the same everywhere, whatever the UNet's layers are
         return (1.0,) * len(sites), (OWN,) * len(sites)
@@ -150,7 +152,7 @@ def attach(model: ModelPatcher, attached: Attached) -> None:
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, SubBatchWrapper(max(injection.rows for injection in injections))),
         (WrappersMP.PREPARE_SAMPLING, MemoryWrapper(injections)),
-        (WrappersMP.PREDICT_NOISE, name_conditionings),
+        (WrappersMP.PREDICT_NOISE, record_cond_roles),
         (WrappersMP.CALC_COND_BATCH, publish_step),
         (WrappersMP.APPLY_MODEL, step.apply_model),
         (WrappersMP.DIFFUSION_MODEL, step.diffusion_model),

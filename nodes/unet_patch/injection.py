@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from ...easyref_core.unet.layer_weights import Sides
+from ...easyref_core.unet.layer_weights import BranchTokens
 from ...easyref_core.unet.masks import Crop, token_mask
-from ...easyref_core.unet.reference_attention import SCALINGS, KeyValue, scaled
+from ...easyref_core.unet.reference_attention import SCALINGS, KeyValue, apply_weight
 from ...easyref_core.unet.weight_schedule import Point, Schedule
-from ...easyref_core.utils.lru_cache import Kept
+from ...easyref_core.utils.lru_cache import ByteLRUCache
 from .batch_layout import UNKNOWN, BatchLayout
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Injection:
         self,
         key_values: KeyValueRows,
         strength: Strength,
-        sides: Sequence[Sides],
+        sides: Sequence[BranchTokens],
         mask: Tensor | None = None,
         recorder: Recorder | None = None,
     ) -> None:
@@ -177,7 +177,7 @@ class Injection:
         self._curves: LatestCache[Curve] = LatestCache()
         self._rows: LatestCache[list[KeyValue]] = LatestCache()
         self._scaled: LatestCache[list[KeyValue]] = LatestCache()
-        self._masks: Kept[Tensor] = Kept(MASK_CACHE_BYTES)
+        self._masks: ByteLRUCache[Tensor] = ByteLRUCache(MASK_CACHE_BYTES)
         self._weight = 0.0  # of what is in _scaled
 
     def recorded_by(self, recorder: Recorder) -> Injection:
@@ -290,7 +290,7 @@ class Injection:
             rows[place] = tuple(index[sides].select(tensor) for tensor in rows[place])
         return rows
 
-    def _number(self, sides: Sides, unconditional: bool, frame: int) -> int | None:
+    def _number(self, sides: BranchTokens, unconditional: bool, frame: int) -> int | None:
         """Row of `key_values` that a row of a batch attends to; None where it attends to none."""
         taken = sides.unconditional if unconditional else sides.conditional
         unconditional_rows, conditional_rows = self.key_values.counts
@@ -303,7 +303,7 @@ class Injection:
     def _scale(self, key_values: list[KeyValue], weight: float) -> list[KeyValue]:
         widest = max(k.shape[-1] for k, _ in key_values)
         pairs = zip(key_values, self.strength.factors, strict=True)
-        return [scaled(pair, weight * factor, self.strength.scaling, widest) for pair, factor in pairs]
+        return [apply_weight(pair, weight * factor, self.strength.scaling, widest) for pair, factor in pairs]
 
     def __deepcopy__(self, memo: dict) -> Injection:
         return self

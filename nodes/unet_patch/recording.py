@@ -42,11 +42,11 @@ def with_record(model: ModelPatcher) -> tuple[ModelPatcher, Record]:
     recorded = tuple(injection.recorded_by(recorder) for injection, recorder in pairs)
     attach(patched, dataclasses.replace(attached, injections=recorded))
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, RECORD_KEY)
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORD_KEY, Emptying(record))
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORD_KEY, ClearOnSample(record))
     return patched, record
 
 
-class Emptying:
+class ClearOnSample:
     """Wrapper of a sampling: two samplings must not be one record."""
 
     def __init__(self, record: Record) -> None:
@@ -57,5 +57,5 @@ class Emptying:
             recorder.clear()
         return executor(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict) -> Emptying:
+    def __deepcopy__(self, memo: dict) -> ClearOnSample:
         return self

@@ -14,7 +14,7 @@ from comfy.ldm.modules.attention import optimized_attention
 
 from ...easyref_core.unet.layout import Site
 from ...easyref_core.unet.reference_attention import reference_attention
-from ...easyref_core.utils.in_place import plus
+from ...easyref_core.utils.in_place import add_in_place
 from ..host.log import warn_once
 from .batch_layout import Queries, rows_of_queries
 from .cond_roles import FIRST_SIGMA
@@ -45,7 +45,7 @@ class SitePatch:
             step.reached.add((self.slot, self.site))
         out = self._before(step, extra_options)(q, k, v, extra_options)
         if self.slot in step.active:
-            out = plus(out, self._term(q, out, step, extra_options))
+            out = add_in_place(out, self._term(q, out, step, extra_options))
         for callback, options in self.added:
             if options.get("sigma_end", 0.0) <= step.sigma <= options.get("sigma_start", math.inf):
                 out = out + callback(out, q, k, v, extra_options, **options)

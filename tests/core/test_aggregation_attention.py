@@ -11,7 +11,7 @@ from einops import rearrange
 import easyref_core as er
 from devkit import golden
 from easyref_core.inspect.attention_maps import aggregation_attention, attention_weights, read_shares
-from easyref_core.mllm.qwen2_vl import text_rotation
+from easyref_core.mllm.qwen2_vl import text_rope
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def by_hand(model: er.EasyRef, x: torch.Tensor, causal: bool) -> torch.Tensor:
 @torch.no_grad()
 def test_weights_are_attention_written_out(model, context, causal) -> None:
     x, attention = layer_input(model, context), model.mllm.aggregator.layers[-1].self_attn
-    turn = text_rotation(x.shape[1], model.config, x.device)
+    turn = text_rope(x.shape[1], model.config, x.device)
     found = attention_weights(attention, x, turn, causal, model.config.num_tokens)
     assert found.dtype == torch.float32
     assert golden.error(found[0], by_hand(model, x, causal)) <= golden.EXACT
@@ -67,7 +67,7 @@ def test_weights_are_attention_written_out(model, context, causal) -> None:
 @torch.no_grad()
 def test_weights_times_values_are_the_layer_output(model, context, causal) -> None:
     x, attention = layer_input(model, context), model.mllm.aggregator.layers[-1].self_attn
-    turn, count = text_rotation(x.shape[1], model.config, x.device), model.config.num_tokens
+    turn, count = text_rope(x.shape[1], model.config, x.device), model.config.num_tokens
     weights = attention_weights(attention, x, turn, causal, count)
     v = rearrange(attention.v_proj(x), "b n (h d) -> b h n d", h=attention.kv_heads)
     v = v.repeat_interleave(attention.heads // attention.kv_heads, dim=1)

@@ -59,9 +59,8 @@ def test_lora_by_hand() -> None:
     """At 64 pixels (8 x 8 latents): 16 queries at the 10 sites 640 wide, 4 at the 60 sites 1280 wide."""
     operations = 0
     for number, width, tokens in ((10, 640, 16), (60, 1280, 4)):
-        own = (
-            2 * 128 * (width + width) * tokens
-        )  # a product to the rank and one from it, for each row of the batch
+        # a product to the rank and one from it, for each row of the batch
+        own = 2 * 128 * (width + width) * tokens
         text = 2 * 128 * (2048 + width) * 77
         operations += 2 * number * ((4 + 2) * own + 2 * text)
     assert unet_counts.lora_by_hand(64) == operations

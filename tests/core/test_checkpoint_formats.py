@@ -406,13 +406,13 @@ def test_two_final_layers_are_read(two_final_layers: er.EasyRef) -> None:
 
 @torch.inference_mode()
 def test_of_two_final_layers_both_see_the_reference_tokens(two_final_layers: er.EasyRef) -> None:
-    from easyref_core.mllm.qwen2_vl import text_rotation
+    from easyref_core.mllm.qwen2_vl import text_rope
 
     aggregator = two_final_layers.mllm.aggregator
     context = torch.randn(1, 20, 64, generator=torch.manual_seed(0))
     x = torch.cat([context, aggregator.reference_tokens.weight[None]], dim=1)
     for layer in aggregator.layers:
-        x = layer(x, text_rotation(28, two_final_layers.config, x.device))
+        x = layer(x, text_rope(28, two_final_layers.config, x.device))
     assert error(aggregator.gather(context), aggregator.norm(x)[:, -8:]) <= EXACT
 
 

@@ -16,9 +16,9 @@ import easyref_core as er
 from devkit import golden
 from devkit.golden import EXACT, error
 from easyref_core.mllm import chunks, prefix_cache, preprocess
-from easyref_core.mllm.chunks import in_pieces, is_out_of_memory
-from easyref_core.mllm.qwen2_vl import Past
-from easyref_core.utils.lru_cache import Kept
+from easyref_core.mllm.chunks import is_out_of_memory, run_in_chunks
+from easyref_core.mllm.qwen2_vl import LayerKVCache
+from easyref_core.utils.lru_cache import ByteLRUCache
 
 from .errors import assert_says, error_of
 
@@ -194,13 +194,13 @@ def cold_after(model: er.EasyRef, prompt: str) -> torch.Tensor:
 def test_the_operations_of_reading_on_are_counted(own: er.EasyRef) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from easyref_core.mllm.budget import operations
+    from easyref_core.mllm.budget import flops
 
     tokens(own, A, B, C)
     work = own.reader.work(group := own.prepare([A, B, C, D], "a cat", er.INSTRUCTION, SIZE))
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
         own.encode_prepared(group)
-    found = operations(own.config, work.patches, work.tokens, work.start)
+    found = flops(own.config, work.patches, work.tokens, work.start)
     assert found == pytest.approx(counted.get_total_flops(), rel=0.01)
 
 
@@ -208,7 +208,7 @@ def test_the_operations_of_reading_on_are_counted(own: er.EasyRef) -> None:
 
 
 def test_kept_values_are_bounded_and_the_least_used_goes_first() -> None:
-    kept: Kept[str] = Kept(10)
+    kept: ByteLRUCache[str] = ByteLRUCache(10)
     for key in "abc":
         kept.put(key, key.upper(), 3)
     assert kept.get("a") == "A"
@@ -346,7 +346,7 @@ def heavy(model: er.EasyRef) -> list[torch.nn.Module]:
 def test_encoding_goes_on_in_smaller_pieces_wherever_memory_runs_out(
     own: er.EasyRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefix_cache, "SMALLEST_PIECE", 8)
+    monkeypatch.setattr(prefix_cache, "MIN_CHUNK_TOKENS", 8)
     wanted, freed = cold(own, A, B, C, D), []
     own.reader.free = lambda: freed.append(1)
     for number, module in enumerate(heavy(own)):
@@ -366,9 +366,9 @@ def test_encoding_goes_on_in_smaller_pieces_wherever_memory_runs_out(
 def test_what_a_failed_attempt_has_read_is_gone_before_the_next(
     own: er.EasyRef, monkeypatch: pytest.MonkeyPatch, before: list[Image.Image]
 ) -> None:
-    layers: list[Past] = []
+    layers: list[LayerKVCache] = []
 
-    class Watched(Past):
+    class Watched(LayerKVCache):
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments)
             layers.append(self)
@@ -382,8 +382,8 @@ def test_what_a_failed_attempt_has_read_is_gone_before_the_next(
 
     if before:
         tokens(own, *before)
-    monkeypatch.setattr(prefix_cache, "SMALLEST_PIECE", 8)
-    monkeypatch.setattr(prefix_cache, "Past", Watched)
+    monkeypatch.setattr(prefix_cache, "MIN_CHUNK_TOKENS", 8)
+    monkeypatch.setattr(prefix_cache, "LayerKVCache", Watched)
     start = own.reader.work(own.prepare([A, B, C, D], "a cat", er.INSTRUCTION, SIZE)).start
     last = own.mllm.encoder.layers[-1].mlp.down_proj
     # the first piece of all tokens fails, of the two halves that follow the second one
@@ -399,7 +399,7 @@ def test_what_a_failed_attempt_has_read_is_gone_before_the_next(
 def test_what_is_kept_of_other_groups_makes_room(
     own: er.EasyRef, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    monkeypatch.setattr(prefix_cache, "SMALLEST_PIECE", 8)
+    monkeypatch.setattr(prefix_cache, "MIN_CHUNK_TOKENS", 8)
     wanted = cold(own, A, B, C)
     own.forget()
     tokens(own, A, D)
@@ -416,8 +416,8 @@ def test_after_a_failure_a_group_is_read_on_in_pieces_that_the_mask_allows(
     own: er.EasyRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     length = own.prepare([A, B, C, D], "a cat", er.INSTRUCTION, SIZE).input_ids.shape[1]
-    monkeypatch.setattr(prefix_cache, "SMALLEST_PIECE", 2)
-    monkeypatch.setattr(prefix_cache, "MASKED", 5 * length)
+    monkeypatch.setattr(prefix_cache, "MIN_CHUNK_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MAX_MASK_ENTRIES", 5 * length)
     read: list[int] = []
     layer = own.mllm.encoder.layers[0]
     with hooked((layer, lambda _, inputs: read.append(inputs[0].shape[1])), (layer, failing(1))):
@@ -504,10 +504,10 @@ def test_pieces_cover_everything_once() -> None:
 
     for count, at_once in ((0, 5), (1, 1), (17, 17), (17, 4), (5, 0)):
         done.clear()
-        in_pieces(count, lambda _, at_once=at_once: at_once, 1, run, lambda: None, "")
+        run_in_chunks(count, lambda _, at_once=at_once: at_once, 1, run, lambda: None, "")
         assert done == list(range(count))
     with pytest.raises(torch.OutOfMemoryError):
-        in_pieces(17, lambda _: 17, 4, run, lambda: None, "")
+        run_in_chunks(17, lambda _: 17, 4, run, lambda: None, "")
 
 
 def test_the_error_repeats_what_the_allocator_says() -> None:
@@ -517,11 +517,11 @@ def test_the_error_repeats_what_the_allocator_says() -> None:
         raise RuntimeError(f"{said}\nException raised from alloc_cpu")
 
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        in_pieces(1, lambda _: 1, 1, run, lambda: None, "Free memory.")
+        run_in_chunks(1, lambda _: 1, 1, run, lambda: None, "Free memory.")
     assert str(caught.value) == f"Free memory. ({said})"
 
 
-@pytest.mark.parametrize(("name", "value"), [("VISION_PIECE", 40), ("MASKED", 300)])
+@pytest.mark.parametrize(("name", "value"), [("VISION_CHUNK_PATCHES", 40), ("MAX_MASK_ENTRIES", 300)])
 def test_large_groups_are_read_in_pieces(
     own: er.EasyRef, monkeypatch: pytest.MonkeyPatch, name: str, value: int
 ) -> None:
@@ -543,6 +543,6 @@ def test_no_error_holds_on_to_memory_while_it_is_tried_again() -> None:
             alive.append(weakref.ref(big))
             raise MemoryError
 
-    in_pieces(8, lambda _: 8, 1, run, gc.collect, "")
+    run_in_chunks(8, lambda _: 8, 1, run, gc.collect, "")
     assert len(alive) == 2
     assert chunks.is_out_of_memory(MemoryError())

@@ -56,7 +56,7 @@ def test_the_budget_counts_the_operations_of_the_matrix_products(model: er.EasyR
     model.forget()
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
         model.encode(golden.references(), golden.PROMPT, size=golden.SIZE)
-    found = model.budget(picture_sides(), golden.PROMPT, size=golden.SIZE).operations
+    found = model.budget(picture_sides(), golden.PROMPT, size=golden.SIZE).flops
     assert found == pytest.approx(counted.get_total_flops(), rel=0.01)
 
 

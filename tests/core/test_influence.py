@@ -8,7 +8,14 @@ import torch
 import easyref_core as er
 from devkit import golden
 from easyref_core.inspect.consistency import cropped_share, similarity
-from easyref_core.inspect.influence import change, likeness, odd_one, pooled_features, robust_z, to_the_others
+from easyref_core.inspect.influence import (
+    change,
+    find_outlier,
+    likeness,
+    mean_to_others,
+    pooled_features,
+    robust_z,
+)
 
 
 def near(count: int, odd: int | None = None) -> torch.Tensor:
@@ -33,7 +40,7 @@ def test_change_is_the_mean_over_tokens() -> None:
 
 def test_mean_similarity_leaves_oneself_out() -> None:
     similar = torch.tensor([[1.0, 0.2, 0.4], [0.2, 1.0, 0.6], [0.4, 0.6, 1.0]])
-    assert to_the_others(similar).tolist() == pytest.approx([0.3, 0.4, 0.5])
+    assert mean_to_others(similar).tolist() == pytest.approx([0.3, 0.4, 0.5])
 
 
 def test_robust_z_by_hand() -> None:
@@ -42,21 +49,21 @@ def test_robust_z_by_hand() -> None:
 
 
 def test_equal_references_do_not_divide_by_0() -> None:
-    assert odd_one(torch.ones(5, 5)) == (-1, 0.0)
+    assert find_outlier(torch.ones(5, 5)) == (-1, 0.0)
 
 
 @pytest.mark.parametrize("odd", range(5))
 def test_odd_one_is_found(odd: int) -> None:
-    assert odd_one(near(5, odd))[0] == odd
+    assert find_outlier(near(5, odd))[0] == odd
 
 
 def test_none_stands_out_of_a_group_that_is_alike() -> None:
-    assert odd_one(near(6))[0] == -1
+    assert find_outlier(near(6))[0] == -1
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_none_is_named_of_a_few(count: int) -> None:
-    assert odd_one(near(count, 1))[0] == -1
+    assert find_outlier(near(count, 1))[0] == -1
 
 
 def test_features_are_of_each_reference_alone(model: er.EasyRef) -> None:

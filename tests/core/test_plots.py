@@ -7,7 +7,15 @@ import pytest
 from PIL import Image, ImageColor
 
 from easyref_core.inspect.charts import BLUE, RED, Bar, bar_chart, matrix_chart, parts_chart
-from easyref_core.inspect.drawing import HEAT, captioned, fitted, font, heat_colours, overlaid, shortened
+from easyref_core.inspect.drawing import (
+    INFERNO,
+    caption_grid,
+    fit_square,
+    font,
+    heat_colours,
+    overlay_heatmap,
+    shortened,
+)
 
 LONG = "a label that is far longer than any chart is wide, " * 8
 
@@ -50,7 +58,7 @@ def test_bar_below_0_is_drawn_as_0() -> None:
 
 
 def test_heat_goes_from_the_first_colour_to_the_last() -> None:
-    assert heat_colours(np.array([0.0, 1.0])).tolist() == [list(HEAT[0]), list(HEAT[-1])]
+    assert heat_colours(np.array([0.0, 1.0])).tolist() == [list(INFERNO[0]), list(INFERNO[-1])]
     brightness = heat_colours(np.linspace(0, 1, 50)).sum(axis=-1, dtype=int)
     assert (np.diff(brightness) >= 0).all()
 
@@ -58,7 +66,7 @@ def test_heat_goes_from_the_first_colour_to_the_last() -> None:
 def test_heat_lies_where_the_map_is_hot_and_keeps_the_aspect() -> None:
     heat = np.zeros((2, 4))
     heat[0, 3] = 1
-    found = overlaid(Image.new("RGB", (80, 40), "grey"), heat)
+    found = overlay_heatmap(Image.new("RGB", (80, 40), "grey"), heat)
     brightness = np.asarray(found).sum(axis=-1, dtype=int)
     assert found.size == (80, 40)
     assert brightness[2, 77] > 2 * brightness[37, 2]
@@ -73,11 +81,11 @@ def test_text_is_shortened_to_its_width() -> None:
 
 @pytest.mark.parametrize("count", [1, 4, 5])
 def test_captions_wrap(count: int) -> None:
-    sheet = captioned([Image.new("RGB", (30, 60))] * count, ["caption"] * count, cell=64)
+    sheet = caption_grid([Image.new("RGB", (30, 60))] * count, ["caption"] * count, cell=64)
     assert sheet.height > 2 * 64 if count > 4 else sheet.height < 2 * 64
 
 
 def test_small_pictures_grow_sharply_and_large_ones_shrink_smoothly() -> None:
     checks = Image.fromarray(np.indices((64, 64)).sum(axis=0).astype(np.uint8) % 2 * 255).convert("RGB")
-    assert len(fitted(checks.crop((0, 0, 2, 2)), 64).getcolors()) == 2
-    assert np.ptp(np.asarray(fitted(checks, 8)).astype(int)) < 100
+    assert len(fit_square(checks.crop((0, 0, 2, 2)), 64).getcolors()) == 2
+    assert np.ptp(np.asarray(fit_square(checks, 8)).astype(int)) < 100

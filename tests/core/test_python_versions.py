@@ -52,12 +52,13 @@ NEWER = {
     "warnings.deprecated": "3.13",
 }
 BUILTINS = {"BaseExceptionGroup", "ExceptionGroup", "PythonFinalizationError"}
+# of every object's, so only names that are nobody else's
 METHODS = {
     "add_note",
     "full_match",
     "from_uri",
     "walk_up",
-}  # of every object's, so only names that are nobody else's
+}
 
 
 def name_of(path: Path) -> str:

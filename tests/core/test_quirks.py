@@ -18,7 +18,7 @@ from devkit import golden
 from devkit.golden import EXACT, Tensors, error, predict
 from easyref_core.mllm import group_encoder, instructions, preprocess
 from easyref_core.mllm.instructions import chat, image_token_id
-from easyref_core.mllm.qwen2_vl import Rotation, image_rotation, rotation, text_rotation
+from easyref_core.mllm.qwen2_vl import Rope, image_rotation, rotation, text_rope
 from easyref_core.tokens import reference_tokens
 
 if TYPE_CHECKING:
@@ -134,9 +134,7 @@ def test_the_norm_in_the_middle_stays(own: er.EasyRef, expected: Tensors) -> Non
     assert distance(own, expected) > 0.1
 
 
-def mrope(
-    ids: torch.Tensor, grid: torch.Tensor, image_token: int, config: er.model.EasyRefConfig
-) -> Rotation:
+def mrope(ids: torch.Tensor, grid: torch.Tensor, image_token: int, config: er.model.EasyRefConfig) -> Rope:
     """Qwen2-VL's own 3-D positions: each image token at (frame, row, column), text continuing after the largest."""
     places, images, last = [], iter(grid.tolist()), -1
     flags = (ids[0] == image_token).tolist()
@@ -171,14 +169,14 @@ def test_positions_are_plain_also_over_images(
         image_token_id(model.tokenizer),
         model.config,
     )
-    monkeypatch.setattr(group_encoder, "text_rotation", lambda *_: turn)
+    monkeypatch.setattr(group_encoder, "text_rope", lambda *_: turn)
     assert distance(model, expected) > 0.1
 
 
 def test_three_equal_axes_of_mrope_are_plain_rope(model: er.EasyRef) -> None:
     text = torch.zeros(1, 50, dtype=torch.long)
     turn = mrope(text, torch.empty(0, 3), image_token_id(model.tokenizer), model.config)
-    torch.testing.assert_close(turn, text_rotation(50, model.config, text.device))
+    torch.testing.assert_close(turn, text_rope(50, model.config, text.device))
 
 
 # The last layer
@@ -197,12 +195,12 @@ def test_a_bidirectional_last_layer_lands_elsewhere(model: er.EasyRef, expected:
 def test_positions_continue_at_the_reference_tokens(
     model: er.EasyRef, expected: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def restarted(length: int, config: er.model.EasyRefConfig, device: torch.device) -> Rotation:
-        parts = [text_rotation(n, config, device) for n in (length - config.num_tokens, config.num_tokens)]
+    def restarted(length: int, config: er.model.EasyRefConfig, device: torch.device) -> Rope:
+        parts = [text_rope(n, config, device) for n in (length - config.num_tokens, config.num_tokens)]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     assert distance(model, expected) <= EXACT
-    monkeypatch.setattr(reference_tokens, "text_rotation", restarted)
+    monkeypatch.setattr(reference_tokens, "text_rope", restarted)
     assert distance(model, expected) > 0.1
 
 

@@ -15,7 +15,7 @@ from devkit.golden import EXACT, Tensors, error
 from easyref_core.checkpoint.formats import MLLM_NAMES, translate
 from easyref_core.mllm.config import EasyRefConfig
 from easyref_core.mllm.group_encoder import GroupEncoder
-from easyref_core.mllm.qwen2_vl import DecoderLayer, VisionTower, text_rotation
+from easyref_core.mllm.qwen2_vl import DecoderLayer, VisionTower, text_rope
 from tools.bench.transformers_mllm import text_model, vision_tower
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def test_decoder_layers(kv_heads: int, causal: bool) -> None:
         position_ids=torch.arange(LENGTH).expand(3, 1, LENGTH),
         use_cache=False,
     ).last_hidden_state
-    turn = text_rotation(LENGTH, config, x.device)
+    turn = text_rope(LENGTH, config, x.device)
     for layer in ours.layers:
         x = layer(x, turn, causal=causal)
     assert error(ours.norm(x), wanted) <= EXACT
@@ -116,5 +116,5 @@ def test_a_layer_asked_for_the_last_positions_gives_the_end_of_its_output(causal
     layer = DecoderLayer(CONFIG)
     randomize(layer)
     x = small(1, LENGTH, CONFIG.hidden_size)
-    turn = text_rotation(LENGTH, CONFIG, x.device)
+    turn = text_rope(LENGTH, CONFIG, x.device)
     assert error(layer(x, turn, causal, queries=8), layer(x, turn, causal)[:, -8:]) <= EXACT

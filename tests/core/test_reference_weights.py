@@ -12,8 +12,8 @@ import easyref_core as er
 from devkit import golden
 from devkit.golden import EXACT, error
 from easyref_core.mllm.config import EasyRefConfig
-from easyref_core.mllm.qwen2_vl import DecoderLayer, attention_mask, rotate, text_rotation
-from easyref_core.model import MLLM
+from easyref_core.mllm.qwen2_vl import DecoderLayer, apply_rope, attention_mask, text_rope
+from easyref_core.model import EasyRefModules
 from easyref_core.tokens.reference_tokens import ReferenceAggregator, weight_bias
 
 from .errors import assert_says, error_of
@@ -37,8 +37,8 @@ def by_hand(
         rearrange(project(x), "b n (h d) -> b n h d", h=attention.kv_heads)
         for project in (attention.k_proj, attention.v_proj)
     )
-    turn = text_rotation(length, config, x.device)
-    q, k = rotate(q, turn).double().transpose(1, 2), rotate(k, turn).double()
+    turn = text_rope(length, config, x.device)
+    q, k = apply_rope(q, turn).double().transpose(1, 2), apply_rope(k, turn).double()
     k, v = (repeat(t, "b n h d -> b (h g) n d", g=heads // attention.kv_heads) for t in (k, v))
     exponential = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).exp().tril() * factor
     return rearrange(exponential / exponential.sum(-1, keepdim=True) @ v, "b h n d -> b n (h d)")
@@ -107,7 +107,7 @@ def test_several_final_layers_leave_the_contexts_rows_alone(model: er.EasyRef, c
     factor = torch.ones(length + tokens)
     factor[3:9] = 0
     bias = factor.log().expand(tokens, -1)
-    turn = text_rotation(length + tokens, config, x.device)
+    turn = text_rope(length + tokens, config, x.device)
     layer = aggregator.layers[0]
     weighed, plain = (layer(x, turn, causal=causal, bias=given) for given in (bias, None))
     assert error(weighed[:, :length], plain[:, :length]) <= EXACT
@@ -118,7 +118,7 @@ def test_several_final_layers_leave_the_contexts_rows_alone(model: er.EasyRef, c
 @torch.inference_mode()
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 def test_a_padded_row_is_weighed_as_without_its_padding(model: er.EasyRef, causal: bool) -> None:
-    aggregator = MLLM(dataclasses.replace(model.config, causal=causal)).aggregator
+    aggregator = EasyRefModules(dataclasses.replace(model.config, causal=causal)).aggregator
     aggregator.load_state_dict(model.mllm.aggregator.state_dict())
     tokens, padding = model.config.num_tokens, 5
     states = torch.randn(1, 30, model.config.hidden_size)

@@ -14,7 +14,7 @@ from devkit import golden
 from easyref_core.checkpoint import checkpoint as checkpoints
 from easyref_core.checkpoint.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from easyref_core.checkpoint.formats import EASYREF_NAMES, by_processor_path, stored_name, translate
-from easyref_core.model import MLLM
+from easyref_core.model import EasyRefModules
 from easyref_core.unet.layout import parse_diffusers, sdxl_sites
 from easyref_core.unet.reference_attention import KVProjections
 
@@ -97,7 +97,7 @@ def test_no_key_is_unknown(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_modules_take_their_tensors(released: Checkpoint) -> None:
-    mllm = MLLM(released.config, device="meta")
+    mllm = EasyRefModules(released.config, device="meta")
     kv = KVProjections(released.inner, released.config.token_width, device="meta")
     mllm.encoder.load_state_dict(released.state("encoder.", keep), assign=True)
     mllm.aggregator.load_state_dict(released.state("aggregator.", keep), assign=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from easyref_core.unet.reference_attention import SCALINGS, reference_attention, require_scaling, scaled
-from easyref_core.utils.in_place import plus
+from easyref_core.unet.reference_attention import SCALINGS, apply_weight, reference_attention, require_scaling
+from easyref_core.utils.in_place import add_in_place
 
 HEADS, INNER, WIDEST = 2, 8, 16
 
@@ -34,12 +34,14 @@ def test_scaling(qkv, scaling: str, weight: float) -> None:
         "K+V w/ C penalty": lambda: attention(q, k * narrow, v * narrow),
         "K+mean(V) w/ C penalty": lambda: attention(q, k * narrow, v - v.mean(1) + v.mean(1) * narrow),
     }[scaling]()
-    torch.testing.assert_close(reference_attention(q, scaled((k, v), weight, scaling, WIDEST), HEADS), wanted)
+    torch.testing.assert_close(
+        reference_attention(q, apply_weight((k, v), weight, scaling, WIDEST), HEADS), wanted
+    )
 
 
 def test_v_only_leaves_the_keys_and_at_weight_1_the_values(qkv) -> None:
     keys, values = qkv[1:]
-    half, full = (scaled((keys, values), weight, "V only", WIDEST) for weight in (0.5, 1.0))
+    half, full = (apply_weight((keys, values), weight, "V only", WIDEST) for weight in (0.5, 1.0))
     assert half[0] is full[0] is keys
     assert full[1] is values
     assert torch.equal(half[1], values * 0.5)
@@ -48,7 +50,7 @@ def test_v_only_leaves_the_keys_and_at_weight_1_the_values(qkv) -> None:
 def test_sum_is_made_in_the_memory_of_the_term() -> None:
     text, term = torch.randn(2, 1, 3, 4)
     wanted, before = text + term, text.clone()
-    found = plus(text, term)
+    found = add_in_place(text, term)
     assert found.data_ptr() == term.data_ptr()
     assert torch.equal(found, wanted)
     assert torch.equal(text, before)
@@ -59,7 +61,7 @@ def test_sum_that_wants_gradients_leaves_both_parts(learning: int) -> None:
     parts = list(torch.randn(2, 1, 3, 4))
     parts[learning].requires_grad_()
     before = [part.detach().clone() for part in parts]
-    plus(*parts).sum().backward()
+    add_in_place(*parts).sum().backward()
     assert all(torch.equal(part, was) for part, was in zip(parts, before, strict=True))
     assert parts[learning].grad is not None
 
@@ -78,5 +80,5 @@ def test_a_batch_that_is_no_multiple_of_the_rows_is_refused() -> None:
 
 def test_a_sum_has_the_type_that_its_terms_make() -> None:
     wide, narrow = torch.ones(2), torch.ones(2, dtype=torch.bfloat16)
-    assert plus(wide, narrow).dtype == torch.float32
-    assert plus(narrow, wide).dtype == torch.float32
+    assert add_in_place(wide, narrow).dtype == torch.float32
+    assert add_in_place(narrow, wide).dtype == torch.float32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from easyref_core.inspect.reference_share import Moment, Recorder
+from easyref_core.inspect.reference_share import Recorder, ShareKey
 from easyref_core.unet.layout import Site
 
 SITE = Site("middle", 0, 0)
@@ -22,7 +22,7 @@ def test_shares_of_both_sides() -> None:
     recorder = Recorder()
     term, attention = recorded(recorder)
     shares = recorder.shares()
-    assert shares.keys() == {Moment(1.0, SITE, True), Moment(1.0, SITE, False)}
+    assert shares.keys() == {ShareKey(1.0, SITE, True), ShareKey(1.0, SITE, False)}
     for run, is_unconditional in enumerate((True, False)):
         share = shares[1.0, SITE, is_unconditional]
         assert share.share == pytest.approx((term[run].norm() / attention[run].norm()).item())

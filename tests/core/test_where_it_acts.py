@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from easyref_core.inspect.reference_share import Moment, Share
+from easyref_core.inspect.reference_share import Share, ShareKey
 from easyref_core.inspect.where_it_acts import by_block_and_step, by_place, short_name
 from easyref_core.unet.layout import Site, sdxl_sites
 
 
-def recorded(*entries: tuple[float, Site, float, torch.Tensor]) -> dict[Moment, Share]:
-    return {Moment(sigma, site, False): Share(share, grid) for sigma, site, share, grid in entries}
+def recorded(*entries: tuple[float, Site, float, torch.Tensor]) -> dict[ShareKey, Share]:
+    return {ShareKey(sigma, site, False): Share(share, grid) for sigma, site, share, grid in entries}
 
 
 GRID = torch.ones(2, 2)
@@ -49,5 +49,5 @@ def test_places_are_means_at_the_finest_grid() -> None:
 def test_tokens_without_places_are_left_out() -> None:
     row = Share(0.5, torch.full((1, 64), 9.0))
     shares = {**recorded((1.0, Site("input", 4, 0), 0.1, GRID))}
-    shares[Moment(1.0, Site("input", 5, 0), False)] = row
+    shares[ShareKey(1.0, Site("input", 5, 0), False)] = row
     assert torch.equal(by_place(shares), GRID)

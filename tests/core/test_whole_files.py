@@ -13,7 +13,7 @@ import torch
 
 from devkit.golden import GOLDEN
 from easyref_core.checkpoint.checkpoint import open_checkpoint
-from easyref_core.files.atomic_write import write_whole
+from easyref_core.files.atomic_write import atomic_write_text
 from easyref_core.files.tensor_files import SafetensorsFile
 from easyref_core.tokens.files import load_tokens, save_tokens
 from easyref_core.tokens.reference_tokens import Provenance, ReferenceTokens
@@ -41,11 +41,11 @@ def test_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, monkeyp
 
 def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "facts.json"
-    write_whole(path, "old")
+    atomic_write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "cannot be written: \ud800")
+        atomic_write_text(path, "cannot be written: \ud800")
     assert path.read_text() == "old"
-    write_whole(path, "new")
+    atomic_write_text(path, "new")
     assert [path.read_text(), len(list(tmp_path.iterdir()))] == ["new", 1]
 
 

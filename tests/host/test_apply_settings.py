@@ -30,8 +30,9 @@ LEFT[..., :8] = 1
 
 @pytest.fixture
 def core(pack) -> SimpleNamespace:
-    names = ("layer_weights", "masks", "term_share")
-    return SimpleNamespace(**{name: golden.part(pack, f"easyref_core.{name}") for name in names})
+    names = ("unet.layer_weights", "unet.masks", "inspect.reference_share")
+    parts = {name.partition(".")[2]: golden.part(pack, f"easyref_core.{name}") for name in names}
+    return SimpleNamespace(**parts)
 
 
 def prompts() -> tuple[list, list]:
@@ -66,6 +67,7 @@ def layer_of(easy: Easy, core: SimpleNamespace) -> dict[str, int]:
 # Neutral values
 
 
+# fmt: skip
 @pytest.mark.parametrize(
     "settings",
     [
@@ -77,9 +79,13 @@ def layer_of(easy: Easy, core: SimpleNamespace) -> dict[str, int]:
         {"weight_schedule": "1"},
         {"weight_schedule": "0:1, 1:1"},
         {"embeds_scaling": "V only"},
-        {"weight_type": "strong style and composition", "mask": torch.ones(1, 1, 1), "weight_schedule": "1, 1, 1"},
+        {
+            "weight_type": "strong style and composition",
+            "mask": torch.ones(1, 1, 1),
+            "weight_schedule": "1, 1, 1",
+        },
     ],
-)  # fmt: skip
+)
 def test_neutral_value_is_the_identity(easy, model, settings: dict) -> None:
     assert torch.equal(predict(easy.apply(model, **settings)), predict(easy.apply(model)))
 
@@ -290,9 +296,15 @@ def sampled_at(model: ModelPatcher, size: tuple, batch: int = 1, conds: tuple | 
     sampling = guider.model_patcher.get_model_object("model_sampling")
     schedule = comfy.samplers.calculate_sigmas(sampling, "normal", 2)
     with torch.inference_mode():
+        # fmt: skip
         return guider.sample(
-            noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), schedule, disable_pbar=True, seed=0
-        )  # fmt: skip
+            noise,
+            torch.zeros_like(noise),
+            comfy.samplers.sampler_object("euler"),
+            schedule,
+            disable_pbar=True,
+            seed=0,
+        )
 
 
 def test_mask_for_each_latent_of_a_batch(easy, model) -> None:
@@ -451,7 +463,7 @@ def test_recorder_is_told_every_site_and_side(easy, model, core) -> None:
 
 
 def test_share_grows_with_the_weight_and_is_0_outside_the_mask(easy, model, core) -> None:
-    first = core.term_share.Moment(1.0, easy.easyref.model.checkpoint.sites[0], False)
+    first = core.reference_share.ShareKey(1.0, easy.easyref.model.checkpoint.sites[0], False)
     once, twice, masked = (
         recorded(easy, model, **settings)[1][first] for settings in ({}, {"weight": 2.0}, {"mask": LEFT})
     )
@@ -488,7 +500,7 @@ def test_a_value_that_the_schema_does_not_allow(
     easy, model, setting: str, value: object, wanted: str
 ) -> None:
     inputs = {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, "lora_strength": 1.0, setting: value}
-    node = golden.part(easy.pack, "nodes.apply").EasyRefApply
+    node = golden.node(easy.pack, "EasyRefApply")
     with pytest.raises((ValueError, TypeError), match=f"^{setting} is .*; wanted {wanted}"):
         node.execute(model, easy.easyref, easy.tokens, **inputs)
 

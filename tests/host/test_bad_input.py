@@ -169,9 +169,7 @@ def test_model_of_another_architecture(pack, name: str, unet: dict, found: str):
     widths = {site: 640 if site.block == "input" and site.number < 6 else 1280 for site in sites}
     easyref = SimpleNamespace(model=SimpleNamespace(checkpoint=SimpleNamespace(widths=widths)))
     with pytest.raises(ValueError, match=rf"The MODEL \({name}\) does not fit") as refused:
-        golden.part(pack, "nodes.apply").EasyRefApply.execute(
-            on_meta(unet), easyref, None, 1.0, 0.0, 1.0, 1.0
-        )
+        golden.node(pack, "EasyRefApply").execute(on_meta(unet), easyref, None, 1.0, 0.0, 1.0, 1.0)
     assert_says(str(refused.value), found, "made for 70 cross-attentions", "needs an SDXL base model")
 
 

@@ -269,7 +269,7 @@ def test_no_setting_waits_for_the_device(attention, pack, easy, setting: str) ->
 def test_batched_tokens_are_brought_once(attention, pack, easy) -> None:
     """The rows of the frames that are sampled, and where one stands for several, their numbers."""
     fake, other = FakeDevice(CUDA), easy.other_tokens()
-    tokens = golden.part(pack, "nodes.tokens.batch").EasyRefBatchTokens.execute
+    tokens = golden.node(pack, "EasyRefBatchTokens").execute
     with torch.inference_mode():
         shared = type(other)(other.conditional, easy.tokens.unconditional)
         for second, numbers in ((other, 0), (shared, 1)):

@@ -292,7 +292,7 @@ def write_stage_1(folder: Path) -> None:
 
 
 def test_an_mllm_in_a_cache_is_loaded(pack, models):
-    loader = golden.part(pack, "nodes.load").EasyRefLoader
+    loader = golden.node(pack, "EasyRefLoader")
     cache_snapshot(models / "LLM" / REPOSITORY, "a" * 40, golden.MLLM)
     shutil.copytree(golden.MLLM, models / "LLM" / "plain")
     (models / "LLM" / REPOSITORY / "snapshots" / ("a" * 40) / "README.md").symlink_to("gone")
@@ -307,7 +307,7 @@ def test_an_mllm_in_a_cache_is_loaded(pack, models):
 
 def test_names_that_come_through_links_are_looked_up_by_the_loader(pack, models):
     """The host checks only what is typed in, and the list of the first run may be old."""
-    loader = golden.part(pack, "nodes.load").EasyRefLoader
+    loader = golden.node(pack, "EasyRefLoader")
     touch(models / "easyref" / "a.safetensors")
     write_config(models / "LLM" / "there")
     with pytest.raises(FileNotFoundError, match=r"^MLLM folder 'LLM/gone' was not found\. Put ") as missing:
@@ -319,7 +319,7 @@ def test_names_that_come_through_links_are_looked_up_by_the_loader(pack, models)
 
 
 def test_a_quantized_mllm_is_refused_with_the_remedy(pack, models):
-    loader = golden.part(pack, "nodes.load").EasyRefLoader
+    loader = golden.node(pack, "EasyRefLoader")
     write_stage_1(models / "easyref")
     folder = shutil.copytree(golden.MLLM, models / "LLM" / "Qwen2-VL-2B-Instruct-AWQ")
     settings = json.loads((folder / "config.json").read_text())
@@ -330,7 +330,7 @@ def test_a_quantized_mllm_is_refused_with_the_remedy(pack, models):
 
 
 def test_loader_notices_new_files_in_the_mllm_folder(pack, models):
-    loader = golden.part(pack, "nodes.load").EasyRefLoader
+    loader = golden.node(pack, "EasyRefLoader")
     touch(models / "easyref" / "a.safetensors")
     write_config(models / "LLM" / "qwen")
     before = loader.fingerprint_inputs(checkpoint="a.safetensors", mllm="LLM/qwen")

@@ -47,7 +47,7 @@ def released(pack) -> SimpleNamespace:
     return SimpleNamespace(
         model=model,
         key_value_rows=lambda tokens: golden.part(pack, "nodes.host.key_values").KeyValueTable(key_values, 1),
-        require_own=lambda tokens: None,
+        require_same_checkpoint=lambda tokens: None,
         forget_with=lambda model: None,
     )
 

@@ -29,6 +29,6 @@ def test_tokens_of_both_sides_are_the_authors(tokens) -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 def test_noise_prediction_is_the_authors(pack, easyref, tokens, weight: float) -> None:
-    apply = golden.part(pack, "nodes.apply").EasyRefApply
+    apply = golden.node(pack, "EasyRefApply")
     (patched,) = apply.execute(load_tiny_sdxl(), easyref, tokens, weight, 0.0, 1.0, 1.0).result
     assert golden.error(predict(patched), golden.expected()[f"unet.noise_pred.scale_{weight}"]) <= 1e-5

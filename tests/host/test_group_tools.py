@@ -44,7 +44,7 @@ def text_of(output: object) -> str:
 
 
 def test_group_shows_thumbnails_sizes_and_duplicates(pack):
-    group = golden.part(pack, "nodes.group.reference_group").EasyRefGroup
+    group = golden.node(pack, "EasyRefGroup")
     first, second, third = golden.references()
     output = group.execute({"image0": [first], "image1": [second], "image2": [third, first]})
     assert len(output.ui["images"]) == 1
@@ -55,7 +55,7 @@ def test_group_shows_thumbnails_sizes_and_duplicates(pack):
 
 
 def test_group_with_an_image_that_holds_no_picture_is_the_encoders_to_refuse(pack):
-    group = golden.part(pack, "nodes.group.reference_group").EasyRefGroup
+    group = golden.node(pack, "EasyRefGroup")
     broken = torch.full((1, 30, 30, 3), torch.nan)
     (references,) = group.execute({"image0": [broken], "image1": [torch.zeros(1, 1, 1, 3)]}).args
     assert len(references) == 2
@@ -73,7 +73,7 @@ def test_the_preview_of_a_group_is_served(server):
 
 
 def test_selection_takes_references_in_the_order_written(pack):
-    select = golden.part(pack, "nodes.group.reference_group").EasyRefSelectReferences
+    select = golden.node(pack, "EasyRefSelectReferences")
     group = golden.references()
     (chosen,) = select.execute(group, "3, 1").args
     assert [id(image) for image in chosen] == [id(group[2]), id(group[0])]
@@ -92,7 +92,7 @@ def test_selection_takes_references_in_the_order_written(pack):
 
 @pytest.fixture
 def from_folder(pack):
-    return golden.part(pack, "nodes.group.from_folder").EasyRefGroupFromFolder
+    return golden.node(pack, "EasyRefGroupFromFolder")
 
 
 def test_folder_is_read_in_the_order_people_count(from_folder, inputs):
@@ -284,7 +284,7 @@ def test_folder_is_read_again_when_a_file_changes(from_folder, inputs):
 
 @pytest.fixture
 def crop(pack):
-    return golden.part(pack, "nodes.group.crop").EasyRefCropReference
+    return golden.node(pack, "EasyRefCropReference")
 
 
 def test_no_crop_leaves_every_reference_bit_for_bit(crop):
@@ -334,7 +334,7 @@ def test_crops_go_on_to_a_group(server):
 
 @pytest.fixture
 def instruct(pack):
-    return golden.part(pack, "nodes.group.instruction").EasyRefInstruction
+    return golden.node(pack, "EasyRefInstruction")
 
 
 def test_every_preset_gives_its_text_and_shows_it(pack, instruct):
@@ -376,7 +376,7 @@ def test_the_help_page_has_the_english_texts(pack):
 
 def test_budget_before_encoding(pack):
     easyref = golden.load(pack)
-    node = golden.part(pack, "nodes.group.budget").EasyRefGroupBudget
+    node = golden.node(pack, "EasyRefGroupBudget")
     text = golden.instruction(pack)
     fits, largest, report = node.execute(easyref, golden.references(), "a cat", text, 84).args
     assert (fits, largest) == (True, 84)

@@ -192,10 +192,20 @@ def test_dual_model_guider_gives_each_side_its_tokens(easy, model, probe, scale:
 def test_ksampler(model, probe) -> None:
     latent = torch.zeros_like(start_of())
     with torch.inference_mode():
+        # fmt: skip
         comfy.sample.sample(
-            model, start_of(), 2, 5.0, "dpmpp_2m", "karras", text("positive"), text("negative"), latent,
-            disable_pbar=True, seed=0,
-        )  # fmt: skip
+            model,
+            start_of(),
+            2,
+            5.0,
+            "dpmpp_2m",
+            "karras",
+            text("positive"),
+            text("negative"),
+            latent,
+            disable_pbar=True,
+            seed=0,
+        )
     assert probe.seen == {POSITIVE, NEGATIVE}
 
 

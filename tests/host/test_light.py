@@ -30,9 +30,8 @@ def prepared(easy, model, **settings) -> tuple:
 @pytest.mark.parametrize("settings", [{}, {"weight": 0.5}, {"mask": torch.ones(1, 8, 8)}])
 def test_site_breaks_no_graph(easy, model, settings: dict) -> None:
     site, qkv, options = prepared(easy, model, **settings)
-    plain = dataclasses.replace(
-        site, previous=lambda q, k, v, _: q * 2
-    )  # the host's own attention is its own matter
+    # the host's own attention is its own matter
+    plain = dataclasses.replace(site, previous=lambda q, k, v, _: q * 2)
     with torch.no_grad():
         torch._dynamo.reset()
         explained = torch._dynamo.explain(lambda q, k, v: plain(q, k, v, options))(*qkv)

@@ -30,14 +30,14 @@ def context(pack, easy) -> Any:
     return easy.easyref.encode(images, "a cat", golden.instruction(pack), golden.SIZE)
 
 
-def execute(pack: ModuleType, module: str, node: str, *args: Any) -> tuple:
+def execute(pack: ModuleType, node: str, *args: Any) -> tuple:
     """What a node gives, run as the host runs it."""
     with torch.inference_mode():
-        return getattr(golden.part(pack, f"nodes.{module}"), node).execute(*args).result
+        return golden.node(pack, node).execute(*args).result
 
 
 def recorded(pack: ModuleType, model: ModelPatcher) -> tuple[ModelPatcher, Any]:
-    return execute(pack, "record", "EasyRefRecord", model)
+    return execute(pack, "EasyRefRecord", model)
 
 
 def run(model: ModelPatcher, cfg: float = 5.0) -> torch.Tensor:
@@ -50,9 +50,7 @@ def run(model: ModelPatcher, cfg: float = 5.0) -> torch.Tensor:
 
 def test_attention_shows_every_reference(pack, easy, context) -> None:
     group = golden.references()
-    sheet, maps, report = execute(
-        pack, "reference_attention", "EasyRefReferenceAttention", easy.easyref, context, group, -1
-    )
+    sheet, maps, report = execute(pack, "EasyRefReferenceAttention", easy.easyref, context, group, -1)
     assert sheet.shape[0] == 1
     assert 0 <= sheet.min() <= sheet.max() <= 1
     assert [part.shape[1:] for part in maps] == [image.shape[1:3] for image in group]
@@ -66,7 +64,7 @@ def test_attention_refuses_another_group(pack, easy, context) -> None:
     wider = (torch.rand(1, 64, 200, 3), *golden.references()[1:])
     for group in (golden.references()[:2], wider):
         with pytest.raises(ValueError, match="The group is not the one that was encoded"):
-            execute(pack, "reference_attention", "EasyRefReferenceAttention", easy.easyref, context, group)
+            execute(pack, "EasyRefReferenceAttention", easy.easyref, context, group)
 
 
 # Reference influence
@@ -74,7 +72,7 @@ def test_attention_refuses_another_group(pack, easy, context) -> None:
 
 def influence(pack: ModuleType, easy: Easy, group: Any) -> tuple:
     args = easy.easyref, group, "a cat", golden.instruction(pack), golden.SIZE
-    return execute(pack, "influence", "EasyRefReferenceInfluence", *args)
+    return execute(pack, "EasyRefReferenceInfluence", *args)
 
 
 def test_influence_is_the_change_without_each(pack, easy) -> None:
@@ -178,24 +176,24 @@ def test_model_without_apply_is_refused(pack, easy, model) -> None:
 def test_charts_are_of_all_blocks_and_steps(pack, easy, model, side: str) -> None:
     patched, record = recorded(pack, easy.apply(model))
     latent = {"samples": run(patched)}
-    chart, places, mean, report = execute(pack, "where_it_acts", "EasyRefWhereItActs", record, latent, side)
+    chart, places, mean, report = execute(pack, "EasyRefWhereItActs", record, latent, side)
     assert f"{STEPS} steps" in report
     assert sum(line.startswith(("in ", "mid", "out ")) for line in report.splitlines()) == BLOCKS
     assert places.shape[0] == 1
     assert float(places.max()) == pytest.approx(1)
     assert mean > 0
     image = torch.rand(2, 96, 128, 3)
-    with_pictures = execute(pack, "where_it_acts", "EasyRefWhereItActs", record, image, side)[0]
+    with_pictures = execute(pack, "EasyRefWhereItActs", record, image, side)[0]
     assert with_pictures.shape != chart.shape
 
 
 def test_empty_record_and_missing_side_say_why(pack, easy, model) -> None:
     patched, record = recorded(pack, easy.apply(model))
     with pytest.raises(ValueError, match="Nothing was recorded on the side of the prompt"):
-        execute(pack, "where_it_acts", "EasyRefWhereItActs", record, {})
+        execute(pack, "EasyRefWhereItActs", record, {})
     run(patched, cfg=1.0)
     with pytest.raises(ValueError, match="at guidance 1 there is no negative side"):
-        execute(pack, "where_it_acts", "EasyRefWhereItActs", record, {}, "negative")
+        execute(pack, "EasyRefWhereItActs", record, {}, "negative")
 
 
 # Consistency
@@ -210,7 +208,7 @@ def test_consistency_is_the_cosine_of_clip_vision(pack) -> None:
             for of in (images.split(1), group)
         )
     wanted = torch.nn.functional.cosine_similarity(pictures[:, None], references[None], dim=-1)
-    chart, best, mean, index, report = execute(pack, "consistency", "EasyRefConsistency", clip, images, group)
+    chart, best, mean, index, report = execute(pack, "EasyRefConsistency", clip, images, group)
     assert mean == pytest.approx(float(wanted.mean()), abs=1e-4)
     assert index == int(wanted.mean(dim=1).argmax())
     assert torch.equal(best, images[index : index + 1])
@@ -220,9 +218,7 @@ def test_consistency_is_the_cosine_of_clip_vision(pack) -> None:
 def test_consistency_finds_the_reference_itself(pack) -> None:
     group = noise("3x64x64x3", 0)[0]
     images = torch.cat([noise("1x64x64x3", 9)[0], group[1:2]])
-    _, _, _, index, report = execute(
-        pack, "consistency", "EasyRefConsistency", load_tiny_clip_vision(), images, group[1:2]
-    )
+    _, _, _, index, report = execute(pack, "EasyRefConsistency", load_tiny_clip_vision(), images, group[1:2])
     assert index == 1
     assert "picture 2: 1.000" in report
 
@@ -231,7 +227,7 @@ def test_consistency_finds_the_reference_itself(pack) -> None:
 def test_consistency_says_what_clip_does_not_see(pack, crop: str, said: str) -> None:
     wide = torch.rand(1, 64, 128, 3)
     args = load_tiny_clip_vision(), torch.rand(1, 64, 64, 3), (wide, wide[:, :, :64]), crop
-    report = execute(pack, "consistency", "EasyRefConsistency", *args)[-1]
+    report = execute(pack, "EasyRefConsistency", *args)[-1]
     assert f"Reference 1 is 128x64: {said}" in report
     assert "Reference 2" not in report
 
@@ -240,21 +236,21 @@ def test_consistency_says_what_clip_does_not_see(pack, crop: str, said: str) -> 
 
 
 def test_pairs_are_rows_of_columns(pack) -> None:
-    weights, ends = execute(pack, "weight_sheet", "EasyRefWeightSheet", "0, 1 1", "0.5,1")
+    weights, ends = execute(pack, "EasyRefWeightSheet", "0, 1 1", "0.5,1")
     assert (weights, ends) == ([0.0, 1.0, 0.0, 1.0], [0.5, 0.5, 1.0, 1.0])
 
 
 @pytest.mark.parametrize(("text", "named"), [("1, x", "'x'"), ("4", "'4'"), ("nan", "'nan'"), (" ", "empty")])
 def test_what_is_no_list_of_weights(pack, text: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        execute(pack, "weight_sheet", "EasyRefWeightSheet", text, "1")
+        execute(pack, "EasyRefWeightSheet", text, "1")
 
 
 def test_sheet_puts_each_picture_in_its_cell(pack) -> None:
     colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
     images = [colour.expand(1, 64, 64, 3) for colour in colours]
-    weights, ends = execute(pack, "weight_sheet", "EasyRefWeightSheet", "0, 1", "0.5, 1")
-    (sheet,) = execute(pack, "weight_sheet", "EasyRefSheet", images, weights, ends, [128])
+    weights, ends = execute(pack, "EasyRefWeightSheet", "0, 1", "0.5, 1")
+    (sheet,) = execute(pack, "EasyRefSheet", images, weights, ends, [128])
     halves = [part for row in sheet[0].chunk(2) for part in row.chunk(2, dim=1)]
     for part, colour in zip(halves, colours, strict=True):
         assert (part == colour).all(dim=-1).sum() > 0.9 * 128 * 128
@@ -262,10 +258,10 @@ def test_sheet_puts_each_picture_in_its_cell(pack) -> None:
 
 def test_sheet_shows_all_of_a_batch(pack) -> None:
     batch = torch.stack([torch.full((64, 64, 3), value) for value in (0.2, 0.4, 0.6)])
-    (sheet,) = execute(pack, "weight_sheet", "EasyRefSheet", [batch], [1.0], [1.0], [128])
+    (sheet,) = execute(pack, "EasyRefSheet", [batch], [1.0], [1.0], [128])
     assert all(((sheet * 255).round() == round(255 * value)).any() for value in (0.2, 0.4, 0.6))
 
 
 def test_sheet_refuses_what_does_not_pair(pack) -> None:
     with pytest.raises(ValueError, match="1 pictures, 2 weights and 2 ends"):
-        execute(pack, "weight_sheet", "EasyRefSheet", [torch.rand(1, 64, 64, 3)], [0.0, 1.0], [1.0, 1.0])
+        execute(pack, "EasyRefSheet", [torch.rand(1, 64, 64, 3)], [0.0, 1.0], [1.0, 1.0])

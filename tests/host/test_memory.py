@@ -156,7 +156,7 @@ def test_tokens_of_lower_precision_are_close(pack, precision: str, least: float)
 def test_patched_model_options_hold_no_tensor(pack):
     easyref = golden.load(pack)
     with torch.inference_mode():
-        node = golden.part(pack, "nodes.apply").EasyRefApply
+        node = golden.node(pack, "EasyRefApply")
         tokens = golden.tokens(pack, easyref)
         (patched,) = node.execute(load_tiny_sdxl(), easyref, tokens, 1.0, 0.0, 1.0, 1.0).result
     assert tensors_in(patched.attachments), "the search does not even find K and V where they are"
@@ -198,9 +198,8 @@ def test_tokens_are_the_same_with_nearly_all_weights_offloaded(pack, monkeypatch
 def size(pack, server) -> int:
     """Installs a checkpoint large enough to be seen in the process's memory; its bytes in float32."""
     graphs.install_golden(server)
-    graphs.picture(
-        server, graphs.easyref()
-    )  # what the first run of all imports and allocates is not the model's
+    # what the first run of all imports and allocates is not the model's
+    graphs.picture(server, graphs.easyref())
     return golden.write_random(pack, server.base / "models" / "easyref", layers=32, width=512)
 
 

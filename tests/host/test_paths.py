@@ -49,7 +49,7 @@ def test_a_checkpoint_and_an_mllm_of_any_name_are_listed_and_found(files, name: 
 
 @pytest.mark.parametrize("name", [NAME, LONG, f"{NAME}/{LONG}"])
 def test_tokens_of_any_name_are_saved_and_found(pack, files, easy, name: str) -> None:
-    save = golden.part(pack, "nodes.tokens.save").EasyRefSaveTokens
+    save = golden.node(pack, "EasyRefSaveTokens")
     with torch.inference_mode():
         save.execute(tokens=easy.tokens, filename_prefix=name)
     (listed,) = files.token_files()

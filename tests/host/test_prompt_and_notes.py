@@ -22,14 +22,14 @@ def images() -> torch.Tensor:
     return torch.rand(4, 96, 96, 3, generator=torch.Generator().manual_seed(0))
 
 
-def execute(easy: Easy, module: str, node: str, *inputs: Any) -> Any:
+def execute(easy: Easy, node: str, *inputs: Any) -> Any:
     with torch.inference_mode():
-        return getattr(golden.part(easy.pack, f"nodes.{module}"), node).execute(easy.easyref, *inputs)
+        return golden.node(easy.pack, node).execute(easy.easyref, *inputs)
 
 
 def encode(easy: Easy, group: Any, prompt: str = PROMPT) -> tuple[Any, str]:
     """The context, and the text that the node shows."""
-    output = execute(easy, "encode", "EasyRefEncodeGroup", group, prompt, "Look:\n", SIZE)
+    output = execute(easy, "EasyRefEncodeGroup", group, prompt, "Look:\n", SIZE)
     return output.result[0], output.ui["text"][0]
 
 
@@ -67,14 +67,14 @@ def test_a_choice_that_was_not_made_is_refused(easy, images) -> None:
 def test_budget_counts_what_encode_reads(easy, images) -> None:
     prompt = "a (smiling:1.3) cat, embedding:fur, <lora:x:1>"
     context, _ = encode(easy, images, prompt)
-    output = execute(easy, "group_budget", "EasyRefGroupBudget", images, prompt, "Look:\n", SIZE)
+    output = execute(easy, "EasyRefGroupBudget", images, prompt, "Look:\n", SIZE)
     assert f"{context.states.shape[1]:,} of " in output.result[2]
     assert "text encoders: a smiling cat" in output.result[2]
 
 
 def test_influence_reads_what_encode_reads(easy, images) -> None:
     plain, weighted = (
-        execute(easy, "influence", "EasyRefReferenceInfluence", images, prompt, "Look:\n", SIZE).result[1]
+        execute(easy, "EasyRefReferenceInfluence", images, prompt, "Look:\n", SIZE).result[1]
         for prompt in ("a cat", "a (cat:1.3)")
     )
     assert weighted == f"{plain}\n{weighted.splitlines()[-1]}"
@@ -113,9 +113,8 @@ def test_notes_of_eight_large_references_take_no_time(easy) -> None:
     notes.image_notes(group)
     start = time.perf_counter()
     assert notes.image_notes(group) == []
-    assert (
-        time.perf_counter() - start < 0.05
-    )  # about 1 ms; ten times as much where images were compared again
+    # about 1 ms; ten times as much where images were compared again
+    assert time.perf_counter() - start < 0.05
 
 
 def test_window(pack) -> None:
@@ -126,7 +125,7 @@ def test_window(pack) -> None:
 
 
 def test_a_window_that_never_opens_is_shown_on_apply(pack, easy, model) -> None:
-    apply = golden.part(pack, "nodes.apply").EasyRefApply.execute
+    apply = golden.node(pack, "EasyRefApply").execute
 
     def shown(weight: float, start: float, end: float) -> object:
         with torch.inference_mode():

@@ -36,7 +36,7 @@ def seen(easyref):
 @pytest.fixture
 def room(pack, monkeypatch):
     """What was asked of the host for the work each time, in bytes, without the constant part of it."""
-    held_back = golden.part(pack, "easyref_core.mllm.budget").HELD_BACK
+    held_back = golden.part(pack, "easyref_core.mllm.budget").ALLOCATOR_SLACK_BYTES
     asked, load = [], mm.load_models_gpu
 
     def recording(models, memory_required=0, **how):

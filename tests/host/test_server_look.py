@@ -33,20 +33,30 @@ def looked_at(**where: str) -> graphs.Graph:
     graph["sample"]["inputs"]["model"] = ["record", 0]
     texts = {"prompt": golden.SETTINGS["prompt"], "instruction": golden.SETTINGS["instruction"]}
     linked = {"easyref": ["load", 0], "group": ["group", 0]}
+    # fmt: skip
     return graph | {
         "record": node("EasyRefRecord", model=["apply", 0]),
         "clip": node("TinyClipVision"),
         "attention": node("EasyRefReferenceAttention", context=["encode", 0], token=-1, **linked),
         "influence": node("EasyRefReferenceInfluence", size=golden.SIZE, **texts, **linked),
-        "where": node("EasyRefWhereItActs", **{"record": ["record", 1], "sampled": ["decode", 0], "side": "prompt"} | where),
-        "close": node("EasyRefConsistency", clip_vision=["clip", 0], images=["decode", 0], group=["group", 0], crop="center"),
+        "where": node(
+            "EasyRefWhereItActs",
+            **{"record": ["record", 1], "sampled": ["decode", 0], "side": "prompt"} | where,
+        ),
+        "close": node(
+            "EasyRefConsistency",
+            clip_vision=["clip", 0],
+            images=["decode", 0],
+            group=["group", 0],
+            crop="center",
+        ),
         "read": node("PreviewAny", source=["attention", 2]),
         "odd": node("PreviewAny", source=["influence", 2]),
         "said": node("PreviewAny", source=["where", 3]),
         "best": node("PreviewAny", source=["close", 3]),
         "masks": node("MaskToImage", mask=["attention", 1]),
         "maps": node("PreviewImage", images=["masks", 0]),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")

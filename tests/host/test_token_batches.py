@@ -17,15 +17,10 @@ JOIN = {"method": "concat", "factor": 0.5, "weights": ""}
 
 
 def made_by(easy: Easy, node: str, *pairs: Any, **inputs: Any) -> Any:
-    """What a node of tokens makes of several sets; node: module.class."""
-    module, name = node.split(".")
+    """What a node of tokens makes of several sets."""
     tokens = {f"tokens{i}": pair for i, pair in enumerate(pairs)}
     with torch.inference_mode():
-        return (
-            getattr(golden.part(easy.pack, f"nodes.{module}"), name)
-            .execute(tokens=tokens, **inputs)
-            .result[0]
-        )
+        return golden.node(easy.pack, node).execute(tokens=tokens, **inputs).result[0]
 
 
 def row(pair: Any, i: int) -> Any:
@@ -46,12 +41,12 @@ def test_each_picture_has_its_own_tokens(easy, kind: str, negatives: str) -> Non
     if negatives == "the same":
         other = type(other)(other.conditional, easy.tokens.unconditional)
     if kind == "frames":
-        node = "tokens_over_frames.EasyRefTokensOverFrames"
+        node = "EasyRefTokensOverFrames"
         pair = made_by(easy, node, easy.tokens, other, frames=3, easing="ease in")
     else:
-        pair = made_by(easy, "batch_tokens.EasyRefBatchTokens", easy.tokens, other)
+        pair = made_by(easy, "EasyRefBatchTokens", easy.tokens, other)
     if kind == "joined batch":
-        pair = made_by(easy, "combine_tokens.EasyRefCombineTokens", pair, easy.tokens, **JOIN)
+        pair = made_by(easy, "EasyRefCombineTokens", pair, easy.tokens, **JOIN)
     texts, pictures = (random_conditioning(0, 77), random_conditioning(1, 77)), len(pair.conditional)
 
     def sampled(tokens: Any) -> torch.Tensor:

@@ -36,26 +36,21 @@ def output(files, tmp_path) -> Path:
     return tmp_path / "output" / "easyref"
 
 
-def run(easy: Easy, module: str, **inputs: Any) -> Any:
+def run(easy: Easy, name: str, **inputs: Any) -> Any:
     """What a node gives, run as the host runs it."""
-    (node,) = (
-        found
-        for name, found in vars(golden.part(easy.pack, f"nodes.{module}")).items()
-        if name.startswith("EasyRef") and hasattr(found, "execute")
-    )
     with torch.inference_mode():
-        return node.execute(**inputs)
+        return golden.node(easy.pack, name).execute(**inputs)
 
 
 def save(easy: Easy, prefix: str = "tokens", **inputs: Any) -> str:
     """Save the golden tokens; the name by which the loader knows them."""
-    made = run(easy, "save_tokens", **{"tokens": easy.tokens, "filename_prefix": prefix, **inputs})
+    made = run(easy, "EasyRefSaveTokens", **{"tokens": easy.tokens, "filename_prefix": prefix, **inputs})
     (saved,) = made.ui["easyref_tokens"]
     return str(Path(saved["subfolder"], saved["filename"]).relative_to("easyref"))
 
 
 def load(easy: Easy, file: str) -> Any:
-    return run(easy, "load_tokens", file=file).result[0]
+    return run(easy, "EasyRefLoadTokens", file=file).result[0]
 
 
 def equal(found: Any, wanted: Any) -> bool:
@@ -116,20 +111,22 @@ def test_a_prefix_that_leads_out_of_the_folder_is_refused(easy, output, prefix: 
 
 
 def test_the_prompt_comes_back(easy, output) -> None:
-    assert run(easy, "load_tokens", file=save(easy)).result[1] == PROMPT
+    assert run(easy, "EasyRefLoadTokens", file=save(easy)).result[1] == PROMPT
 
 
 @pytest.mark.parametrize("as_batch", [True, False])
 def test_thumbnails_are_shown_when_saved_and_when_loaded(easy, output, as_batch: bool) -> None:
     group = golden.references()
     references = torch.zeros(3, 64, 96, 3) if as_batch else group
-    made = run(easy, "save_tokens", tokens=easy.tokens, filename_prefix="a", references=references)
-    shown = run(easy, "load_tokens", file=Path(made.ui["easyref_tokens"][0]["filename"]).name).ui.as_dict()
+    made = run(easy, "EasyRefSaveTokens", tokens=easy.tokens, filename_prefix="a", references=references)
+    shown = run(
+        easy, "EasyRefLoadTokens", file=Path(made.ui["easyref_tokens"][0]["filename"]).name
+    ).ui.as_dict()
     assert len(made.ui["images"]) == len(shown["images"]) == 3
 
 
 def test_without_references_nothing_is_shown(easy, output) -> None:
-    assert run(easy, "load_tokens", file=save(easy)).ui is None
+    assert run(easy, "EasyRefLoadTokens", file=save(easy)).ui is None
 
 
 def test_a_file_in_the_input_folder_is_found(easy, files, output, tmp_path) -> None:
@@ -157,9 +154,7 @@ def test_no_path_leads_out_of_the_folders(easy, files, output, tmp_path) -> None
     for path in [*asked, "a/../../../secret.safetensors", "a\0b"]:
         with pytest.raises(FileNotFoundError, match="was not found"):
             files.find_tokens(path)
-        assert "was not found" in golden.part(
-            easy.pack, "nodes.tokens.load"
-        ).EasyRefLoadTokens.validate_inputs(path)
+        assert "was not found" in golden.node(easy.pack, "EasyRefLoadTokens").validate_inputs(path)
     assert files.token_files() == [files.NO_TOKENS]
 
 
@@ -173,7 +168,7 @@ def test_a_file_of_something_else_is_refused(easy, output) -> None:
 
 
 def test_a_file_replaced_under_its_name_is_read_again(easy, output) -> None:
-    node = golden.part(easy.pack, "nodes.tokens.load").EasyRefLoadTokens
+    node = golden.node(easy.pack, "EasyRefLoadTokens")
     name = save(easy)
     before = node.fingerprint_inputs(name)
     assert node.fingerprint_inputs(name) == before
@@ -186,7 +181,7 @@ def test_a_file_replaced_under_its_name_is_read_again(easy, output) -> None:
 
 def combined(easy: Easy, *pairs: Any, method: str = "concat", factor: float = 0.5, weights: str = "") -> Any:
     tokens = {f"tokens{i}": pair for i, pair in enumerate(pairs)}
-    made = run(easy, "combine_tokens", tokens=tokens, method=method, factor=factor, weights=weights)
+    made = run(easy, "EasyRefCombineTokens", tokens=tokens, method=method, factor=factor, weights=weights)
     return made.result[0]
 
 
@@ -228,7 +223,7 @@ def test_joined_tokens_are_saved_and_loaded(easy, output) -> None:
 def test_sockets_are_read_by_their_numbers(easy) -> None:
     pairs = [easy.other_tokens(seed) for seed in range(11)]
     tokens = {f"tokens{i}": pairs[i] for i in (10, *range(10))}
-    made = run(easy, "batch_tokens", tokens=tokens).result[0]
+    made = run(easy, "EasyRefBatchTokens", tokens=tokens).result[0]
     assert torch.equal(made.conditional, torch.cat([pair.conditional for pair in pairs]))
 
 
@@ -256,17 +251,19 @@ def same_negative(easy: Easy, seed: int) -> Any:
 
 def test_a_batch_has_a_row_for_each_group_and_one_for_the_black_image(easy) -> None:
     pairs = [easy.tokens, same_negative(easy, 1), same_negative(easy, 2)]
-    made = run(easy, "batch_tokens", tokens={f"tokens{i}": pair for i, pair in enumerate(pairs)}).result[0]
+    made = run(
+        easy, "EasyRefBatchTokens", tokens={f"tokens{i}": pair for i, pair in enumerate(pairs)}
+    ).result[0]
     assert torch.equal(made.conditional, torch.cat([pair.conditional for pair in pairs]))
     assert torch.equal(made.unconditional, easy.tokens.unconditional)
 
 
 def test_rows_of_both_sides_belong_together_in_a_batch_of_batches(easy) -> None:
     first = run(
-        easy, "batch_tokens", tokens={"tokens0": easy.tokens, "tokens1": same_negative(easy, 1)}
+        easy, "EasyRefBatchTokens", tokens={"tokens0": easy.tokens, "tokens1": same_negative(easy, 1)}
     ).result[0]
     other = easy.other_tokens(2)
-    made = run(easy, "batch_tokens", tokens={"tokens0": first, "tokens1": other}).result[0]
+    made = run(easy, "EasyRefBatchTokens", tokens={"tokens0": first, "tokens1": other}).result[0]
     assert len(made.conditional) == len(made.unconditional) == 3
     assert torch.equal(made.unconditional[1:2], easy.tokens.unconditional)
     assert torch.equal(made.unconditional[2:], other.unconditional)
@@ -275,7 +272,7 @@ def test_rows_of_both_sides_belong_together_in_a_batch_of_batches(easy) -> None:
 def test_frames_fade_from_one_group_to_the_next(easy) -> None:
     other = same_negative(easy, 1)
     tokens = {"tokens0": easy.tokens, "tokens1": other}
-    made = run(easy, "tokens_over_frames", tokens=tokens, frames=5, easing="linear").result[0]
+    made = run(easy, "EasyRefTokensOverFrames", tokens=tokens, frames=5, easing="linear").result[0]
     assert torch.equal(made.conditional[:1], easy.tokens.conditional)
     assert torch.equal(made.conditional[4:], other.conditional)
     half = (easy.tokens.conditional + other.conditional) / 2
@@ -298,7 +295,7 @@ def contexts(easy) -> list[Any]:
 
 
 def aggregated(easy: Easy, context: Any, **inputs: Any) -> Any:
-    return run(easy, "aggregate", easyref=easy.easyref, context=context, **inputs).result[0]
+    return run(easy, "EasyRefAggregate", easyref=easy.easyref, context=context, **inputs).result[0]
 
 
 def test_the_default_is_the_black_image(easy, contexts) -> None:

@@ -307,7 +307,7 @@ def test_two_checkpoints_each_add_their_lora(easy, model) -> None:
     another = copy.copy(easy.easyref)
     another.model = copy.copy(another.model)
     another.model.fingerprint = "another"
-    another.require_own = lambda tokens: None
+    another.require_same_checkpoint = lambda tokens: None
     both = dataclasses.replace(easy, easyref=another).apply(easy.apply(model, lora=0.5))
     assert lora_strengths(both) == {1.5}
 

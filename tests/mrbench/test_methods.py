@@ -68,9 +68,11 @@ def left_as_it_was(base: BaseModel) -> Iterator[None]:
     assert {name: id(p) for name, p in base.unet.attn_processors.items()} == processors
 
 
-def paint(method: Method, tasks: tuple[Task, ...], folder: Path, seeds: tuple[int, ...] = (0,)) -> list:
+def generate_images(
+    method: Method, tasks: tuple[Task, ...], folder: Path, seeds: tuple[int, ...] = (0,)
+) -> list:
     conditions = [method.prepare(task, folder / task.id) for task in tasks]
-    return method.paint(tasks, conditions, seeds, SAMPLING)
+    return method.generate_images(tasks, conditions, seeds, SAMPLING)
 
 
 def pixels(image: Image.Image) -> bytes:
@@ -85,7 +87,7 @@ def test_every_method_paints_and_leaves_the_base_bit_for_bit(
     with left_as_it_was(base):
         method = build(name, entries[name], base)
         for task in TASKS:
-            (painted,) = paint(method, (task,), tmp_path, seeds=(0, 1))
+            (painted,) = generate_images(method, (task,), tmp_path, seeds=(0, 1))
             assert len({pixels(image) for image in painted}) == 2
 
 
@@ -95,8 +97,8 @@ def test_every_method_but_plain_sees_the_references(
 ) -> None:
     method = build(name, entries[name], base)
     other = Task("first", "a cat", TASKS[1].references[:2], ("a", "b"))
-    ((a,),) = paint(method, TASKS[:1], tmp_path / "a")
-    ((b,),) = paint(method, (other,), tmp_path / "b")
+    ((a,),) = generate_images(method, TASKS[:1], tmp_path / "a")
+    ((b,),) = generate_images(method, (other,), tmp_path / "b")
     assert (pixels(a) == pixels(b)) == (name == "plain")
 
 
@@ -113,11 +115,11 @@ def test_groups_painted_together_are_those_painted_alone(
         seen.append(output[0].detach())
 
     handle = base.unet.register_forward_hook(record)
-    paint(method, tasks, tmp_path, seeds=(0, 1))
+    generate_images(method, tasks, tmp_path, seeds=(0, 1))
     together = seen[0]  # of the first step: unconditional rows, then conditional, each group by group
     for i, task in enumerate(tasks):
         seen.clear()
-        paint(method, (task,), tmp_path, seeds=(0, 1))
+        generate_images(method, (task,), tmp_path, seeds=(0, 1))
         mine = torch.cat([half[2 * i : 2 * i + 2] for half in together.chunk(2)])
         assert error(mine, seen[0]) < CLOSE
     handle.remove()
@@ -135,12 +137,12 @@ def test_every_method_starts_from_that_noise(
 ) -> None:
     from easyref_core.training import sampling
 
-    given, plain = [], sampling.paint
+    given, plain = [], sampling.generate_images
     monkeypatch.setattr(
         sampling, "paint", lambda base, noise, *rest: given.append(noise) or plain(base, noise, *rest)
     )
     for name, entry in entries.items():
-        paint(build(name, entry, base), TASKS[:1], tmp_path / name)
+        generate_images(build(name, entry, base), TASKS[:1], tmp_path / name)
     assert len(given) == len(entries)
     assert all(torch.equal(noise, given[0]) for noise in given)
     assert torch.equal(given[0][0], starting_noise("first", 0, (4, PICTURE // 8, PICTURE // 8)))
@@ -148,7 +150,7 @@ def test_every_method_starts_from_that_noise(
 
 def test_a_size_off_the_latent_grid_is_refused(base: BaseModel) -> None:
     with pytest.raises(ValueError, match="36x36; wanted multiples of 8"):
-        build("plain", {"kind": "plain"}, base).paint(TASKS[:1], [None], [0], Sampling(size=36))
+        build("plain", {"kind": "plain"}, base).generate_images(TASKS[:1], [None], [0], Sampling(size=36))
 
 
 class TestEasyRef:
@@ -259,9 +261,8 @@ class TestIPAdapter:
         self, base: BaseModel, entries: dict[str, dict[str, Any]], tmp_path: Path
     ) -> None:
         uncond, cond = build("ip", entries["ip_adapter_plus"], base).prepare(TASKS[1], tmp_path)
-        assert (
-            uncond.shape == cond.shape == (1, 1, 1 + 3 * 3, 16)
-        )  # 24 pixels in patches of 8, and the class token
+        # 24 pixels in patches of 8, and the class token
+        assert uncond.shape == cond.shape == (1, 1, 1 + 3 * 3, 16)
         assert uncond.any()
 
     def test_average_is_of_the_embeddings_before_the_projection(
@@ -366,9 +367,9 @@ class TestLoRA:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         method = build("lora", entries["lora"], base)
-        ((first,),) = paint(method, TASKS[:1], tmp_path)
+        ((first,),) = generate_images(method, TASKS[:1], tmp_path)
         monkeypatch.setattr(lora_file, "train", None)
-        ((second,),) = paint(method, TASKS[:1], tmp_path)
+        ((second,),) = generate_images(method, TASKS[:1], tmp_path)
         assert pixels(first) == pixels(second)
 
     def test_references_without_captions_are_refused_where_captions_are_wanted(

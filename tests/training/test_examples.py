@@ -83,10 +83,11 @@ def test_in_native_aspect_nothing_is_cropped(root: Path) -> None:
     framed = native_frame(opened(root, "0.png"), 64)
     assert torch.equal(sample.target, to_tensor(framed.image))
     assert_reads(sample, [opened(root, "1.png")], "abc")
+    # the size after the resize, as the authors'
     assert (sample.original_size, sample.crop) == (
         (64, 128),
         (0, 0),
-    )  # the size after the resize, as the authors'
+    )
 
 
 def test_the_references_of_a_group_are_not_cropped(root: Path) -> None:

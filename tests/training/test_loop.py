@@ -25,7 +25,7 @@ from easyref_core.training.initial import from_checkpoint
 from easyref_core.training.loop import train
 from easyref_core.training.run import Run, learning_rate, randomness
 from easyref_core.training.run_log import read_metrics
-from easyref_core.training.sampling import paint, references_of
+from easyref_core.training.sampling import generate_images, references_of
 from easyref_core.training.stages import STAGES
 
 from . import tiny
@@ -292,15 +292,15 @@ def test_learning_rate(base_folder: Path, tmp_path: Path, schedule: str, wanted:
 class TestPainting:
     def test_guidance_1_is_the_conditional_half_alone(self, base: BaseModel) -> None:
         noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        first = paint(base, noise, ["abc", "de"], negative="x", guidance=1.0, steps=3)
-        other = paint(base, noise, ["abc", "de"], negative="fgh", guidance=1.0, steps=3)
+        first = generate_images(base, noise, ["abc", "de"], negative="x", guidance=1.0, steps=3)
+        other = generate_images(base, noise, ["abc", "de"], negative="fgh", guidance=1.0, steps=3)
         assert [image.size for image in first] == [(64, 64)] * 2
         assert [image.tobytes() for image in first] == [image.tobytes() for image in other]
 
     def test_a_picture_depends_on_nothing_else_in_its_batch(self, base: BaseModel) -> None:
         noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        together = paint(base, noise, ["abc", "de"], steps=3)
-        alone = paint(base, noise[1:], ["de"], steps=3)
+        together = generate_images(base, noise, ["abc", "de"], steps=3)
+        alone = generate_images(base, noise[1:], ["de"], steps=3)
         differ = (
             torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).int() for i in (together[1], *alone)
         )

@@ -35,9 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine, rows = describe(), []
     for part in parsed.parts:
         _say(f"{part}:")
-        with (
-            torch.no_grad()
-        ):  # not inference mode, in which what is counted on meta would show attention matrices
+        # not inference mode, in which what is counted on meta would show attention matrices
+        with torch.no_grad():
             rows += import_module(f"tools.bench.{PARTS[part]}").measure(options, _say)
     _say(f"\n{markdown(machine, rows)}")
     if parsed.json:

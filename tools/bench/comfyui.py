@@ -62,7 +62,7 @@ def with_references(pack: ModuleType, model: Any, start: float = 0.0) -> Any:
     easyref = SimpleNamespace(
         model=SimpleNamespace(checkpoint=checkpoint),
         key_value_rows=lambda _: held.KeyValueTable(key_values, 1),
-        require_own=lambda _: None,
+        require_same_checkpoint=lambda _: None,
         forget_with=lambda _: None,
     )
     tokens = SimpleNamespace(conditional=torch.empty(TOKENS), unconditional=torch.empty(TOKENS))

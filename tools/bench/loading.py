@@ -39,10 +39,23 @@ KeptAs = Callable[[str, "Tensor"], torch.dtype]  # name in the model, tensor -> 
 TOKENIZER = Path(__file__).parents[2] / "easyref_core" / "tiny" / "weights" / "tiny-qwen2-vl"
 PEAK = Limit("<=", 1.1)
 HALF = Limit("<=", 0.505)  # to two digits; norms and biases take as much as before
+# fmt: skip
 SMALL = dataclasses.replace(
-    EASYREF, vocab_size=4096, hidden_size=64, intermediate_size=128, body_layers=2, vision_depth=2, projector_width=64,
-    token_width=64, vision_width=64, vision_mlp_width=128, heads=4, kv_heads=2, vision_heads=2, lora_rank=1,
-)  # fmt: skip
+    EASYREF,
+    vocab_size=4096,
+    hidden_size=64,
+    intermediate_size=128,
+    body_layers=2,
+    vision_depth=2,
+    projector_width=64,
+    token_width=64,
+    vision_width=64,
+    vision_mlp_width=128,
+    heads=4,
+    kv_heads=2,
+    vision_heads=2,
+    lora_rank=1,
+)
 FEWEST_LAYERS = 3
 GIB = 2**30
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple, Protocol
 
+# modules of this package
 KINDS = (
     "checkpoint",
     "mllm_folder",
@@ -16,7 +17,7 @@ KINDS = (
     "text",
     "numerics",
     "paths",
-)  # modules of this package
+)
 
 
 class Case(NamedTuple):

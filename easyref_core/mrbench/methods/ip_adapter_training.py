@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from ...files.atomic_write import whole
+from ...files.atomic_write import atomic_write
 from .clip_pixels import clip_pixels_of
 from .ip_adapter import Adapter, AdapterState, attached, embedding, image_processors, load_adapter
 
@@ -159,7 +159,7 @@ def save_adapter(state: AdapterState, file: Path) -> None:
         for name, t in tensors.items()
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole(file) as partial:
+    with atomic_write(file) as partial:
         save_file(flat, partial)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ...files.atomic_write import whole
+from ...files.atomic_write import atomic_write
 from .clip_pixels import framed
 from .method import Method, Task, number_of
 
@@ -198,5 +198,5 @@ def save_whole(lora: LoRA, file: Path) -> None:
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole(file) as partial:
+    with atomic_write(file) as partial:
         save_file(lora, partial)

@@ -74,17 +74,17 @@ class Method(abc.ABC):
         half group by group, `seeds` rows a group.
         """
 
-    def paint(
+    def generate_images(
         self, tasks: Sequence[Task], conditions: Sequence[Any], seeds: Sequence[int], sampling: Sampling
     ) -> list[list[Image.Image]]:
         """Pictures of each task, one for each seed."""
-        from easyref_core.training.sampling import paint
+        from easyref_core.training.sampling import generate_images
 
         shape = latent_shape(self.base, sampling)
         noise = torch.stack([starting_noise(task.id, seed, shape) for task in tasks for seed in seeds])
         prompts = [task.prompt for task in tasks for _ in seeds]
         with torch.inference_mode(), self.attach(conditions, len(seeds)):
-            pictures = paint(
+            pictures = generate_images(
                 self.base,
                 noise.to(self.base.device),
                 prompts,

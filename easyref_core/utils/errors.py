@@ -1,0 +1,13 @@
+"""Text for error messages, and the bounds that several rooms share."""
+
+from __future__ import annotations
+
+MAX_SHORTENED = 200  # characters
+# Bound of every factor of a weight: half precision still holds a weight of 3 times two such factors.
+MAX_FACTOR = 100
+
+
+def shorten(value: object) -> str:
+    """Text of a value found in a file or an input, cut to MAX_SHORTENED characters, encodable in UTF-8."""
+    text = str(value).encode(errors="backslashreplace").decode()
+    return text if len(text) <= MAX_SHORTENED else f"{text[:MAX_SHORTENED]}..."
