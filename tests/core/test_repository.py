@@ -13,32 +13,78 @@ from devkit.project import pyproject
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LINKS = [link for link in re.findall(r"\]\(([^)#]+)", README) if not link.startswith("http")]
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PAGES = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/**/*.md"),
+    *ROOT.glob("easyref_core/**/README.md"),
+    *ROOT.glob("web/docs/*.md"),
+]
 PROJECT = pyproject()
-ROOMS = ("utils", "files", "mllm", "tokens", "unet", "checkpoint", "inspect")
+MODULES = [
+    file
+    for folder in ("easyref_core", "nodes")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+    if file.name not in ("__init__.py", "__main__.py")
+]
 
 
-@pytest.mark.parametrize("link", LINKS)
-def test_linked_file_exists(link: str) -> None:
-    assert (ROOT / link).is_file()
+def anchors(page: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_the_map_shows_every_file_of_the_core() -> None:
-    files = {
-        file.relative_to(ROOT).as_posix()
-        for room in ("", *ROOMS)
-        for file in (ROOT / "easyref_core" / room).glob("*.py")
-        if file.name != "__init__.py"
-    }
-    assert files <= set(LINKS)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"https?:", link):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_table_of_contents_names_every_file_of_the_flow() -> None:
-    contents = ast.get_docstring(
-        ast.parse((ROOT / "easyref_core" / "__init__.py").read_text(encoding="utf-8"))
-    )
-    for name in re.findall(r"(\w+(?:/|\.py))", contents):
-        assert (ROOT / "easyref_core" / name).exists(), name
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 120
+
+
+def rooms_of(file: Path) -> str:
+    """The room of a module, as the picture names it: mllm, model, nodes."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "easyref_core" else parts[0]
+
+
+def test_architecture_picture_has_the_imports_between_rooms() -> None:
+    drawn = set(re.findall(r"^    (\w+) --> (\w+)$", ARCHITECTURE, re.M))
+    imported = set()
+    for file in MODULES:
+        package = list(file.relative_to(ROOT).parent.parts)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                base = package[: len(package) - node.level + 1] if node.level else []
+                names = [*base, *filter(None, [node.module])]
+                names = ".".join(names).split(".")
+                if names[0] == "easyref_core" and len(names) > 1:
+                    imported.add((rooms_of(file), names[1]))
+    below = {"utils", "files"}  # every room uses them; their arrows would hide the others
+    assert drawn == {(a, b) for a, b in imported if a != b and b not in below}
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_architecture_lists_every_module_by_its_first_line(file: Path) -> None:
+    first = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).splitlines()[0]
+    assert first
+    assert f"](../{file.relative_to(ROOT).as_posix()})" in ARCHITECTURE
+
+
+def test_architecture_names_functions_that_exist() -> None:
+    traced = re.findall(r"\[`([\w.]+)`\]\(\.\./([\w/]+\.py)\)", ARCHITECTURE)
+    assert len(traced) > 20
+    for name, path in traced:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert re.search(rf"\b(def|class) {name.split('.')[-1]}\b|^{name} =", source, re.M), f"{path}: {name}"
 
 
 def test_commands_of_the_readme_are_targets() -> None:
