@@ -23,27 +23,27 @@ class EasyRefAggregate(io.ComfyNode):
             node_id="EasyRefAggregate",
             display_name="Aggregate Reference Tokens",
             category="EasyRef",
-            description="The learned reference tokens gather what the references have in common. Makes the tokens of "
-            "both sides: conditional, and unconditional from a black image with the same instruction.",
+            description="Gathers what the references share into reference tokens: conditional ones, and "
+            "unconditional ones, by default from a black image with the same instruction.",
             search_aliases=["reference tokens", "image embeds", "negative reference"],
             inputs=[
-                EasyRefModel.Input("easyref", tooltip="The model that encoded the group."),
-                EasyRefContext.Input("context", tooltip="From Encode Reference Group."),
+                EasyRefModel.Input("easyref", tooltip="The EasyRef model that encoded the group."),
+                EasyRefContext.Input("context", tooltip="The encoded group, from Encode Reference Group."),
                 io.Combo.Input(
                     "negative",
                     options=list(NEGATIVES),
                     default=BLACK,
                     optional=True,
                     advanced=True,
-                    tooltip="What the unconditional side reads, which the guidance steers away from. black image: as in "
-                    "training, unless negative_context is connected. group: the references of negative_context. "
-                    "noise: a picture of noise.",
+                    tooltip="What the unconditional tokens are made from; CFG steers away from it. black "
+                    "image: as in training, unless negative_context is connected. group: the references of "
+                    "negative_context. noise: a noise image.",
                 ),
                 EasyRefContext.Input(
                     "negative_context",
                     optional=True,
-                    tooltip="A second encoded group: what to steer away from. It is used as soon as it is connected, with "
-                    "negative at black image or group.",
+                    tooltip="A second encoded group to steer away from. Connecting it is enough: it is used "
+                    "when negative is 'black image' or 'group'.",
                 ),
                 io.Int.Input(
                     "noise_seed",
@@ -53,7 +53,7 @@ class EasyRefAggregate(io.ComfyNode):
                     control_after_generate=io.ControlAfterGenerate.fixed,
                     optional=True,
                     advanced=True,
-                    tooltip="Of negative = noise: which noise.",
+                    tooltip="Seed of the noise image (used when negative is 'noise').",
                 ),
                 io.Float.Input(
                     "noise_strength",
@@ -63,7 +63,8 @@ class EasyRefAggregate(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     advanced=True,
-                    tooltip="Of negative = noise: how bright it may be. 0 is the black image.",
+                    tooltip="Brightness of the noise image (used when negative is 'noise'). 0 is the black "
+                    "image.",
                 ),
             ],
             outputs=[

@@ -27,23 +27,23 @@ class EasyRefApply(io.ComfyNode):
             node_id="EasyRefApply",
             display_name="Apply EasyRef",
             category="EasyRef",
-            description="SDXL attends to the reference tokens beside the text, in all 70 cross-attentions, or only in "
-            "some layers, some steps or some part of the picture.",
+            description="Lets SDXL attend to the reference tokens beside the text, in all 70 "
+            "cross-attentions, or only in some layers, some steps or some part of the image.",
             search_aliases=["ip adapter", "apply ipadapter", "reference", "style transfer"],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="An SDXL model. LoRAs and other patches may come before or after."
                 ),
                 EasyRefModel.Input("easyref", tooltip="The EasyRef model that made the tokens."),
-                EasyRefTokens.Input("tokens", tooltip="From Aggregate Reference Tokens."),
+                EasyRefTokens.Input("tokens", tooltip="Reference tokens, from Aggregate Reference Tokens."),
                 io.Float.Input(
                     "weight",
                     default=1.0,
                     min=-1.0,
                     max=3.0,
                     step=0.05,
-                    tooltip="Strength of the references beside the text. Lower is more diverse and less consistent. "
-                    "0 leaves only the checkpoint's LoRA.",
+                    tooltip="Strength of the references beside the text. A lower weight gives more diverse "
+                    "and less consistent images. 0 leaves only the checkpoint's LoRA.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -51,8 +51,9 @@ class EasyRefApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Fraction of the sampling at which the references start to act (0 = first step), for the "
-                    "model that samples: ModelSampling nodes may come before or after this one.",
+                    tooltip="Fraction of the sampling at which the references start to act (0 = first "
+                    "step), for the model that samples: ModelSampling nodes may come before or after this "
+                    "one.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -60,7 +61,8 @@ class EasyRefApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Fraction of the sampling at which the references stop acting (1 = after the last step).",
+                    tooltip="Fraction of the sampling at which the references stop acting (1 = after the "
+                    "last step).",
                 ),
                 io.Float.Input(
                     "lora_strength",
@@ -68,15 +70,16 @@ class EasyRefApply(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.05,
-                    tooltip="Strength of the attention LoRA the checkpoint was trained with; 1 as in training. Of "
-                    "several Apply nodes of one checkpoint the strongest counts, once. 0 with weight 0 is the "
-                    "untouched model.",
+                    tooltip="Strength of the attention LoRA that the checkpoint was trained with; 1 as in "
+                    "training. Several Apply nodes of one checkpoint add the LoRA once, at their largest "
+                    "strength. 0 together with weight 0 gives the unpatched model.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where in the image the references act; of any size, stretched over the whole image. A mask "
-                    "batch is applied per image or frame; the last mask repeats. Without a mask: everywhere.",
+                    tooltip="Where in the image the references act. A mask of any size is stretched over "
+                    "the whole image. A mask batch is applied per image or frame; the last mask repeats. "
+                    "Without a mask, the references act everywhere.",
                 ),
                 io.Combo.Input(
                     "weight_type",
@@ -84,26 +87,26 @@ class EasyRefApply(io.ComfyNode):
                     default=LINEAR,
                     optional=True,
                     advanced=True,
-                    tooltip="How the weight is spread over the UNet's 11 layers. Style and composition lie in different "
-                    "ones. The help page has a table.",
+                    tooltip="How the weight is distributed over the UNet's 11 layers with cross-attention. "
+                    "Style and composition depend on different layers. The help page has a table.",
                 ),
                 io.String.Input(
                     "layer_weights",
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="Factors of your own in place of the weight type's, as index:weight, ... with the indices 0-3 "
-                    "input, 4 middle, 5-10 output. Layers not named get 0. Write decimals with a point. Example: "
-                    "3:1, 6:0.5",
+                    tooltip="Your own factors in place of those of weight_type, as index:weight pairs with "
+                    "the indices 0-3 input, 4 middle, 5-10 output. Layers that are not named get 0. Write "
+                    "decimals with a point. Example: 3:1, 6:0.5",
                 ),
                 io.String.Input(
                     "weight_schedule",
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="Factors of the weight over the denoising: numbers, spread evenly from start_percent to "
-                    "end_percent (1, 0.5, 0), or percent:weight pairs (0.2:1, 0.8:0). Between them the line. Write "
-                    "decimals with a point. Empty: 1.",
+                    tooltip="Factors of the weight over the sampling: numbers spread evenly from "
+                    "start_percent to end_percent (1, 0.5, 0), or percent:weight pairs (0.2:1, 0.8:0), with "
+                    "linear interpolation in between. Write decimals with a point. Empty: 1.",
                 ),
                 io.Combo.Input(
                     "embeds_scaling",
@@ -111,9 +114,9 @@ class EasyRefApply(io.ComfyNode):
                     default=SCALINGS[0],
                     optional=True,
                     advanced=True,
-                    tooltip="What the weight scales. V only is EasyRef's own way. With K the attention itself "
-                    "grows sharper with the weight; C penalty weakens narrow layers; mean(V) scales only what the tokens "
-                    "share.",
+                    tooltip="What the weight scales. V only: the values, as EasyRef was trained. With K, "
+                    "the attention also gets sharper as the weight grows; C penalty weakens narrow layers; "
+                    "mean(V) scales only what the tokens share.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model, conditioned on the references.")],

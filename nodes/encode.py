@@ -27,26 +27,28 @@ class EasyRefEncodeGroup(io.ComfyNode):
             node_id="EasyRefEncodeGroup",
             display_name="Encode Reference Group",
             category="EasyRef",
-            description="The multimodal LLM reads all references together with the instruction and the prompt.",
+            description="Encodes group, instruction and prompt together with the multimodal LLM.",
             search_aliases=["ip adapter encoder", "reference encode"],
             has_intermediate_output=True,
             inputs=[
-                EasyRefModel.Input("easyref", tooltip="From Load EasyRef."),
+                EasyRefModel.Input("easyref", tooltip="The EasyRef model, from Load EasyRef."),
                 group_input(
                     "A reference group, or an image batch. EasyRef works best with 3 or more references."
                 ),
                 prompt_input(
-                    "What to generate. Link one text node to this input and to SDXL's text encoders, so that they read "
-                    "the same; it should not be empty. Weights such as (smile:1.3), embeddings and LoRA tags are left "
-                    "out of what the MLLM reads. A choice {a|b} is an error here: CLIP Text Encode would draw its own."
+                    "What to generate. Link one text node to this input and to SDXL's text encoders, so "
+                    "that both get the same text; it should not be empty. Weights such as (smile:1.3), "
+                    "embeddings and LoRA tags are removed. A choice {a|b} is an error here, because CLIP "
+                    "Text Encode would draw its own."
                 ),
                 instruction_input(
-                    "What the MLLM is told to look for; the prompt follows it directly. The default is the one "
-                    "the released model was trained with, line break at the end included."
+                    "Instruction to the MLLM on what to look for; the prompt follows it directly. The "
+                    "default is the one the released model was trained with, including the line break at "
+                    "its end."
                 ),
                 size_input(
-                    "Pixels: each reference is resized to about size x size at its own aspect. 336, as in "
-                    "training, gives 121 to 145 image tokens a reference."
+                    "Resolution in pixels: each reference is resized to about size x size at its own aspect "
+                    "ratio. 336, as in training, gives 121 to 145 image tokens per reference."
                 ),
                 io.Combo.Input(
                     "when_too_large",
@@ -54,13 +56,13 @@ class EasyRefEncodeGroup(io.ComfyNode):
                     default=ERROR,
                     optional=True,  # workflows queued by programs from before it have no value for it
                     advanced=True,
-                    tooltip="What to do with a group that is too long for the MLLM: stop, or read all of it at the "
-                    "largest size at which it fits the MLLM's context and the device's memory. The size is shown.",
+                    tooltip="What to do if the group is too long for the MLLM: stop, or encode all of it at "
+                    "the largest size that fits its context and the device's memory. The size is shown.",
                 ),
             ],
             outputs=[
                 EasyRefContext.Output(
-                    display_name="context", tooltip="What the MLLM read, before aggregation."
+                    display_name="context", tooltip="Hidden states of the MLLM, before aggregation."
                 )
             ],
         )

@@ -31,8 +31,8 @@ class EasyRefLoader(io.ComfyNode):
             node_id="EasyRefLoader",
             display_name="Load EasyRef",
             category="EasyRef",
-            description="Loads an EasyRef checkpoint: the multimodal LLM that reads a group of references, and the "
-            "layers through which SDXL attends to what it read.",
+            description="Loads an EasyRef checkpoint: the multimodal LLM that encodes a group of "
+            "references, and the layers through which SDXL attends to the result.",
             search_aliases=["ip adapter", "reference", "multimodal llm", "qwen2-vl"],
             inputs=[
                 io.Combo.Input(
@@ -45,24 +45,26 @@ class EasyRefLoader(io.ComfyNode):
                     "mllm",
                     options=[folders.FROM_CHECKPOINT, *folders.mllm_folders()],
                     default=folders.FROM_CHECKPOINT,
-                    tooltip="The released checkpoint contains its fine-tuned Qwen2-VL-2B: leave this at 'from the "
-                    "checkpoint'. A checkpoint without one needs a Qwen2-VL-2B-Instruct folder in models/easyref, "
-                    "models/text_encoders or models/LLM.",
+                    tooltip="The released checkpoint contains its fine-tuned Qwen2-VL-2B: leave this at "
+                    "'from the checkpoint'. A checkpoint without one needs a Qwen2-VL-2B-Instruct folder in "
+                    "models/easyref, models/text_encoders or models/LLM.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
                     default="auto",
-                    tooltip="How the weights are kept. auto: as in the file, computed in bfloat16 where the device "
-                    "does it, else float32. fp8_e4m3fn: about half the memory of bf16, slightly different tokens.",
+                    tooltip="How the weights are stored. auto: as in the file, computed in bfloat16 where "
+                    "the device supports it, else float32. fp8_e4m3fn: about half the memory of bf16, "
+                    "slightly different tokens.",
                 ),
                 io.Combo.Input(
                     "last_layer_attention",
                     options=list(ATTENTION),
                     default=folders.FROM_CHECKPOINT,
                     advanced=True,
-                    tooltip="Attention of the layer that gathers the reference tokens. The released model was trained "
-                    "causal. Only for checkpoints trained otherwise whose file does not say so.",
+                    tooltip="Attention of the MLLM's last layer, which gathers the reference tokens. The "
+                    "released model is causal. Change it only for a checkpoint trained otherwise that does "
+                    "not say so.",
                 ),
             ],
             outputs=[EasyRefModel.Output(display_name="easyref", tooltip="The loaded EasyRef model.")],

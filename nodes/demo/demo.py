@@ -23,16 +23,16 @@ class EasyRefDemo(io.ComfyNode):
             node_id="EasyRefDemo",
             display_name="Tiny Demo Model",
             category="EasyRef/demo",
-            description="A demonstration that needs no download: a tiny SDXL that comes with this pack, and a group of "
-            "references for it. It paints 64 x 64 pixels of coloured shapes, nothing else. It stands in for the "
-            "checkpoint loader, the text encoders and the images; what follows are the real EasyRef nodes.",
+            description="A demonstration without a download: a tiny SDXL that comes with this pack, and "
+            "references for it. It paints 64 x 64 pixels of coloured shapes, nothing else. It replaces the "
+            "checkpoint loader, the text encoders and the images; the nodes after it are the real ones.",
             search_aliases=["demo", "example", "try easyref"],
             inputs=[
                 io.String.Input(
                     "prompt",
                     multiline=True,
-                    tooltip="What the picture shall have beside what the references share, in the model's few words: "
-                    "'a thing on water at the left'. Empty: what the example group itself asks for.",
+                    tooltip="What the image should show besides what the references share, in the model's "
+                    "few words: 'a thing on water at the left'. Empty: the example group's own prompt.",
                 ),
                 io.String.Input(
                     "negative_prompt", tooltip="What to steer away from, in the same few words. May be empty."
@@ -43,41 +43,39 @@ class EasyRefDemo(io.ComfyNode):
                     min=0,
                     max=2**31 - 1,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Which group of references. What their picture shall be, no training has seen.",
+                    tooltip="Number of the example group. Its target image was not in the training data.",
                 ),
                 io.Int.Input(
                     "references",
                     default=4,
                     min=MIN_REFERENCES,
                     max=MOST,
-                    tooltip="How many references the group has.",
+                    tooltip="Number of references in the group.",
                 ),
                 io.Boolean.Input(
                     "with_outsider",
                     default=False,
                     advanced=True,
-                    tooltip="One reference shares nothing with the others. Trained in groups of "
-                    f"{OUTSIDER_FROM} or more: of fewer it is hard to say who does not belong.",
+                    tooltip="Adds a reference that shares nothing with the others. Trained in groups of "
+                    f"{OUTSIDER_FROM} or more; in smaller ones the outlier is hard to identify.",
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The tiny SDXL."),
-                io.Conditioning.Output(
-                    display_name="positive", tooltip="The prompt, as the tiny SDXL reads it."
-                ),
-                io.Conditioning.Output(display_name="negative", tooltip="The negative prompt, likewise."),
+                io.Conditioning.Output(display_name="positive", tooltip="The positive conditioning."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative conditioning."),
                 io.Vae.Output(tooltip="The tiny SDXL's VAE."),
                 io.Image.Output(
                     display_name="references",
-                    tooltip="The group's references, to Encode Reference Group (size 84 there) and a preview.",
+                    tooltip="The group's references, for Encode Reference Group (size 84) and a preview.",
                 ),
                 io.String.Output(
                     display_name="prompt",
-                    tooltip="The prompt that is used, to Encode Reference Group: both must read the same.",
+                    tooltip="The prompt used, for Encode Reference Group: both must get the same text.",
                 ),
                 io.String.Output(
                     display_name="shared",
-                    tooltip="What the references have in common, to compare the picture with. For people only.",
+                    tooltip="What the references have in common, as text to compare the image with.",
                 ),
             ],
         )

@@ -35,26 +35,27 @@ class EasyRefGroupBudget(io.ComfyNode):
             node_id="EasyRefGroupBudget",
             display_name="Group Budget",
             category="EasyRef",
-            description="What encoding a group will take, before it is encoded: tokens of each reference and of all "
-            "against what the MLLM reads at most, memory, and about how long. Nothing is encoded.",
+            description="Estimates what encoding a group will take: the tokens of each reference and of the "
+            "whole group against the MLLM's maximum, the memory and the time. Nothing is encoded.",
             search_aliases=["token count", "memory estimate", "how many references"],
             is_output_node=True,
             inputs=[
-                EasyRefModel.Input("easyref", tooltip="From Load EasyRef."),
+                EasyRefModel.Input("easyref", tooltip="The EasyRef model, from Load EasyRef."),
                 group_input("A reference group, or an image batch."),
                 prompt_input("The prompt that will be encoded with the group."),
                 instruction_input("The instruction that will be encoded with the group."),
-                size_input("Pixels: the size to encode at.", advanced=None),
+                size_input("Resolution in pixels at which the group will be encoded.", advanced=None),
             ],
             outputs=[
                 io.Boolean.Output(
-                    display_name="fits", tooltip="Whether context and memory hold the group at this size."
+                    display_name="fits", tooltip="True if context and memory hold the group at this size."
                 ),
                 io.Int.Output(
                     display_name="largest_size",
-                    tooltip="The largest size, at most the one asked for, at which the group fits; 0 where none does.",
+                    tooltip="The largest size, up to the size asked for, at which the group fits; 0 if none "
+                    "does.",
                 ),
-                io.String.Output(display_name="report", tooltip="What is shown here."),
+                io.String.Output(display_name="report", tooltip="The report that the node shows."),
             ],
         )
 

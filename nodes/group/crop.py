@@ -25,8 +25,8 @@ class EasyRefCropReference(io.ComfyNode):
             node_id="EasyRefCropReference",
             display_name="Crop References",
             category="EasyRef",
-            description="Crops references to squares, and shows what is left of them. The authors advise square crops of "
-            "the face for identity; for anything else, leave pictures whole.",
+            description="Crops references to squares and shows the crops. The authors advise square crops "
+            "of the face for identity; for anything else, keep the whole images.",
             search_aliases=["face crop", "prep image", "square crop", "crop to mask"],
             is_output_node=True,
             is_input_list=True,  # lists of different sizes, and one mask for each
@@ -40,12 +40,13 @@ class EasyRefCropReference(io.ComfyNode):
                     "crop",
                     options=[NONE, MIDDLE, MASK],
                     default=NONE,
-                    tooltip="none leaves the references as they are.",
+                    tooltip="How to crop the references; 'none' leaves them unchanged.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="For the square around it: one mask for all references, or one for each, in their order.",
+                    tooltip="Mask for 'square around the mask': one for all references, or one for each, in "
+                    "order.",
                 ),
                 io.Float.Input(
                     "padding",
@@ -54,7 +55,7 @@ class EasyRefCropReference(io.ComfyNode):
                     max=5.0,
                     step=0.05,
                     advanced=True,
-                    tooltip="Side of the square around the mask, in lengths of the masked part's longer side.",
+                    tooltip="Side of the square around the mask, relative to the masked part's longer side.",
                 ),
             ],
             outputs=[

@@ -35,21 +35,23 @@ class EasyRefGroupFromFolder(io.ComfyNode):
             node_id="EasyRefGroupFromFolder",
             display_name="Reference Group from Folder",
             category="EasyRef",
-            description="The pictures of a folder inside ComfyUI's input folder as one group, in the order of their "
-            "names (2 before 10). Each keeps its size. The node names the files that it leaves out, with the reason.",
+            description="Loads the images of a folder inside ComfyUI's input folder as a group, sorted by "
+            "name (2 before 10). Each keeps its size. The node names the files that it leaves out, with the "
+            "reason.",
             search_aliases=["load images from folder", "image directory", "batch load references"],
             is_output_node=True,
             inputs=[
                 io.String.Input(
                     "folder",
-                    tooltip="Its path inside ComfyUI's input folder, such as faces/anna. A dot is the input folder itself.",
+                    tooltip="Path inside ComfyUI's input folder, such as faces/anna. A dot is the input "
+                    "folder.",
                 ),
                 io.Int.Input(
                     "limit",
                     default=16,
                     min=1,
                     max=MOST,
-                    tooltip="How many pictures to take at most.",
+                    tooltip="Maximum number of images to load.",
                 ),
                 io.Int.Input(
                     "start",
@@ -57,18 +59,18 @@ class EasyRefGroupFromFolder(io.ComfyNode):
                     min=0,
                     max=100_000,
                     advanced=True,
-                    tooltip="How many pictures to pass over before the first one that is taken.",
+                    tooltip="Number of images to skip before the first one that is loaded.",
                 ),
                 EasyRefGroupSocket.Input(
                     "group",
                     optional=True,
-                    tooltip="A group to extend: the pictures of the folder come after its references.",
+                    tooltip="A group to extend: the images of the folder come after its references.",
                 ),
             ],
             outputs=[
                 EasyRefGroupSocket.Output(display_name="group", tooltip="The references, in order."),
                 io.String.Output(
-                    display_name="names", tooltip="The names of the files that were taken, one a line."
+                    display_name="names", tooltip="Names of the files that were loaded, one per line."
                 ),
             ],
         )

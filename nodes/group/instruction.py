@@ -17,8 +17,8 @@ class EasyRefInstruction(io.ComfyNode):
             node_id="EasyRefInstruction",
             display_name="Reference Instruction",
             category="EasyRef",
-            description="What the MLLM is told to look for in the references: a text to choose, or your own. Connect it "
-            "to Encode Reference Group's instruction. The text that is used is shown here after a run.",
+            description="Instruction to the MLLM on what to look for in the references: a preset, or your "
+            "own text. Connect it to Encode Reference Group's instruction. The node shows it after a run.",
             search_aliases=["style transfer", "face id", "composition", "character reference", "preset"],
             is_output_node=True,
             inputs=[
@@ -26,27 +26,27 @@ class EasyRefInstruction(io.ComfyNode):
                     "preset",
                     options=[*PRESETS, CUSTOM],
                     default="general",
-                    tooltip="What the references have in common. general is the text the released model was trained "
-                    "with; the others are not, so compare. custom takes the text below.",
+                    tooltip="What the references have in common. 'general' is the text the released model "
+                    "was trained with; the others are not, so compare. 'custom' uses the text below.",
                 ),
                 io.Combo.Input(
                     "language",
                     options=list(LANGUAGES),
                     default=LANGUAGES[0],
                     advanced=True,
-                    tooltip="Of the preset's text. The released model was trained in English.",
+                    tooltip="Language of the preset's text. The released model was trained in English.",
                 ),
                 io.String.Input(
                     "text",
                     multiline=True,
                     advanced=True,
-                    tooltip="Your own text in place of the preset's, if it is not empty. The prompt follows it on a new "
-                    "line. To edit a preset, copy its text from the help page.",
+                    tooltip="Your own text, used in place of the preset's unless it is empty. The prompt "
+                    "follows it on a new line. To edit a preset, copy its text from the help page.",
                 ),
             ],
             outputs=[
                 io.String.Output(
-                    display_name="instruction", tooltip="To Encode Reference Group's instruction."
+                    display_name="instruction", tooltip="The instruction, for Encode Reference Group."
                 )
             ],
         )

@@ -32,8 +32,9 @@ class EasyRefGroup(io.ComfyNode):
             node_id="EasyRefGroup",
             display_name="Reference Group",
             category="EasyRef",
-            description="Puts images of any sizes into one ordered group. Batches and lists of images count as many; "
-            "each keeps its own aspect. Chain groups to grow them. Shows what the group holds after a run.",
+            description="Puts images of any sizes into one ordered group. Batches and lists count as "
+            "several images; each keeps its aspect ratio. Chain groups to grow them. Shows the group after "
+            "a run.",
             search_aliases=["references", "image batch", "reference images"],
             is_output_node=True,
             is_input_list=True,  # lists of images of different sizes are one group, not one group each
@@ -89,18 +90,18 @@ class EasyRefSelectReferences(io.ComfyNode):
             node_id="EasyRefSelectReferences",
             display_name="Select References",
             category="EasyRef",
-            description="Takes some references of a group, in the order you write.",
+            description="Selects references of a group, in the order you write.",
             search_aliases=["reorder references", "pick images", "reference order"],
             is_output_node=True,
             inputs=[
-                EasyRefGroupSocket.Input("group", tooltip="From Reference Group."),
+                EasyRefGroupSocket.Input("group", tooltip="The group, from Reference Group."),
                 io.String.Input(
                     "references",
-                    tooltip="Numbers from 1, with commas: 3, 1, 2 takes the third, then the first two. Ranges count up or "
-                    "down: 1-3, 6-4. all, or empty: all references in order.",
+                    tooltip="Numbers from 1, separated by commas: 3, 1, 2 takes the third, then the first "
+                    "two. Ranges count up or down: 1-3, 6-4. 'all' or empty: all references in order.",
                 ),
             ],
-            outputs=[EasyRefGroupSocket.Output(display_name="group", tooltip="The chosen references.")],
+            outputs=[EasyRefGroupSocket.Output(display_name="group", tooltip="The selected references.")],
         )
 
     @classmethod

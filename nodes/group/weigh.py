@@ -21,17 +21,17 @@ class EasyRefWeighReferences(io.ComfyNode):
             node_id="EasyRefWeighReferences",
             display_name="Weigh References",
             category="EasyRef",
-            description="Lets single references count more or less when the reference tokens gather what they share. "
-            "Goes between Encode and Aggregate: the group is not read again.",
+            description="Lets single references count more or less when the reference tokens gather what "
+            "the group shares. Goes between Encode and Aggregate, so the group is not encoded again.",
             search_aliases=["reference weight", "image weight", "ip adapter weight per image"],
             has_intermediate_output=True,
             inputs=[
-                EasyRefContext.Input("context", tooltip="From Encode Reference Group."),
+                EasyRefContext.Input("context", tooltip="The encoded group, from Encode Reference Group."),
                 io.String.Input(
                     "weights",
-                    tooltip="One number for each reference, in their order: 1, 0.5, 1. Or reference:weight pairs, with 1 "
-                    "for all others: 2:0.5, 4-6:0. 1 as it is, 0 not gathered from, up to 4. Empty: all count alike. "
-                    "Write decimals with a point.",
+                    tooltip="One weight for each reference, in their order: 1, 0.5, 1. Or reference:weight "
+                    "pairs, with 1 for all others: 2:0.5, 4-6:0. 1 changes nothing, 0 gathers nothing from "
+                    "the reference, 4 is the maximum. Empty: 1 for all. Write decimals with a point.",
                 ),
             ],
             outputs=[

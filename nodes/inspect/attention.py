@@ -33,21 +33,21 @@ class EasyRefReferenceAttention(io.ComfyNode):
             node_id="EasyRefReferenceAttention",
             display_name="Reference Attention",
             category="EasyRef/look",
-            description="What the reference tokens read: heat maps of the last layer's attention over each reference, "
-            "and what part of it goes to each reference, to the text and to the tokens themselves.",
+            description="Shows what the reference tokens attend to: heat maps of the last layer's attention "
+            "over each reference, and its shares for each reference, the text and the tokens themselves.",
             search_aliases=["attention map", "heat map", "ip adapter", "reference", "explain"],
             is_output_node=True,
             inputs=[
-                EasyRefModel.Input("easyref", tooltip="The model that encoded the group."),
-                EasyRefContext.Input("context", tooltip="From Encode Reference Group."),
-                group_input("The group that was encoded, for its pictures."),
+                EasyRefModel.Input("easyref", tooltip="The EasyRef model that encoded the group."),
+                EasyRefContext.Input("context", tooltip="The encoded group, from Encode Reference Group."),
+                group_input("The group that was encoded; the heat maps are drawn over its images."),
                 io.Int.Input(
                     "token",
                     default=-1,
                     min=-1,
                     max=1023,
                     advanced=True,
-                    tooltip="One reference token, counted from 0 (the released model has 64). -1: the mean of all.",
+                    tooltip="One reference token, counted from 0 (the released model has 64). -1: the mean.",
                 ),
             ],
             outputs=[
@@ -57,7 +57,7 @@ class EasyRefReferenceAttention(io.ComfyNode):
                     is_output_list=True,
                     tooltip="Each reference's heat map at its own size, all on one scale.",
                 ),
-                io.String.Output(display_name="report", tooltip="The shares in words."),
+                io.String.Output(display_name="report", tooltip="The shares as text."),
             ],
         )
 

@@ -28,35 +28,33 @@ class EasyRefConsistency(io.ComfyNode):
             node_id="EasyRefConsistency",
             display_name="Reference Consistency",
             category="EasyRef/look",
-            description="How close pictures are to the references: cosines of the host's CLIP vision. To choose among "
-            "seeds, weights and settings by a number.",
+            description="Measures how close images are to the references, by the cosine similarity of their "
+            "CLIP vision embeddings. Use it to choose among seeds, weights and settings.",
             search_aliases=["clip score", "image similarity", "best seed", "ip adapter", "reference"],
             is_output_node=True,
             inputs=[
-                io.ClipVision.Input("clip_vision", tooltip="From Load CLIP Vision."),
-                io.Image.Input("images", tooltip="The pictures to measure, a batch."),
+                io.ClipVision.Input("clip_vision", tooltip="The CLIP vision model, from Load CLIP Vision."),
+                io.Image.Input("images", tooltip="The images to measure, as a batch."),
                 group_input("The references: a group or an image batch."),
                 io.Combo.Input(
                     "crop",
                     options=list(CROPS),
                     default=CROPS[0],
                     advanced=True,
-                    tooltip="CLIP sees a square. center: of pictures that are not square it sees the middle, undistorted; "
-                    "the report says what is cut off. none: it sees all, squeezed into the square.",
+                    tooltip="How an image becomes CLIP's square. center: its middle, undistorted; the "
+                    "report says what is cut off. none: all of it, squeezed into the square.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="chart", tooltip="A bar for each picture."),
-                io.Image.Output(
-                    display_name="best", tooltip="The picture that is closest to the references."
-                ),
+                io.Image.Output(display_name="chart", tooltip="A bar for each image."),
+                io.Image.Output(display_name="best", tooltip="The image that is closest to the references."),
                 io.Float.Output(
-                    display_name="mean", tooltip="Mean cosine over all pictures and references, -1 to 1."
+                    display_name="mean", tooltip="Mean cosine over all images and references, -1 to 1."
                 ),
                 io.Int.Output(
-                    display_name="best_index", tooltip="The number of the best picture in the batch, from 0."
+                    display_name="best_index", tooltip="Index of the best image in the batch, counted from 0."
                 ),
-                io.String.Output(display_name="report", tooltip="Every cosine in words."),
+                io.String.Output(display_name="report", tooltip="Every cosine as text."),
             ],
         )
 

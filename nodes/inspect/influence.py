@@ -41,27 +41,28 @@ class EasyRefReferenceInfluence(io.ComfyNode):
             node_id="EasyRefReferenceInfluence",
             display_name="Reference Influence",
             category="EasyRef/look",
-            description="What each reference does: how much the reference tokens change without it, how alike the "
-            "references look to the MLLM, and which one does not belong. The group is read again without each one; no picture is looked at twice.",
+            description="Measures what each reference contributes: how much the reference tokens change "
+            "without it, how similar the references look to the MLLM, and which one does not belong. The "
+            "group is encoded again without each reference; the vision tower encodes each image only once.",
             search_aliases=["outlier", "leave one out", "reference similarity", "ip adapter", "reference"],
             is_output_node=True,
             inputs=[
-                EasyRefModel.Input("easyref", tooltip="From Load EasyRef."),
-                group_input("A reference group or an image batch, of 2 or more."),
-                prompt_input("The prompt that Encode Reference Group reads. Link one text node to both."),
-                instruction_input("As in Encode Reference Group."),
-                size_input("Pixels, as in Encode Reference Group."),
+                EasyRefModel.Input("easyref", tooltip="The EasyRef model, from Load EasyRef."),
+                group_input("A reference group or an image batch, of 2 or more references."),
+                prompt_input("The prompt of Encode Reference Group. Link one text node to both."),
+                instruction_input("The instruction, as in Encode Reference Group."),
+                size_input("Resolution in pixels, as in Encode Reference Group."),
             ],
             outputs=[
-                io.Image.Output(display_name="chart", tooltip="Influence and likeness of the references."),
-                io.String.Output(display_name="report", tooltip="The same in words."),
+                io.Image.Output(display_name="chart", tooltip="Influence and similarity of the references."),
+                io.String.Output(display_name="report", tooltip="The same as text."),
                 io.Int.Output(
                     display_name="odd_one",
-                    tooltip="The reference that does not belong, counted from 0 as in a batch; -1: none stands out.",
+                    tooltip="Index of the outlier reference, counted from 0; -1 if none stands out.",
                 ),
                 EasyRefGroupSocket.Output(
                     display_name="without_it",
-                    tooltip="The group without that reference; all, if none stands out.",
+                    tooltip="The group without that reference; the whole group if none stands out.",
                 ),
             ],
         )

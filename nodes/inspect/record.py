@@ -20,15 +20,15 @@ class EasyRefRecord(io.ComfyNode):
             node_id="EasyRefRecord",
             display_name="Record Where It Acts",
             category="EasyRef/look",
-            description="Between Apply EasyRef and a sampler: remembers how strongly the references act while it samples. "
-            "The picture stays the same.",
+            description="Records how strongly the references act during sampling. Goes between Apply "
+            "EasyRef and a sampler; the image stays the same.",
             search_aliases=["record attention", "debug", "ip adapter", "reference"],
             inputs=[
-                io.Model.Input("model", tooltip="From Apply EasyRef. What is applied after is not recorded.")
+                io.Model.Input("model", tooltip="From Apply EasyRef. Later references are not recorded.")
             ],
             outputs=[
-                io.Model.Output(tooltip="To one sampler: the record is of the last sampling with it."),
-                EasyRefRecordSocket.Output(display_name="record", tooltip="To Where It Acts."),
+                io.Model.Output(tooltip="For one sampler: the record holds its last sampling."),
+                EasyRefRecordSocket.Output(display_name="record", tooltip="The record, for Where It Acts."),
             ],
         )
 

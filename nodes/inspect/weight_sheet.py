@@ -23,33 +23,34 @@ class EasyRefWeightSheet(io.ComfyNode):
             node_id="EasyRefWeightSheet",
             display_name="Weight Sheet",
             category="EasyRef/look",
-            description="Every weight with every end, as lists: linked to Apply EasyRef, the nodes after it run once for "
-            "each pair. Assemble Sheet puts the pictures together.",
+            description="Lists every pair of a weight and an end percent. With both lists linked to Apply "
+            "EasyRef, the nodes after it run once for each pair; Assemble Sheet puts the images together.",
             search_aliases=["xy plot", "x/y sheet", "grid", "compare weights", "ip adapter weight"],
             is_output_node=True,
             inputs=[
                 io.String.Input(
                     "weights",
                     default="0.4, 0.7, 1.0",
-                    tooltip="Weights, -1 to 3, separated by commas: the columns. Write decimals with a point.",
+                    tooltip="Weights (-1 to 3) separated by commas: the columns. Write decimals with a "
+                    "point.",
                 ),
                 io.String.Input(
                     "end_percents",
                     default="1.0",
-                    tooltip="Ends, 0 to 1, separated by commas: the rows. 1.0: the references act to the last step. "
-                    "Write decimals with a point.",
+                    tooltip="End percents (0 to 1) separated by commas: the rows. At 1.0 the references act "
+                    "until the last step. Write decimals with a point.",
                 ),
             ],
             outputs=[
                 io.Float.Output(
                     display_name="weight",
                     is_output_list=True,
-                    tooltip="To Apply EasyRef and to Assemble Sheet.",
+                    tooltip="The weights, for Apply EasyRef and Assemble Sheet.",
                 ),
                 io.Float.Output(
                     display_name="end_percent",
                     is_output_list=True,
-                    tooltip="To Apply EasyRef and to Assemble Sheet.",
+                    tooltip="The end percents, for Apply EasyRef and Assemble Sheet.",
                 ),
             ],
         )
@@ -71,16 +72,16 @@ class EasyRefSheet(io.ComfyNode):
             node_id="EasyRefSheet",
             display_name="Assemble Sheet",
             category="EasyRef/look",
-            description="One labelled contact sheet of the pictures that were made with the pairs of Weight Sheet.",
+            description="Assembles the images of Weight Sheet's pairs into one labelled contact sheet.",
             search_aliases=["xy plot", "contact sheet", "grid", "compare weights"],
             is_output_node=True,
             is_input_list=True,
             inputs=[
                 io.Image.Input(
-                    "images", tooltip="The pictures, one batch for each pair: a batch is shown in one cell."
+                    "images", tooltip="The images, one batch for each pair; a batch is shown in one cell."
                 ),
-                io.Float.Input("weight", force_input=True, tooltip="From Weight Sheet."),
-                io.Float.Input("end_percent", force_input=True, tooltip="From Weight Sheet."),
+                io.Float.Input("weight", force_input=True, tooltip="Weights, from Weight Sheet."),
+                io.Float.Input("end_percent", force_input=True, tooltip="End percents, from Weight Sheet."),
                 io.Int.Input(
                     "cell",
                     default=256,
@@ -88,11 +89,11 @@ class EasyRefSheet(io.ComfyNode):
                     max=1024,
                     step=16,
                     advanced=True,
-                    tooltip="Pixels of a cell's side.",
+                    tooltip="Side of a cell in pixels.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="sheet", tooltip="Weights from left to right, ends downwards.")
+                io.Image.Output(display_name="sheet", tooltip="Columns are weights, rows are end percents.")
             ],
         )
 

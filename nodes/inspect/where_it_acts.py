@@ -32,35 +32,36 @@ class EasyRefWhereItActs(io.ComfyNode):
             node_id="EasyRefWhereItActs",
             display_name="Where It Acts",
             category="EasyRef/look",
-            description="How strong the reference term was beside the text's attention: in each block of the UNet and "
-            "each step, and at each place of the picture.",
+            description="Shows how strong the reference term was relative to the text's attention: in each "
+            "block of the UNet and each step, and at each position of the image.",
             search_aliases=["attention map", "debug", "layer weights", "ip adapter", "reference"],
             is_output_node=True,
             inputs=[
-                EasyRefRecordSocket.Input("record", tooltip="From Record Where It Acts."),
+                EasyRefRecordSocket.Input("record", tooltip="The record, from Record Where It Acts."),
                 io.MultiType.Input(
                     "sampled",
                     [io.Image, io.Latent],
-                    tooltip="What was sampled with that model, so that this waits for it. An image is shown under the map.",
+                    tooltip="The result of sampling with that model; this node waits for it. An image is "
+                    "shown under the map.",
                 ),
                 io.Combo.Input(
                     "side",
                     options=list(SIDES),
                     default=SIDES[0],
                     advanced=True,
-                    tooltip="Which side of the guidance: where the prompt is read, or the negative prompt.",
+                    tooltip="Branch of the guidance to show: the prompt or the negative prompt.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
-                    display_name="chart", tooltip="Blocks and steps, and the places of the picture."
+                    display_name="chart", tooltip="Shares by block and step, and over the image."
                 ),
                 io.Mask.Output(
                     display_name="places",
-                    tooltip="Where it acts most: one mask for each Apply node, 1 at its largest share.",
+                    tooltip="Share over the image: one mask for each Apply node, 1 at its largest.",
                 ),
                 io.Float.Output(display_name="mean", tooltip="Mean share over blocks and steps."),
-                io.String.Output(display_name="report", tooltip="The shares of the blocks in words."),
+                io.String.Output(display_name="report", tooltip="The shares of the blocks as text."),
             ],
         )
 

@@ -20,9 +20,9 @@ class EasyRefBatchTokens(io.ComfyNode):
             node_id="EasyRefBatchTokens",
             display_name="Batch Reference Tokens",
             category="EasyRef/tokens",
-            description="Tokens of several groups, one for each picture of a latent batch or frame of an animation.",
+            description="Batches the tokens of several groups, one set for each latent image or frame.",
             search_aliases=["ip adapter batch", "animatediff", "per frame", "batch embeds"],
-            inputs=[several_tokens(MOST, "One set for each picture, in order. A batch counts as its rows.")],
+            inputs=[several_tokens(MOST, "One set for each image, in order. A batch counts as its rows.")],
             outputs=[
                 EasyRefTokens.Output(
                     display_name="tokens", tooltip="A batch of tokens, for Apply EasyRef and a latent batch."

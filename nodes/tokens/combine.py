@@ -23,18 +23,18 @@ class EasyRefCombineTokens(io.ComfyNode):
             node_id="EasyRefCombineTokens",
             display_name="Combine Reference Tokens",
             category="EasyRef/tokens",
-            description="One set of reference tokens from those of several groups: joined, averaged, added, subtracted, "
-            "or on the way from one to another. Both sides of the guidance are combined alike.",
+            description="Combines the reference tokens of several groups into one set: joined, averaged, "
+            "added, subtracted or interpolated. Conditional and unconditional tokens are combined alike.",
             search_aliases=["ip adapter combine embeds", "merge", "mix", "blend", "interpolate", "average"],
             inputs=[
-                several_tokens(MOST, "Sets of tokens in order, all made by one EasyRef checkpoint."),
+                several_tokens(MOST, "Sets of tokens, in order, all made by one EasyRef checkpoint."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
                     default="concat",
-                    tooltip="concat: the UNet attends to every group's tokens. average: their mean. norm average: the "
-                    "mean at the length the tokens had. add: their sum. subtract: the first less the mean of the "
-                    "others. interpolate: between the first and the second.",
+                    tooltip="concat: the UNet attends to every group's tokens. average: the mean. norm "
+                    "average: the mean at the mean norm of the tokens. add: the sum. subtract: the first "
+                    "set minus the mean of the others. interpolate: between the first and the second set.",
                 ),
                 io.Float.Input(
                     "factor",
@@ -42,16 +42,16 @@ class EasyRefCombineTokens(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Of interpolate alone: 0 is the first set, 1 the second.",
+                    tooltip="Used when method is 'interpolate': 0 is the first set, 1 the second.",
                 ),
                 io.String.Input(
                     "weights",
                     advanced=True,
-                    tooltip="One number from 0 for each set, such as 1, 0.5. Empty, or fewer than there are sets: 1 for "
-                    "the rest. 0 leaves a set out. Write decimals with a point.",
+                    tooltip="One number of 0 or more for each set, such as 1, 0.5. Sets without a number "
+                    "get 1; 0 leaves a set out. Write decimals with a point.",
                 ),
             ],
-            outputs=[EasyRefTokens.Output(display_name="tokens", tooltip="For Apply EasyRef.")],
+            outputs=[EasyRefTokens.Output(display_name="tokens", tooltip="Tokens for Apply EasyRef.")],
         )
 
     @classmethod

@@ -21,22 +21,22 @@ class EasyRefLoadTokens(io.ComfyNode):
             node_id="EasyRefLoadTokens",
             display_name="Load Reference Tokens",
             category="EasyRef/tokens",
-            description="Reference tokens that Save Reference Tokens kept. They are for the EasyRef checkpoint that made "
-            "them; Apply EasyRef refuses those of another.",
+            description="Loads reference tokens that Save Reference Tokens wrote. They are only valid for "
+            "the EasyRef checkpoint that produced them; Apply EasyRef refuses those of another.",
             search_aliases=["ip adapter load embeds", "load embeds", "import"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=folders.token_files(),
-                    tooltip="A file in output/easyref or input/easyref. What is in it counts, not its name.",
+                    tooltip="A file in output/easyref or input/easyref. Its content counts, not its name.",
                 )
             ],
             outputs=[
-                EasyRefTokens.Output(display_name="tokens", tooltip="For Apply EasyRef."),
+                EasyRefTokens.Output(display_name="tokens", tooltip="Reference tokens for Apply EasyRef."),
                 io.String.Output(
                     display_name="prompt",
-                    tooltip="The prompt that was read with the references: SDXL should read the same.",
+                    tooltip="The prompt encoded with the references; use the same text for SDXL.",
                 ),
             ],
         )

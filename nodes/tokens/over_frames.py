@@ -21,7 +21,7 @@ class EasyRefTokensOverFrames(io.ComfyNode):
             node_id="EasyRefTokensOverFrames",
             display_name="Reference Tokens over Frames",
             category="EasyRef/tokens",
-            description="A cross-fade through the tokens of several groups: a batch with one set for each frame.",
+            description="Cross-fades through the tokens of several groups, with one set for each frame.",
             search_aliases=[
                 "ip adapter weights",
                 "animatediff",
@@ -31,20 +31,20 @@ class EasyRefTokensOverFrames(io.ComfyNode):
                 "travel",
             ],
             inputs=[
-                several_tokens(MOST, "What the fade goes through, in order: the first frame, ..., the last."),
+                several_tokens(MOST, "Sets to fade through, in order: the first frame, ..., the last."),
                 io.Int.Input(
                     "frames",
                     default=16,
                     min=1,
                     max=4096,
-                    tooltip="How many frames or pictures there are: the batch size of the latent.",
+                    tooltip="Number of frames or images: the batch size of the latent.",
                 ),
                 io.Combo.Input(
                     "easing",
                     options=list(EASINGS),
                     default="linear",
-                    tooltip="How each fade from one set to the next runs: evenly, or slower at its start (ease in), at "
-                    "its end (ease out) or at both.",
+                    tooltip="How each fade from one set to the next runs: evenly (linear), or slower at its "
+                    "start (ease in), at its end (ease out) or at both (ease in-out).",
                 ),
             ],
             outputs=[

@@ -26,8 +26,8 @@ class EasyRefSaveTokens(io.ComfyNode):
             node_id="EasyRefSaveTokens",
             display_name="Save Reference Tokens",
             category="EasyRef/tokens",
-            description="Keeps reference tokens as a .safetensors file that Load Reference Tokens finds: then neither "
-            "the references nor the multimodal LLM are needed again.",
+            description="Saves reference tokens as a .safetensors file for Load Reference Tokens, which "
+            "needs neither the references nor the multimodal LLM.",
             search_aliases=["ip adapter save embeds", "save embeds", "export"],
             is_output_node=True,
             inputs=[
@@ -35,14 +35,14 @@ class EasyRefSaveTokens(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="tokens",
-                    tooltip="Start of the file's name in output/easyref; may name a folder there, such as faces/anna. "
-                    "A number is added, and nothing is overwritten.",
+                    tooltip="Start of the file name in output/easyref; it may name a folder there, such as "
+                    "faces/anna. A number is added, and nothing is overwritten.",
                 ),
                 io.MultiType.Input(
                     "references",
                     [EasyRefGroupSocket, io.Image],
                     optional=True,
-                    tooltip="The group or images, to be kept in the file as thumbnails of 64 pixels.",
+                    tooltip="The group or images, to be saved in the file as thumbnails of 64 pixels.",
                 ),
             ],
             outputs=[],
