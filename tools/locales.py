@@ -1,4 +1,4 @@
-"""Renews locales/en from the nodes themselves, and says what locales/zh lacks or has too much.
+"""Regenerate locales/en from the nodes, and list texts that locales/zh lacks or has in excess.
 
 python tools/locales.py
 """
@@ -11,23 +11,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from devkit.host.locales import LOCALES, english, read, texts
+from devkit.host.locales import LOCALES, english, load, texts
 from devkit.host.server import ComfyServer
 from devkit.hosts import find_hosts
 
 
 def main() -> None:
     with ComfyServer(find_hosts()[0]) as server:
-        found = english(server.object_info())
+        definitions = english(server.object_info())
     file = LOCALES / "en" / "nodeDefs.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for language in sorted(path.name for path in LOCALES.iterdir() if path.name != "en"):
-        wanted, has = texts(found), texts(read(language))
-        for place in sorted(wanted.keys() - has.keys()):
-            print(f"{language} lacks {place}: {wanted[place]}")
-        for place in sorted(has.keys() - wanted.keys()):
-            print(f"{language} has {place}, which no node has")
+    file.write_text(json.dumps(definitions, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    expected = texts(definitions)
+    for language in sorted({path.name for path in LOCALES.iterdir()} - {"en"}):
+        translated = texts(load(language)).keys()
+        for key in sorted(expected.keys() - translated):
+            print(f"{language} lacks {key}: {expected[key]}")
+        for key in sorted(translated - expected.keys()):
+            print(f"{language} has {key}, which no node has")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""The shipped workflows that follow one pattern, as data: which nodes, what they hold, how they are joined.
+"""The shipped workflows that follow one pattern, as data: nodes, their values and their links.
 
-tools/workflows.py makes the JSON files of them. easyref_basic and try_it_now were laid out by hand.
+tools/workflows.py builds the JSON files from them; workflow_notes/ holds the Markdown notes. easyref_basic
+and try_it_now were laid out by hand.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 NEGATIVE = "A collage of images, monochrome, lowres, bad anatomy, worst quality, low quality"
@@ -20,11 +22,12 @@ EASYREF = (
     "https://huggingface.co/zongzhuofan/EasyRef/resolve/main/model.safetensors",
     "easyref",
 )
-EXAMPLE = "example.png"  # what the host ships with
+EXAMPLE = "example.png"  # in the host's input folder
+NOTES = Path(__file__).with_name("workflow_notes")
 
 
 class Link(NamedTuple):
-    """The output of another node, by its place."""
+    """The output of another node, by its index."""
 
     node: str
     output: int = 0
@@ -32,26 +35,25 @@ class Link(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One node. inputs: {name: a value, or a Link}; column: nodes of one column stand below each other."""
+    """One node. inputs: {name: a value, or a Link}; nodes of one column are laid out below each other."""
 
     type: str
     column: int
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     title: str | None = None
-    height: int = 0  # pixels; 0: the node's own
-    model: tuple[str, str, str] | None = None  # file, where it is downloaded from, folder of models/
+    height: int = 0  # pixels; 0: the node's default
+    model: tuple[str, str, str] | None = None  # file, URL, folder of models/
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """One workflow: its notes in Markdown, and its nodes by name."""
+class Plan(NamedTuple):
+    """One workflow: its note in Markdown, and its nodes by name."""
 
     note: str
     nodes: Mapping[str, Node]
 
 
 def references(count: int = 3, name: str = "reference", group: str = "group") -> dict[str, Node]:
-    """So many Load Image nodes and the group they make."""
+    """`count` Load Image nodes and the group that they form."""
     images = {
         f"{name}{i}": Node("LoadImage", 0, {"image": EXAMPLE}, f"{name.capitalize()} {i + 1}", height=310)
         for i in range(count)
@@ -67,7 +69,7 @@ def references(count: int = 3, name: str = "reference", group: str = "group") ->
 
 
 def basis(prompt: str) -> dict[str, Node]:
-    """Everything of easyref_basic but the references: three columns of nodes, then sampler and picture."""
+    """All nodes of easyref_basic except the references: three columns, then the sampler and the image."""
     return {
         "checkpoint": Node("CheckpointLoaderSimple", 1, {"ckpt_name": SDXL[0]}, model=SDXL),
         "easyref": Node("EasyRefLoader", 1, {"checkpoint": EASYREF[0]}, model=EASYREF),
@@ -124,49 +126,7 @@ def changed(nodes: Mapping[str, Node], name: str, **inputs: Any) -> dict[str, No
     return {**nodes, name: dataclasses.replace(node, inputs={**node.inputs, **inputs})}
 
 
-ANOTHER_PICTURE = """
-The seed is fixed, so that **Run** executes only what you changed. For a new picture with every Run, set **control after generate** of *KSampler* to *randomize*: only the sampler and the nodes after it run.
-"""
-FILES = """
-## Files
-
-SDXL in `models/checkpoints`, the [EasyRef checkpoint](https://huggingface.co/zongzhuofan/EasyRef) (any name) in `models/easyref`. Replace every *example.png* by a picture of your own.
-"""
-
-
-def _style() -> Plan:
-    prompt = "A lighthouse on a cliff at dawn, best quality, high quality"
-    nodes = references(4) | basis(prompt)
-    return Plan(
-        """# A style from a group
-
-1. **References**: four or more pictures in one style, with different things in them. What they all show is what is taken over: if all show a house, houses come too.
-2. **Instruction** tells the MLLM to look for the style. Its text can be edited.
-3. **Prompt**: what to paint. Leave style words out; the references say them.
-4. Too much of their content? Lower **weight** to 0.7, or choose *style transfer* as **weight_type** of Apply EasyRef.
-"""
-        + ANOTHER_PICTURE
-        + FILES,
-        _instructed(nodes, "style"),
-    )
-
-
-def _portrait() -> Plan:
-    nodes = references(4) | basis("Photo of a person in a red coat, snow, best quality, high quality")
-    return Plan(
-        """# A portrait: one identity
-
-1. **References**: four or more pictures of one person, cropped to squares around the face, in different light and from different sides. *Crop References* does the cropping.
-2. **Prompt**: who and where, as in training: "Photo of a woman ...".
-3. Weight 1 is the trained strength. For a likeness, look at several seeds before turning knobs.
-"""
-        + ANOTHER_PICTURE
-        + FILES,
-        _instructed(nodes, "identity"),
-    )
-
-
-def _controlnet() -> Plan:
+def _controlnet() -> dict[str, Node]:
     nodes = references() | basis("A castle on a hill, best quality, high quality")
     nodes |= {
         "shape": Node("LoadImage", 4, {"image": EXAMPLE}, "Picture to trace", height=310),
@@ -186,22 +146,10 @@ def _controlnet() -> Plan:
         ),
     }
     nodes = changed(nodes, "sample", positive=Link("control"), negative=Link("control", 1))
-    return Plan(
-        """# With a ControlNet
-
-The ControlNet says where things are, the references what they are like. EasyRef does not reach into the ControlNet: both act side by side.
-
-1. **References** as always.
-2. **Picture to trace** is turned into edges; put any SDXL ControlNet in `models/controlnet` and choose it.
-3. **strength** of the ControlNet 0.5 to 0.7 leaves the references room. **end_percent** 0.6 lets them finish alone.
-"""
-        + ANOTHER_PICTURE
-        + FILES,
-        _later(nodes, ("sample", "decode", "save")),
-    )
+    return _sampler_later(nodes)
 
 
-def _lora() -> Plan:
+def _lora() -> dict[str, Node]:
     nodes = references() | basis("A cat in a garden, best quality, high quality")
     nodes["lora"] = Node(
         "LoraLoader",
@@ -217,45 +165,23 @@ def _lora() -> Plan:
     nodes = changed(nodes, "apply", model=Link("lora"))
     for text in ("positive", "negative"):
         nodes = changed(nodes, text, clip=Link("lora", 1))
-    return Plan(
-        """# With a LoRA
-
-1. **Your LoRA**: any SDXL LoRA, before or after Apply EasyRef; the result is the same.
-2. **lora_strength** of Apply EasyRef is another one: the LoRA that the EasyRef checkpoint was trained with. Leave it at 1.
-3. A LoRA of a style and references of a character go together well; two that want the same thing add up: lower one of them.
-"""
-        + ANOTHER_PICTURE
-        + FILES,
-        nodes,
-    )
+    return nodes
 
 
-def _inpainting() -> Plan:
+def _inpainting() -> dict[str, Node]:
     nodes = references() | basis("A dog on a sofa, best quality, high quality")
     del nodes["latent"]
     nodes |= {
-        "picture": Node("LoadImage", 3, {"image": EXAMPLE}, "Picture with a mask", height=310),
-        "pixels": Node("VAEEncode", 3, {"pixels": Link("picture"), "vae": Link("checkpoint", 2)}),
-        "masked": Node("SetLatentNoiseMask", 3, {"samples": Link("pixels"), "mask": Link("picture", 1)}),
+        "original": Node("LoadImage", 3, {"image": EXAMPLE}, "Picture with a mask", height=310),
+        "pixels": Node("VAEEncode", 3, {"pixels": Link("original"), "vae": Link("checkpoint", 2)}),
+        "masked": Node("SetLatentNoiseMask", 3, {"samples": Link("pixels"), "mask": Link("original", 1)}),
     }
     nodes = changed(nodes, "sample", latent_image=Link("masked"), denoise=0.85)
-    nodes = changed(nodes, "apply", mask=Link("picture", 1))
-    return Plan(
-        """# Inpainting with references
-
-1. **Picture with a mask**: right-click, *Open in MaskEditor*, paint over what shall be new.
-2. **References**: what shall come there.
-3. The same mask goes to Apply EasyRef, so that the references act there alone, and to the latent, so that nothing else is repainted.
-4. **denoise** 0.85: lower keeps more of what was there. Inpainting checkpoints work too.
-"""
-        + ANOTHER_PICTURE
-        + FILES,
-        nodes,
-    )
+    return changed(nodes, "apply", mask=Link("original", 1))
 
 
-def _two_regions() -> Plan:
-    """Two groups, each with a half of the picture."""
+def _two_regions() -> dict[str, Node]:
+    """Two groups, each in one half of the image."""
     left, right = references(2, "left"), references(2, "right", "group_right")
     nodes = {**left, **right} | basis("Two people at a table in a cafe, best quality, high quality")
     nodes |= {
@@ -290,23 +216,10 @@ def _two_regions() -> Plan:
         "Right",
     )
     nodes = changed(nodes, "sample", model=Link("apply_right"))
-    return Plan(
-        """# Two groups in two regions
-
-Each group has an *Apply EasyRef* of its own with a **mask**, one after the other. White is where it acts; masks of any size are scaled to the picture, soft edges blend.
-
-1. **Left** and **Right** references: two or more each.
-2. Masks here are the halves; paint your own with *Load Image (as Mask)* or the mask editor.
-3. The prompt names both: the references say what they look like, the words put them into one scene.
-4. The checkpoint's LoRA is merged once for both, wherever the masks are.
-"""
-        + ANOTHER_PICTURE
-        + FILES,
-        _later(nodes, ("sample", "decode", "save")),
-    )
+    return _sampler_later(nodes)
 
 
-def _frames() -> Plan:
+def _frames() -> dict[str, Node]:
     """A cross-fade between two groups over a batch of frames."""
     frames = 8
     nodes = {**references(2, "first"), **references(2, "last", "group_last")}
@@ -328,23 +241,11 @@ def _frames() -> Plan:
     nodes["apply"] = dataclasses.replace(
         nodes["apply"], column=4, inputs={**nodes["apply"].inputs, "tokens": Link("frames")}
     )
-    return Plan(
-        """# Animation frames
-
-*Reference Tokens over Frames* fades from one group to another: each picture of the batch has tokens of its own.
-
-1. **First** and **Last** references: two groups. More groups: more sockets appear.
-2. **frames** and the **batch_size** of the latent are the same number.
-3. For motion put AnimateDiff between checkpoint and *Apply EasyRef*; its context windows take the rows of their own frames.
-"""
-        + ANOTHER_PICTURE
-        + FILES,
-        _later(nodes, ("sample", "decode", "save")),
-    )
+    return _sampler_later(nodes)
 
 
-def _weights() -> Plan:
-    """One picture for each weight and end, on one sheet."""
+def _weights() -> dict[str, Node]:
+    """One image for each weight and end percent, on one sheet."""
     nodes = references() | basis("A cat in a garden, best quality, high quality")
     nodes["pairs"] = Node("EasyRefWeightSheet", 3, {"weights": "0, 0.5, 0.75, 1", "end_percents": "0.5, 1"})
     nodes = changed(nodes, "apply", weight=Link("pairs"), end_percent=Link("pairs", 1))
@@ -355,22 +256,11 @@ def _weights() -> Plan:
         {"images": Link("decode"), "weight": Link("pairs"), "end_percent": Link("pairs", 1)},
         height=480,
     )
-    return Plan(
-        """# Choosing a weight
-
-*Weight Sheet* lists every pair of a weight and an end percent; everything after *Apply EasyRef* runs once for each, with the same noise. *Assemble Sheet* puts the pictures together.
-
-1. **References** and **Prompt** as always.
-2. The seed is fixed, so that all sheets compare. **control after generate** of *KSampler* set to *randomize* gives every sheet another one.
-3. Read the sheet: the column from which the references show is your weight; an end of 0.5 keeps their composition and leaves details to the prompt.
-"""
-        + FILES,
-        nodes,
-    )
+    return nodes
 
 
-def _inspecting() -> Plan:
-    """What the MLLM reads of a group, what each reference does, and where it acts."""
+def _inspecting() -> dict[str, Node]:
+    """All nodes that inspect a group: attention, influence, and where the references act."""
     nodes = references(4) | basis("A cat in a garden, best quality, high quality")
     nodes |= {
         "attention": Node(
@@ -391,38 +281,38 @@ def _inspecting() -> Plan:
         ),
     }
     nodes = changed(nodes, "sample", model=Link("record"))
-    return Plan(
-        """# Inspecting a group
-
-1. **Reference Attention**: where in each reference the tokens look, and how much of the attention each reference gets.
-2. **Reference Influence**: how much the tokens change without each reference, how alike they are, and which one does not belong. Take it out, or weigh it down with *Weigh References*.
-3. **Record** and **Where It Acts**: in which blocks, at which steps and at which places of the picture the references act.
-
-None of them changes the picture.
-"""
-        + ANOTHER_PICTURE
-        + FILES,
-        nodes,
-    )
+    return nodes
 
 
-def _instructed(nodes: Mapping[str, Node], preset: str) -> dict[str, Node]:
-    """The nodes with an instruction preset for the MLLM."""
-    instruction = Node("EasyRefInstruction", 1, {"preset": preset}, height=160)
-    return changed({**nodes, "instruction": instruction}, "encode", instruction=Link("instruction"))
+def _instructed(prompt: str, preset: str) -> dict[str, Node]:
+    """A workflow of four references with an instruction preset for the MLLM."""
+    nodes = references(4) | basis(f"{prompt}, best quality, high quality")
+    nodes["instruction"] = Node("EasyRefInstruction", 1, {"preset": preset}, height=160)
+    return changed(nodes, "encode", instruction=Link("instruction"))
 
 
-def _later(nodes: Mapping[str, Node], names: tuple[str, ...]) -> dict[str, Node]:
-    """The nodes, some of them one column further right."""
-    return {
-        name: dataclasses.replace(node, column=node.column + 1) if name in names else node
-        for name, node in nodes.items()
+def _sampler_later(nodes: Mapping[str, Node]) -> dict[str, Node]:
+    """The nodes, with the sampler and what follows it one column further right."""
+    last = {
+        name: dataclasses.replace(nodes[name], column=nodes[name].column + 1)
+        for name in ("sample", "decode", "save")
     }
+    return {**nodes, **last}
 
 
-PLANS: dict[str, Plan] = {
-    "style_from_a_group": _style(),
-    "identity_portrait": _portrait(),
+def note(name: str) -> str:
+    """The Markdown note of a workflow, with the shared paragraphs in place of {new_image} and {files}."""
+    shared = {part: _read(f"shared_{part}") for part in ("new_image", "files")}
+    return _read(name).format(**shared) + "\n"
+
+
+def _read(name: str) -> str:
+    return (NOTES / f"{name}.md").read_text(encoding="utf-8").strip()
+
+
+_NODES = {
+    "style_from_a_group": _instructed("A lighthouse on a cliff at dawn", "style"),
+    "identity_portrait": _instructed("Photo of a person in a red coat, snow", "identity"),
     "two_regions": _two_regions(),
     "animation_frames": _frames(),
     "choosing_a_weight": _weights(),
@@ -431,3 +321,4 @@ PLANS: dict[str, Plan] = {
     "with_a_lora": _lora(),
     "inpainting": _inpainting(),
 }
+PLANS = {name: Plan(note(name), nodes) for name, nodes in _NODES.items()}

@@ -1,32 +1,33 @@
-"""English and Chinese: every text of every node is there, and the host hands them to the frontend."""
+"""Every text of every node exists in English and Chinese, and the host serves both to the frontend."""
 
 from __future__ import annotations
 
 import json
 import re
 
-from devkit.host.locales import english, read, texts
+from devkit.host.locales import english, load, texts
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
-def test_english_is_what_the_nodes_say(server) -> None:
-    assert read("en") == english(server.object_info())
+def test_english_matches_the_nodes(server) -> None:
+    assert load("en") == english(server.object_info())
 
 
 def test_chinese_has_every_text_and_no_other(server) -> None:
-    assert texts(read("zh")).keys() == texts(english(server.object_info())).keys()
+    assert texts(load("zh")).keys() == texts(english(server.object_info())).keys()
 
 
 def test_chinese_is_chinese() -> None:
-    said = texts(read("zh"))
-    foreign = [
-        place for place, text in said.items() if not place.endswith(".name") and not CHINESE.search(text)
+    untranslated = [
+        key
+        for key, text in texts(load("zh")).items()
+        if not key.endswith(".name") and not CHINESE.search(text)
     ]
-    assert foreign == []
+    assert untranslated == []
 
 
-def test_the_host_serves_them(server) -> None:
+def test_host_serves_the_locales(server) -> None:
     served = json.loads(server.get("/i18n"))
     assert {"en", "zh"} <= served.keys()
-    assert served["zh"]["nodeDefs"]["EasyRefApply"] == read("zh")["EasyRefApply"]
+    assert served["zh"]["nodeDefs"]["EasyRefApply"] == load("zh")["EasyRefApply"]

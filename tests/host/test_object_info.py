@@ -1,4 +1,4 @@
-"""The nodes as the frontend sees them, and the pack's arrival in the host."""
+"""The nodes in /object_info, their help pages, and the import of the pack in the host."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from devkit.host.locales import PACK
 from devkit.hosts import ROOT
 
 from .conftest import HOST
@@ -42,15 +43,14 @@ NAMES = {
     "EasyRefRecord": "Record Where It Acts",
     "EasyRefWhereItActs": "Where It Acts",
 }
-KEPT = ("default", "min", "max", "step", "control_after_generate", "multiline", "dynamicPrompts", "advanced")
-FILES = ("checkpoint", "mllm", "file")  # whose options depend on what lies in the folders
+OPTIONS = "default min max step control_after_generate multiline dynamicPrompts advanced".split()
+FILES = ("checkpoint", "mllm", "file")  # their options depend on the content of the folders
 
 
 @pytest.fixture(scope="module")
 def nodes(server) -> dict[str, Any]:
     """Object info of this pack's nodes."""
-    of_pack = "custom_nodes.ComfyUI-EasyRef"
-    return {name: node for name, node in server.object_info().items() if node["python_module"] == of_pack}
+    return {name: node for name, node in server.object_info().items() if node["python_module"] == PACK}
 
 
 def inputs_of(node: dict[str, Any]) -> list[tuple[str, str, str, dict[str, Any]]]:
@@ -62,16 +62,16 @@ def inputs_of(node: dict[str, Any]) -> list[tuple[str, str, str, dict[str, Any]]
     ]
 
 
-def described(node: dict[str, Any]) -> dict[str, Any]:
-    """What saved workflows depend on."""
+def schema_of(node: dict[str, Any]) -> dict[str, Any]:
+    """The part of a node's schema that saved workflows depend on."""
 
     def one(name: str, section: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
-        kept = {key: options[key] for key in KEPT if key in options}
+        stable = {key: options[key] for key in OPTIONS if key in options}
         if "options" in options and name not in FILES:
-            kept["options"] = options["options"]
+            stable["options"] = options["options"]
         if "template" in options:
-            kept["template"] = {key: options["template"][key] for key in ("prefix", "min", "max")}
-        return {"name": name, "in": section, "type": kind, **kept}
+            stable["template"] = {key: options["template"][key] for key in ("prefix", "min", "max")}
+        return {"name": name, "in": section, "type": kind, **stable}
 
     return {
         "inputs": [one(*entry) for entry in inputs_of(node)],
@@ -80,11 +80,11 @@ def described(node: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_schemas_are_those_that_saved_workflows_know(nodes, tmp_path):
-    found = {name: described(node) for name, node in nodes.items()}
-    (tmp_path / "object_info.json").write_text(json.dumps(found, indent=1) + "\n")
-    assert found == json.loads(SNAPSHOT.read_text()), (
-        "inputs, outputs or defaults changed, which breaks saved workflows; if that is meant, copy "
+def test_schemas_match_the_snapshot(nodes, tmp_path):
+    schemas = {name: schema_of(node) for name, node in nodes.items()}
+    (tmp_path / "object_info.json").write_text(json.dumps(schemas, indent=1) + "\n")
+    assert schemas == json.loads(SNAPSHOT.read_text()), (
+        "Inputs, outputs or defaults changed, which breaks saved workflows. If this is intended, copy "
         f"{tmp_path / 'object_info.json'} over {SNAPSHOT.name}"
     )
 
@@ -127,9 +127,6 @@ def test_help_page_explains_every_setting(nodes, name: str):
     assert [setting for setting in settings if setting not in page] == []
 
 
-# The pack's arrival
-
-
 IMPORT = """
 import asyncio, contextlib, io, json, logging, sys, time
 from pathlib import Path
@@ -138,27 +135,28 @@ from devkit.cpu_torch import complete_cpu_torch
 complete_cpu_torch()
 from devkit.host.in_process import enter_host, load_pack
 enter_host(Path({host!r}))
-import comfy_api.latest, nodes  # what the host itself has imported by then
+import comfy_api.latest, nodes  # what the host itself imports
 printed = io.StringIO()
 logging.getLogger().addHandler(logging.StreamHandler(printed))
 logging.getLogger().setLevel(logging.DEBUG)
 before, seconds = set(sys.modules), []
 with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
     for _ in range(3):
-        start = time.process_time()  # its own: others may keep the machine busy
+        start = time.process_time()  # because other processes may keep the machine busy
         pack = load_pack()
         seconds.append(time.process_time() - start)
         for name in [name for name in sys.modules if name.startswith(pack.__name__)]:
             del sys.modules[name]
 foreign = {{name.partition(".")[0] for name in set(sys.modules) - before}}
-json.dump({{"seconds": min(seconds), "printed": printed.getvalue(), "foreign": sorted(foreign)}}, sys.__stdout__)
+report = {{"seconds": min(seconds), "printed": printed.getvalue(), "foreign": sorted(foreign)}}
+json.dump(report, sys.__stdout__)
 """
 
 
 @pytest.fixture(scope="module")
 def imported() -> dict[str, Any]:
-    """What importing the pack costs in a process that has the host imported already, from its second start on."""
-    for name in ("easyref_core", "nodes"):  # the first one compiles, where it may write what it has compiled
+    """Seconds, output and new modules of importing the compiled pack after the host."""
+    for name in ("easyref_core", "nodes"):
         compileall.compile_dir(ROOT / name, quiet=1)
     script = IMPORT.format(root=str(ROOT), host=str(HOST))
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -173,6 +171,6 @@ def test_import_takes_less_than_a_tenth_of_a_second(imported):
     assert imported["seconds"] < 0.1
 
 
-def test_import_does_not_bring_transformers(imported):
-    """It takes seconds; the tokenizer imports it when it is first needed."""
+def test_import_does_not_import_transformers(imported):
+    """It takes seconds, so the tokenizer imports it on first use."""
     assert "transformers" not in imported["foreign"]
