@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from easyref_core.mllm.preprocess import black_image
+from easyref_core.utils.images import black_image
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

@@ -12,13 +12,14 @@ The flow, in reading order (K references, S about 145 K + 60 tokens of context, 
     utils/ and files/ are below these; training/, mrbench/ and tiny/ above.
 """
 
+from .mllm.context import ContextStates
 from .mllm.instructions import INSTRUCTION
 from .mllm.preprocess import SIZE
 from .model import EasyRef, load
 from .tokens.combine import combine
 from .tokens.files import load_tokens, save_tokens
 from .tokens.frames import batch, over_frames
-from .tokens.reference_tokens import ContextStates, ReferenceTokens
+from .tokens.reference_tokens import ReferenceTokens
 from .unet import diffusers_unet
 
 __all__ = [

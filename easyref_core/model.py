@@ -1,9 +1,10 @@
-"""EasyRef, loaded: a group of references and a prompt in, reference tokens out."""
+"""A loaded EasyRef model: a group of references and a prompt in, reference tokens out."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from .checkpoint.checkpoint import Cast, Checkpoint, open_checkpoint, save
-from .mllm.budget import Budget, budget, largest_size
+from .mllm.budget import Budget, MemoryOptions, budget, largest_size
+from .mllm.context import ContextStates, Provenance
 from .mllm.group_encoder import GroupEncoder
 from .mllm.instructions import (
     INSTRUCTION,
@@ -21,18 +23,14 @@ from .mllm.instructions import (
     require_text,
     tokenize,
 )
-from .mllm.prefix_cache import CachedGroupEncoder, PreparedGroup, digest
-from .mllm.preprocess import SIZE, check_group, check_sides, grid_of, resized_sides
+from .mllm.prefill import CachedGroupEncoder
+from .mllm.prefix_cache import EncodePlan, PreparedGroup
+from .mllm.preprocess import SIZE, check_group, grid_of, resized_sides
 from .mllm.qwen2_vl import SkipInit
-from .tokens.reference_tokens import (
-    ContextStates,
-    Provenance,
-    ReferenceAggregator,
-    ReferenceTokens,
-    weight_bias,
-)
+from .tokens.reference_tokens import ReferenceAggregator, ReferenceTokens, weight_bias
 from .unet.reference_attention import KeyValue, KVProjections, require_finite
-from .utils.negative import noise_image
+from .utils.images import check_sides, noise_image
+from .utils.lru_cache import ByteLRUCache
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,11 +39,9 @@ if TYPE_CHECKING:
 
     from .mllm.config import EasyRefConfig
 
-KEPT = 16  # unconditional tokens, one set for each instruction, size and noise
-
 
 class EasyRefModules(nn.Module):
-    """The parts that run to make tokens: the MLLM body, and the last layer with the projector."""
+    """The modules that compute tokens: the MLLM body, and the last layer with the projector."""
 
     def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
         super().__init__()
@@ -54,10 +50,10 @@ class EasyRefModules(nn.Module):
 
 
 class EasyRef:
-    """A loaded checkpoint. It holds one copy of its weights; what it computes carries the checkpoint's fingerprint.
+    """A loaded checkpoint. It holds one copy of its weights; its results carry the checkpoint's fingerprint.
 
-    A host may own the modules' placement: `device` is where inputs go, `dtype` what they are computed in, whatever
-    the weights are stored in.
+    A host may own the modules' placement: inputs are moved to `device` and computed in `dtype`, whatever the weights
+    are stored in.
     """
 
     def __init__(
@@ -68,14 +64,18 @@ class EasyRef:
         tokenizer: Tokenizer,
         device: torch.device | str,
         dtype: torch.dtype,
+        memory: MemoryOptions | None = None,
     ) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.fingerprint = checkpoint.fingerprint()
         self.mllm, self.kv, self.tokenizer = mllm, kv, tokenizer
         self.device, self.dtype = torch.device(device), dtype
         self.image_token = image_token_id(tokenizer)
-        self.reader = CachedGroupEncoder(mllm.encoder, self.image_token, self.device, dtype)
-        self._unconditional: dict[tuple[str, int, int, float], ReferenceTokens] = {}
+        memory = memory or MemoryOptions()
+        self.group_encoder = CachedGroupEncoder(
+            mllm.encoder, self.image_token, self.device, dtype, memory=memory
+        )
+        self._unconditional: ByteLRUCache[ReferenceTokens] = ByteLRUCache(memory.unconditional_cache_bytes)
         if self.image_token >= self.config.vocab_size:
             raise ValueError(
                 f"The tokenizer does not belong to the MLLM: its <|image_pad|> is token {self.image_token}, the MLLM "
@@ -90,76 +90,84 @@ class EasyRef:
         size: int = SIZE,
         progress: Callable[[float], None] = lambda done: None,
     ) -> ContextStates:
-        """Context states (1, S, D) of a group: all references and the text read together by the MLLM body.
+        """Encode all references and the text of a group together: context states (1, S, D).
 
-        What a group has in common with one read before is not read again (group_reader.py).
+        Work that the group shares with an earlier one is cached (mllm/prefix_cache.py).
 
         images: PIL images or (H, W, C) float tensors in 0..1, of any sizes, in order. size: pixels, see preprocess.
-        progress: told the part that is done, up to 1, after each block of the MLLM body; may raise to stop at once.
-        Raises ValueError for images that hold no picture and for a group longer than the MLLM's context.
+        progress: called with the completed fraction after each block of the MLLM body; may raise to stop at once.
+        Raises ValueError for anything that is not an image and for a group longer than the MLLM's context.
         """
-        return self.encode_prepared(self.prepare(images, prompt, instruction, size), progress)
+        return self.encode_plan(self.plan(self.prepare(images, prompt, instruction, size)), progress)
 
     def prepare(
         self, images: Sequence[Image.Image | Tensor], prompt: str, instruction: str, size: int
     ) -> PreparedGroup:
-        """Everything the MLLM body reads, made and checked on the CPU before any weight is needed.
+        """Check and preprocess a group on the CPU, before any weight is needed.
 
         The length is checked first: a thousand references are refused before one of them is resized.
         """
-        pictures = check_group(images, self.config, size)
-        sides = [resized_sides(height, width, self.config, size)[-1] for width, height in pictures]
+        image_sizes = check_group(images, self.config, size)
+        sides = [resized_sides(height, width, self.config, size)[-1] for width, height in image_sizes]
         grid = grid_of(sides, self.config)
         counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
-        input_ids = tokenize(self.tokenizer, _asked(instruction, prompt), counts)
+        input_ids = tokenize(self.tokenizer, _user_text(instruction, prompt), counts)
         self._check_length(input_ids.shape[1], counts)
-        pixels = self.reader.pixels(images, size)
-        made = Provenance(self.fingerprint, instruction, prompt, len(counts), size)
-        spans = image_spans(input_ids, self.image_token, counts)
-        return PreparedGroup(tuple(pixels), grid, input_ids, made, spans, tuple(map(digest, pixels)))
+        prepared = self.group_encoder.caches.prepare(images, self.config, size)
+        provenance = Provenance(self.fingerprint, instruction, prompt, references=len(counts), size=size)
+        return PreparedGroup(
+            prepared, grid, input_ids, provenance, image_spans(input_ids, self.image_token, counts)
+        )
+
+    def plan(self, group: PreparedGroup, use_prefix: bool = True) -> EncodePlan:
+        """Plan the encoding of a prepared group; without `use_prefix`, of the vision features of all its images."""
+        return self.group_encoder.caches.plan(group, use_prefix)
+
+    @torch.inference_mode()
+    def encode_plan(
+        self, plan: EncodePlan, progress: Callable[[float], None] = lambda done: None
+    ) -> ContextStates:
+        """Context states (1, S, D) of a planned group; see encode."""
+        group = plan.group
+        return ContextStates(
+            self.group_encoder.run(plan, progress), group.provenance, group.grid, group.spans
+        )
 
     def budget(
         self,
-        pictures: Sequence[tuple[int, int]],
+        image_sizes: Sequence[tuple[int, int]],
         prompt: str = "",
         instruction: str = INSTRUCTION,
         size: int = SIZE,
     ) -> Budget:
-        """What encoding a group will take, before anything is encoded. pictures: width, height of each reference.
+        """Estimate the encoding of a group. image_sizes: width and height of each reference.
 
-        Raises ValueError for pictures that encode would refuse for their sides.
+        Raises ValueError for sides that encode would refuse.
         """
-        return budget(
-            self.config, pictures, self._text_tokens(pictures, prompt, instruction), size, self.dtype.itemsize
-        )
+        text_tokens = self._text_tokens(image_sizes, prompt, instruction)
+        return budget(self.config, image_sizes, text_tokens, size, self.dtype.itemsize)
 
     def largest_size(
         self,
-        pictures: Sequence[tuple[int, int]],
+        image_sizes: Sequence[tuple[int, int]],
         prompt: str = "",
         instruction: str = INSTRUCTION,
         size: int = SIZE,
         memory: int | None = None,
     ) -> int | None:
-        """The largest size, at most `size`, at which a group fits the MLLM's context, and its activations `memory` bytes.
+        """The largest size, at most `size`, at which a group fits the MLLM's context and its activations `memory` bytes.
 
-        None where no size does. The rest as for budget.
+        None if it fits at no size. The other arguments and errors are budget's.
         """
-        text_tokens = self._text_tokens(pictures, prompt, instruction)
-        return largest_size(self.config, pictures, text_tokens, size, self.dtype.itemsize, memory)
-
-    @torch.inference_mode()
-    def encode_prepared(
-        self, group: PreparedGroup, progress: Callable[[float], None] = lambda done: None
-    ) -> ContextStates:
-        """Context states (1, S, D) of a prepared group; see encode."""
-        return ContextStates(self.reader.read(group, progress), group.provenance, group.grid, group.spans)
+        text_tokens = self._text_tokens(image_sizes, prompt, instruction)
+        itemsize = self.dtype.itemsize
+        return largest_size(self.config, image_sizes, text_tokens, size, itemsize, memory=memory)
 
     @torch.inference_mode()
     def aggregate(self, context: ContextStates) -> ReferenceTokens:
-        """Reference tokens (1, T, C) of a group, float32. Each reference counts as context.weighed says, if it does.
+        """Reference tokens (1, T, C) of a group, float32, with the weights of context.weighed.
 
-        Raises ValueError for a context of another checkpoint and where the arithmetic overflowed.
+        Raises ValueError for a context of another checkpoint, and if the arithmetic overflowed.
         """
         self.require_same_checkpoint(context, "context")
         bias = weight_bias(context, self.config.num_tokens)
@@ -179,84 +187,76 @@ class EasyRef:
         noise_seed: int = 0,
         noise_strength: float = 0.0,
     ) -> ReferenceTokens:
-        """Tokens (1, T, C) of the unconditional side: one black image and the bare instruction. The latest are kept.
+        """Tokens (1, T, C) of the unconditional side, cached: one black image and the bare instruction.
 
-        noise_strength: above 0, a picture of noise in place of the black one, see noise_image.
+        noise_strength: above 0, a noise image takes the place of the black one, see noise_image.
         """
         noise_seed = noise_seed if noise_strength else 0
         key = instruction, size, noise_seed, noise_strength
-        if key not in self._unconditional:
-            image = noise_image(noise_seed, noise_strength)
-            tokens = self.aggregate(self.encode([image], "", instruction, size))
-            how = (
-                f"noise, seed {noise_seed}, strength {noise_strength:g}" if noise_strength else "black image"
-            )
-            tokens.provenance = dataclasses.replace(tokens.provenance, how=how)
-            while len(self._unconditional) >= KEPT:
-                self._unconditional.pop(next(iter(self._unconditional)))
-            self._unconditional[key] = tokens
-        return self._unconditional[key]
+        if key in self._unconditional:
+            return self._unconditional.get(key)
+        tokens = self.aggregate(self.encode([noise_image(noise_seed, noise_strength)], "", instruction, size))
+        how = f"noise, seed {noise_seed}, strength {noise_strength:g}" if noise_strength else "black image"
+        tokens.provenance = dataclasses.replace(tokens.provenance, how=how)
+        self._unconditional.put(key, tokens, tokens.nbytes)
+        return tokens
 
     def key_values(
-        self, tokens: Tensor, dtype: torch.dtype | None = None, kept_on: torch.device | None = None
+        self, tokens: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> list[KeyValue]:
         """K and V (rows, T, inner) of reference tokens (rows, T, C) at every cross-attention site, in processor order.
 
-        dtype: what to compute in, the model's own by default. kept_on: where they are wanted, the model's device by default.
-        Raises ValueError where one of them is not finite.
+        dtype: of the computation, the model's by default. device: of the result, the model's by default.
+        Raises ValueError for values that are not finite.
         """
-        dtype, kept_on = dtype or self.dtype, kept_on or self.device
-        # `aggregate` makes tokens in inference mode, of which nothing can be kept for a gradient
+        dtype, device = dtype or self.dtype, device or self.device
+        # autograd cannot save tensors that `aggregate` computed in inference mode
         with torch.set_grad_enabled(torch.is_grad_enabled() and not tokens.is_inference()):
             projected = self.kv(tokens.to(self.device, dtype))
-        key_values = [(k.to(kept_on), v.to(kept_on)) for k, v in projected]
+        key_values = [(k.to(device), v.to(device)) for k, v in projected]
         require_finite(key_values, dtype)
         return key_values
 
-    def forget(self) -> None:
-        """Give back what is kept of groups read before, and of the unconditional side."""
-        self.reader.forget()
+    def clear_cache(self) -> None:
+        """Free everything that is cached of earlier groups, and the unconditional tokens."""
+        self.group_encoder.caches.clear()
         self._unconditional.clear()
 
-    def require_same_checkpoint(self, made: ContextStates | ReferenceTokens, what: str) -> None:
-        """Refuse what another checkpoint made: its numbers mean nothing to this one."""
-        if made.provenance.checkpoint != self.fingerprint:
+    def require_same_checkpoint(self, value: ContextStates | ReferenceTokens, name: str) -> None:
+        """Raise ValueError for a result of another checkpoint, which would be meaningless for this one."""
+        if value.provenance.checkpoint != self.fingerprint:
             raise ValueError(
-                f"This {what} was made by another EasyRef checkpoint ({made.provenance.checkpoint}; this one is "
+                f"This {name} was made by another EasyRef checkpoint ({value.provenance.checkpoint}; this one is "
                 f"{self.fingerprint}, {self.checkpoint.path.name}). Encode the group with this checkpoint."
             )
 
     def save(self, path: Path | str) -> None:
-        """Write this model as one safetensors file that `load` and the nodes read."""
-        modules = {"encoder.": self.mllm.encoder, "aggregator.": self.mllm.aggregator, "kv.": self.kv}
-        tensors = {
-            prefix + name: t for prefix, module in modules.items() for name, t in module.state_dict().items()
-        }
+        """Write this model as one safetensors file, for `load` and the nodes."""
+        tensors = self.mllm.state_dict() | self.kv.state_dict(prefix="kv.")
         tensors |= {f"unet.{name}": tensor for name, tensor in self.checkpoint.lora().items()}
         save(Path(path), self.config, self.checkpoint.sites, tensors)
 
-    def _text_tokens(self, pictures: Sequence[tuple[int, int]], prompt: str, instruction: str) -> int:
-        for i, (width, height) in enumerate(pictures):
+    def _text_tokens(self, image_sizes: Sequence[tuple[int, int]], prompt: str, instruction: str) -> int:
+        for i, (width, height) in enumerate(image_sizes):
             check_sides(width, height, f"reference {i + 1}")
-        return tokenize(self.tokenizer, _asked(instruction, prompt), [0] * len(pictures)).shape[1]
+        text = _user_text(instruction, prompt)
+        return tokenize(self.tokenizer, text, [0] * len(image_sizes)).shape[1]
 
     def _check_length(self, length: int, image_tokens: list[int]) -> None:
         limit = self.config.max_positions - self.config.num_tokens
         if length <= limit:
             return
         room = limit - (length - sum(image_tokens) - 2 * len(image_tokens))  # 2: the marks around each image
-        fit, used = 0, 0
-        for count in image_tokens:
-            used += count + 2
-            fit += used <= room
+        used = accumulate(count + 2 for count in image_tokens)
+        fit = sum(tokens <= room for tokens in used)
+        remedy = (
+            f"The first {fit} references fit; remove the others or encode at a smaller size."
+            if fit
+            else "Shorten the prompt."
+        )
         raise ValueError(
             f"The group is too long for the MLLM: {len(image_tokens)} references and the text make {length:,} tokens, "
-            f"{limit:,} fit beside the reference tokens. "
-            + (
-                f"The first {fit} references fit; remove the others or encode at a smaller size."
-                if fit
-                else "Shorten the prompt."
-            )
+            f"{limit:,} fit beside the reference tokens. {remedy}"
         )
 
 
@@ -268,19 +268,18 @@ def load(
     *,
     tokenizer: Path | str | None = None,
     causal: bool | None = None,
+    memory: MemoryOptions | None = None,
 ) -> EasyRef:
     """Load an EasyRef checkpoint.
 
     checkpoint: .safetensors, or DeepSpeed's .pt. mllm: folder with config.json and tokenizer, and with the base weights
-    where the checkpoint has none. tokenizer: folder of the tokenizer, if there is no mllm folder.
-    causal: the final layer's attention; None takes the checkpoint's own word, causal if it has none.
-    Raises FileNotFoundError and ValueError, see open_checkpoint.
+    if the checkpoint has none. tokenizer: folder of the tokenizer, if there is no mllm folder.
+    causal: the final layer's attention; None follows the checkpoint's metadata, causal by default.
+    memory: sizes of caches and chunks. Raises FileNotFoundError and ValueError, see open_checkpoint.
     """
     opened = open_checkpoint(Path(checkpoint), Path(mllm) if mllm else None, causal)
-    device = torch.device(device)
-    return build(
-        opened, _tokenizer_folder(mllm, tokenizer), device, dtype, lambda _, tensor: tensor.to(device, dtype)
-    )
+    folder, device = _tokenizer_folder(mllm, tokenizer), torch.device(device)
+    return build(opened, folder, device, dtype, cast=lambda _, t: t.to(device, dtype), memory=memory)
 
 
 def build(
@@ -290,11 +289,12 @@ def build(
     dtype: torch.dtype,
     cast: Cast,
     operations: Any = SkipInit,
+    memory: MemoryOptions | None = None,
 ) -> EasyRef:
-    """The model of an opened checkpoint: modules of `operations`, every weight passed through `cast` once.
+    """Build the model of an opened checkpoint from modules of `operations`; every weight passes through `cast` once.
 
-    Modules are made without memory and take the tensors themselves, so a weight that `cast` leaves alone stays the
-    file's mapping.
+    The modules are created on the meta device and the tensors assigned to them, so a weight that `cast` leaves alone
+    stays the file's mapping.
     """
     config = checkpoint.config
     mllm = EasyRefModules(config, operations, device="meta").eval()
@@ -302,10 +302,10 @@ def build(
     mllm.encoder.load_state_dict(checkpoint.state("encoder.", cast), assign=True)
     mllm.aggregator.load_state_dict(checkpoint.state("aggregator.", cast), assign=True)
     kv.load_state_dict(checkpoint.state("kv.", cast), assign=True)
-    return EasyRef(checkpoint, mllm, kv, load_tokenizer(tokenizer), device, dtype)
+    return EasyRef(checkpoint, mllm, kv, load_tokenizer(tokenizer), device, dtype=dtype, memory=memory)
 
 
-def _asked(instruction: str, prompt: str) -> str:
+def _user_text(instruction: str, prompt: str) -> str:
     require_text(instruction, "instruction")
     require_text(prompt, "prompt")
     return instruction + prompt

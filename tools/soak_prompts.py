@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from devkit.host import golden, graphs
 from devkit.host.graphs import Graph, node
-from easyref_core.mllm.presets import PRESETS
+from easyref_core.mllm.instructions import PRESETS
 from easyref_core.tokens.combine import METHODS
 from easyref_core.unet.layer_weights import WEIGHT_TYPES
 from easyref_core.unet.reference_attention import SCALINGS

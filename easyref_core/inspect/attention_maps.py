@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..mllm.config import EasyRefConfig
+    from ..mllm.context import ContextStates
     from ..mllm.qwen2_vl import Rope, SelfAttention
     from ..model import EasyRef
-    from ..tokens.reference_tokens import ContextStates, ReferenceAggregator
+    from ..tokens.reference_tokens import ReferenceAggregator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def aggregation_attention(
     x = torch.cat([context, tokens.expand(len(context), -1, -1)], dim=1)
     turn = text_rope(x.shape[1], config, x.device)
     for layer in aggregator.layers[:-1]:
-        x = layer(x, turn, causal=config.causal, bias=bias)
+        x = layer(x, turn, causal=config.causal, attn_bias=bias)
     last = aggregator.layers[-1]
     return attention_weights(last.self_attn, last.input_layernorm(x), turn, config.causal, count, bias)
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from ..mllm.preprocess import to_rgb
+from ..utils.images import to_rgb
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
 Name = TypeVar("Name")  # what tells pictures apart: a file, a place in a group
 
@@ -91,19 +91,6 @@ def duplicates(images: Sequence[Image.Image | Tensor]) -> list[Pair]:
         with contextlib.suppress(ValueError):
             prints[number] = fingerprint(to_rgb(image))
     return repeats(prints)
-
-
-def thumbnail(image: Image.Image | Tensor, side: int) -> Image.Image:
-    """The picture as RGB, no side longer than `side` pixels. Large ones are thinned out first, so it takes no time.
-
-    Raises ValueError for what holds no picture.
-    """
-    if isinstance(image, Tensor) and image.ndim == 3:
-        step = max(1, max(image.shape[:2]) // (4 * side))
-        image = image[::step, ::step] if min(image.shape[:2]) // step >= 14 else image
-    rgb = to_rgb(image)
-    rgb.thumbnail((side, side), Image.Resampling.BOX)
-    return rgb
 
 
 def repeats(prints: Mapping[Name, Fingerprint], near: bool = True) -> list[Pair]:

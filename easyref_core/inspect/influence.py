@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity, normalize
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..mllm.prefix_cache import PreparedGroup
+    from ..mllm.prefix_cache import EncodePlan
     from ..model import EasyRef
 
 MIN_REFERENCES = 4  # references from which on one can be said not to belong
@@ -29,13 +29,14 @@ def change(tokens: Tensor, without: Tensor) -> float:
 
 @torch.inference_mode()
 def pooled_features(
-    model: EasyRef, group: PreparedGroup, progress: Callable[[float], None] = lambda done: None
+    model: EasyRef, plan: EncodePlan, progress: Callable[[float], None] = lambda done: None
 ) -> Tensor:
     """What the vision tower sees in each reference, the mean of its image tokens: (K, D), float32 on the CPU.
 
-    Neither the text nor the other references are in it. progress: told the part that is done; may raise to stop.
+    Neither the text nor the other references are in it. plan: made without a prefix (EasyRef.plan).
+    progress: called with the completed fraction; may raise to stop.
     """
-    features = model.reader.features(group, progress)
+    features = model.group_encoder.features(plan, progress)
     return torch.stack([part.float().mean(dim=0) for part in features]).cpu()
 
 

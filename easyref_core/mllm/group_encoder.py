@@ -1,4 +1,4 @@
-"""The MLLM body: a group of references and a text -> context states."""
+"""The MLLM body: patches and token ids of a group -> context states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GroupEncoder(nn.Module):
-    """All layers of the MLLM but the last: patches and ids in, context states (1, S, D) out."""
+    """All layers of the MLLM but the last: patches and ids in, context states (B, S, D) out."""
 
     def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
         super().__init__()
@@ -39,34 +39,36 @@ class GroupEncoder(nn.Module):
         input_ids: Tensor,
         image_token: int,
         dtype: dtype,
-        real: Tensor | None = None,
+        padding_mask: Tensor | None = None,
     ) -> Tensor:
         """patches (sum, 1176), grid (K, 3), input_ids (B, S) -> context states (B, S, D) in `dtype`.
 
         A batch of groups has all its images in `patches` and `grid`, group by group. Shorter groups are padded on the
-        left, where `real` (B, S) is False: the positions of rotary embedding count only by their differences.
+        left: rotary embedding depends only on differences of positions. padding_mask: (B, S), see qwen2_vl.
         """
         features = self.visual(patches.to(dtype), grid)
-        return self.read(self.embed(input_ids, image_token, features, dtype), real=real)
+        x = self.embed(input_ids, image_token, features, dtype)
+        return self.prefill(x, padding_mask=padding_mask)
 
     def embed(self, input_ids: Tensor, image_token: int, features: Tensor, dtype: dtype) -> Tensor:
-        """What the decoder reads, (B, S, D): a token's embedding, or in place of an image token its feature (n, D)."""
+        """Token embeddings (B, S, D), with the features (n, D) in place of the image tokens."""
         x = self.embed_tokens(input_ids).to(dtype)
         return x.masked_scatter((input_ids == image_token)[..., None], features.to(x))
 
-    def read(
+    def prefill(
         self,
         x: Tensor,
-        past: Sequence[LayerKVCache] | None = None,
+        caches: Sequence[LayerKVCache] | None = None,
         after_block: Callable[[], None] = lambda: None,
-        real: Tensor | None = None,
+        padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """x (B, n, D) -> context states (B, n, D), read after what `past`, one for each layer, has read already.
+        """x (B, n, D) -> context states (B, n, D), continuing after the positions in `caches`, one for each layer.
 
         after_block: called after each layer; may raise to stop.
         """
-        turn = text_rope(x.shape[1], self.config, x.device, past[0].length if past else 0)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, turn, real=real, past=past[number] if past else None)
+        start = caches[0].length if caches else 0
+        rope = text_rope(x.shape[1], self.config, x.device, start)
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            x = layer(x, rope, padding_mask=padding_mask, cache=cache)
             after_block()
         return self.norm(x)

@@ -1,4 +1,4 @@
-"""What the MLLM is asked: the instruction, Qwen2-VL's chat template, and the token ids they become."""
+"""The text part of the MLLM's input: instructions, Qwen2-VL's chat template and tokenization."""
 
 from __future__ import annotations
 
@@ -20,13 +20,54 @@ INSTRUCTION = (
     "capturing the essence and details described in this prompt:\n"
 )
 IMAGE_TOKEN = "<|image_pad|>"
+LANGUAGES = ("English", "中文")
+
+# Only `general` in English is the text that the released model was trained with. The others put the same request for
+# one aspect; the released model may follow them less well.
+# The prompt follows an instruction directly, so each ends in a line break.
+PRESETS: dict[str, dict[str, str]] = {
+    "general": {
+        "English": INSTRUCTION,
+        "中文": "请构想一个与所提供图像高度相似的场景，体现以下提示所描述的精髓与细节：\n",
+    },
+    "identity": {
+        "English": "Visualize the same person who appears in all of the provided images, keeping the face and identity, "
+        "in the scene described in this prompt:\n",
+        "中文": "请构想所提供图像中共同出现的同一个人，保持其面容与身份，置于以下提示所描述的场景中：\n",
+    },
+    "style": {
+        "English": "Visualize a scene in the artistic style that the provided images share, their technique, texture "
+        "and mood but not their subjects, as described in this prompt:\n",
+        "中文": "请以所提供图像共有的艺术风格（技法、质感与氛围，而非其内容）构想以下提示所描述的场景：\n",
+    },
+    "character": {
+        "English": "Visualize the same character who appears in all of the provided images, keeping the design, outfit "
+        "and proportions, in the scene described in this prompt:\n",
+        "中文": "请构想所提供图像中共同出现的同一角色，保持其造型、服装与比例，置于以下提示所描述的场景中：\n",
+    },
+    "object": {
+        "English": "Visualize the same object that appears in all of the provided images, keeping its shape, material "
+        "and details, in the scene described in this prompt:\n",
+        "中文": "请构想所提供图像中共同出现的同一物体，保持其形状、材质与细节，置于以下提示所描述的场景中：\n",
+    },
+    "palette": {
+        "English": "Visualize a scene in the colours and the light that the provided images share, as described in this "
+        "prompt:\n",
+        "中文": "请以所提供图像共有的色彩与光线构想以下提示所描述的场景：\n",
+    },
+    "composition": {
+        "English": "Visualize a scene arranged like the provided images, with the layout, framing and viewpoint that "
+        "they share, as described in this prompt:\n",
+        "中文": "请以所提供图像共有的布局、取景与视角构想以下提示所描述的场景：\n",
+    },
+}
 
 
 def chat(text: str, image_tokens: Sequence[int]) -> list[tuple[str, bool]]:
-    """Qwen2-VL's chat template as pieces (text, is it a special token?): all images first, in order, then the text.
+    """Return Qwen2-VL's chat as pieces (text, is_special): all images first, in order, then the text.
 
     Only pieces marked special become special tokens, so `<|image_pad|>` typed into a prompt stays text.
-    image_tokens: how many image tokens each reference has.
+    image_tokens: number of image tokens of each reference.
     """
     start, end, newline = ("<|im_start|>", True), ("<|im_end|>", True), ("\n", False)
     before, after = ("<|vision_start|>", True), ("<|vision_end|>", True)
@@ -37,7 +78,7 @@ def chat(text: str, image_tokens: Sequence[int]) -> list[tuple[str, bool]]:
 
 
 def tokenize(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int]) -> Tensor:
-    """input_ids (1, S) of `text` asked about references of so many image tokens each."""
+    """Return input_ids (1, S) of a chat with `text` and references of `image_tokens` tokens each."""
     require_text(text, "instruction and prompt")
     ids: list[int] = []
     for piece, special in chat(text, image_tokens):
@@ -49,56 +90,58 @@ def tokenize(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int]) -> Te
 
 
 def require_text(text: str, name: str) -> None:
-    """Raises TypeError for what is no text, ValueError for half a character: a lone surrogate, which no file and no
-    connection can hold either."""
+    """Raise TypeError unless `text` is a str, ValueError if it contains an unpaired surrogate."""
     if not isinstance(text, str):
         raise TypeError(f"The {name} is a {type(text).__name__}; wanted a text. Pass a str.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name}: character {error.start + 1}, {text[error.start]!r}, is half of one. "
-            "Remove it; it was cut in two where the text was copied."
+            f"{name} contains an unpaired surrogate ({text[error.start]!r}) at position {error.start + 1}, probably "
+            "from a bad copy and paste. Remove it."
         ) from error
 
 
 def image_token_id(tokenizer: Tokenizer) -> int:
-    """Id of the placeholder that image features replace."""
+    """Return the id of the placeholder that image features replace."""
     return _special_id(tokenizer, IMAGE_TOKEN)
 
 
 def image_spans(
     input_ids: Tensor, image_token: int, image_tokens: Sequence[int]
 ) -> tuple[tuple[int, int], ...]:
-    """Where each reference's image tokens are in input_ids (1, S): first place, and the one after the last."""
-    places = (input_ids[0] == image_token).nonzero().flatten().split(list(image_tokens))
-    return tuple((int(part[0]), int(part[-1]) + 1) for part in places)
+    """Return start and end (exclusive) of each reference's image tokens in input_ids (1, S)."""
+    positions = (input_ids[0] == image_token).nonzero().flatten().split(list(image_tokens))
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in positions)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The Qwen2-VL tokenizer in `folder` (any layout transformers reads: tokenizer.json, or vocab.json + merges.txt)."""
+    """Load the Qwen2-VL tokenizer of a folder: tokenizer.json, or vocab.json and merges.txt.
+
+    Raises ValueError for a folder without one, or with that of another model.
+    """
     from transformers import AutoTokenizer  # here, because importing transformers takes seconds
 
-    wanted = "The folder needs tokenizer.json, or vocab.json and merges.txt, beside tokenizer_config.json."
+    remedy = "The folder needs tokenizer.json, or vocab.json and merges.txt, beside tokenizer_config.json."
     try:
-        # trust_remote_code False: left out, transformers may ask on the console whether to run a folder's code
-        found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        tokenizer = found.backend_tokenizer
+        # trust_remote_code=False is explicit, because transformers may otherwise prompt for it on the console
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = loaded.backend_tokenizer
     except Exception as error:  # tokenizers raises bare Exceptions for files it cannot read
         raise ValueError(
-            f"No Qwen2-VL tokenizer could be read from {folder} ({shorten(error)}). {wanted}"
+            f"No Qwen2-VL tokenizer could be read from {folder} ({shorten(error)}). {remedy}"
         ) from error
-    # Where files are missing, transformers 5 makes an empty one.
+    # transformers 5 returns an empty tokenizer where files are missing.
     if tokenizer.token_to_id(IMAGE_TOKEN) is None:
-        raise ValueError(f"The tokenizer in {folder} has no {IMAGE_TOKEN}: it is not Qwen2-VL's. {wanted}")
+        raise ValueError(f"The tokenizer in {folder} has no {IMAGE_TOKEN}: it is not Qwen2-VL's. {remedy}")
     tokenizer.encode_special_tokens = True  # special tokens inside ordinary text are text
     return tokenizer
 
 
 def _special_id(tokenizer: Tokenizer, token: str) -> int:
-    found = tokenizer.token_to_id(token)
-    if found is None:
+    number = tokenizer.token_to_id(token)
+    if number is None:
         raise ValueError(
             f"The tokenizer has no token {token!r}: it is not Qwen2-VL's. Choose a Qwen2-VL folder."
         )
-    return found
+    return number

@@ -1,7 +1,8 @@
-"""Our own Qwen2-VL: the vision tower and the decoder layer, small, built from an `operations` namespace.
+"""Vision tower and decoder layer of Qwen2-VL, built from an `operations` namespace.
 
 `operations` is torch.nn by default; a host passes its own Linear, LayerNorm, RMSNorm and Embedding, so that it can
-stream, cast and evict the weights. Qwen2-VL: arXiv 2409.12191; reference: transformers 4.45.2 modeling_qwen2_vl.py.
+stream, cast and evict the weights. Padding masks are (B, S), True at tokens and False at padding, which is on the left.
+Qwen2-VL: arXiv 2409.12191; reference: transformers 4.45.2 modeling_qwen2_vl.py.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ if TYPE_CHECKING:
     from .config import EasyRefConfig
 
 Rope = tuple["Tensor", "Tensor"]  # cosines and sines, each (tokens, head_dim), float32
+LayerKV = tuple["Tensor", "Tensor"]  # keys and values of one decoder layer, see LayerKVCache
 
 VISION_LAYER_NORM_EPS = 1e-6
 VISION_ROPE_THETA = 10_000.0
 
 
 class SkipInit:
-    """torch.nn for modules whose weights come from a file: an Embedding is not filled with random numbers first.
+    """torch.nn without the random initialisation of Embedding, for modules whose weights come from a file.
 
-    On the meta device that filling would import torch._dynamo, a second and 80 MB.
+    On the meta device that initialisation would import torch._dynamo, which takes a second and 80 MB.
     """
 
     Linear, LayerNorm, RMSNorm = nn.Linear, nn.LayerNorm, nn.RMSNorm
@@ -42,7 +44,7 @@ class SkipInit:
         def reset_parameters(self) -> None: ...
 
 
-def rotation(positions: Tensor, dim: int, theta: float) -> Tensor:
+def rope_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
     """Angles (tokens, dim / 2) of rotary position embedding, float32."""
     frequencies = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     return positions.float()[:, None] * frequencies
@@ -52,21 +54,23 @@ def text_rope(length: int, config: EasyRefConfig, device: torch.device, start: i
     """Plain RoPE for positions start .. start + length - 1.
 
     The authors never pass position_ids, so image tokens too have the positions 0, 1, 2, ... on all three axes of
-    M-RoPE, which is then ordinary RoPE. Qwen2-VL's 2-D image positions would land 11 % away (see parity tests).
+    M-RoPE, which is then ordinary RoPE. Qwen2-VL's 2-D image positions change the result by 11 % (see test_quirks).
     """
-    angles = rotation(torch.arange(start, start + length, device=device), config.head_dim, config.rope_theta)
+    angles = rope_angles(
+        torch.arange(start, start + length, device=device), config.head_dim, config.rope_theta
+    )
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
-def image_rotation(grid: Tensor, config: EasyRefConfig, device: torch.device) -> Rope:
-    """2-D RoPE of the vision tower: half of each head turns with the patch's row, half with its column.
+def image_rope(grid: Tensor, config: EasyRefConfig, device: torch.device) -> Rope:
+    """2-D RoPE of the vision tower: half of each head encodes the patch's row, half its column.
 
-    grid: (K, 3) frames, rows, columns in patches, patches ordered as preprocess.patchify orders them.
+    grid: (K, 3) frames, rows, columns in patches, patches in the order of preprocess.patchify.
     """
     m = config.merge_size
     sizes = [(rows, columns) for _, rows, columns in grid.tolist()]
-    places = {
+    positions = {
         (rows, columns): rearrange(
             torch.cartesian_prod(torch.arange(rows), torch.arange(columns)),
             "(h mh w mw) yx -> (h w mh mw) yx",
@@ -76,23 +80,23 @@ def image_rotation(grid: Tensor, config: EasyRefConfig, device: torch.device) ->
         )
         for rows, columns in set(sizes)
     }
-    place = torch.cat([places[size] for size in sizes]).to(device)
+    position = torch.cat([positions[size] for size in sizes]).to(device)
     dim = config.vision_width // config.vision_heads // 2
-    angles = torch.cat([rotation(place[:, axis], dim, VISION_ROPE_THETA) for axis in (0, 1)], dim=-1)
+    angles = torch.cat([rope_angles(position[:, axis], dim, VISION_ROPE_THETA) for axis in (0, 1)], dim=-1)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x: Tensor, by: Rope) -> Tensor:
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Apply rotary position embedding to x (..., tokens, heads, head_dim), in float32."""
-    cos, sin = (t[:, None, : x.shape[-1] // 2] for t in by)  # both halves are alike
+    cos, sin = (t[:, None, : x.shape[-1] // 2] for t in rope)  # both halves are equal
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    halves = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(halves, dim=-1).to(x.dtype)
 
 
 class VisionAttention(nn.Module):
-    """Self-attention of the vision tower: every patch sees the patches of its own image."""
+    """Self-attention of the vision tower: every patch attends to the patches of its own image."""
 
     def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
         super().__init__()
@@ -100,12 +104,12 @@ class VisionAttention(nn.Module):
         self.qkv = operations.Linear(config.vision_width, 3 * config.vision_width, **factory)
         self.proj = operations.Linear(config.vision_width, config.vision_width, **factory)
 
-    def forward(self, x: Tensor, turn: Rope, lengths: list[int]) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, lengths: list[int]) -> Tensor:
         """x: (patches of the whole group, width); lengths: patches of each image."""
-        # heads stay behind the patches, as they come, so that neither rotation nor attention moves anything
+        # The head axis stays behind the patches, because moving it would copy q, k and v.
         q, k, v = rearrange(self.qkv(x), "n (qkv h d) -> qkv n h d", qkv=3, h=self.heads)
-        q, k = apply_rope(q, turn), apply_rope(k, turn)
-        # images of equal length that follow one another are one batch
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        # Consecutive images of equal length form one batch.
         runs = [(length, len(list(run))) for length, run in groupby(lengths)]
         parts = zip(*(t.split([math.prod(run) for run in runs]) for t in (q, k, v)), strict=True)
         out = []
@@ -134,8 +138,8 @@ class VisionBlock(nn.Module):
         self.norm2 = operations.LayerNorm(config.vision_width, eps=VISION_LAYER_NORM_EPS, **factory)
         self.mlp = VisionMLP(config, operations, **factory)
 
-    def forward(self, x: Tensor, turn: Rope, lengths: list[int]) -> Tensor:
-        x = add_in_place(x, self.attn(self.norm1(x), turn, lengths))
+    def forward(self, x: Tensor, rope: Rope, lengths: list[int]) -> Tensor:
+        x = add_in_place(x, self.attn(self.norm1(x), rope, lengths))
         return add_in_place(x, self.mlp(self.norm2(x)))
 
 
@@ -166,7 +170,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
         super().__init__()
         self.config = config
-        # The reference's Conv3d has stride = kernel: on flattened patches it is a matrix product.
+        # The reference implementation's Conv3d has stride = kernel: on flattened patches it is a matrix product.
         self.patch_embed = operations.Linear(config.patch_values, config.vision_width, bias=False, **factory)
         self.blocks = nn.ModuleList(
             VisionBlock(config, operations, **factory) for _ in range(config.vision_depth)
@@ -178,60 +182,61 @@ class VisionTower(nn.Module):
     ) -> Tensor:
         """patches (sum of patches, 1176), grid (K, 3) -> image tokens (sum of patches / 4, D)."""
         x = self.patch_embed(patches)
-        turn = image_rotation(grid, self.config, x.device)
+        rope = image_rope(grid, self.config, x.device)
         lengths = grid.prod(dim=1).tolist()
         for block in self.blocks:
-            x = block(x, turn, lengths)
+            x = block(x, rope, lengths)
             after_block()
         return self.merger(x)
 
 
 def attention_mask(
-    queries: int,
+    num_queries: int,
     length: int,
     causal: bool,
-    real: Tensor | None,
+    padding_mask: Tensor | None,
     device: torch.device,
-    bias: Tensor | None = None,
+    attn_bias: Tensor | None = None,
 ) -> Tensor | None:
-    """Which of `length` keys each of the last `queries` positions sees; None where is_causal alone says it.
+    """Mask of the last `num_queries` of `length` positions: True where a query attends to a key.
 
-    bias: (rows, length), added to the logits of the last `rows` positions; the mask is then all numbers, of its type.
+    attn_bias: (rows, length), added to the logits of the last `rows` positions; the mask is then additive, in its dtype.
+    Returns None where is_causal alone is enough.
     """
-    if real is None and bias is None and (queries == length or not causal):
+    if padding_mask is None and attn_bias is None and (num_queries == length or not causal):
         return None
-    # is_causal aligns the mask to the first key; here queries are the last
-    mask = torch.ones(queries, length, dtype=torch.bool, device=device)
-    mask = mask.tril(length - queries) if causal else mask
-    if real is not None:
-        # a padded position sees itself, for a softmax over nothing is not a number; nobody reads it
-        alone = torch.eye(length, dtype=torch.bool, device=device)[-queries:]
-        mask = (mask & real[:, None] | alone)[:, None]  # -> (B, 1, queries, length)
-    if bias is None:
+    # is_causal cannot be used, because it aligns queries with the first keys; these queries are the last positions.
+    mask = torch.ones(num_queries, length, dtype=torch.bool, device=device)
+    mask = mask.tril(length - num_queries) if causal else mask
+    if padding_mask is not None:
+        # Let padding attend to itself: a fully masked row would softmax to NaN. Its output is never used.
+        diagonal = torch.eye(length, dtype=torch.bool, device=device)[-num_queries:]
+        mask = (mask & padding_mask[:, None] | diagonal)[:, None]  # -> (B, 1, num_queries, length)
+    if attn_bias is None:
         return mask
-    bias = pad(bias, (0, 0, queries - len(bias), 0))  # -> (queries, length)
-    return bias.expand(mask.shape).masked_fill(~mask, -torch.inf)
+    attn_bias = pad(attn_bias, (0, 0, num_queries - len(attn_bias), 0))  # -> (num_queries, length)
+    return attn_bias.expand(mask.shape).masked_fill(~mask, -torch.inf)
 
 
 class LayerKVCache:
-    """Keys and values of what one decoder layer has read, (B, kv_heads, length, head_dim) each, keys rotated."""
+    """KV cache of one decoder layer: keys with RoPE applied and values, (B, kv_heads, length, head_dim) each."""
 
-    def __init__(self, key_value: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, key_value: LayerKV | None = None) -> None:
         self.key_value = key_value
 
     @property
     def length(self) -> int:
         return self.key_value[0].shape[2] if self.key_value else 0
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of everything read so far, these included."""
+    def append(self, k: Tensor, v: Tensor) -> LayerKV:
+        """Append keys and values and return all of them."""
         if self.key_value:
             k, v = (torch.cat([old.to(t), t], dim=2) for old, t in zip(self.key_value, (k, v), strict=True))
         self.key_value = k, v
         return k, v
 
-    def cut(self, length: int) -> None:
-        """Forget what was read after the first `length` positions, and give its memory back."""
+    def truncate(self, length: int) -> None:
+        """Drop everything after the first `length` positions and free its memory."""
         if self.length > length:
             k, v = self.key_value
             self.key_value = (k[:, :, :length].clone(), v[:, :, :length].clone()) if length else None
@@ -251,31 +256,31 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        turn: Rope,
+        rope: Rope,
         causal: bool = True,
-        queries: int | None = None,
-        real: Tensor | None = None,
-        bias: Tensor | None = None,
-        past: LayerKVCache | None = None,
+        num_queries: int | None = None,
+        padding_mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        cache: LayerKVCache | None = None,
     ) -> Tensor:
-        """x (B, S, D) -> (B, queries, D): attention output of the last `queries` positions (None: of all).
+        """x (B, S, D) -> attention output (B, num_queries, D) of the last `num_queries` positions; None: of all.
 
-        real: (B, S), False where a row of the batch is padded; None where nothing is. bias: see attention_mask.
-        past: what the layer has read before x, which is attended to as well, and to which x is added.
+        rope: of x's positions. padding_mask: (B, S). attn_bias: (rows, S), see attention_mask.
+        cache: keys and values of the positions before x; those of x are appended to it.
         """
-        queries = queries or x.shape[1]
-        cos, sin = turn
-        q = rearrange(self.q_proj(x[:, -queries:]), "b n (h d) -> b n h d", h=self.heads)
+        num_queries = num_queries or x.shape[1]
+        cos, sin = rope
+        q = rearrange(self.q_proj(x[:, -num_queries:]), "b n (h d) -> b n h d", h=self.heads)
         k = rearrange(self.k_proj(x), "b n (h d) -> b n h d", h=self.kv_heads)
-        q, k = apply_rope(q, (cos[-queries:], sin[-queries:])), apply_rope(k, turn)
+        q, k = apply_rope(q, (cos[-num_queries:], sin[-num_queries:])), apply_rope(k, rope)
         k = rearrange(k, "b n h d -> b h n d")
         v = rearrange(self.v_proj(x), "b n (h d) -> b h n d", h=self.kv_heads)
-        if past is not None:
-            k, v = past.extend(k, v)
-        mask = attention_mask(queries, k.shape[2], causal, real, x.device, bias)
-        if real is not None:
+        if cache is not None:
+            k, v = cache.append(k, v)
+        mask = attention_mask(num_queries, k.shape[2], causal, padding_mask, x.device, attn_bias=attn_bias)
+        if padding_mask is not None:
             mask = mask.repeat_interleave(self.kv_heads, dim=0)
-        # every key-value head and its group of query heads stand as a row of a batch, so that nothing is repeated
+        # Each KV head with its group of query heads is one row of a batch, so that keys and values are not repeated.
         q = rearrange(q, "b n (h g) d -> (b h) g n d", h=self.kv_heads)
         k, v = (t.flatten(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
@@ -314,18 +319,22 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        turn: Rope,
+        rope: Rope,
         causal: bool = True,
-        queries: int | None = None,
-        real: Tensor | None = None,
-        bias: Tensor | None = None,
-        past: LayerKVCache | None = None,
+        num_queries: int | None = None,
+        padding_mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        cache: LayerKVCache | None = None,
     ) -> Tensor:
-        """x (B, S, D) -> (B, queries, D): the layer's output at the last `queries` positions (None: at all).
-
-        turn: of x's positions. real: (B, S), False where a row of the batch is padded. bias: (rows, S), see
-        attention_mask. past: what the layer has read before x; x is added to it.
-        """
-        attended = self.self_attn(self.input_layernorm(x), turn, causal, queries, real, bias, past)
+        """x (B, S, D) -> output (B, num_queries, D) at the last `num_queries` positions; arguments as SelfAttention's."""
+        attended = self.self_attn(
+            self.input_layernorm(x),
+            rope,
+            causal,
+            num_queries,
+            padding_mask=padding_mask,
+            attn_bias=attn_bias,
+            cache=cache,
+        )
         x = add_in_place(x[:, -attended.shape[1] :], attended)
         return add_in_place(x, self.mlp(self.post_attention_layernorm(x)))

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from ..mllm.instructions import INSTRUCTION, load_tokenizer, tokenize
-from ..mllm.preprocess import black_image, patchify, preprocess
+from ..mllm.preprocess import patchify, preprocess
 from ..training.batches import Batch, generator, new_seed, pad_left
 from ..training.examples import Augmentation, check_rates, choose, drops
+from ..utils.images import black_image
 from .dataset import draw_pool
 from .groups import plan_group
 from .images import COUNTS, NAMES, PICTURE, caption, held_out

@@ -137,7 +137,7 @@ def pretrain_reader(
         picked, ids, real, answers = _questions(pool, tokenizer, rng, batch, count)
         patches = patchify(seen[picked.reshape(-1)], config)
         grid = IMAGE_GRID.expand(picked.size, -1)
-        states = model(patches, grid, ids, image_token, torch.float32, real=real)
+        states = model(patches, grid, ids, image_token, torch.float32, padding_mask=real)
         logits = states[:, :-1][answers[:, 1:]] @ model.embed_tokens.weight.T
         wanted = ids[:, 1:][answers[:, 1:]]
         loss = cross_entropy(logits, wanted)

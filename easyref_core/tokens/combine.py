@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..mllm.context import Provenance
 from ..utils.errors import MAX_FACTOR, shorten
-from .reference_tokens import Provenance, ReferenceTokens
+from .reference_tokens import ReferenceTokens
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,9 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files.atomic_write import atomic_write
-from ..mllm.preprocess import to_rgb
+from ..mllm.context import Provenance
 from ..utils.errors import shorten
-from .reference_tokens import Provenance, ReferenceTokens
+from ..utils.images import to_rgb
+from .reference_tokens import ReferenceTokens
 
 if TYPE_CHECKING:
     from PIL import Image

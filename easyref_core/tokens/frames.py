@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..mllm.context import Provenance
 from .combine import require_as_many_tokens, require_one_checkpoint
-from .reference_tokens import Provenance, ReferenceTokens
+from .reference_tokens import ReferenceTokens
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,70 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..mllm.config import EasyRefConfig
-
-LARGEST_WEIGHT = 4  # of one reference
-
-
-@dataclasses.dataclass(frozen=True)
-class Provenance:
-    """What made a context or tokens: they are worth something only to the checkpoint that made them."""
-
-    checkpoint: str  # fingerprint of the checkpoint (checkpoint.fingerprint)
-    instruction: str
-    prompt: str
-    references: int  # how many images the group held
-    size: int  # the images' nominal size in pixels (preprocess.SIZE)
-    how: str = ""  # where it is not a group's own: "black image", "average of 2"
-    parts: tuple[Provenance, ...] = ()  # what made the tokens it was combined from, in order
-
-    @classmethod
-    def combined(cls, parts: Sequence[Provenance], how: str) -> Provenance:
-        """What made tokens that were computed from others; different prompts stand side by side."""
-
-        def joined(texts: Iterable[str]) -> str:
-            return " | ".join(dict.fromkeys(text for text in texts if text))
-
-        return cls(
-            parts[0].checkpoint,
-            joined(part.instruction for part in parts),
-            joined(part.prompt for part in parts),
-            sum(part.references for part in parts),
-            max(part.size for part in parts),
-            how=how,
-            parts=tuple(parts),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class ContextStates:
-    """Output of the MLLM body for one group: states (1, S, D), what made them, and where the references are in them."""
-
-    states: Tensor
-    provenance: Provenance
-    grid: Tensor  # (K, 3): frames, rows, columns of each reference in patches
-    # each reference's image tokens: first place in S, and the one after the last
-    spans: tuple[tuple[int, int], ...]
-    weights: tuple[float, ...] | None = (
-        None  # how much each reference counts in the aggregation; None: all alike
-    )
-
-    def weighed(self, weights: Sequence[float]) -> ContextStates:
-        """The same context with a weight for each reference: 1 as it is, 0 not read, w as if there were w of it.
-
-        In the attention of the reference tokens, exp(logit) of a reference's image tokens is multiplied by its weight.
-        Raises ValueError where the weights are not one for each reference, each from 0 to 4.
-        """
-        if len(weights) != len(self.spans):
-            raise ValueError(
-                f"{len(weights)} weights for {len(self.spans)} references. Give one for each, in their order."
-            )
-        for i, weight in enumerate(weights):
-            if not 0 <= weight <= LARGEST_WEIGHT:  # False for NaN too
-                raise ValueError(
-                    f"The weight of reference {i + 1} is {weight:g}; wanted 0 (not read) to {LARGEST_WEIGHT}, 1 as it is."
-                )
-        neutral = all(weight == 1 for weight in weights)
-        return dataclasses.replace(self, weights=None if neutral else tuple(map(float, weights)))
+    from ..mllm.context import ContextStates, Provenance
 
 
 def weight_bias(context: ContextStates, num_tokens: int) -> Tensor | None:
@@ -154,10 +89,11 @@ class ReferenceAggregator(nn.Module):
             real = torch.cat([real, real.new_ones(len(real), count)], dim=1)
         turn = text_rope(x.shape[1], self.config, x.device)
         for layer in self.layers[:-1]:
-            x = layer(x, turn, causal=self.config.causal, real=real, bias=bias)
+            x = layer(x, turn, causal=self.config.causal, padding_mask=real, attn_bias=bias)
         # Of the last layer only the reference tokens' rows are used, so only those are computed.
         last = self.layers[-1]
-        return self.norm(last(x, turn, causal=self.config.causal, queries=count, real=real, bias=bias))
+        options = {"causal": self.config.causal, "padding_mask": real, "attn_bias": bias}
+        return self.norm(last(x, turn, num_queries=count, **options))
 
     def project(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, D) -> reference tokens (B, T, C)."""

@@ -13,7 +13,8 @@ from PIL import Image
 
 from ..files.image_files import open_image
 from ..mllm.instructions import INSTRUCTION, image_token_id, tokenize
-from ..mllm.preprocess import SIZE, black_image, preprocess, to_rgb
+from ..mllm.preprocess import SIZE, preprocess
+from ..utils.images import black_image, to_rgb
 from .batches import Batch, Sample, collate, generator, new_seed, row_at
 from .crops import crop_frame, face_crop, native_frame, single_reference
 

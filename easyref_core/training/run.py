@@ -13,7 +13,8 @@ from torch.nn.functional import mse_loss
 from ..checkpoint.checkpoint import fingerprint, save
 from ..inspect.drawing import contact_sheet
 from ..mllm.instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
-from ..mllm.preprocess import black_image, preprocess
+from ..mllm.preprocess import preprocess
+from ..utils.images import black_image
 from .base_model import BaseModel
 from .batches import Batch, Examples
 from .cache import Cache, contexts, moments

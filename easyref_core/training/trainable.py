@@ -147,7 +147,7 @@ class TrainableEasyRef(nn.Module):
         """Context states (B, S, D) of a batch of groups, without gradients where the body is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stage.body_frozen):
             dtype = self.encoder.embed_tokens.weight.dtype
-            return self.encoder(patches, grid, input_ids, self.image_token, dtype, real=_padding(real))
+            return self.encoder(patches, grid, input_ids, self.image_token, dtype, _padding(real))
 
     def _aggregate(self, context: Tensor, real: Tensor) -> Tensor:
         weight = self.aggregator.norm.weight

@@ -1,6 +1,7 @@
-"""Sums and products in the memory of their second term, unless a gradient may want it; the same numbers either way.
+"""Sums and products that overwrite their second operand, because allocating large results is slow on a CPU.
 
-The second term must be the caller's own. Large new tensors cost more than the arithmetic, on a CPU above all.
+A new tensor is returned instead where autograd needs the operands or the result has another dtype. The numbers are the
+same either way. The second operand must not be used afterwards.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def add_in_place(x: Tensor, own: Tensor) -> Tensor:
-    """x + own."""
-    return own.add_(x) if _may_hold(own, x) else x + own
+def add_in_place(x: Tensor, buffer: Tensor) -> Tensor:
+    """x + buffer, written to `buffer` where possible."""
+    return buffer.add_(x) if _can_overwrite(buffer, x) else x + buffer
 
 
-def mul_in_place(x: Tensor, own: Tensor) -> Tensor:
-    """x * own."""
-    return own.mul_(x) if _may_hold(own, x) else x * own
+def mul_in_place(x: Tensor, buffer: Tensor) -> Tensor:
+    """x * buffer, written to `buffer` where possible."""
+    return buffer.mul_(x) if _can_overwrite(buffer, x) else x * buffer
 
 
-def _may_hold(own: Tensor, x: Tensor) -> bool:
-    """Whether the result can lie in `own`: no gradient wants it, and its type is the one that the two together make."""
-    wanted = own.requires_grad or x.requires_grad
-    return not wanted and own.dtype == torch.promote_types(x.dtype, own.dtype)
+def _can_overwrite(buffer: Tensor, x: Tensor) -> bool:
+    """True if neither operand requires a gradient and `buffer` has the dtype of the result."""
+    needs_grad = buffer.requires_grad or x.requires_grad
+    return not needs_grad and buffer.dtype == torch.promote_types(x.dtype, buffer.dtype)

@@ -1,4 +1,4 @@
-"""What was computed before and may be wanted again: the latest of it, up to a number of bytes."""
+"""A least-recently-used cache bounded by bytes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ Value = TypeVar("Value")
 
 
 class ByteLRUCache(Generic[Value]):
-    """Values by key, at most `limit` bytes of them; the one that was not asked for the longest goes first.
+    """Values by key, at most `max_bytes` in all; the least recently used value is evicted first.
 
-    What is larger than the limit by itself is not kept.
+    A value larger than `max_bytes` is not stored. Iteration yields keys, least recently used first.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
         self._values: dict[Hashable, tuple[Value, int]] = {}  # in the order of their last use
 
     @property
     def nbytes(self) -> int:
-        return sum(size for _, size in self._values.values())
+        return sum(nbytes for _, nbytes in self._values.values())
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._values
@@ -28,16 +28,20 @@ class ByteLRUCache(Generic[Value]):
     def __iter__(self) -> Iterator[Hashable]:
         return iter(tuple(self._values))
 
+    def values(self) -> list[Value]:
+        """All values, least recently used first; none of them counts as used."""
+        return [value for value, _ in self._values.values()]
+
     def get(self, key: Hashable) -> Value:
-        """The value of a key that is kept; it is now the one last used."""
+        """Return the value of a key, which becomes the most recently used. Raises KeyError for an absent key."""
         self._values[key] = self._values.pop(key)
         return self._values[key][0]
 
     def put(self, key: Hashable, value: Value, nbytes: int) -> None:
         self.drop(key)
-        if nbytes > self.limit:
+        if nbytes > self.max_bytes:
             return
-        while self.nbytes + nbytes > self.limit:
+        while self.nbytes + nbytes > self.max_bytes:
             self.drop(next(iter(self._values)))
         self._values[key] = value, nbytes
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ...easyref_core.utils.crop import Box, middle_square, square_around
+from ...easyref_core.utils.images import Box, middle_square, square_around
 from ..host import preview
 from ..host.images import references_of
 from ..host.socket_types import EasyRefGroupSocket
@@ -105,10 +105,7 @@ def boxes_of(references: list[Tensor], crop: str, mask: list[Tensor] | None, pad
         raise ValueError(
             f"{len(masks)} masks for {len(references)} references. Connect one mask for all, or one for each."
         )
-    boxes = []
-    for i, ((height, width), one) in enumerate(zip(sides, masks, strict=True)):
-        try:
-            boxes.append(square_around(one, height, width, padding))
-        except ValueError as error:
-            raise ValueError(f"The mask of reference {i + 1} {error}") from error
-    return boxes
+    return [
+        square_around(one, height, width, padding, name=f"The mask of reference {i + 1}")
+        for i, ((height, width), one) in enumerate(zip(sides, masks, strict=True))
+    ]

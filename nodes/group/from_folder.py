@@ -12,8 +12,8 @@ from comfy_api.latest import io
 from PIL import ImageOps
 
 from ...easyref_core.files.image_files import SortedFiles, no_reader_reason, open_image, sort_files
-from ...easyref_core.mllm.preprocess import to_rgb
 from ...easyref_core.utils.errors import shorten
+from ...easyref_core.utils.images import to_rgb
 from ..host import folders
 from ..host.file_changes import FileChanges
 from ..host.images import image_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ...easyref_core.mllm.presets import LANGUAGES, PRESETS
+from ...easyref_core.mllm.instructions import LANGUAGES, PRESETS
 from ..host import preview
 
 CUSTOM = "custom"

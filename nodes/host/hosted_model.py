@@ -21,16 +21,17 @@ from comfy_execution.utils import get_executing_context
 from ...easyref_core.checkpoint.checkpoint import Cast, may_be_fp8, open_checkpoint
 from ...easyref_core.inspect.attention_maps import AttentionShares, read_shares
 from ...easyref_core.inspect.influence import pooled_features
-from ...easyref_core.mllm.budget import activation_bytes, flops
-from ...easyref_core.mllm.preprocess import black_image
+from ...easyref_core.mllm.budget import MemoryOptions, activation_bytes, flops
 from ...easyref_core.model import EasyRef, build
-from ...easyref_core.tokens.reference_tokens import ContextStates, ReferenceTokens
+from ...easyref_core.tokens.reference_tokens import ReferenceTokens
+from ...easyref_core.utils.images import black_image
 from .key_values import MAX_TABLE_BYTES, KeyValueProjector, KeyValueTable, project_rows
 from .socket_types import TokenPair
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ...easyref_core.mllm.context import ContextStates
     from ...easyref_core.mllm.prefix_cache import PreparedGroup
     from ...easyref_core.unet.reference_attention import KeyValue
     from .key_values import KeyValueRows
@@ -43,7 +44,6 @@ class HostedEasyRef:
 
     def __init__(self, model: EasyRef) -> None:
         self.model = model
-        model.reader.kept_on, model.reader.free = mm.intermediate_device(), _free
         self.patcher = _hosted(model.mllm, model.device)
         self._kv_patcher = _hosted(model.kv, model.device)
         for patcher in self.get_models():
@@ -79,12 +79,14 @@ class HostedEasyRef:
         self, group: PreparedGroup, progress: Callable[[float], None] | None = None
     ) -> ContextStates:
         """Context states of a prepared group; see encode."""
-        work = self.model.reader.work(group)
-        self._load_for(work.patches, work.tokens, work.start)
+        plan = self.model.plan(group)
+        self._load_for(plan.patches, plan.new_tokens, plan.cached_tokens)
         start = time.monotonic()
-        context = self.model.encode_prepared(group, progress or counted(len(group.digests)))
-        if not work.start:  # a few tokens read on take the time of the weights, not of their operations
-            done = flops(self.model.config, work.patches, work.tokens)
+        context = self.model.encode_plan(plan, progress or counted(len(group.images)))
+        if (
+            not plan.cached_tokens
+        ):  # a few tokens read on take the time of the weights, not of their operations
+            done = flops(self.model.config, plan.patches, plan.new_tokens)
             self.rate = done / max(time.monotonic() - start, 1e-3)
         return context
 
@@ -104,8 +106,8 @@ class HostedEasyRef:
             tokens = self.model.aggregate(context), self.model.aggregate(negative)
         else:
             made = context.provenance
-            black = self.model.prepare([black_image()], "", made.instruction, made.size)
-            self._load_for(black.patches, max(black.input_ids.shape[1], context.states.shape[1]))
+            black = self.model.budget([black_image().size], "", made.instruction, made.size)
+            self._load_for((), context.states.shape[1], at_least=black.activation_bytes)
             tokens = (
                 self.model.aggregate(context),
                 self.model.unconditional(made.instruction, made.size, noise_seed, noise_strength),
@@ -122,15 +124,15 @@ class HostedEasyRef:
         self, images: Sequence[Tensor], size: int, progress: Callable[[float], None]
     ) -> Tensor:
         """What the vision tower sees in each image (K, D); see pooled_features."""
-        group = self.model.prepare(images, "", "", size)
-        self._load_for(self.model.reader.unseen_patches(group), 0)
-        return pooled_features(self.model, group, progress)
+        plan = self.model.plan(self.model.prepare(images, "", "", size), use_prefix=False)
+        self._load_for(plan.patches, 0)
+        return pooled_features(self.model, plan, progress)
 
     def key_values(self, tokens: TokenPair) -> list[KeyValue]:
         """K and V per site, rows [unconditional, conditional], float32 on the intermediate device; once per tokens."""
         if tokens not in self._key_values:
             mm.load_models_gpu([self._kv_patcher])
-            project = partial(self.model.key_values, dtype=torch.float32, kept_on=mm.intermediate_device())
+            project = partial(self.model.key_values, dtype=torch.float32, device=mm.intermediate_device())
             rows = torch.cat([tokens.unconditional, tokens.conditional])
             self._key_values[tokens] = project_rows(rows, project)
         return self._key_values[tokens]
@@ -151,12 +153,14 @@ class HostedEasyRef:
         for side in (tokens.unconditional, tokens.conditional):
             self.model.require_same_checkpoint(side, "set of reference tokens")
 
-    def _load_for(self, patches: Sequence[int], tokens: int, before: int = 0) -> None:
-        """Bring the MLLM to its device, with room for the activations; arguments as for activation_bytes."""
+    def _load_for(
+        self, patches: Sequence[int], tokens: int, cached_tokens: int = 0, at_least: int = 0
+    ) -> None:
+        """Load the MLLM with memory for its activations, at_least in bytes; the rest as for activation_bytes."""
         config = self.model.config
         tokens += config.num_tokens
-        needed = activation_bytes(config, patches, tokens, self.model.dtype.itemsize, before)
-        mm.load_models_gpu([self.patcher], needed)
+        needed = activation_bytes(config, patches, tokens, self.model.dtype.itemsize, cached_tokens)
+        mm.load_models_gpu([self.patcher], max(needed, at_least))
 
 
 def load_hosted(
@@ -166,8 +170,10 @@ def load_hosted(
     device = mm.get_torch_device()
     compute = compute_dtype(device, precision)
     opened = open_checkpoint(checkpoint, mllm, causal)
+    memory = MemoryOptions(mm.intermediate_device(), on_out_of_memory=_free)
+    cast = storage(precision, compute, device)
     model = build(
-        opened, tokenizer, device, compute, storage(precision, compute, device), comfy.ops.manual_cast
+        opened, tokenizer, device, compute, cast=cast, operations=comfy.ops.manual_cast, memory=memory
     )
     return HostedEasyRef(model)
 
@@ -234,7 +240,7 @@ def _forget(model: ref[EasyRef], _: ModelPatcher, unpatch_all: bool) -> None:
     prompt with --disable-smart-memory. Without unpatch_all the model is about to be loaded again.
     """
     if unpatch_all and get_executing_context() is None and (unloaded := model()):
-        unloaded.forget()
+        unloaded.clear_cache()
 
 
 def counted(references: int) -> Callable[[float], None]:

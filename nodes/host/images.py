@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...easyref_core.mllm.preprocess import to_rgb
+from ...easyref_core.utils.images import to_rgb
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -51,11 +51,11 @@ def window_note(start: float, end: float) -> str | None:
 def image_notes(group: PreparedGroup) -> list[str]:
     """Warnings of black references and of duplicates in a group, compared as the MLLM reads them."""
     prints = {}
-    for number, (pixels, digest) in enumerate(zip(group.pixels, group.digests, strict=True), start=1):
-        if digest not in _prints:
-            _prints.put(digest, fingerprint(Image.fromarray(pixels)), PRINT_BYTES)
-        prints[number] = _prints.get(digest)
-    black = [number for number, pixels in enumerate(group.pixels, start=1) if pixels.max() <= BLACK]
+    for number, image in enumerate(group.images, start=1):
+        if image.digest not in _prints:
+            _prints.put(image.digest, fingerprint(Image.fromarray(image.pixels)), PRINT_BYTES)
+        prints[number] = _prints.get(image.digest)
+    black = [number for number, image in enumerate(group.images, start=1) if image.pixels.max() <= BLACK]
     return [*black_notes(black), *duplicate_notes(repeats(prints))]
 
 

@@ -9,7 +9,7 @@ from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
 
 from ...easyref_core.inspect.drawing import contact_sheet, vstack
-from ...easyref_core.inspect.duplicates import thumbnail
+from ...easyref_core.utils.images import thumbnail
 from .images import image_of
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import easyref_core as er
 from devkit import golden
 from devkit.golden import checkpoint_tensors, write
 from easyref_core.mllm.instructions import tokenize
-from easyref_core.mllm.preprocess import to_rgb
+from easyref_core.utils.images import to_rgb
 
 from .errors import assert_says, error_of, folder_with
 
@@ -306,7 +306,7 @@ def test_an_image_token_in_prompt_and_instruction_takes_no_image_feature(model: 
 @pytest.mark.parametrize("half", ["\ud83d", "\ud83d\ude00"])
 def test_half_a_character(model: er.EasyRef, half: str) -> None:
     text = error_of(lambda: model.encode(many(1), f"a {half}", "", golden.SIZE))
-    assert_says(text, "prompt: character 3", "is half of one", "Remove it")
+    assert_says(text, "prompt contains an unpaired surrogate", "position 3", "Remove it")
 
 
 def test_a_tokenizer_without_image_tokens(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_a_model_without_cross_attentions(model: er.EasyRef, tokens: er.Referenc
 def test_a_group_that_is_too_long_is_refused_before_it_is_resized(
     model: er.EasyRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model.reader, "pixels", lambda *_: pytest.fail("resized"))
+    monkeypatch.setattr(model.group_encoder.caches, "prepare", lambda *_: pytest.fail("resized"))
     assert_says(error_of(lambda: model.encode([color()] * 1000)), "too long for the MLLM", "1000 references")
 
 

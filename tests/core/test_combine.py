@@ -7,9 +7,9 @@ import torch
 
 import easyref_core as er
 from devkit import golden
+from easyref_core.mllm.context import Provenance
 from easyref_core.tokens.combine import METHODS, combine
 from easyref_core.tokens.frames import EASINGS, batch, distinct, over_frames
-from easyref_core.tokens.reference_tokens import Provenance
 
 from .errors import assert_says, error_of
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 import easyref_core as er
 from devkit import golden
-from easyref_core.mllm.preprocess import black_image, pixel_limits, preprocess, resize, target_size
+from easyref_core.mllm.preprocess import pixel_limits, preprocess, resize, target_size
+from easyref_core.utils.images import black_image
 
 
 def test_limits_at_the_authors_size() -> None:

@@ -18,8 +18,9 @@ from devkit import golden
 from devkit.golden import EXACT, Tensors, error, predict
 from easyref_core.mllm import group_encoder, instructions, preprocess
 from easyref_core.mllm.instructions import chat, image_token_id
-from easyref_core.mllm.qwen2_vl import Rope, image_rotation, rotation, text_rope
+from easyref_core.mllm.qwen2_vl import Rope, image_rope, rope_angles, text_rope
 from easyref_core.tokens import reference_tokens
+from easyref_core.utils.images import black_image
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -36,7 +37,7 @@ def own() -> er.EasyRef:
 @torch.inference_mode()
 def distance(model: er.EasyRef, expected: Tensors) -> float:
     """How far the last layer's output for the golden group is from the authors'."""
-    model.forget()  # what was read before the test changed something
+    model.clear_cache()  # results from before the test changed something
     context = model.encode(golden.references(), golden.PROMPT, size=golden.SIZE)
     return error(model.mllm.aggregator.gather(context.states), expected["cond.reference_hidden_states"])
 
@@ -68,9 +69,9 @@ def test_no_attention_between_images(model: er.EasyRef, expected: Tensors) -> No
     tower, wanted = model.mllm.encoder.visual, expected["cond.vision_features"]
     patches, grid = expected["cond.pixel_values"], expected["cond.image_grid_thw"]
     assert error(tower(patches, grid), wanted) <= EXACT
-    x, turn = tower.patch_embed(patches), image_rotation(grid, model.config, patches.device)
+    x, rope = tower.patch_embed(patches), image_rope(grid, model.config, patches.device)
     for block in tower.blocks:
-        x = block(x, turn, [len(patches)])  # all images as one
+        x = block(x, rope, [len(patches)])  # all images as one
     assert error(tower.merger(x), wanted) > FAR
 
 
@@ -151,7 +152,7 @@ def mrope(ids: torch.Tensor, grid: torch.Tensor, image_token: int, config: er.mo
         last = int(places[-1].max())
     position = torch.cat(places)
     angles = torch.stack(
-        [rotation(position[:, axis], config.head_dim, config.rope_theta) for axis in range(3)]
+        [rope_angles(position[:, axis], config.head_dim, config.rope_theta) for axis in range(3)]
     )
     sections = angles.split([2, 3, 3], dim=-1)  # mrope_section of the golden MLLM
     mixed = torch.cat([part[axis] for axis, part in enumerate(sections)], dim=-1)
@@ -163,20 +164,20 @@ def test_positions_are_plain_also_over_images(
     model: er.EasyRef, expected: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert distance(model, expected) <= EXACT
-    turn = mrope(
+    rope = mrope(
         expected["cond.input_ids"],
         expected["cond.image_grid_thw"],
         image_token_id(model.tokenizer),
         model.config,
     )
-    monkeypatch.setattr(group_encoder, "text_rope", lambda *_: turn)
+    monkeypatch.setattr(group_encoder, "text_rope", lambda *_: rope)
     assert distance(model, expected) > 0.1
 
 
 def test_three_equal_axes_of_mrope_are_plain_rope(model: er.EasyRef) -> None:
     text = torch.zeros(1, 50, dtype=torch.long)
-    turn = mrope(text, torch.empty(0, 3), image_token_id(model.tokenizer), model.config)
-    torch.testing.assert_close(turn, text_rope(50, model.config, text.device))
+    rope = mrope(text, torch.empty(0, 3), image_token_id(model.tokenizer), model.config)
+    torch.testing.assert_close(rope, text_rope(50, model.config, text.device))
 
 
 # The last layer
@@ -214,7 +215,7 @@ def test_the_last_layer_has_a_norm_of_its_own(own: er.EasyRef, expected: Tensors
 
 
 def test_unconditional_is_one_black_image_of_512_pixels() -> None:
-    image = preprocess.black_image()
+    image = black_image()
     assert (image.size, image.getextrema()) == ((512, 512), ((0, 0), (0, 0), (0, 0)))
 
 

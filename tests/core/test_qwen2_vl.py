@@ -104,9 +104,9 @@ def test_decoder_layers(kv_heads: int, causal: bool) -> None:
         position_ids=torch.arange(LENGTH).expand(3, 1, LENGTH),
         use_cache=False,
     ).last_hidden_state
-    turn = text_rope(LENGTH, config, x.device)
+    rope = text_rope(LENGTH, config, x.device)
     for layer in ours.layers:
-        x = layer(x, turn, causal=causal)
+        x = layer(x, rope, causal=causal)
     assert error(ours.norm(x), wanted) <= EXACT
 
 
@@ -116,5 +116,5 @@ def test_a_layer_asked_for_the_last_positions_gives_the_end_of_its_output(causal
     layer = DecoderLayer(CONFIG)
     randomize(layer)
     x = small(1, LENGTH, CONFIG.hidden_size)
-    turn = text_rope(LENGTH, CONFIG, x.device)
-    assert error(layer(x, turn, causal, queries=8), layer(x, turn, causal)[:, -8:]) <= EXACT
+    rope = text_rope(LENGTH, CONFIG, x.device)
+    assert error(layer(x, rope, causal, num_queries=8), layer(x, rope, causal)[:, -8:]) <= EXACT

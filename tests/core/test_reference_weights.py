@@ -37,8 +37,8 @@ def by_hand(
         rearrange(project(x), "b n (h d) -> b n h d", h=attention.kv_heads)
         for project in (attention.k_proj, attention.v_proj)
     )
-    turn = text_rope(length, config, x.device)
-    q, k = apply_rope(q, turn).double().transpose(1, 2), apply_rope(k, turn).double()
+    rope = text_rope(length, config, x.device)
+    q, k = apply_rope(q, rope).double().transpose(1, 2), apply_rope(k, rope).double()
     k, v = (repeat(t, "b n h d -> b (h g) n d", g=heads // attention.kv_heads) for t in (k, v))
     exponential = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).exp().tril() * factor
     return rearrange(exponential / exponential.sum(-1, keepdim=True) @ v, "b h n d -> b n (h d)")
@@ -107,9 +107,9 @@ def test_several_final_layers_leave_the_contexts_rows_alone(model: er.EasyRef, c
     factor = torch.ones(length + tokens)
     factor[3:9] = 0
     bias = factor.log().expand(tokens, -1)
-    turn = text_rope(length + tokens, config, x.device)
+    rope = text_rope(length + tokens, config, x.device)
     layer = aggregator.layers[0]
-    weighed, plain = (layer(x, turn, causal=causal, bias=given) for given in (bias, None))
+    weighed, plain = (layer(x, rope, causal=causal, attn_bias=given) for given in (bias, None))
     assert error(weighed[:, :length], plain[:, :length]) <= EXACT
     assert error(weighed[:, length:], plain[:, length:]) > 0.001
     assert torch.isfinite(aggregator(x[:, :length], bias=bias)).all()

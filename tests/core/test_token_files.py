@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 import easyref_core as er
 from devkit import golden
 from devkit.project import pyproject
+from easyref_core.mllm.context import Provenance
 from easyref_core.tokens import files
 from easyref_core.tokens.files import METADATA_KEY, thumbnail
-from easyref_core.tokens.reference_tokens import Provenance
 
 from .errors import assert_says, error_of
 

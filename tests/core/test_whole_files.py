@@ -15,8 +15,9 @@ from devkit.golden import GOLDEN
 from easyref_core.checkpoint.checkpoint import open_checkpoint
 from easyref_core.files.atomic_write import atomic_write_text
 from easyref_core.files.tensor_files import SafetensorsFile
+from easyref_core.mllm.context import Provenance
 from easyref_core.tokens.files import load_tokens, save_tokens
-from easyref_core.tokens.reference_tokens import Provenance, ReferenceTokens
+from easyref_core.tokens.reference_tokens import ReferenceTokens
 
 
 def tokens(value: float) -> ReferenceTokens:

@@ -338,7 +338,7 @@ def instruct(pack):
 
 
 def test_every_preset_gives_its_text_and_shows_it(pack, instruct):
-    presets = golden.part(pack, "easyref_core.mllm.presets")
+    presets = golden.part(pack, "easyref_core.mllm.instructions")
     for preset, language in itertools.product(presets.PRESETS, presets.LANGUAGES):
         output = instruct.execute(preset, language, "")
         assert output.args == (presets.PRESETS[preset][language],)
@@ -367,7 +367,7 @@ def test_the_general_preset_gives_the_picture_of_encode_alone(server):
 
 def test_the_help_page_has_the_english_texts(pack):
     page = (Path(pack.__file__).parent / "web/docs/EasyRefInstruction.md").read_text(encoding="utf-8")
-    presets = golden.part(pack, "easyref_core.mllm.presets").PRESETS
+    presets = golden.part(pack, "easyref_core.mllm.instructions").PRESETS
     assert [name for name in presets if f"- {name}: {presets[name]['English'].strip()}" not in page] == []
 
 

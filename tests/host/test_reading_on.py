@@ -51,7 +51,7 @@ def test_a_change_of_prompt_runs_no_vision(pack, easyref, seen):
     first = encode(pack, easyref)
     again = encode(pack, easyref, "a dog in the snow")
     assert seen == [3]
-    easyref.model.forget()
+    easyref.model.clear_cache()
     assert golden.error(again.states, encode(pack, easyref, "a dog in the snow").states) <= 1e-5
     assert golden.error(first.states, encode(pack, easyref).states) <= 1e-5
 
@@ -63,24 +63,24 @@ def test_room_is_asked_for_what_is_left_to_do(pack, easyref, room):
 
 
 def test_it_is_kept_where_the_host_keeps_what_nodes_hand_on(pack, easyref, monkeypatch):
-    assert easyref.model.reader.kept_on == mm.intermediate_device()
+    assert easyref.model.group_encoder.caches.device == mm.intermediate_device()
     monkeypatch.setattr(mm, "intermediate_device", lambda: torch.device("meta"))
-    assert golden.load(pack).model.reader.kept_on.type == "meta"
+    assert golden.load(pack).model.group_encoder.caches.device.type == "meta"
 
 
 def test_unload_models_gives_it_back(pack, easyref):
     encode(pack, easyref)
-    assert easyref.model.reader.nbytes > 0
+    assert easyref.model.group_encoder.caches.nbytes > 0
     mm.unload_all_models()
-    assert easyref.model.reader.nbytes == 0
+    assert easyref.model.group_encoder.caches.nbytes == 0
 
 
 def test_making_room_while_a_prompt_runs_keeps_it(pack, easyref):
     encode(pack, easyref)
-    kept = easyref.model.reader.nbytes
+    kept = easyref.model.group_encoder.caches.nbytes
     with CurrentNodeContext("prompt", "node"):
         mm.unload_all_models()
-    assert easyref.model.reader.nbytes == kept > 0
+    assert easyref.model.group_encoder.caches.nbytes == kept > 0
 
 
 def applying(pack):
@@ -99,9 +99,9 @@ def test_unload_models_gives_it_back_where_the_mllm_had_made_room_before(pack, e
     with CurrentNodeContext("prompt", "node"):
         mm.unload_all_models()
         mm.load_models_gpu([patched])
-    assert easyref.model.reader.nbytes > 0
+    assert easyref.model.group_encoder.caches.nbytes > 0
     mm.unload_all_models()
-    assert easyref.model.reader.nbytes == 0
+    assert easyref.model.group_encoder.caches.nbytes == 0
 
 
 @pytest.mark.parametrize("settings", [(0.0, 0.0, 1.0, 0.0), (1.0, 0.5, 0.5, 0.0)])
@@ -129,11 +129,10 @@ def test_room_for_looking_is_asked_for_what_was_not_seen(easyref, room):
 def test_it_goes_with_the_loaded_model(pack):
     easyref = golden.load(pack)
     encode(pack, easyref)
-    reader = easyref.model.reader
-    kept = [prefix.states for prefix, _ in reader._prefixes._values.values()]
+    kept = [prefix.states for prefix in easyref.model.group_encoder.caches.prefixes.values()]
     assert kept
     alive = [t.untyped_storage() for t in kept]
-    del easyref, reader, kept
+    del easyref, kept
     mm.unload_all_models()
     gc.collect()
     assert [s for s in alive if len(gc.get_referrers(s)) > 1] == []
@@ -141,9 +140,9 @@ def test_it_goes_with_the_loaded_model(pack):
 
 def test_the_host_frees_before_encoding_goes_on_in_smaller_pieces(pack, easyref, monkeypatch):
     freed = []
-    monkeypatch.setattr(easyref.model.reader, "free", lambda: freed.append(1))
+    monkeypatch.setattr(mm, "soft_empty_cache", lambda: freed.append(1))
     wanted = encode(pack, easyref).states
-    easyref.model.forget()
+    easyref.model.clear_cache()
     failed = []
 
     def once(*_: object) -> None:
@@ -160,7 +159,7 @@ def test_the_host_frees_before_encoding_goes_on_in_smaller_pieces(pack, easyref,
 
 def test_nothing_left_where_memory_never_suffices(pack, easyref):
     wanted = encode(pack, easyref).states
-    easyref.model.forget()
+    easyref.model.clear_cache()
 
     def always(*_: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
@@ -169,6 +168,5 @@ def test_nothing_left_where_memory_never_suffices(pack, easyref):
     with pytest.raises(torch.OutOfMemoryError, match="Encode at a smaller size"):
         encode(pack, easyref)
     hook.remove()
-    reader = easyref.model.reader
-    assert reader._features.nbytes + reader._prefixes.nbytes == 0
+    assert easyref.model.group_encoder.caches.device_nbytes == 0
     assert torch.equal(encode(pack, easyref).states, wanted)

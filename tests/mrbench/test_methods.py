@@ -162,7 +162,7 @@ class TestEasyRef:
 
     def alone(self, model: er.EasyRef) -> list[Tensor]:
         def tokens(reference: Image.Image) -> Tensor:
-            model.reader.forget()
+            model.group_encoder.caches.clear()
             context = model.encode([reference], TASKS[1].prompt, size=tiny.REFERENCE)
             return model.aggregate(context).as_subclass(torch.Tensor)
 

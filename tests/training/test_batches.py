@@ -150,4 +150,4 @@ def read(model: er.EasyRef, batch: Batch) -> torch.Tensor:
     """Reference tokens (B, T, C) of a batch, through the golden MLLM."""
     encoder, aggregator = model.mllm.encoder, model.mllm.aggregator
     inputs = batch.patches, batch.grid, batch.input_ids, model.image_token, torch.float32
-    return aggregator(encoder(*inputs, real=batch.real), batch.real)
+    return aggregator(encoder(*inputs, padding_mask=batch.real), batch.real)

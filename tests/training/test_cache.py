@@ -142,7 +142,7 @@ def test_context_states_are_the_bodys_whatever_the_padding(tmp_path: Path) -> No
         patches: torch.Tensor, grid: torch.Tensor, ids: torch.Tensor, real: torch.Tensor
     ) -> torch.Tensor:
         calls.append(len(grid))
-        return model.mllm.encoder(patches, grid, ids, model.image_token, torch.float32, real=real)
+        return model.mllm.encoder(patches, grid, ids, model.image_token, torch.float32, padding_mask=real)
 
     batch = collate([examples.sample(row) for row in (0, 2, 1)], [0, 0, 0])
     wanted = encode(batch.patches, batch.grid, batch.input_ids, batch.real)

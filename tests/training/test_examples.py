@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from easyref_core.mllm.instructions import INSTRUCTION, load_tokenizer, tokenize
-from easyref_core.mllm.preprocess import black_image, preprocess
+from easyref_core.mllm.preprocess import preprocess
 from easyref_core.training.batches import Batch, generator
 from easyref_core.training.crops import crop_frame, native_frame
 from easyref_core.training.examples import Augmentation, RowExamples, choose, drops, held_out, to_tensor
 from easyref_core.training.rows import Row
+from easyref_core.utils.images import black_image
 
 from . import tiny
 

@@ -18,11 +18,12 @@ import torch
 
 from easyref_core.mllm.budget import activation_bytes
 from easyref_core.mllm.config import EasyRefConfig
-from easyref_core.mllm.prefix_cache import CachedGroupEncoder, PreparedGroup, digest
+from easyref_core.mllm.context import Provenance
+from easyref_core.mllm.prefill import CachedGroupEncoder
+from easyref_core.mllm.prefix_cache import PreparedGroup, PreparedImage
 from easyref_core.mllm.preprocess import SIZE, grid_of, patches_of, resized_sides
 from easyref_core.mllm.qwen2_vl import SkipInit
 from easyref_core.model import EasyRefModules
-from easyref_core.tokens.reference_tokens import Provenance
 from easyref_core.training.full_size import EASYREF
 from tools.bench.random_weights import materialised
 from tools.bench.rows import Limit, Options, Row
@@ -68,29 +69,31 @@ class Encoder:
         self.mllm: EasyRefModules = materialised(
             EasyRefModules(config, SkipInit, device="meta"), device, dtype
         )
-        self.reader = CachedGroupEncoder(self.mllm.encoder, self.image_token, self.device, dtype)
+        self.group_encoder = CachedGroupEncoder(self.mllm.encoder, self.image_token, self.device, dtype)
 
     def group(self, pictures: list[int], prompt: int = 0) -> PreparedGroup:
         """The pictures of these numbers, with the prompt of this number."""
-        pixels = tuple(picture(number, self.config) for number in pictures)
-        grid = grid_of([image.shape[:2] for image in pixels], self.config)
+        images = tuple(PreparedImage.of(picture(number, self.config)) for number in pictures)
+        grid = grid_of([image.pixels.shape[:2] for image in images], self.config)
         ids, spans = words(BEFORE, 0), []
         for count in (grid.prod(dim=1) // self.config.merge_size**2).tolist():
             spans.append((len(ids) + 1, len(ids) + 1 + count))
             ids += [2, *[self.image_token] * count, 3]
         ids += words(INSTRUCTION, 1) + words(PROMPT, 2 + prompt) + words(AFTER, 0)
         made = Provenance("", "", "", len(pictures), SIZE)
-        digests = tuple(map(digest, pixels))
-        return PreparedGroup(pixels, grid, torch.tensor([ids]), made, tuple(spans), digests)
+        return PreparedGroup(images, grid, torch.tensor([ids]), made, tuple(spans))
+
+    def states(self, group: PreparedGroup) -> Tensor:
+        return self.group_encoder.run(self.group_encoder.caches.plan(group))
 
     def tokens(self, group: PreparedGroup) -> Tensor:
-        return self.mllm.aggregator(self.reader.read(group))
+        return self.mllm.aggregator(self.states(group))
 
     def read_into(self, found: list[Tensor], group: PreparedGroup) -> None:
         found.append(self.tokens(group))
 
     def cold(self, group: PreparedGroup) -> Tensor:
-        self.reader.forget()
+        self.group_encoder.caches.clear()
         return self.tokens(group)
 
 
@@ -172,12 +175,12 @@ def _cold(encoder: Encoder, count: int, options: Options, say: Callable[[str], N
     say(f" {name}")
 
     def ours() -> Tensor:
-        encoder.reader.forget()
-        return encoder.reader.read(group)
+        encoder.group_encoder.caches.clear()
+        return encoder.states(group)
 
-    encoder.reader.forget()  # before it is measured what is there
+    encoder.group_encoder.caches.clear()  # before it is measured what is there
     with peak_memory(options.device) as peak:
-        states = encoder.reader.read(group)
+        states = encoder.states(group)
     bound = activation_bytes(config, group.patches, group.input_ids.shape[1], encoder.dtype.itemsize)
     rows = []
     theirs = body_of(encoder.mllm.encoder, encoder.image_token, encoder.device)
@@ -186,7 +189,9 @@ def _cold(encoder: Encoder, count: int, options: Options, say: Callable[[str], N
         took = seconds(ours, options.device)
         rows.append(Row(f"{name}, cold", took, "s"))
     else:
-        patches = patches_of(group.pixels, config).to(encoder.device, encoder.dtype)
+        patches = patches_of([image.pixels for image in group.images], config).to(
+            encoder.device, encoder.dtype
+        )
         ids = group.input_ids.to(encoder.device)
         apart = theirs(patches, group.grid, ids)
         distance = float((states - apart).float().norm() / apart.float().norm())
@@ -207,5 +212,5 @@ def _cold(encoder: Encoder, count: int, options: Options, say: Callable[[str], N
                 wanted=Limit("<=", 1.0),
             )
         )
-    encoder.reader.forget()
+    encoder.group_encoder.caches.clear()
     return rows

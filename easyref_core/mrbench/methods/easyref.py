@@ -102,7 +102,7 @@ def reference_tokens(model: EasyRef, task: Task, aggregation: str, instruction: 
     """Tokens of a group: (1, T, C), or (1, K T, C) by concatenation."""
 
     def tokens(references: Sequence) -> Tensor:
-        model.reader.forget()  # to the last bit, a task's tokens do not depend on the tasks before it
+        model.group_encoder.caches.clear()  # to the last bit, a task's tokens do not depend on the tasks before it
         context = model.encode(references, task.prompt, instruction, size)
         return model.aggregate(context).as_subclass(torch.Tensor)
 
