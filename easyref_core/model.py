@@ -52,8 +52,8 @@ class EasyRefModules(nn.Module):
 class EasyRef:
     """A loaded checkpoint. It holds one copy of its weights; its results carry the checkpoint's fingerprint.
 
-    A host may own the modules' placement: inputs are moved to `device` and computed in `dtype`, whatever the weights
-    are stored in.
+    A host may own the modules' placement: inputs are moved to `device` and computed in `dtype`, whatever the
+    weights are stored in.
     """
 
     def __init__(
@@ -78,8 +78,9 @@ class EasyRef:
         self._unconditional: ByteLRUCache[ReferenceTokens] = ByteLRUCache(memory.unconditional_cache_bytes)
         if self.image_token >= self.config.vocab_size:
             raise ValueError(
-                f"The tokenizer does not belong to the MLLM: its <|image_pad|> is token {self.image_token}, the MLLM "
-                f"knows {self.config.vocab_size}. Choose the MLLM folder the checkpoint was trained with."
+                f"The tokenizer does not belong to the MLLM: its <|image_pad|> is token {self.image_token}, "
+                f"the MLLM has {self.config.vocab_size} tokens. Choose the MLLM folder the checkpoint was "
+                "trained with."
             )
 
     def encode(
@@ -94,8 +95,10 @@ class EasyRef:
 
         Work that the group shares with an earlier one is cached (mllm/prefix_cache.py).
 
-        images: PIL images or (H, W, C) float tensors in 0..1, of any sizes, in order. size: pixels, see preprocess.
-        progress: called with the completed fraction after each block of the MLLM body; may raise to stop at once.
+        images: PIL images or (H, W, C) float tensors in 0..1, of any sizes, in order. size: pixels, see
+        preprocess.
+        progress: called with the completed fraction after each block of the MLLM body; may raise to stop at
+        once.
         Raises ValueError for anything that is not an image and for a group longer than the MLLM's context.
         """
         return self.encode_plan(self.plan(self.prepare(images, prompt, instruction, size)), progress)
@@ -120,7 +123,7 @@ class EasyRef:
         )
 
     def plan(self, group: PreparedGroup, use_prefix: bool = True) -> EncodePlan:
-        """Plan the encoding of a prepared group; without `use_prefix`, of the vision features of all its images."""
+        """Plan the encoding of a prepared group, or without `use_prefix` that of all its vision features."""
         return self.group_encoder.caches.plan(group, use_prefix)
 
     @torch.inference_mode()
@@ -155,7 +158,7 @@ class EasyRef:
         size: int = SIZE,
         memory: int | None = None,
     ) -> int | None:
-        """The largest size, at most `size`, at which a group fits the MLLM's context and its activations `memory` bytes.
+        """The largest size, at most `size`, at which the group fits the context and `memory` bytes.
 
         None if it fits at no size. The other arguments and errors are budget's.
         """
@@ -175,8 +178,8 @@ class EasyRef:
         tokens = self.mllm.aggregator(context.states.to(self.device, self.dtype), bias=bias).float()
         if not torch.isfinite(tokens).all():
             raise ValueError(
-                f"The reference tokens are not finite (computed in {self.dtype}). Load EasyRef with precision fp32; "
-                "if it is, the checkpoint is damaged: download it again."
+                f"The reference tokens are not finite (computed in {self.dtype}). Load EasyRef with "
+                "precision fp32; if it is, the checkpoint is damaged: download it again."
             )
         return ReferenceTokens.of(tokens, context.provenance)
 
@@ -204,7 +207,7 @@ class EasyRef:
     def key_values(
         self, tokens: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> list[KeyValue]:
-        """K and V (rows, T, inner) of reference tokens (rows, T, C) at every cross-attention site, in processor order.
+        """K and V (rows, T, inner) of tokens (rows, T, C) at every cross-attention site, in processor order.
 
         dtype: of the computation, the model's by default. device: of the result, the model's by default.
         Raises ValueError for values that are not finite.
@@ -226,8 +229,9 @@ class EasyRef:
         """Raise ValueError for a result of another checkpoint, which would be meaningless for this one."""
         if value.provenance.checkpoint != self.fingerprint:
             raise ValueError(
-                f"This {name} was made by another EasyRef checkpoint ({value.provenance.checkpoint}; this one is "
-                f"{self.fingerprint}, {self.checkpoint.path.name}). Encode the group with this checkpoint."
+                f"This {name} was made by another EasyRef checkpoint ({value.provenance.checkpoint}; this "
+                f"one is {self.fingerprint}, {self.checkpoint.path.name}). Encode the group with this "
+                "checkpoint."
             )
 
     def save(self, path: Path | str) -> None:
@@ -255,8 +259,8 @@ class EasyRef:
             else "Shorten the prompt."
         )
         raise ValueError(
-            f"The group is too long for the MLLM: {len(image_tokens)} references and the text make {length:,} tokens, "
-            f"{limit:,} fit beside the reference tokens. {remedy}"
+            f"The group is too long for the MLLM: {len(image_tokens)} references and the text make "
+            f"{length:,} tokens, {limit:,} fit beside the reference tokens. {remedy}"
         )
 
 
@@ -272,8 +276,8 @@ def load(
 ) -> EasyRef:
     """Load an EasyRef checkpoint.
 
-    checkpoint: .safetensors, or DeepSpeed's .pt. mllm: folder with config.json and tokenizer, and with the base weights
-    if the checkpoint has none. tokenizer: folder of the tokenizer, if there is no mllm folder.
+    checkpoint: .safetensors, or DeepSpeed's .pt. mllm: folder with config.json and tokenizer, and with the
+    base weights if the checkpoint has none. tokenizer: folder of the tokenizer, if there is no mllm folder.
     causal: the final layer's attention; None follows the checkpoint's metadata, causal by default.
     memory: sizes of caches and chunks. Raises FileNotFoundError and ValueError, see open_checkpoint.
     """
@@ -291,10 +295,10 @@ def build(
     operations: Any = SkipInit,
     memory: MemoryOptions | None = None,
 ) -> EasyRef:
-    """Build the model of an opened checkpoint from modules of `operations`; every weight passes through `cast` once.
+    """Build the model of a checkpoint from modules of `operations`; each weight passes through `cast`.
 
-    The modules are created on the meta device and the tensors assigned to them, so a weight that `cast` leaves alone
-    stays the file's mapping.
+    The modules are created on the meta device and the tensors assigned to them, so a weight that `cast`
+    leaves alone stays the file's mapping.
     """
     config = checkpoint.config
     mllm = EasyRefModules(config, operations, device="meta").eval()

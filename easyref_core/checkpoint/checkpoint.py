@@ -123,7 +123,7 @@ def open_checkpoint(path: Path, mllm: Path | None = None, causal: bool | None = 
     sites, sources = number_sites(sources)
     shapes = {name: _shape(name, source) for name, source in sources.items()}
     _require_layers(path, shapes, sites)
-    config = EasyRefConfig.read(shapes, settings, _own_settings(path, file.metadata))
+    config = EasyRefConfig.from_checkpoint(shapes, settings, _own_settings(path, file.metadata))
     if causal is not None:
         config = dataclasses.replace(config, causal=causal)
     inner = tuple(shapes.get(f"kv.to_k_ip.{i}.weight", (0,))[0] for i in range(len(sites)))

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
     from .config import EasyRefConfig
 
-# Bytes that a device's allocator holds in freed blocks of the wrong sizes. On a CPU, 1 to 8 references took up to
-# 101 MiB more than their tensors are counted here (docs/performance.md).
+# Bytes that a device's allocator holds in freed blocks of the wrong sizes. On a CPU, 1 to 8 references took
+# up to 101 MiB more than their tensors are counted here (docs/performance.md).
 ALLOCATOR_SLACK_BYTES = 128 * 2**20
-# Patches in one pass of the vision tower (about 14 images at 336 pixels): larger passes are no faster and take memory.
+# Patches in one pass of the vision tower (about 14 images at 336 pixels): larger passes are no faster and
+# take memory.
 VISION_CHUNK_PATCHES = 8192
 MAX_MASK_ENTRIES = 2**24  # of an attention mask: queries times keys
 
@@ -25,8 +26,9 @@ MAX_MASK_ENTRIES = 2**24  # of an attention mask: queries times keys
 class MemoryOptions:
     """Memory that encoding may use: the device and sizes of its caches, and the sizes of its chunks.
 
-    At 336 pixels an image takes 0.3 MB of pixels and 0.9 MB of features, and its part of a prefix 8.5 MB (float32). The
-    default holds the longest context of the released model in bfloat16, or 120 references in float32.
+    At 336 pixels an image takes 0.3 MB of pixels and 0.9 MB of features, and its part of a prefix 8.5 MB
+    (float32). The default holds the longest context of the released model in bfloat16, or 120 references in
+    float32.
     """
 
     cache_device: torch.device | None = None  # None: the model's
@@ -58,14 +60,14 @@ class Budget:
         return sum(self.tokens) + self.text_tokens
 
     def fits(self, memory: int | None = None) -> bool:
-        """True if the context is short enough and the activations take at most `memory` bytes (None: any number)."""
+        """True if the context is short enough and the activations fit `memory` bytes (None: unlimited)."""
         return self.total <= self.limit and (memory is None or self.activation_bytes <= memory)
 
 
 def budget(
     config: EasyRefConfig, image_sizes: Sequence[tuple[int, int]], text_tokens: int, size: int, itemsize: int
 ) -> Budget:
-    """Estimate a group. image_sizes: width and height of each reference; itemsize: bytes of the compute dtype."""
+    """Estimate a group. image_sizes: (width, height) of each reference; itemsize: of the compute dtype."""
     sides = tuple(resized_sides(height, width, config, size)[-1][::-1] for width, height in image_sizes)
     patches = [width * height // config.patch_size**2 for width, height in sides]
     tokens = tuple(count // config.merge_size**2 for count in patches)
@@ -89,7 +91,7 @@ def largest_size(
     itemsize: int,
     memory: int | None = None,
 ) -> int | None:
-    """The largest size in whole image tokens, at most `size`, at which a group fits; None if it fits at no size."""
+    """The largest size, at most `size`, at which a group fits; None if it fits at no size."""
     unit = config.pixels_per_token
     candidates = (size, *range((size - 1) // unit * unit, MIN_SIDE_TOKENS * unit - 1, -unit))
     return next(
@@ -102,10 +104,10 @@ def activation_bytes(
 ) -> int:
     """Upper bound of the memory of one encoding beside the weights; it grows by as much with each reference.
 
-    patches: of each reference that the vision tower encodes. tokens: that the decoder prefills after `cached_tokens`.
-    Counted: the peak of a vision block (QKV, their rotated float32 copies, both sides of the MLP) for one chunk of
-    images, or of a decoder layer with the KV caches of all layers, whichever is larger; the image tokens and the
-    embeddings; and ALLOCATOR_SLACK_BYTES.
+    patches: of each reference that the vision tower encodes. tokens: that the decoder prefills after
+    `cached_tokens`. Counted: the peak of a vision block (QKV, their rotated float32 copies, both sides of the
+    MLP) for one chunk of images, or of a decoder layer with the KV caches of all layers, whichever is larger;
+    the image tokens and the embeddings; and ALLOCATOR_SLACK_BYTES.
     """
     c = config
     chunk = min(sum(patches), max(VISION_CHUNK_PATCHES, *patches)) if patches else 0
@@ -125,8 +127,9 @@ def activation_bytes(
 def flops(config: EasyRefConfig, patches: Sequence[int], tokens: int, cached_tokens: int = 0) -> int:
     """Flops of one encoding; arguments as for activation_bytes.
 
-    Counted: every matrix product of the vision tower and the MLLM body, attention as it is computed (the full square
-    of the context in each layer, of a reference in each vision block). Not counted: norms, activations, RoPE.
+    Counted: every matrix product of the vision tower and the MLLM body, attention as it is computed (the full
+    square of the context in each layer, of a reference in each vision block). Not counted: norms,
+    activations, RoPE.
     """
     c = config
     vision_block = c.vision_width * (4 * c.vision_width + 2 * c.vision_mlp_width)

@@ -58,8 +58,8 @@ class ContextStates:
     def weighed(self, weights: Sequence[float]) -> ContextStates:
         """Return the same context with a weight for each reference.
 
-        In the attention of the reference tokens, exp(logit) of a reference's image tokens is multiplied by its weight:
-        0 removes the reference, 1 leaves it as it is, w counts it as w copies.
+        In the attention of the reference tokens, exp(logit) of a reference's image tokens is multiplied by
+        its weight: 0 removes the reference, 1 leaves it as it is, w counts it as w copies.
         Raises ValueError unless there is one weight for each reference, each from 0 to 4.
         """
         if len(weights) != len(self.spans):
@@ -69,8 +69,8 @@ class ContextStates:
         for i, weight in enumerate(weights):
             if not 0 <= weight <= MAX_REFERENCE_WEIGHT:  # False for NaN too
                 raise ValueError(
-                    f"The weight of reference {i + 1} is {weight:g}; wanted 0 (ignored) to {MAX_REFERENCE_WEIGHT} "
-                    "(1 leaves it as it is)."
+                    f"The weight of reference {i + 1} is {weight:g}; wanted 0 (ignored) to "
+                    f"{MAX_REFERENCE_WEIGHT} (1 leaves it as it is)."
                 )
         neutral = all(weight == 1 for weight in weights)
         return dataclasses.replace(self, weights=None if neutral else tuple(map(float, weights)))

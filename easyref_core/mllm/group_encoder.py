@@ -28,8 +28,9 @@ class GroupEncoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, operations, **factory) for _ in range(config.body_layers)
         )
-        # The MLLM's own final norm stays, although its last layer is cut off: the authors replaced it by an identity
-        # on the wrong object (multimodal_llm.norm instead of multimodal_llm.model.norm) and trained with it in place.
+        # The MLLM's own final norm stays, although its last layer is cut off: the authors replaced it by an
+        # identity on the wrong object (multimodal_llm.norm instead of multimodal_llm.model.norm) and trained
+        # with it in place.
         self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
 
     def forward(
@@ -43,8 +44,9 @@ class GroupEncoder(nn.Module):
     ) -> Tensor:
         """patches (sum, 1176), grid (K, 3), input_ids (B, S) -> context states (B, S, D) in `dtype`.
 
-        A batch of groups has all its images in `patches` and `grid`, group by group. Shorter groups are padded on the
-        left: rotary embedding depends only on differences of positions. padding_mask: (B, S), see qwen2_vl.
+        A batch of groups has all its images in `patches` and `grid`, group by group. Shorter groups are
+        padded on the left: rotary embedding depends only on differences of positions. padding_mask: (B, S),
+        see qwen2_vl.
         """
         features = self.visual(patches.to(dtype), grid)
         x = self.embed(input_ids, image_token, features, dtype)
@@ -62,7 +64,7 @@ class GroupEncoder(nn.Module):
         after_block: Callable[[], None] = lambda: None,
         padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """x (B, n, D) -> context states (B, n, D), continuing after the positions in `caches`, one for each layer.
+        """x (B, n, D) -> context states (B, n, D), continuing after `caches` (one per layer).
 
         after_block: called after each layer; may raise to stop.
         """

@@ -51,8 +51,8 @@ class CachedGroupEncoder:
     def run(self, plan: EncodePlan, progress: Callable[[float], None] = lambda done: None) -> Tensor:
         """Return the context states (1, S, D) of a plan's group.
 
-        progress: called with the completed fraction after each block of the vision tower and of the decoder; may
-        raise to stop. Raises torch.OutOfMemoryError if not even the smallest chunks fit.
+        progress: called with the completed fraction after each block of the vision tower and of the decoder;
+        may raise to stop. Raises torch.OutOfMemoryError if not even the smallest chunks fit.
         """
         vision_blocks = len(self.encoder.visual.blocks) * bool(plan.unencoded_images)
         steps = Progress(progress, vision_blocks + len(self.encoder.layers))
@@ -120,7 +120,8 @@ class CachedGroupEncoder:
             self.caches.features.put(image.digest, cached.clone(), cached.nbytes)
 
     def _chunk_tokens(self, plan: EncodePlan, start: int) -> int:
-        # Only the first chunk of a group is plain causal; later ones attend to the cache and need an explicit mask.
+        # Only the first chunk of a group is plain causal; later ones attend to the cache and need an explicit
+        # mask.
         length = plan.group.input_ids.shape[1]
         return self.memory.max_mask_entries // length if plan.cached_tokens + start else plan.new_tokens
 
@@ -199,8 +200,9 @@ def run_in_chunks(
 ) -> None:
     """Call step(start, end) for consecutive chunks of 0 .. total, and halve the chunks on out-of-memory.
 
-    chunk_size: maximum size of the chunk that begins at an index. on_oom: called before a retry, to undo the failed
-    step and free memory. Raises torch.OutOfMemoryError, with the hint, if a chunk of `min_chunk` does not fit.
+    chunk_size: maximum size of the chunk that begins at an index. on_oom: called before a retry, to undo the
+    failed step and free memory. Raises torch.OutOfMemoryError, with the hint, if a chunk of `min_chunk` does
+    not fit.
     """
     start, limit = 0, total
     while start < total:

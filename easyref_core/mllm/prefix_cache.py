@@ -1,9 +1,10 @@
 """Caches of pixels, vision features and decoder prefixes, and the plan of what a group still needs.
 
-The body is causal and the images come before the text, so the keys and values of a group's images do not depend on
-what follows them. They are cached with their context states, and a group that begins with the same images, in the same
-order and at the same size, continues at the first difference. The vision features of an image are cached for any group
-that it is in, and so are its resized pixels, because hashing an image is faster than resizing it.
+The body is causal and the images come before the text, so the keys and values of a group's images do not
+depend on what follows them. They are cached with their context states, and a group that begins with the same
+images, in the same order and at the same size, continues at the first difference. The vision features of an
+image are cached for any group that it is in, and so are its resized pixels, because hashing an image is
+faster than resizing it.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Prefix:
 
 @dataclasses.dataclass(frozen=True)
 class EncodePlan:
-    """Cached results that an encoding starts from, and the work that remains. References are indices from 0."""
+    """Cached results that an encoding starts from, and the work that remains. References count from 0."""
 
     group: PreparedGroup
     prefix: Prefix | None
@@ -139,7 +140,7 @@ class EncodeCaches:
     def prepare(
         self, images: Sequence[Image.Image | Tensor], config: EasyRefConfig, size: int
     ) -> tuple[PreparedImage, ...]:
-        """Resize the images of a group that passed check_group. Raises ValueError for values that are not finite."""
+        """Resize the images of a group that passed check_group. Raises ValueError for non-finite values."""
         return tuple(
             self._prepare(image, f"reference {i + 1}", config, size) for i, image in enumerate(images)
         )
@@ -161,7 +162,7 @@ class EncodeCaches:
         )
 
     def put_prefix(self, plan: EncodePlan, layers: Sequence[LayerKVCache], states: Tensor) -> None:
-        """Cache a group's prefix in place of the one that it extends; `layers` are emptied, `states` (1, S, D) copied.
+        """Cache a group's prefix in place of the one that it extends; empties `layers` and copies `states`.
 
         A prefix that is already cached, or larger than the cache, is left out.
         """
@@ -193,13 +194,14 @@ class EncodeCaches:
         return self.images.get((values, size))
 
     def _longest_prefix(self, group: PreparedGroup) -> tuple[Prefix | None, int]:
-        """Return the prefix that shares most positions with a group, and their number; at least one image is shared."""
+        """Return the prefix that shares most positions with a group, at least one image, and their number."""
         key = group.prefix_key
         common = {stored: _common_length(stored, key) for stored in self.prefixes}
         best = max(common, key=common.__getitem__, default=None)
         if best is None or common[best] < group.spans[0][1]:
             return None, 0
-        # at least one position is left for the decoder, because a plan without new tokens would be a special case
+        # at least one position is left for the decoder, because a plan without new tokens would be a special
+        # case
         return self.prefixes.get(best), min(common[best], len(key) - 1)
 
 

@@ -27,17 +27,19 @@ SIZE = 336  # pixels, the authors' cond_image_size: about (336 / 28)^2 = 144 ima
 MIN_SIDE_TOKENS, MAX_SIDE_TOKENS = 2, 128
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-# (256, 3), the normalised value of each byte. Rescaled to 0..1 in float64 first, as the authors' processor does.
+# (256, 3), the normalised value of each byte. Rescaled to 0..1 in float64 first, as the authors' processor
+# does.
 NORMALISED = ((np.arange(256) * (1 / 255)).astype(np.float32)[:, None] - CLIP_MEAN) / CLIP_STD
 
 
 def preprocess(
     images: Sequence[Image.Image | Tensor], config: EasyRefConfig, size: int = SIZE
 ) -> tuple[Tensor, Tensor]:
-    """Return the group's patches (sum of patches, 1176) in float32, and its grid (K, 3) of frames, rows, columns.
+    """Return the group's patches (sum of patches, 1176), float32, and its grid (K, 3): frames, rows, columns.
 
     images: PIL images of any mode, or (H, W, C) float tensors in 0..1; sizes may differ, alpha is dropped.
-    Raises ValueError or TypeError for an empty group, a size outside its bounds and anything that is not an image.
+    Raises ValueError or TypeError for an empty group, a size outside its bounds and anything that is not an
+    image.
     """
     check_group(images, config, size)
     pixels = [pixels_of(image, f"reference {i + 1}", config, size) for i, image in enumerate(images)]
@@ -65,7 +67,7 @@ def check_group(
 
 
 def pixels_of(image: Image.Image | Tensor, name: str, config: EasyRefConfig, size: int) -> np.ndarray:
-    """Resize one reference to bytes (H, W, 3), both sides multiples of an image token; errors call it `name`."""
+    """Resize one reference to bytes (H, W, 3), both sides in whole image tokens; errors call it `name`."""
     return np.asarray(resize(to_rgb(image, name), config, size))
 
 
@@ -82,7 +84,7 @@ def grid_of(sides: Sequence[tuple[int, int]], config: EasyRefConfig) -> Tensor:
 
 
 def resize(image: Image.Image, config: EasyRefConfig, size: int = SIZE) -> Image.Image:
-    """Both resizes of the authors' pipeline: to Qwen2-VL's own bounds, then to those of `size`. Each rounds to bytes."""
+    """Both resizes of the authors' pipeline, to Qwen2-VL's bounds and to those of `size`, each in bytes."""
     for height, width in resized_sides(image.height, image.width, config, size):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return image
@@ -96,7 +98,7 @@ def resized_sides(height: int, width: int, config: EasyRefConfig, size: int) -> 
 
 
 def pixel_limits(size: int, unit: int = 28) -> tuple[int, int]:
-    """Bounds of the area of a resized reference. At 336: 94,864 to 113,680 pixels, which is 121 to 145 image tokens."""
+    """Bounds of a resized reference's area. At 336: 94,864 to 113,680 pixels (121 to 145 image tokens)."""
     return (size // unit - 1) ** 2 * unit**2, ((size // unit) ** 2 + 1) * unit**2
 
 

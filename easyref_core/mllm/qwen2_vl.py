@@ -1,8 +1,8 @@
 """Vision tower and decoder layer of Qwen2-VL, built from an `operations` namespace.
 
-`operations` is torch.nn by default; a host passes its own Linear, LayerNorm, RMSNorm and Embedding, so that it can
-stream, cast and evict the weights. Padding masks are (B, S), True at tokens and False at padding, which is on the left.
-Qwen2-VL: arXiv 2409.12191; reference: transformers 4.45.2 modeling_qwen2_vl.py.
+`operations` is torch.nn by default; a host passes its own Linear, LayerNorm, RMSNorm and Embedding, so that
+it can stream, cast and evict the weights. Padding masks are (B, S), True at tokens and False at padding,
+which is on the left. Qwen2-VL: arXiv 2409.12191; reference: transformers 4.45.2 modeling_qwen2_vl.py.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def rope_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
 def text_rope(length: int, config: EasyRefConfig, device: torch.device, start: int = 0) -> Rope:
     """Plain RoPE for positions start .. start + length - 1.
 
-    The authors never pass position_ids, so image tokens too have the positions 0, 1, 2, ... on all three axes of
-    M-RoPE, which is then ordinary RoPE. Qwen2-VL's 2-D image positions change the result by 11 % (see test_quirks).
+    The authors never pass position_ids, so image tokens too have the positions 0, 1, 2, ... on all three axes
+    of M-RoPE, which is then ordinary RoPE. Qwen2-VL's 2-D image positions change the result by 11 % (see
+    test_quirks).
     """
     angles = rope_angles(
         torch.arange(start, start + length, device=device), config.head_dim, config.rope_theta
@@ -170,7 +171,8 @@ class VisionTower(nn.Module):
     def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
         super().__init__()
         self.config = config
-        # The reference implementation's Conv3d has stride = kernel: on flattened patches it is a matrix product.
+        # The reference implementation's Conv3d has stride = kernel: on flattened patches it is a matrix
+        # product.
         self.patch_embed = operations.Linear(config.patch_values, config.vision_width, bias=False, **factory)
         self.blocks = nn.ModuleList(
             VisionBlock(config, operations, **factory) for _ in range(config.vision_depth)
@@ -200,12 +202,13 @@ def attention_mask(
 ) -> Tensor | None:
     """Mask of the last `num_queries` of `length` positions: True where a query attends to a key.
 
-    attn_bias: (rows, length), added to the logits of the last `rows` positions; the mask is then additive, in its dtype.
-    Returns None where is_causal alone is enough.
+    attn_bias: (rows, length), added to the logits of the last `rows` positions; the mask is then additive, in
+    its dtype. Returns None where is_causal alone is enough.
     """
     if padding_mask is None and attn_bias is None and (num_queries == length or not causal):
         return None
-    # is_causal cannot be used, because it aligns queries with the first keys; these queries are the last positions.
+    # is_causal cannot be used, because it aligns queries with the first keys; these queries are the last
+    # positions.
     mask = torch.ones(num_queries, length, dtype=torch.bool, device=device)
     mask = mask.tril(length - num_queries) if causal else mask
     if padding_mask is not None:
@@ -219,7 +222,7 @@ def attention_mask(
 
 
 class LayerKVCache:
-    """KV cache of one decoder layer: keys with RoPE applied and values, (B, kv_heads, length, head_dim) each."""
+    """KV cache of one decoder layer: keys after RoPE and values, (B, kv_heads, length, head_dim) each."""
 
     def __init__(self, key_value: LayerKV | None = None) -> None:
         self.key_value = key_value
@@ -263,7 +266,7 @@ class SelfAttention(nn.Module):
         attn_bias: Tensor | None = None,
         cache: LayerKVCache | None = None,
     ) -> Tensor:
-        """x (B, S, D) -> attention output (B, num_queries, D) of the last `num_queries` positions; None: of all.
+        """x (B, S, D) -> attention output (B, num_queries, D) of the last positions (None: of all).
 
         rope: of x's positions. padding_mask: (B, S). attn_bias: (rows, S), see attention_mask.
         cache: keys and values of the positions before x; those of x are appended to it.
@@ -280,7 +283,8 @@ class SelfAttention(nn.Module):
         mask = attention_mask(num_queries, k.shape[2], causal, padding_mask, x.device, attn_bias=attn_bias)
         if padding_mask is not None:
             mask = mask.repeat_interleave(self.kv_heads, dim=0)
-        # Each KV head with its group of query heads is one row of a batch, so that keys and values are not repeated.
+        # Each KV head with its group of query heads is one row of a batch, so that keys and values are not
+        # repeated.
         q = rearrange(q, "b n (h g) d -> (b h) g n d", h=self.kv_heads)
         k, v = (t.flatten(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
@@ -326,7 +330,7 @@ class DecoderLayer(nn.Module):
         attn_bias: Tensor | None = None,
         cache: LayerKVCache | None = None,
     ) -> Tensor:
-        """x (B, S, D) -> output (B, num_queries, D) at the last `num_queries` positions; arguments as SelfAttention's."""
+        """x (B, S, D) -> output (B, num_queries, D) at the last positions; arguments as for SelfAttention."""
         attended = self.self_attn(
             self.input_layernorm(x),
             rope,

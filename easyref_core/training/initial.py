@@ -62,7 +62,7 @@ def from_base(
     tensors |= _projector(hidden, unet.config.cross_attention_dim, seed)
     tensors |= _text_kv(unet, sites)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    config = EasyRefConfig.read(shapes, settings, {"causal": causal})
+    config = EasyRefConfig.from_checkpoint(shapes, settings, {"causal": causal})
     config = dataclasses.replace(config, lora_rank=lora_rank)
     tensors |= fresh_lora(config, sites, inner, generator)
     return Weights(config, sites, inner, tensors, body_is_base=True)

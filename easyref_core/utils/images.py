@@ -1,4 +1,4 @@
-"""One reference image: checks, conversion to RGB, thumbnails, square crops, and the black and noise images."""
+"""One reference image: checks, conversion to RGB, thumbnails, square crops, black and noise images."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def check_image(image: Image.Image | Tensor, name: str = "reference") -> tuple[i
         )
     if image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
         raise ValueError(
-            f"{name} has shape {tuple(image.shape)}; wanted (height, width, channels) with 1, 3 or 4 channels. "
-            "Pass the images of a batch one by one."
+            f"{name} has shape {tuple(image.shape)}; wanted (height, width, channels) with 1, 3 or 4 "
+            "channels. Pass the images of a batch one by one."
         )
     if image.is_meta or image.layout is not torch.strided:
         raise ValueError(
@@ -55,7 +55,8 @@ def check_sides(width: int, height: int, name: str) -> None:
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(
-            f"{name} is {width}x{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other. Crop it."
+            f"{name} is {width}x{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other. "
+            "Crop it."
         )
 
 
@@ -73,8 +74,8 @@ def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
             return image.convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(
-                f"{name}, of PIL's mode {image.mode}, cannot be read as RGB ({error}). Its file is damaged, or "
-                "convert it first: wanted any mode that PIL converts to RGB."
+                f"{name}, of PIL's mode {image.mode}, cannot be read as RGB ({error}). Its file is "
+                "damaged, or convert it first: wanted any mode that PIL converts to RGB."
             ) from error
     pixels = image.detach().to("cpu", torch.float32)
     if not torch.isfinite(pixels).all():
@@ -108,16 +109,17 @@ def middle_square(height: int, width: int) -> Box:
 def square_around(mask: Tensor, height: int, width: int, padding: float, name: str = "The mask") -> Box:
     """The square around the marked part (above 0.5) of a mask (h, w), in an image of height x width pixels.
 
-    The mask may have another size than the image. The side of the square is `padding` times the longer side of the
-    marked part's bounding box, at most the image's shorter side; a square that reaches over an edge is moved inside.
+    The mask may have another size than the image. The side of the square is `padding` times the longer side
+    of the marked part's bounding box, at most the image's shorter side; a square that reaches over an edge is
+    moved inside.
     Raises ValueError for a mask that marks nothing; the error calls it `name`.
     """
     marked = mask > 0.5
     rows, columns = (marked.any(dim=axis).nonzero().flatten() for axis in (1, 0))
     if not len(rows):
         raise ValueError(
-            f"{name} marks nothing (no value above 0.5), so there is nothing to crop around. Paint it in the mask "
-            "editor, or choose another crop."
+            f"{name} marks nothing (no value above 0.5), so there is nothing to crop around. Paint it in the "
+            "mask editor, or choose another crop."
         )
     down, across = height / mask.shape[0], width / mask.shape[1]
     top, bottom = int(rows[0]) * down, (int(rows[-1]) + 1) * down
@@ -136,9 +138,10 @@ def black_image() -> Image.Image:
 
 
 def noise_image(seed: int, strength: float) -> Image.Image:
-    """Uniform noise from 0 to strength * 255 in every channel, of the black image's size; strength 0 is black.
+    """Uniform noise from 0 to strength * 255 in every channel, of the black image's size.
 
-    seed: 0 to 2**64 - 1; it gives the same image on every machine. Raises ValueError for a strength outside 0 to 1.
+    seed: 0 to 2**64 - 1; it gives the same image on every machine. Raises ValueError for a strength outside 0
+    to 1.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"The strength of the noise is {strength:g}; wanted 0 (black) to 1.")

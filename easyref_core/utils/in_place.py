@@ -1,7 +1,7 @@
 """Sums and products that overwrite their second operand, because allocating large results is slow on a CPU.
 
-A new tensor is returned instead where autograd needs the operands or the result has another dtype. The numbers are the
-same either way. The second operand must not be used afterwards.
+A new tensor is returned instead where autograd needs the operands or the result has another dtype. The
+numbers are the same either way. The second operand must not be used afterwards.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class ByteLRUCache(Generic[Value]):
         return [value for value, _ in self._values.values()]
 
     def get(self, key: Hashable) -> Value:
-        """Return the value of a key, which becomes the most recently used. Raises KeyError for an absent key."""
+        """Return a value, which becomes the most recently used. Raises KeyError for an absent key."""
         self._values[key] = self._values.pop(key)
         return self._values[key][0]
 

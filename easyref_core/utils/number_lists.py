@@ -1,14 +1,14 @@
-"""Parser of the lists that people type: numbers, pairs, and references of a group.
+"""Parsers of lists in text inputs: numbers, pairs, and references of a group.
 
     numbers      1, 0.5, 0
     pairs        0.2:1, 0.8:0     spaces around the colon are allowed
     references   3, 1-2           whole numbers from 1, ranges, and "all"
 
 Commas, semicolons, spaces, tabs and line breaks separate entries; several in a row count as one. Full-width
-digits and signs (０ ． ， ； ： 、 －) are read as their ASCII forms.
+digits and signs (０ ． ， ； ： 、 －) count as their ASCII forms.
 
-A decimal has a point. `0,5` may be one half with a decimal comma, or 0 and 5, so it is an error. In general, a
-comma directly before a digit is an error, unless it can only be a separator:
+A decimal has a point. `0,5` may be one half with a decimal comma, or 0 and 5, so it is an error. In general,
+a comma directly before a digit is an error, unless it can only be a separator:
 
     1, 0.5, 0     a space follows the comma
     1,0.5,0       a number joined to it by commas has a decimal point
@@ -29,7 +29,7 @@ _FULL_WIDTH = {
     ord(wide): plain
     for wide, plain in zip("０１２３４５６７８９．；：＋－−", "0123456789.;:+--", strict=True)
 }
-# A full-width comma gets a space, so that it is not taken for a decimal comma.
+# A full-width comma becomes a comma with a space, because it is not a decimal comma.
 _TO_ASCII = _FULL_WIDTH | {ord("，"): ", ", ord("、"): ", ", ord("–"): "-"}
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _SEPARATORS = re.compile(r"[\s,;]+")
@@ -41,9 +41,9 @@ ALL = "all"
 def parse_numbers(
     text: str, name: str, low: float = -math.inf, high: float = math.inf, example: str = "1, 0.5, 0"
 ) -> list[float]:
-    """Numbers of a list, finite and from `low` to `high`; [] for an empty text.
+    """Parse a list of finite numbers from `low` to `high`; [] for an empty text.
 
-    name: the input, for the errors. example: a valid list, for the errors.
+    name, example: the input and a valid list, for the errors.
     Raises ValueError for anything else, and for a comma that may be a decimal comma.
     """
     entries = split_entries(text, name)
@@ -54,7 +54,7 @@ def parse_numbers(
 def parse_number(
     entry: str, name: str, low: float = -math.inf, high: float = math.inf, *, example: str
 ) -> float:
-    """One number of a list. Raises ValueError unless it is finite and from `low` to `high`."""
+    """Parse one number of a list. Raises ValueError unless it is finite and from `low` to `high`."""
     number = float(entry) if _NUMBER.fullmatch(entry) else math.nan
     if math.isfinite(number) and low <= number <= high:
         return number
@@ -63,11 +63,13 @@ def parse_number(
 
 
 def parse_references(text: str, name: str, count: int, most: int) -> list[int]:
-    """Numbers of references in the order written, from 1 to `count`: "3, 1-2, all". [] for an empty text.
+    """Parse references of a group of `count`, such as "3, 1-2, all", in the order written; [] for an empty
+    text.
 
-    A range may fall: 3-1 is 3, 2, 1. Raises ValueError for anything else, and for more than `most` numbers.
+    A range may fall: 3-1 is 3, 2, 1. Raises ValueError for anything else, and for more than `most`
+    references.
     """
-    ranges = [_reference_range(entry, name, count) for entry in split_entries(text, name, whole=True)]
+    ranges = [_reference_range(entry, name, count) for entry in split_entries(text, name, integers=True)]
     total = sum(map(len, ranges))
     if total > most:
         raise ValueError(f"{name} names {total:,} references; wanted at most {most:,}. Shorten the list.")
@@ -75,10 +77,10 @@ def parse_references(text: str, name: str, count: int, most: int) -> list[int]:
 
 
 def parse_reference_weights(text: str, name: str, count: int) -> list[float]:
-    """Weights of a group's references: a number for each, or pairs "2:0.5, 4-6:0" with 1 for all others.
+    """Parse weights of a group's references: one number each, or pairs "2:0.5, 4-6:0" and 1 for all others.
 
-    An empty text gives 1 for each of the `count` references. Raises ValueError for anything else. The number of
-    weights and their bounds are left to ContextStates.weighed.
+    An empty text gives 1 for each of the `count` references. Raises ValueError for anything else, but not for
+    a wrong number of weights or weights out of bounds: ContextStates.weighed checks those.
     """
     entries = split_entries(text, name)
     example = 'one number for each reference, as in "1, 0.5, 1", or reference:weight pairs, as in "2:0.5"'
@@ -88,8 +90,8 @@ def parse_reference_weights(text: str, name: str, count: int) -> list[float]:
         return [parse_number(entry, name, example=example) for entry in entries]
     weights: dict[int, float] = {}
     for entry in entries:
-        references, _, written = entry.partition(":")
-        weight = parse_number(written, name, example=example)
+        references, _, number = entry.partition(":")
+        weight = parse_number(number, name, example=example)
         for reference in _reference_range(references, name, count):
             if reference in weights:
                 raise ValueError(f"{name} names reference {reference} twice. Name each reference once.")
@@ -97,58 +99,60 @@ def parse_reference_weights(text: str, name: str, count: int) -> list[float]:
     return [weights.get(reference, 1.0) for reference in range(1, count + 1)]
 
 
-def split_entries(text: str, name: str, *, whole: bool = False) -> list[str]:
-    """Entries of a list in ASCII, a pair as "a:b" without spaces.
+def split_entries(text: str, name: str, *, integers: bool = False) -> list[str]:
+    """Split a list into entries in ASCII, a pair as "a:b" without spaces.
 
-    whole: the list holds whole numbers, so that no comma is a decimal comma; ranges "1 - 3" lose their spaces.
-    Raises ValueError for a comma that may be a decimal comma.
+    integers: the list holds integers, so that no comma is a decimal comma, and ranges "1 - 3" lose their
+    spaces. Raises ValueError for a comma that may be a decimal comma.
     """
-    text = _joined(text.translate(_TO_ASCII), ":")
-    if whole:
-        text = _joined(text.replace("~", "-").replace("～", "-"), "-")
+    text = _strip_around(":", text.translate(_TO_ASCII))
+    if integers:
+        text = _strip_around("-", text.replace("~", "-").replace("～", "-"))
     entries = [entry for entry in _SEPARATORS.split(text) if entry]
     pairs = sum(":" in entry for entry in entries)
-    if not whole and pairs < len(entries):
+    if not integers and pairs < len(entries):
         for run in _RUN_ENDS.split(text):
             _refuse_decimal_comma(run, name, mixed=pairs > 0)
     return entries
 
 
 def require_alike(entries: list[str], name: str, kind: str, example: str) -> bool:
-    """Whether the entries are pairs. Raises ValueError for a list of both numbers and pairs."""
+    """Return True if the entries are pairs. Raises ValueError for a list of both numbers and pairs."""
     paired = {":" in entry for entry in entries}
     if len(paired) > 1:
         raise ValueError(
-            f"{name} {shorten(repr(', '.join(entries)))} mixes numbers and {kind} pairs. Write either {example}."
+            f"{name} {shorten(repr(', '.join(entries)))} mixes numbers and {kind} pairs. Write either "
+            f"{example}."
         )
     return paired == {True}
 
 
-def _joined(text: str, sign: str) -> str:
+def _strip_around(sign: str, text: str) -> str:
+    """Remove the spaces around a sign."""
     return sign.join(part.strip() for part in text.split(sign)) if sign in text else text
 
 
 def _refuse_decimal_comma(run: str, name: str, mixed: bool) -> None:
-    """Raises ValueError where a comma of a run, which holds no space, may be a decimal comma.
+    """Raise ValueError if a comma of a run, which holds no space, may be a decimal comma.
 
-    mixed: some entries of the list are pairs and others are not, which a decimal comma explains even where the
-    run has a decimal point.
+    mixed: only some entries of the list are pairs, which a decimal comma may explain even if the run has a
+    decimal point.
     """
     comma = _DECIMAL_COMMA.search(run)
     if comma is None or (not mixed and re.search(r"[.eE]", run)):
         return
-    whole, fraction = comma.groups()
-    decimal = f"{whole if whole.strip('+-') else whole + '0'}.{fraction}"
+    integer, fraction = comma.groups()
+    decimal = f"{integer if integer.strip('+-') else integer + '0'}.{fraction}"
     listed = "; ".join(filter(None, run.split(",")))
     raise ValueError(
-        f"{name} has {shorten(repr(run.strip(',')))}, where a comma may be a decimal comma. Write decimals with a "
-        f"point, as in {shorten(decimal)}, and separate numbers by semicolons or by commas with a space, as in "
-        f"{shorten(listed)}."
+        f"{name} has {shorten(repr(run.strip(',')))}, where a comma may be a decimal comma. Write decimals "
+        f"with a point, as in {shorten(decimal)}, and separate numbers by semicolons or by commas with a "
+        f"space, as in {shorten(listed)}."
     )
 
 
 def _reference_range(entry: str, name: str, count: int) -> range:
-    """References that an entry names: "2", "1-3", "3-1" or "all"."""
+    """Parse an entry of a list of references: "2", "1-3", "3-1" or "all"."""
     if entry.lower() == ALL:
         return range(1, count + 1)
     first, dash, last = entry.partition("-")
@@ -162,6 +166,6 @@ def _reference(text: str, entry: str, name: str, count: int) -> int:
     if 1 <= number <= count and number == int(number):
         return int(number)
     raise ValueError(
-        f"{name} has {shorten(repr(entry))}, and there is no such reference in a group of {count}. Write whole "
-        f"numbers from 1 to {count}, ranges such as 1-{count}, or {ALL}."
+        f"{name} has {shorten(repr(entry))}, and there is no such reference in a group of {count}. Write "
+        f"whole numbers from 1 to {count}, ranges such as 1-{count}, or {ALL}."
     )

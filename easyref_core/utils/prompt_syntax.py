@@ -1,14 +1,14 @@
-"""Plain text of a prompt that holds the syntax of SDXL's text encoders in ComfyUI.
+"""Plain text of a prompt written in the syntax of SDXL's text encoders in ComfyUI.
 
-    (smile:1.3)  (x)  ((x))       weights: the text inside, as ComfyUI's parser reads it
+    (smile:1.3)  (x)  ((x))       weights: the text inside, as ComfyUI parses it
     \\(  \\)                        literal brackets
     embedding:name                dropped
-    <lora:name:0.8>  BREAK        dropped; other interfaces read them, ComfyUI's encoders do not
-    /* comment */  // comment     dropped, as the frontend does in the text box of CLIP Text Encode
-    {x}  \\{  \\}  \\|              x and literal characters, likewise
-    {a|b}                         an error: the frontend draws a or b for each text box by itself
+    <lora:name:0.8>  BREAK        dropped; syntax of other interfaces, not of ComfyUI's encoders
+    /* comment */  // comment     dropped, as in the frontend's text box of CLIP Text Encode
+    {x}  \\{  \\}  \\|              x and literal characters, as in that text box
+    {a|b}                         an error: the frontend chooses a or b for each text box separately
 
-[x], and x:1.3 outside brackets, have no meaning in ComfyUI and stay. A prompt without syntax comes back unchanged.
+[x], and x:1.3 outside brackets, have no meaning in ComfyUI and stay. A prompt without syntax is unchanged.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from itertools import groupby, pairwise
 
 from .errors import shorten
 
-MAX_NESTING = 100  # brackets inside brackets; deeper ones stay, because each level reads the text again
+MAX_NESTING = 100  # brackets inside brackets; deeper ones stay, because each level scans the text again
 
-# Tokens of a prompt: text, a bracket that weighs, or something that is dropped.
+# Kinds of tokens: text, a bracket of a weight, or dropped syntax.
 TEXT, OPEN, CLOSE, DROPPED = "text", "(", ")", "dropped"
 Token = tuple[str, str]  # kind and text
 
@@ -33,9 +33,9 @@ _EMBEDDING = re.compile(r"(?<!\S)embedding:\s*([^\s<\[]*)")
 
 
 def plain_text(prompt: str) -> str:
-    """The prompt without weights, embeddings, LoRAs, comments and escapes.
+    """Remove weights, embeddings, LoRAs, comments and escapes from a prompt.
 
-    Raises ValueError for a choice {a|b} that was not made.
+    Raises ValueError for an unresolved choice {a|b}.
     """
     tokens = _tokens(_without_braces(_without_comments(prompt)))
     return _joined(part for segment in _segments(tokens) for part in _without_embeddings(segment))
@@ -47,7 +47,7 @@ def _without_comments(text: str) -> str:
         end = found.end()
         if found.group() == "/*":
             close = text.find("*/", end)
-            if close < 0:  # neither this comment nor a later one ends, so they are text
+            if close < 0:  # unterminated, and so is every later one: they are text
                 return "".join(parts) + text[start:end] + _LINE_COMMENT.sub("", text[end:])
             end = close + 2
         parts.append(text[start : found.start()])
@@ -56,16 +56,17 @@ def _without_comments(text: str) -> str:
 
 
 def _without_braces(text: str) -> str:
-    """The text with braces and their escapes removed. Raises ValueError for a choice."""
+    """Remove braces and their escapes. Raises ValueError for a choice."""
     parts, level, opened, end = [], 0, 0, 0
     for found in _BRACE.finditer(text):
         sign = found.group()
         if sign == "|" and level:
             block = text[opened:]
+            choice = shorten(repr(block[: block.find("}") + 1] or block))
             raise ValueError(
-                f"prompt has a choice that was not made: {shorten(repr(block[: block.find('}') + 1] or block))}. "
-                "ComfyUI makes such choices in the text box of CLIP Text Encode alone, so SDXL and the MLLM could "
-                "read different prompts. Write one of the alternatives, in one text node that is linked to both."
+                f"prompt has an unresolved choice: {choice}. ComfyUI resolves choices only in the text box "
+                "of CLIP Text Encode, so SDXL and the MLLM could receive different prompts. Write one of the "
+                "alternatives, in one text node that is linked to both."
             )
         if sign == "{" or (sign == "}" and level):
             parts.append(text[end : found.start()])
@@ -89,7 +90,7 @@ def _tokens(text: str) -> list[Token]:
 
 
 def _segments(tokens: list[Token]) -> Iterator[list[Token]]:
-    """Runs of one weight, in order; the brackets that are left in them are text."""
+    """Yield runs of one weight, in order; the brackets that remain in them are text."""
     stack = [(tokens, 0, True)]
     while stack:
         tokens, level, grouped = stack.pop()
@@ -102,9 +103,9 @@ def _segments(tokens: list[Token]) -> Iterator[list[Token]]:
 
 
 def _pieces(tokens: list[Token]) -> list[list[Token]]:
-    """The tokens, cut before a bracket that opens at level 0 and after one that closes to level 0.
+    """Split tokens before a bracket that opens at level 0 and after one that closes to level 0.
 
-    The level may fall below 0; ComfyUI counts the same way, so unbalanced brackets are read alike.
+    The level may fall below 0, as in ComfyUI, so that unbalanced brackets are parsed the same way.
     """
     cuts, level = [0], 0
     for i, (kind, _) in enumerate(tokens):
@@ -118,7 +119,7 @@ def _pieces(tokens: list[Token]) -> list[list[Token]]:
 
 
 def _without_weight(tokens: list[Token]) -> list[Token]:
-    """The inside of brackets without its ":1.3"."""
+    """Remove ":1.3" from the tokens inside brackets."""
     kind, text = tokens[-1] if tokens else (DROPPED, "")
     inside, colon, weight = text.rpartition(":")
     if kind != TEXT or not colon or (not inside and len(tokens) == 1):
@@ -131,7 +132,7 @@ def _without_weight(tokens: list[Token]) -> list[Token]:
 
 
 def _without_embeddings(segment: Sequence[Token]) -> Iterator[str | None]:
-    """Texts of a segment, with None where something was dropped."""
+    """Yield the texts of a segment, with None for dropped syntax."""
     for dropped, run in groupby(segment, key=lambda token: token[0] == DROPPED):
         text, end = "".join(part for _, part in run), 0
         for found in _EMBEDDING.finditer(text):
@@ -142,7 +143,7 @@ def _without_embeddings(segment: Sequence[Token]) -> Iterator[str | None]:
 
 
 def _joined(parts: Iterator[str | None]) -> str:
-    """The parts as one text, without a second comma or space where something was dropped."""
+    """Join parts into one text, without a second comma or space at dropped syntax."""
     text, dropped = "", False
     for part in parts:
         if part is None:

@@ -355,7 +355,7 @@ def test_an_index_whose_files_are_not_all_there(sharded: Path) -> None:
         ({"rope_theta": float("nan")}, "rope_theta is nan; wanted a positive number"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1; wanted a positive number"),
         ({"max_position_embeddings": 10**30}, "max_positions is 1000000000000000000000000000000; wanted"),
-        ({"max_position_embeddings": 1}, "a context of 1 tokens"),
+        ({"max_position_embeddings": 1}, "the context (1) is not longer"),
         ({"vision_config": [1]}, "vision_config is [1]; wanted a JSON object"),
     ],
 )
@@ -428,7 +428,7 @@ def test_a_folder_of_another_patch_size(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "mllm", vision_config=vision | {"spatial_patch_size": 16})
     assert_says(
         error_of(lambda: open_checkpoint(golden.CHECKPOINT, folder)),
-        "patches of 1536 values, the checkpoint's vision tower reads 1176",
+        "patches of 1536 values, but the checkpoint's vision tower takes 1176",
         "Choose the MLLM folder",
     )
 
@@ -620,7 +620,7 @@ def test_a_tokenizer_of_a_larger_vocabulary(tmp_path: Path) -> None:
     tensors["multimodal_llm.model.embed_tokens.weight"] = torch.zeros(400, 64)
     path = write(tmp_path / "small.safetensors", tensors)
     text = error_of(lambda: er.load(path, folder_with(tmp_path / "mllm", vocab_size=400)))
-    assert_says(text, "its <|image_pad|> is token 408, the MLLM knows 400", "Choose the MLLM folder")
+    assert_says(text, "its <|image_pad|> is token 408, the MLLM has 400 tokens", "Choose the MLLM folder")
 
 
 @pytest.mark.parametrize("metadata", ["v1", "[1]", '{"causal": "no"}'])

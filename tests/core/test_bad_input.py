@@ -81,7 +81,7 @@ def test_values_beyond_0_and_1_are_clipped() -> None:
     assert to_rgb(beyond).getpixel((0, 0)) == (0, 128, 255)
 
 
-PATCH = "smaller than one patch of the vision tower (14x14). Use a picture"
+PATCH = "smaller than one patch of the vision tower (14x14). Use a larger image"
 FORM = "wanted (height, width, channels) with 1, 3 or 4 channels. Pass the images of a batch one by one"
 NO_PICTURE: dict[str, tuple[Image.Image | torch.Tensor, str, str]] = {
     "1x1": (Image.new("RGB", (1, 1)), "is 1x1 pixels", PATCH),

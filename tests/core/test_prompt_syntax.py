@@ -92,7 +92,7 @@ def test_syntax_is_removed(prompt: str, text: str) -> None:
 def test_a_choice_is_refused(prompt: str, choice: str) -> None:
     with pytest.raises(ValueError, match="different prompts") as error:
         plain_text(prompt)
-    assert str(error.value).startswith(f"prompt has a choice that was not made: '{choice}'.")
+    assert str(error.value).startswith(f"prompt has an unresolved choice: '{choice}'.")
 
 
 @pytest.mark.parametrize(
