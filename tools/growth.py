@@ -1,18 +1,19 @@
-"""Whether a series of measurements grows: of memory, open files or threads, taken at regular points of a long run."""
+"""Growth of a series of measurements: of memory, open files or threads, at regular points of a long run."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from statistics import median
+from typing import NamedTuple
+
+from scipy.stats import theilslopes
 
 
-@dataclasses.dataclass(frozen=True)
-class Growth:
-    """How a series changed from its first point to its last, in its own unit, told in two ways.
+class Growth(NamedTuple):
+    """Change of a series from its first point to its last, in its own unit, by two estimates.
 
-    trend: the median slope between any two points (Theil-Sen), times the length of the series; quarters: the median of
-    its last quarter less that of its first. Neither is moved by single high or low points.
+    trend: Theil-Sen slope times the length. quarters: the median of the last quarter less that of the first.
+    Single high or low points move neither.
     """
 
     trend: float
@@ -20,14 +21,13 @@ class Growth:
 
     @property
     def worst(self) -> float:
-        return max(self.trend, self.quarters)
+        return max(self)
 
 
 def growth(values: Sequence[float]) -> Growth:
-    """The growth of a series of at least 4 points at equal distances."""
+    """The growth of a series of at least 4 points at equal distances. Raises ValueError for fewer."""
     if len(values) < 4:
         raise ValueError(f"There are {len(values)} measurements; growth wants 4 or more. Run for longer.")
-    count = len(values)
-    slopes = [(values[j] - values[i]) / (j - i) for i in range(count) for j in range(i + 1, count)]
-    quarter = max(count // 4, 1)
-    return Growth(median(slopes) * (count - 1), median(values[-quarter:]) - median(values[:quarter]))
+    quarter = len(values) // 4
+    trend = float(theilslopes(values).slope) * (len(values) - 1)
+    return Growth(trend, median(values[-quarter:]) - median(values[:quarter]))

@@ -1,4 +1,4 @@
-"""Lists as people type them: what each text means, and that no text is read in a way that its writer did not mean."""
+"""Lists of numbers and references: the meaning of each text, and no text with another meaning than intended."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_numbers(text: str, numbers: list[float]) -> None:
         ("1,000", "1.000", "1; 000"),
     ],
 )
-def test_a_comma_that_may_be_a_decimal_comma_is_refused(text: str, decimal: str, listed: str) -> None:
+def test_possible_decimal_comma_is_refused(text: str, decimal: str, listed: str) -> None:
     with pytest.raises(ValueError, match=r"^weights has .* may be a decimal comma") as error:
         parse_numbers(text, "weights")
     assert f"as in {decimal}, and separate" in str(error.value)
@@ -76,7 +76,7 @@ def test_a_comma_that_may_be_a_decimal_comma_is_refused(text: str, decimal: str,
 @pytest.mark.parametrize(
     "text", ["x", "0.5x", "1.2.3", "1_0", "nan", "inf", "1e999", "50%", "1/2", "10x", "2:1", "--1", "²"]
 )
-def test_what_is_no_number_is_refused(text: str) -> None:
+def test_not_a_number_is_refused(text: str) -> None:
     with pytest.raises(
         ValueError, match=r"^weights has '.*' where a number is wanted\. Write numbers, as in \"1, 0.5, 0\""
     ):
@@ -116,27 +116,8 @@ def test_references(text: str, chosen: list[int]) -> None:
     assert parse_references(text, "references", 5, most=1000) == chosen
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "0",
-        "6",
-        "1.5",
-        "nan",
-        "inf",
-        "-1",
-        "1-",
-        "1-6",
-        "1-2-3",
-        "0-2",
-        "x",
-        "1:2",
-        "1e9",
-        "9" * 5000,
-        "1-1e9",
-    ],
-)
-def test_references_that_are_not_there(text: str) -> None:
+@pytest.mark.parametrize("text", [*"0 6 1.5 nan inf -1 1- 1-6 1-2-3 0-2 x 1:2 1e9 1-1e9".split(), "9" * 5000])
+def test_references_out_of_range(text: str) -> None:
     with pytest.raises(
         ValueError, match="references has '.*no such reference in a group of 5.*ranges such as 1-5, or all"
     ):
@@ -178,7 +159,7 @@ def test_weights_of_references(text: str, weights: list[float]) -> None:
         ("1:", "'' where a number is wanted"),
     ],
 )
-def test_weights_of_references_that_cannot_be_read(text: str, message: str) -> None:
+def test_invalid_weights_of_references(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_reference_weights(text, "weights", 4)
 
@@ -186,7 +167,7 @@ def test_weights_of_references_that_cannot_be_read(text: str, message: str) -> N
 # Pairs
 
 
-def test_pairs_are_read_alike_everywhere() -> None:
+def test_pairs_are_parsed_alike_everywhere() -> None:
     layers = (0, 0, 0, 1, 0, 0, 0.5, 0, 0, 0, 0)
     for text in ("3:1, 6:0.5", "3:1,6:0.5", "3:1;6:0.5", "3:1 6:0.5", "3 : 1\n6 : 0.5", "３：１，６：０．５"):
         assert parse_layer_weights(text) == layers
@@ -211,14 +192,7 @@ def test_decimal_commas_in_layer_weights(text: str) -> None:
         parse_layer_weights(text)
 
 
-def read(text: str) -> list[float] | None:
-    try:
-        return parse_numbers(text, "weights")
-    except ValueError:
-        return None
-
-
-def test_no_decimal_comma_is_read_as_a_separator() -> None:
+def test_decimal_comma_is_never_a_separator() -> None:
     """Every list of up to three numbers written with decimal commas and any separator: right, or an error."""
     values = ("0", "1", "0,5", "1,25", "-0,5", ",5")
     for count in (1, 2, 3):
@@ -229,21 +203,11 @@ def test_no_decimal_comma_is_read_as_a_separator() -> None:
             if separator == "," and not any("," in value for value in written):
                 continue  # 0,1 is refused as well
             meant = [float(value.replace(",", ".")) for value in written]
-            assert read(text) in (None, meant), text
+            with contextlib.suppress(ValueError):
+                assert parse_numbers(text, "weights") == meant, text
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        " " * 300_000,
-        "1" * 300_000,
-        "1" * 300_000 + "x",
-        ":" * 300_000,
-        "," * 300_000,
-        "1," * 150_000,
-        "-" * 300_000,
-    ],
-)
+@pytest.mark.parametrize("text", [*(sign * 300_000 for sign in " 1:,-"), "1" * 300_000 + "x", "1," * 150_000])
 def test_long_texts_take_no_time(text: str) -> None:
     start = time.monotonic()
     for parse in (

@@ -1,4 +1,4 @@
-"""The text that the MLLM reads of a prompt that is written for SDXL's text encoders."""
+"""Plain text of prompts in the syntax of SDXL's text encoders."""
 
 from __future__ import annotations
 
@@ -10,16 +10,7 @@ from devkit.golden import SETTINGS
 from easyref_core.utils.prompt_syntax import plain_text
 
 PLAIN = [
-    "",
-    " ",
-    "a cat, on grass \n",
-    "a [blue] cat",
-    "text:1.3",
-    "a } b",
-    "a | b",
-    "a\\b",
-    "a) b",
-    "a (b",
+    *("", " ", "a cat, on grass \n", "a [blue] cat", "text:1.3", "a } b", "a | b", "a\\b", "a) b", "a (b"),
     "ratio 3:4, 50% <b>, a<b, 猫：黑",
     "no embedding, preembedding:x, BREAKFAST, TIE-BREAK, break",
     SETTINGS["prompt"],
@@ -97,25 +88,7 @@ def test_a_choice_is_refused(prompt: str, choice: str) -> None:
 
 @pytest.mark.parametrize(
     "unit",
-    [
-        "(",
-        ")",
-        "()",
-        "\\(",
-        "{",
-        "}",
-        "/*",
-        "/* ",
-        "//",
-        "<lora:",
-        "<lora:x>",
-        "BREAK ",
-        "embedding:",
-        "embedding:x, ",
-        ":",
-        ",",
-        " ",
-    ],
+    [*r"( ) () \( { } /* // <lora: <lora:x> embedding: : ,".split(), "/* ", "BREAK ", "embedding:x, ", " "],
 )
 def test_long_prompts_take_no_time(unit: str) -> None:
     start = time.monotonic()

@@ -1,16 +1,17 @@
-"""Oddities of the authors' code that the released weights were trained with, each pinned against being "fixed".
+"""Quirks of the authors' code that the released weights were trained with, each pinned against being "fixed".
 
-Each test holds our result within 1e-5 of the authors' and shows the "fixed" variant far from it, so the golden data
-sees the difference and nobody can fix the quirk unnoticed.
+Each test holds our result within 1e-5 of the authors' and the "fixed" variant far from it, so that a fix fails a test.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import easyref_core as er
@@ -20,48 +21,50 @@ from easyref_core.mllm import group_encoder, instructions, preprocess
 from easyref_core.mllm.instructions import chat, image_token_id
 from easyref_core.mllm.qwen2_vl import Rope, image_rope, rope_angles, text_rope
 from easyref_core.tokens import reference_tokens
+from easyref_core.unet.diffusers_unet import Attachment
 from easyref_core.utils.images import black_image
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-FAR = 0.01  # a thousand times what two right implementations differ by
+FAR = 0.01  # a thousand times the difference of two correct implementations
 
 
 @pytest.fixture
 def own() -> er.EasyRef:
-    """A model of the test's own, to be changed."""
+    """A model that the test may change."""
     return er.load(golden.CHECKPOINT, golden.MLLM)
 
 
-@torch.inference_mode()
-def distance(model: er.EasyRef, expected: Tensors) -> float:
-    """How far the last layer's output for the golden group is from the authors'."""
-    model.clear_cache()  # results from before the test changed something
-    context = model.encode(golden.references(), golden.PROMPT, size=golden.SIZE)
-    return error(model.mllm.aggregator.gather(context.states), expected["cond.reference_hidden_states"])
+@pytest.fixture
+def distance(expected: Tensors) -> Callable[[er.EasyRef], float]:
+    """Relative error of a model's last layer for the golden group."""
+
+    @torch.inference_mode()
+    def measure(model: er.EasyRef) -> float:
+        model.clear_cache()  # of results from before the test changed something
+        context = model.encode(golden.references(), golden.PROMPT, size=golden.SIZE)
+        return error(model.mllm.aggregator.gather(context.states), expected["cond.reference_hidden_states"])
+
+    return measure
 
 
 # Images
 
 
-def test_both_resizes_show_in_the_pixels(
-    model: er.EasyRef, expected: Tensors, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = expected["cond.pixel_values"]
-
+def test_images_are_resized_twice(model: er.EasyRef, expected: Tensors, monkeypatch) -> None:
     def once(image, config, size):
-        height, width = preprocess.target_size(
-            image.height, image.width, 28, *preprocess.pixel_limits(size, 28)
-        )
-        return image.resize((width, height), preprocess.Image.Resampling.BICUBIC)
+        low, high = preprocess.pixel_limits(size, 28)
+        height, width = preprocess.target_size(image.height, image.width, 28, low, high)
+        return image.resize((width, height), Image.Resampling.BICUBIC)
 
-    def pixels() -> torch.Tensor:
-        return preprocess.preprocess(golden.references(), model.config, golden.SIZE)[0]
+    def pixel_error() -> float:
+        patches, _ = preprocess.preprocess(golden.references(), model.config, golden.SIZE)
+        return error(patches, expected["cond.pixel_values"])
 
-    assert error(pixels(), wanted) <= EXACT
+    assert pixel_error() <= EXACT
     monkeypatch.setattr(preprocess, "resize", once)
-    assert error(pixels(), wanted) > FAR
+    assert pixel_error() > FAR
 
 
 @torch.inference_mode()
@@ -87,7 +90,7 @@ def test_an_image_has_the_same_features_alone_and_in_a_group(model: er.EasyRef, 
 # The chat
 
 
-def test_the_chat_has_the_default_system_turn_then_all_images_then_the_text(model: er.EasyRef) -> None:
+def test_chat_is_the_system_turn_then_all_images_then_the_text() -> None:
     text = "".join(piece for piece, _ in chat("Describe:\na cat", [1, 2]))
     assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -99,40 +102,33 @@ def test_the_chat_has_the_default_system_turn_then_all_images_then_the_text(mode
     )
 
 
-def without_system_turn(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    return pieces[4:]
-
-
 def text_before_images(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
     start = pieces.index(("<|vision_start|>", True))
     end = len(pieces) - pieces[::-1].index(("<|vision_end|>", True))
     return pieces[:start] + [pieces[end]] + pieces[start:end] + pieces[end + 1 :]
 
 
-def without_assistant_header(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    return pieces[:-2]
+CHATS: dict[str, Callable] = {
+    "no system turn": lambda pieces: pieces[4:],
+    "text before images": text_before_images,
+    "no assistant header": lambda pieces: pieces[:-2],
+}
 
 
-@pytest.mark.parametrize("change", [without_system_turn, text_before_images, without_assistant_header])
-def test_another_chat_lands_elsewhere(
-    model: er.EasyRef, expected: Tensors, monkeypatch: pytest.MonkeyPatch, change: Callable
-) -> None:
-    assert distance(model, expected) <= EXACT
-    monkeypatch.setattr(instructions, "chat", lambda *given: change(chat(*given)))
-    assert distance(model, expected) > FAR
-
-
-def test_the_instruction_is_the_authors() -> None:
-    assert golden.SETTINGS["instruction"] == er.INSTRUCTION
+@pytest.mark.parametrize("change", CHATS.values(), ids=CHATS)
+def test_another_chat_is_far_off(model: er.EasyRef, distance, monkeypatch, change: Callable) -> None:
+    assert distance(model) <= EXACT
+    monkeypatch.setattr(instructions, "chat", lambda *args: change(chat(*args)))
+    assert distance(model) > FAR
 
 
 # The MLLM body
 
 
-def test_the_norm_in_the_middle_stays(own: er.EasyRef, expected: Tensors) -> None:
-    assert distance(own, expected) <= EXACT
+def test_norm_between_body_and_last_layer_stays(own: er.EasyRef, distance) -> None:
+    assert distance(own) <= EXACT
     own.mllm.encoder.norm = nn.Identity()
-    assert distance(own, expected) > 0.1
+    assert distance(own) > 0.1
 
 
 def mrope(ids: torch.Tensor, grid: torch.Tensor, image_token: int, config: er.model.EasyRefConfig) -> Rope:
@@ -160,21 +156,15 @@ def mrope(ids: torch.Tensor, grid: torch.Tensor, image_token: int, config: er.mo
     return mixed.cos(), mixed.sin()
 
 
-def test_positions_are_plain_also_over_images(
-    model: er.EasyRef, expected: Tensors, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert distance(model, expected) <= EXACT
-    rope = mrope(
-        expected["cond.input_ids"],
-        expected["cond.image_grid_thw"],
-        image_token_id(model.tokenizer),
-        model.config,
-    )
+def test_images_have_plain_positions(model: er.EasyRef, distance, expected: Tensors, monkeypatch) -> None:
+    assert distance(model) <= EXACT
+    ids, grid = expected["cond.input_ids"], expected["cond.image_grid_thw"]
+    rope = mrope(ids, grid, image_token_id(model.tokenizer), model.config)
     monkeypatch.setattr(group_encoder, "text_rope", lambda *_: rope)
-    assert distance(model, expected) > 0.1
+    assert distance(model) > 0.1
 
 
-def test_three_equal_axes_of_mrope_are_plain_rope(model: er.EasyRef) -> None:
+def test_mrope_of_three_equal_axes_is_plain_rope(model: er.EasyRef) -> None:
     text = torch.zeros(1, 50, dtype=torch.long)
     rope = mrope(text, torch.empty(0, 3), image_token_id(model.tokenizer), model.config)
     torch.testing.assert_close(rope, text_rope(50, model.config, text.device))
@@ -187,111 +177,93 @@ def test_the_last_layer_is_causal_by_default(model: er.EasyRef) -> None:
     assert model.config.causal
 
 
-def test_a_bidirectional_last_layer_lands_elsewhere(model: er.EasyRef, expected: Tensors) -> None:
-    assert distance(model, expected) <= EXACT
+def test_bidirectional_last_layer_is_far_off(model: er.EasyRef, distance) -> None:
+    assert distance(model) <= EXACT
     bidirectional = er.load(golden.CHECKPOINT, golden.MLLM, causal=False)
-    assert distance(bidirectional, expected) > FAR
+    assert distance(bidirectional) > FAR
 
 
-def test_positions_continue_at_the_reference_tokens(
-    model: er.EasyRef, expected: Tensors, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_positions_continue_at_the_reference_tokens(model: er.EasyRef, distance, monkeypatch) -> None:
     def restarted(length: int, config: er.model.EasyRefConfig, device: torch.device) -> Rope:
         parts = [text_rope(n, config, device) for n in (length - config.num_tokens, config.num_tokens)]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
-    assert distance(model, expected) <= EXACT
+    assert distance(model) <= EXACT
     monkeypatch.setattr(reference_tokens, "text_rope", restarted)
-    assert distance(model, expected) > 0.1
+    assert distance(model) > 0.1
 
 
-def test_the_last_layer_has_a_norm_of_its_own(own: er.EasyRef, expected: Tensors) -> None:
-    assert distance(own, expected) <= EXACT
+def test_last_layer_has_another_norm(own: er.EasyRef, distance) -> None:
+    assert distance(own) <= EXACT
     own.mllm.aggregator.norm = own.mllm.encoder.norm
-    assert distance(own, expected) > FAR
+    assert distance(own) > FAR
 
 
 # The unconditional side
 
 
-def test_unconditional_is_one_black_image_of_512_pixels() -> None:
-    image = black_image()
+def test_unconditional_side_is_a_black_image_and_the_bare_instruction(uncond, expected: Tensors) -> None:
+    image, made = black_image(), uncond.provenance
     assert (image.size, image.getextrema()) == ((512, 512), ((0, 0), (0, 0), (0, 0)))
-
-
-def test_unconditional_reads_the_bare_instruction(uncond: er.ReferenceTokens) -> None:
-    made = uncond.provenance
     assert (made.instruction, made.prompt, made.references) == (er.INSTRUCTION, "", 1)
-
-
-def test_unconditional_is_the_authors(uncond: er.ReferenceTokens, expected: Tensors) -> None:
     assert error(uncond, expected["uncond.reference_embeds"]) <= EXACT
 
 
 @pytest.mark.parametrize(
-    ("color", "prompt", "instruction"),
-    [
-        ("white", "", er.INSTRUCTION),
-        ("black", golden.PROMPT, er.INSTRUCTION),
-        ("black", "", ""),
-    ],
+    ("color", "text"),
+    [("white", ("", er.INSTRUCTION)), ("black", (golden.PROMPT, er.INSTRUCTION)), ("black", ("", ""))],
 )
-def test_another_unconditional_input_lands_elsewhere(
-    model: er.EasyRef, expected: Tensors, color: str, prompt: str, instruction: str
-) -> None:
-    image = preprocess.Image.new("RGB", (512, 512), color)
-    tokens = model.aggregate(model.encode([image], prompt, instruction, golden.SIZE))
+def test_another_unconditional_input_is_far_off(model, expected: Tensors, color: str, text: tuple) -> None:
+    tokens = model.aggregate(model.encode([Image.new("RGB", (512, 512), color)], *text, golden.SIZE))
     assert error(tokens, expected["uncond.reference_embeds"]) > FAR
 
 
 # The UNet
 
 
-def test_lora_is_carried_at_weight_0(
-    unet: UNet2DConditionModel,
-    model: er.EasyRef,
-    expected: Tensors,
-    tokens: er.ReferenceTokens,
-    uncond: er.ReferenceTokens,
-) -> None:
-    wanted = expected["unet.noise_pred.scale_0.0"]
-    attached = er.diffusers_unet.apply(unet, model, tokens, uncond, weight=0.0)
-    assert error(predict(unet, expected), wanted) <= EXACT
-    attached.remove()
-    assert error(predict(unet, expected), wanted) > FAR
+@pytest.fixture
+def attach(unet: UNet2DConditionModel, model: er.EasyRef, tokens, uncond) -> Callable[..., Attachment]:
+    """Apply the golden tokens to the UNet."""
+    return partial(er.diffusers_unet.apply, unet, model, tokens, uncond)
 
 
-def test_lora_is_carried_by_the_unconditional_rows(
-    unet: UNet2DConditionModel,
-    model: er.EasyRef,
-    expected: Tensors,
-    tokens: er.ReferenceTokens,
-    uncond: er.ReferenceTokens,
-) -> None:
-    wanted = expected["unet.noise_pred.scale_1.0"][:1]
-    attached = er.diffusers_unet.apply(unet, model, tokens, uncond)
-    assert error(predict(unet, expected)[:1], wanted) <= EXACT
+@pytest.fixture
+def unet_error(unet: UNet2DConditionModel, expected: Tensors) -> Callable[..., float]:
+    """Relative error of the noise prediction for a weight, in all rows or the first, which is unconditional."""
+
+    def measure(weight: float, rows: int = 2) -> float:
+        wanted = expected[f"unet.noise_pred.scale_{weight}"][:rows]
+        return error(predict(unet, expected)[:rows], wanted)
+
+    return measure
+
+
+def test_lora_acts_at_weight_0(attach, unet_error) -> None:
+    attached = attach(weight=0.0)
+    assert unet_error(0.0) <= EXACT
     attached.remove()
-    er.diffusers_unet.apply(unet, model, tokens, uncond, lora_strength=0.0)
-    assert error(predict(unet, expected)[:1], wanted) > FAR
+    assert unet_error(0.0) > FAR
+
+
+def test_lora_acts_on_the_unconditional_rows(attach, unet_error) -> None:
+    attached = attach()
+    assert unet_error(1.0, rows=1) <= EXACT
+    attached.remove()
+    attach(lora_strength=0.0)
+    assert unet_error(1.0, rows=1) > FAR
 
 
 def test_unconditional_rows_attend_to_the_unconditional_tokens(
-    unet: UNet2DConditionModel,
-    model: er.EasyRef,
-    expected: Tensors,
-    tokens: er.ReferenceTokens,
-    uncond: er.ReferenceTokens,
+    attach, unet_error, unet: UNet2DConditionModel, model: er.EasyRef, tokens: er.ReferenceTokens
 ) -> None:
-    wanted = expected["unet.noise_pred.scale_1.0"][:1]
-    attached = er.diffusers_unet.apply(unet, model, tokens, uncond)
-    assert error(predict(unet, expected)[:1], wanted) <= EXACT
+    attached = attach()
+    assert unet_error(1.0, rows=1) <= EXACT
     attached.remove()
     er.diffusers_unet.apply(unet, model, tokens, tokens)
-    assert error(predict(unet, expected)[:1], wanted) > FAR
+    assert unet_error(1.0, rows=1) > FAR
 
 
-# What is never needed
+# Not computed
 
 
 def test_logits_are_never_computed(model: er.EasyRef) -> None:

@@ -91,7 +91,7 @@ def asked_for(pack: Any, monkeypatch, precision: str) -> tuple[torch.device, tor
     """Device, arithmetic and cast that the loader gives to the model it builds."""
     hosted, asked = golden.part(pack, "nodes.host.hosted_model"), []
     monkeypatch.setattr(
-        hosted, "build", lambda _, __, device, dtype, cast, ___: asked.append((device, dtype, cast))
+        hosted, "build", lambda _, __, device, dtype, cast, **others: asked.append((device, dtype, cast))
     )
     monkeypatch.setattr(hosted, "HostedEasyRef", lambda _: None)
     monkeypatch.setattr(hosted, "looks_up_fp8", lambda _: True)  # asks the device itself, which is not there
