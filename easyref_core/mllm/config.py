@@ -12,15 +12,8 @@ from ..utils.errors import shorten
 Section = Mapping[str, Any]  # of a config.json, or the metadata
 Shapes = Mapping[str, tuple[int, ...]]  # tensor name in this package's own module names -> shape
 
-# Values that no tensor shape determines, from Qwen/Qwen2-VL-2B-Instruct's config.json. They are used for a
-# checkpoint without an MLLM folder; a folder's config.json overrides them.
-QWEN2_VL_HEAD_DIM = 128
-QWEN2_VL_VISION_HEAD_DIM = 80
-QWEN2_VL_DEFAULTS = {
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 32768,
-}
+# Head dimensions of Qwen/Qwen2-VL-2B-Instruct, for a checkpoint without an MLLM folder.
+QWEN2_VL_HEAD_DIM, QWEN2_VL_VISION_HEAD_DIM = 128, 80
 # Names of a config.json's model_type, and of its sizes by hidden_size.
 MLLM_TYPES = {
     "qwen2_vl": "Qwen2-VL",
@@ -105,15 +98,10 @@ class EasyRefConfig:
             "vision embed_dim": (vision.get("embed_dim"), sizes["vision_width"]),
         }
         _require_same(widths, mllm)
-        heads = _heads(sizes, text, vision, metadata)
+        settings = _settings(sizes, text, vision, metadata)
         k_width = shapes["aggregator.layers.0.self_attn.k_proj.weight"][0]
-        config = cls(
-            **sizes,
-            **heads,
-            **_settings(text, vision, metadata),
-            kv_heads=k_width // (sizes["hidden_size"] // heads["heads"]),
-            causal=metadata.get("causal", True),
-        )
+        kv_heads = k_width // (sizes["hidden_size"] // settings["heads"])
+        config = cls(**sizes, **settings, kv_heads=kv_heads, causal=metadata.get("causal", True))
         config._require_consistent(shapes["encoder.visual.patch_embed.weight"][1])
         _require_same(_folder_sizes(config, text, vision), mllm)
         return config
@@ -177,42 +165,32 @@ def _sizes_from_shapes(shapes: Shapes) -> dict[str, int]:
     }
 
 
-def _heads(sizes: Mapping[str, int], text: Section, vision: Section, metadata: Section) -> dict[str, int]:
-    """The numbers of attention heads, which must divide the widths."""
+def _settings(sizes: Mapping[str, int], text: Section, vision: Section, metadata: Section) -> dict[str, Any]:
+    """The other fields, from the MLLM's config.json, else from the metadata, else Qwen2-VL's values."""
     hidden, vision_width = sizes["hidden_size"], sizes["vision_width"]
     sources = {
         "heads": (text, ("num_attention_heads",), hidden // QWEN2_VL_HEAD_DIM),
         "vision_heads": (vision, ("num_heads",), vision_width // QWEN2_VL_VISION_HEAD_DIM),
+        "temporal_patch_size": (vision, ("temporal_patch_size",), 2),
+        "patch_size": (vision, ("spatial_patch_size", "patch_size"), 14),
+        "max_positions": (text, ("max_position_embeddings",), 32768),
+        "merge_size": (vision, ("spatial_merge_size",), 2),
     }
     try:
-        heads = {field: _setting(field, *source, metadata) for field, source in sources.items()}
+        settings = {field: _setting(field, *source, metadata) for field, source in sources.items()}
     except ValueError as error:
         if text or metadata:
             raise
         raise ValueError(
             f"The checkpoint's MLLM is {hidden} wide (vision tower {vision_width}), too narrow for a "
             "Qwen2-VL-2B (1536 and 1280), and its tensors do not tell how many attention heads it has. "
-            "Choose the MLLM folder (config.json, tokenizer) it was trained with."
+            f"{CHOOSE_FOLDER}"
         ) from error
     # RoPE needs even head dimensions, and in two dimensions multiples of 4
-    _require_divisible("The MLLM", hidden, heads["heads"], 2)
-    _require_divisible("The vision tower", vision_width, heads["vision_heads"], 4)
-    return heads
-
-
-def _settings(text: Section, vision: Section, metadata: Section) -> dict[str, Any]:
-    """The other fields, from the MLLM's config.json, else from the metadata, else Qwen2-VL's values."""
-    sources = {
-        "temporal_patch_size": (vision, ("temporal_patch_size",), 2),
-        "patch_size": (vision, ("spatial_patch_size", "patch_size"), 14),
-        "max_positions": (text, ("max_position_embeddings",), QWEN2_VL_DEFAULTS["max_position_embeddings"]),
-        "merge_size": (vision, ("spatial_merge_size",), 2),
-    }
-    return {
-        **{field: _setting(field, *source, metadata) for field, source in sources.items()},
-        "rms_norm_eps": _number("rms_norm_eps", text, metadata),
-        "rope_theta": _rope_theta(text, metadata),
-    }
+    _require_divisible("The MLLM", hidden, settings["heads"], 2)
+    _require_divisible("The vision tower", vision_width, settings["vision_heads"], 4)
+    eps, theta = _number("rms_norm_eps", 1e-6, text, metadata), _rope_theta(text, metadata)
+    return settings | {"rms_norm_eps": eps, "rope_theta": theta}
 
 
 def _setting(field: str, section: Section, keys: Sequence[str], default: int, metadata: Section) -> int:
@@ -226,9 +204,9 @@ def _setting(field: str, section: Section, keys: Sequence[str], default: int, me
     raise ValueError(f"{field} is {shorten(repr(value))}; wanted a whole number from 1. {DAMAGED}")
 
 
-def _number(name: str, *sections: Section) -> float:
-    """A positive number from the first section that has it, else Qwen2-VL's."""
-    value = next((section[name] for section in sections if name in section), QWEN2_VL_DEFAULTS[name])
+def _number(name: str, default: float, *sections: Section) -> float:
+    """A positive number from the first section that has it."""
+    value = next((section[name] for section in sections if name in section), default)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and 0 < value < 1e30:  # False for NaN too
         return float(value)
@@ -247,7 +225,7 @@ def _require_divisible(name: str, width: int, heads: int, multiple: int) -> None
 def _rope_theta(text: Section, metadata: Section) -> float:
     """rope_theta, which newer transformers nest in "rope_parameters" (5.x) or "rope_scaling"."""
     nested = (_section(text, name) for name in ("rope_parameters", "rope_scaling"))
-    return _number("rope_theta", text, *nested, metadata)
+    return _number("rope_theta", 1e6, text, *nested, metadata)
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
