@@ -320,25 +320,8 @@ class DecoderLayer(nn.Module):
         )
         self.mlp = GatedMLP(config, operations, **factory)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rope,
-        causal: bool = True,
-        num_queries: int | None = None,
-        padding_mask: Tensor | None = None,
-        attn_bias: Tensor | None = None,
-        cache: LayerKVCache | None = None,
-    ) -> Tensor:
-        """x (B, S, D) -> output (B, num_queries, D) at the last positions; arguments as for SelfAttention."""
-        attended = self.self_attn(
-            self.input_layernorm(x),
-            rope,
-            causal,
-            num_queries,
-            padding_mask=padding_mask,
-            attn_bias=attn_bias,
-            cache=cache,
-        )
+    def forward(self, x: Tensor, rope: Rope, **options: Any) -> Tensor:
+        """x (B, S, D) -> output (B, num_queries, D) at the last positions; options as for SelfAttention."""
+        attended = self.self_attn(self.input_layernorm(x), rope, **options)
         x = add_in_place(x[:, -attended.shape[1] :], attended)
         return add_in_place(x, self.mlp(self.post_attention_layernorm(x)))

@@ -6,28 +6,34 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import count
 
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import easyref_core as er
 from devkit import golden
 from devkit.golden import EXACT, error
 from easyref_core.mllm import preprocess
-from easyref_core.mllm.budget import MemoryOptions
+from easyref_core.mllm.budget import MemoryOptions, flops
 from easyref_core.mllm.prefill import is_out_of_memory, run_in_chunks
-from easyref_core.mllm.prefix_cache import EncodeCaches, PreparedGroup
+from easyref_core.mllm.prefix_cache import EncodeCaches, EncodePlan
+from easyref_core.mllm.qwen2_vl import LayerKVCache
 from easyref_core.utils.lru_cache import ByteLRUCache
 
 from .errors import assert_says, error_of
 
 SIZE = 84  # pixels: 9 image tokens per reference
 COLOURS = ("red", "green", "blue", "white", "orange", "purple", "gray", "pink", "brown")
-A, B, C, D, *MORE = (Image.new("RGB", (90 + 7 * i, 100), colour) for i, colour in enumerate(COLOURS))
+# Groups are strings of these letters.
+IMAGES = {
+    letter: Image.new("RGB", (90 + 7 * i, 100), colour)
+    for i, (letter, colour) in enumerate(zip("ABCDEFGHI", COLOURS, strict=True))
+}
 
 
 def load(**memory: object) -> er.EasyRef:
@@ -44,20 +50,22 @@ def caches(model: er.EasyRef) -> EncodeCaches:
     return model.group_encoder.caches
 
 
-def tokens(model: er.EasyRef, *images: Image.Image, prompt: str = "a cat", **how: object) -> torch.Tensor:
-    return model.aggregate(model.encode(images, prompt, **{"size": SIZE, **how}))
+def plan_of(model: er.EasyRef, group: str, **options: bool) -> EncodePlan:
+    images = [IMAGES[letter] for letter in group]
+    return model.plan(model.prepare(images, "a cat", er.INSTRUCTION, SIZE), **options)
 
 
-def cold(model: er.EasyRef, *images: Image.Image, **how: object) -> torch.Tensor:
-    """The same tokens, computed without caches."""
-    model.clear_cache()
-    return tokens(model, *images, **how)
+def encode(model: er.EasyRef, group: str, prompt: str = "a cat", **options: object) -> er.ContextStates:
+    return model.encode([IMAGES[letter] for letter in group], prompt, **{"size": SIZE, **options})
 
 
-def group_of(
-    model: er.EasyRef, *images: Image.Image, prompt: str = "a cat", instruction: str = er.INSTRUCTION
-) -> PreparedGroup:
-    return model.prepare(images, prompt, instruction, SIZE)
+def tokens(model: er.EasyRef, group: str, **options: object) -> er.ReferenceTokens:
+    return model.aggregate(encode(model, group, **options))
+
+
+@cache
+def uncached(group: str, **options: object) -> er.ReferenceTokens:
+    return tokens(load(), group, **options)
 
 
 class Counts:
@@ -91,67 +99,64 @@ def counting(model: er.EasyRef) -> Iterator[Counts]:
         yield counts
 
 
-CHANGES: dict[str, tuple[list, dict, int, int]] = {
-    # second encoding after [A, B, C]: images, settings, images that are encoded, references whose prefix is reused
-    "prompt": ([A, B, C], {"prompt": "a dog in the snow"}, 0, 3),
-    "instruction": ([A, B, C], {"instruction": "Draw this: "}, 0, 3),
-    "longer prompt": ([A, B, C], {"prompt": "a cat " * 50}, 0, 3),
-    "nothing": ([A, B, C], {}, 0, 3),
-    "one added at the end": ([A, B, C, D], {}, 1, 3),
-    "one added in the middle": ([A, D, B, C], {}, 1, 1),
-    "one added at the start": ([D, A, B, C], {}, 1, 0),
-    "the last removed": ([A, B], {}, 0, 2),
-    "the second removed": ([A, C], {}, 0, 1),
-    "the first removed": ([B, C], {}, 0, 0),
-    "another order": ([A, C, B], {}, 0, 1),
-    "backwards": ([C, B, A], {}, 0, 0),
-    "one replaced": ([A, D, C], {}, 1, 1),
-    "one twice": ([A, B, C, B], {}, 0, 3),
-    "another size": ([A, B, C], {"size": 112}, 3, 0),
+CHANGES: dict[str, tuple[str, dict, int, int]] = {
+    # second encoding after ABC: group, settings, images that are encoded, references whose prefix is reused
+    "prompt": ("ABC", {"prompt": "a dog in the snow"}, 0, 3),
+    "instruction": ("ABC", {"instruction": "Draw this: "}, 0, 3),
+    "longer prompt": ("ABC", {"prompt": "a cat " * 50}, 0, 3),
+    "nothing": ("ABC", {}, 0, 3),
+    "one added at the end": ("ABCD", {}, 1, 3),
+    "one added in the middle": ("ADBC", {}, 1, 1),
+    "one added at the start": ("DABC", {}, 1, 0),
+    "the last removed": ("AB", {}, 0, 2),
+    "the second removed": ("AC", {}, 0, 1),
+    "the first removed": ("BC", {}, 0, 0),
+    "another order": ("ACB", {}, 0, 1),
+    "backwards": ("CBA", {}, 0, 0),
+    "one replaced": ("ADC", {}, 1, 1),
+    "one twice": ("ABCB", {}, 0, 3),
+    "another size": ("ABC", {"size": 112}, 3, 0),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_only_changes_are_encoded(own: er.EasyRef, name: str) -> None:
-    images, how, encoded, reused = CHANGES[name]
-    tokens(own, A, B, C)
+    group, options, encoded, reused = CHANGES[name]
+    tokens(own, "ABC")
     with counting(own) as counts:
-        found = tokens(own, *images, **how)
+        context = encode(own, group, **options)
     assert counts.images == encoded
-    if "size" not in how:
-        group = group_of(own, *images, **how)
-        cached = group.spans[reused - 1][1] + 1 if reused else 0
-        # the mark before the first image that differs may be cached too
-        assert group.input_ids.shape[1] - counts.tokens - cached in ((0, 1) if reused else (0,))
-    assert error(found, cold(own, *images, **how)) <= EXACT
+    cached = context.spans[reused - 1][1] + 1 if reused else 0
+    # the mark before the first image that differs may be cached too
+    assert context.states.shape[1] - counts.tokens - cached in ((0, 1) if reused else (0,))
+    assert error(own.aggregate(context), uncached(group, **options)) <= EXACT
 
 
 def test_long_history_does_not_change_tokens(own: er.EasyRef) -> None:
-    groups = [[A], [A, B], [A, B, C], [A, B], [A, B, C, D], [B, A], [A, B, C, D, *MORE], [A, B, D], [B, A, C]]
-    found = [tokens(own, *group, prompt=f"picture {i}") for i, group in enumerate(groups * 2)]
-    for i, group in enumerate(groups * 2):
-        assert error(found[i], cold(own, *group, prompt=f"picture {i}")) <= EXACT
+    for i, group in enumerate(2 * ["A", "AB", "ABC", "AB", "ABCD", "BA", "ABCDEFGHI", "ABD", "BAC"]):
+        prompt = f"picture {i}"
+        assert error(tokens(own, group, prompt=prompt), uncached(group, prompt=prompt)) <= EXACT
 
 
 def test_equal_images_are_encoded_once(own: er.EasyRef) -> None:
     with counting(own) as counts:
-        found = tokens(own, A, A, B, A)
+        found = tokens(own, "AABA")
     assert counts.images == 2
     assert found.shape == (1, own.config.num_tokens, own.config.token_width)
-    features = own.group_encoder.features(own.plan(group_of(own, A, A, B), use_prefix=False))
+    features = own.group_encoder.features(plan_of(own, "AAB", use_prefix=False))
     assert torch.equal(features[0], features[1])
     assert not torch.equal(features[0], features[2])
 
 
 def test_image_changed_in_place_is_another_image(own: er.EasyRef) -> None:
-    image = golden.as_tensor(A).clone()
-    before = tokens(own, image, B)
+    image = torch.full((100, 90, 3), 0.9)
+    before = own.encode([image], size=SIZE)
     image.fill_(0.1)
     with counting(own) as counts:
-        after = tokens(own, image, B)
+        after = own.encode([image], size=SIZE)
     assert counts.images == 1
-    assert error(after, before) > 100 * EXACT
-    assert error(after, cold(own, image, B)) <= EXACT
+    assert error(after.states, before.states) > 100 * EXACT
+    assert error(after.states, load().encode([image], size=SIZE).states) <= EXACT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -162,7 +167,7 @@ def test_image_is_resized_once(own: er.EasyRef, monkeypatch: pytest.MonkeyPatch,
     def prepare(*images: torch.Tensor, size: int = SIZE) -> list:
         return list(caches(own).prepare(images, own.config, size))
 
-    images = [golden.as_tensor(image).to(dtype) for image in (A, B)]
+    images = [golden.as_tensor(image).to(dtype) for image in (IMAGES["A"], IMAGES["B"])]
     first = prepare(*images)
     copies = [image.clone() for image in reversed(images)]
     assert all(found is wanted for found, wanted in zip(prepare(*copies), reversed(first), strict=True))
@@ -177,45 +182,41 @@ def test_image_is_resized_once(own: er.EasyRef, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_reference_weights_are_not_cached(own: er.EasyRef) -> None:
-    context = own.encode([A, B], "a cat", size=SIZE)
-    weighed = own.aggregate(context.weighed([2, 0]))
-    assert torch.equal(tokens(own, A, B), own.aggregate(own.encode([A, B], "a cat", size=SIZE)))
-    assert error(own.aggregate(context), weighed) > EXACT
+    weighed = own.aggregate(encode(own, "AB").weighed([2, 0]))
+    assert torch.equal(tokens(own, "AB"), tokens(own, "AB"))
+    assert error(tokens(own, "AB"), uncached("AB")) <= EXACT < error(weighed, uncached("AB"))
 
 
 @torch.inference_mode()
 def test_returned_states_are_copies(own: er.EasyRef) -> None:
-    context = own.encode([A, B], "a cat", size=SIZE)
-    wanted = own.aggregate(context)
-    context.states.zero_()
-    after_change = tokens(own, A, B, prompt="a dog")
-    cold(own, A, B)
-    assert torch.equal(after_change, tokens(own, A, B, prompt="a dog"))
-    assert error(tokens(own, A, B), wanted) <= EXACT
+    encode(own, "AB").states.zero_()
+    assert error(tokens(own, "AB", prompt="a dog"), uncached("AB", prompt="a dog")) <= EXACT
+    assert error(tokens(own, "AB"), uncached("AB")) <= EXACT
 
 
-def test_flops_of_a_cached_run_are_counted(own: er.EasyRef) -> None:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from easyref_core.mllm.budget import flops
-
-    tokens(own, A, B, C)
-    plan = own.plan(group_of(own, A, B, C, D))
+@pytest.mark.parametrize("before", ["", "ABC"])
+def test_flops_are_counted_as_torch_counts_them(own: er.EasyRef, before: str) -> None:
+    """SDPBackend.MATH computes attention as matrix products, which torch counts."""
+    if before:
+        tokens(own, before)
+    plan = plan_of(own, "ABCD")
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
         own.encode_plan(plan)
-    found = flops(own.config, plan.patches, plan.new_tokens, plan.cached_tokens)
-    assert found == pytest.approx(counted.get_total_flops(), rel=0.01)
+    wanted = pytest.approx(counted.get_total_flops(), rel=0.01)
+    assert flops(own.config, plan.patches, plan.new_tokens, plan.cached_tokens) == wanted
+    budget = own.budget([IMAGES[letter].size for letter in "ABCD"], "a cat", size=SIZE)
+    assert before or budget.flops == wanted
 
 
 @torch.inference_mode()
 def test_plan_does_not_depend_on_later_cache_changes(own: er.EasyRef) -> None:
-    tokens(own, A, B)
-    plan = own.plan(group_of(own, A, B, C))
+    tokens(own, "AB")
+    plan = plan_of(own, "ABC")
     own.clear_cache()
     with counting(own) as counts:
         found = own.aggregate(own.encode_plan(plan))
     assert (counts.images, counts.tokens) == (1, plan.new_tokens)
-    assert error(found, cold(own, A, B, C)) <= EXACT
+    assert error(found, uncached("ABC")) <= EXACT
 
 
 # Bounds and ownership
@@ -238,21 +239,22 @@ def test_lru_cache_evicts_the_least_recently_used() -> None:
 
 
 def test_prefix_is_cached_once(own: er.EasyRef) -> None:
-    tokens(own, A, B, C)
+    tokens(own, "ABC")
     size = caches(own).nbytes
     for prompt in ("one", "another", "a third, which is longer"):
-        tokens(own, A, B, C, prompt=prompt)
-        tokens(own, A, B, prompt=prompt)
+        tokens(own, "ABC", prompt=prompt)
+        tokens(own, "AB", prompt=prompt)
     assert caches(own).nbytes == size
-    tokens(own, A, B, C, D)
+    tokens(own, "ABCD")
     longer = caches(own).nbytes
     assert longer < 1.5 * size  # it replaces the shorter prefix
-    cold(own, A, B, C, D)
+    own.clear_cache()
+    tokens(own, "ABCD")
     assert longer == caches(own).nbytes
 
 
 def test_nbytes_are_the_bytes_allocated(own: er.EasyRef) -> None:
-    tokens(own, A, B, C)
+    tokens(own, "ABC")
     tensors = caches(own).features.values()
     for prefix in caches(own).prefixes.values():
         tensors += [prefix.states, *(t for layer in prefix.layers for t in layer)]
@@ -262,18 +264,16 @@ def test_nbytes_are_the_bytes_allocated(own: er.EasyRef) -> None:
 
 def test_larger_than_the_caches_is_computed_again() -> None:
     model = load(prefix_cache_bytes=10, feature_cache_bytes=10)
-    found = []
     for _ in range(2):
         with counting(model) as counts:
-            found.append(tokens(model, A, B))
+            assert torch.equal(tokens(model, "AB"), uncached("AB"))
         assert counts.images == 2
-    assert torch.equal(*found)
     assert caches(model).nbytes == 0
 
 
 def test_caches_are_freed_with_the_model() -> None:
     model = load()
-    tokens(model, A, B)
+    tokens(model, "AB")
     model.unconditional(size=SIZE)
     alive = weakref.ref(caches(model).prefixes.values()[0].states)
     del model
@@ -282,7 +282,7 @@ def test_caches_are_freed_with_the_model() -> None:
 
 
 def test_clear_cache(own: er.EasyRef) -> None:
-    tokens(own, A, B)
+    tokens(own, "AB")
     first = own.unconditional(size=SIZE)
     assert caches(own).nbytes > 0
     own.clear_cache()
@@ -291,10 +291,9 @@ def test_clear_cache(own: er.EasyRef) -> None:
 
 
 def test_models_do_not_share_caches(own: er.EasyRef) -> None:
-    other = er.load(golden.CHECKPOINT, golden.MLLM, causal=False)
-    tokens(own, A, B)
-    with counting(other) as counts:
-        tokens(other, A, B)
+    tokens(load(), "AB")
+    with counting(own) as counts:
+        tokens(own, "AB")
     assert counts.images == 2
 
 
@@ -305,29 +304,28 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("before", [[], [A], [A, B, C]])
-def test_stopping_leaves_only_whole_features(own: er.EasyRef, before: list[Image.Image]) -> None:
+def stop(at: float, fraction: float) -> None:
+    if fraction >= at:
+        raise Stop
+
+
+@pytest.mark.parametrize("before", ["", "A", "ABC"])
+def test_stopping_leaves_only_whole_features(own: er.EasyRef, before: str) -> None:
     fractions: list[float] = []
     if before:
-        tokens(own, *before)
-    own.encode([A, B, C, D], "a cat", size=SIZE, progress=fractions.append)
+        tokens(own, before)
+    encode(own, "ABCD", progress=fractions.append)
     assert fractions == sorted(fractions)
     assert fractions[-1] == pytest.approx(1)
-    wanted = cold(own, A, B, C, D)
-
-    def stop(at: float, done: float) -> None:
-        if done >= at:
-            raise Stop
-
     for at in fractions:
         own.clear_cache()
         if before:
-            tokens(own, *before)
+            tokens(own, before)
         size = caches(own).nbytes
         with pytest.raises(Stop):
-            own.encode([A, B, C, D], "a cat", size=SIZE, progress=partial(stop, at))
+            encode(own, "ABCD", progress=partial(stop, at))
         assert caches(own).nbytes - size <= caches(own).features.nbytes
-        assert error(tokens(own, A, B, C, D), wanted) <= EXACT
+        assert error(tokens(own, "ABCD"), uncached("ABCD")) <= EXACT
 
 
 def failing(at: int, times: int = 1, error: type[Exception] = torch.OutOfMemoryError) -> Callable:
@@ -346,132 +344,115 @@ def linear_layers(model: er.EasyRef) -> list[torch.nn.Module]:
     return [module for module in model.mllm.encoder.modules() if isinstance(module, torch.nn.Linear)]
 
 
-PARTS = pytest.mark.parametrize("part", ["vision tower", "decoder"])
-
-
-def module_of(model: er.EasyRef, part: str) -> torch.nn.Module:
-    encoder = model.mllm.encoder
-    return encoder.visual.blocks[-1] if part == "vision tower" else encoder.layers[-1]
-
-
 def test_encoding_continues_in_smaller_chunks_after_any_failure() -> None:
     freed: list[int] = []
     model = load(min_chunk_tokens=8, on_out_of_memory=lambda: freed.append(1))
-    wanted = cold(model, A, B, C, D)
-    other = cold(model, A, B, C, D, prompt="a dog")
     for number, module in enumerate(linear_layers(model)):
         for times in (1, 2):
             model.clear_cache()
-            with hooked((module, failing(1, times))):
-                found = tokens(model, A, B, C, D)
-            assert len(freed) == times, number
             freed.clear()
-            assert error(found, wanted) <= EXACT
-            assert error(tokens(model, A, B, C, D, prompt="a dog"), other) <= EXACT
+            with hooked((module, failing(1, times))):
+                assert error(tokens(model, "ABCD"), uncached("ABCD")) <= EXACT
+            assert len(freed) == times, number
+            dog = tokens(model, "ABCD", prompt="a dog")
+            assert error(dog, uncached("ABCD", prompt="a dog")) <= EXACT
 
 
-@pytest.mark.parametrize("before", [[], [A]])
-def test_failed_chunk_is_rolled_back(before: list[Image.Image]) -> None:
+@pytest.mark.parametrize("before", ["", "A"])
+def test_failed_chunk_is_rolled_back(before: str) -> None:
     model = load(min_chunk_tokens=8)
     lengths: list[set[int]] = []
+    layer_caches: dict[int, LayerKVCache] = {}
 
-    def record(_: object, inputs: tuple, options: dict) -> None:
-        """Cache lengths of all layers before each decoder layer runs."""
-        seen[id(options["cache"])] = options["cache"]
-        if options["cache"] is next(iter(seen.values())):
-            lengths.append({cache.length for cache in seen.values()})
-            for tensor in (t for cache in seen.values() for t in cache.key_value or ()):
+    def record(layer: torch.nn.Module, _: tuple, options: dict) -> None:
+        """Record the lengths of all layers' caches before each chunk."""
+        layer_caches[id(layer)] = options["cache"]
+        if layer is layers[0]:
+            lengths.append({cache.length for cache in layer_caches.values()})
+            for tensor in (t for cache in layer_caches.values() for t in cache.key_value or ()):
                 assert before or tensor.nbytes == tensor.untyped_storage().nbytes()
 
     if before:
-        tokens(model, *before)
-    seen: dict = {}
-    start = model.plan(group_of(model, A, B, C, D)).cached_tokens
+        tokens(model, before)
+    start = plan_of(model, "ABCD").cached_tokens
     layers = model.mllm.encoder.layers
-    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    for layer in layers:
+        layer.register_forward_pre_hook(record, with_kwargs=True)
     # the first chunk, of all tokens, fails; of the two halves that follow the second one
-    with hooked((layers[-1].mlp.down_proj, failing(1)), (layers[-1].mlp.down_proj, failing(2))):
-        model.encode([A, B, C, D], "a cat", size=SIZE)
-    for handle in handles:
-        handle.remove()
+    down_proj = layers[-1].mlp.down_proj
+    with hooked((down_proj, failing(1)), (down_proj, failing(2))):
+        encode(model, "ABCD")
     first, half, second_half, retry, *_ = lengths
     assert first == half == {start}
     assert len(second_half) == 1
     assert retry == second_half != {start}
 
 
-@PARTS
-def test_other_groups_are_evicted_on_out_of_memory(part: str) -> None:
-    nbytes: list[int] = []
-    model = load(min_chunk_tokens=8, on_out_of_memory=lambda: nbytes.append(caches(model).device_nbytes))
-    wanted = cold(model, A, B, C)
-    cold(model, A, D)
-    encoder = model.mllm.encoder
-    module = encoder.visual.blocks[0] if part == "vision tower" else encoder.layers[-1]
-    with hooked((module, failing(1))):
-        found = tokens(model, A, B, C)
-    assert nbytes == [0]
-    assert error(found, wanted) <= EXACT
-
-
 def test_chunks_after_a_failure_fit_the_mask(own: er.EasyRef) -> None:
-    length = group_of(own, A, B, C, D).input_ids.shape[1]
+    length = plan_of(own, "ABCD").new_tokens
     model = load(min_chunk_tokens=2, max_mask_entries=5 * length)
     chunks: list[int] = []
     layer = model.mllm.encoder.layers[0]
     with hooked((layer, lambda _, inputs: chunks.append(inputs[0].shape[1])), (layer, failing(1))):
-        model.encode([A, B, C, D], "a cat", size=SIZE)
+        encode(model, "ABCD")
     assert chunks[:2] == [length, length // 2]
     assert set(chunks[2:-1]) == {5}
     assert sum(chunks[1:]) == length
 
 
+PARTS = pytest.mark.parametrize("part", ["vision tower", "decoder"])
+
+
+def last_block(model: er.EasyRef, part: str) -> torch.nn.Module:
+    encoder = model.mllm.encoder
+    return encoder.visual.blocks[-1] if part == "vision tower" else encoder.layers[-1]
+
+
 @PARTS
-def test_progress_counts_failed_blocks_once(own: er.EasyRef, part: str) -> None:
+def test_out_of_memory_evicts_other_groups_and_progress_counts_once(part: str) -> None:
+    nbytes: list[int] = []
     fractions: list[float] = []
-    with hooked((module_of(own, part), failing(1))):
-        own.encode([A, B, C, D], "a cat", size=SIZE, progress=fractions.append)
+    model = load(min_chunk_tokens=8, on_out_of_memory=lambda: nbytes.append(caches(model).device_nbytes))
+    tokens(model, "AD")
+    with hooked((last_block(model, part), failing(1))):
+        found = tokens(model, "ABC", progress=fractions.append)
+    assert nbytes == [0]
     assert fractions[-1] == pytest.approx(1)
-    assert max(fractions[:-1]) < 0.99
+    assert max(fractions[:-1]) < 0.999
+    assert error(found, uncached("ABC")) <= EXACT
 
 
 @PARTS
 def test_error_if_nothing_fits(own: er.EasyRef, part: str) -> None:
-    wanted = cold(own, A, B)
-    own.clear_cache()
-    encoder = own.mllm.encoder
-    module = encoder.visual.merger.mlp[0] if part == "vision tower" else encoder.layers[-1].mlp.up_proj
-    with hooked((module, failing(1, 10**9))):
-        text = error_of(lambda: tokens(own, A, B), torch.OutOfMemoryError)
+    with hooked((last_block(own, part), failing(1, 10**9))):
+        text = error_of(lambda: tokens(own, "AB"), torch.OutOfMemoryError)
     assert_says(text, "Out of memory", "smallest chunks", "smaller size", "fp8", "CUDA out of memory")
-    assert torch.equal(tokens(own, A, B), wanted) or part == "decoder"
-    assert error(tokens(own, A, B), wanted) <= EXACT
+    assert torch.equal(tokens(own, "AB"), uncached("AB")) or part == "decoder"
+    assert error(tokens(own, "AB"), uncached("AB")) <= EXACT
 
 
 def test_states_are_returned_if_caching_fails(own: er.EasyRef, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
-    wanted = cold(own, A, B)
-    own.clear_cache()
     monkeypatch.setattr(caches(own).prefixes, "put", fail)
-    assert torch.equal(tokens(own, A, B), wanted)
+    assert torch.equal(tokens(own, "AB"), uncached("AB"))
     assert not list(caches(own).prefixes)
 
 
 def test_oversized_prefix_evicts_nothing(own: er.EasyRef) -> None:
-    tokens(own, A, B)
+    tokens(own, "AB")
     model = load(prefix_cache_bytes=caches(own).prefixes.nbytes)
-    tokens(model, A, B)
-    tokens(model, A, B, C)
+    tokens(model, "AB")
+    tokens(model, "ABC")
     with counting(model) as counts:
-        tokens(model, A, B, prompt="a dog")
+        tokens(model, "AB", prompt="a dog")
     assert counts.tokens < 40
 
 
 def test_other_errors_are_not_retried(own: er.EasyRef) -> None:
     with hooked((linear_layers(own)[3], failing(1, 1, KeyError))), pytest.raises(KeyError):
-        tokens(own, A, B)
+        tokens(own, "AB")
 
 
 @pytest.mark.parametrize(
@@ -521,10 +502,10 @@ def test_error_quotes_the_allocator() -> None:
 
 
 @pytest.mark.parametrize("limit", [{"vision_chunk_patches": 40}, {"max_mask_entries": 300}])
-def test_large_groups_are_encoded_in_chunks(own: er.EasyRef, limit: dict[str, int]) -> None:
+def test_large_groups_are_encoded_in_chunks(limit: dict[str, int]) -> None:
     model = load(**limit)
-    tokens(model, A)
-    assert error(tokens(model, A, B, C, D), cold(own, A, B, C, D)) <= EXACT
+    tokens(model, "A")
+    assert error(tokens(model, "ABCD"), uncached("ABCD")) <= EXACT
 
 
 def test_failed_attempt_is_freed_before_the_retry() -> None:

@@ -117,4 +117,4 @@ def test_a_layer_asked_for_the_last_positions_gives_the_end_of_its_output(causal
     randomize(layer)
     x = small(1, LENGTH, CONFIG.hidden_size)
     rope = text_rope(LENGTH, CONFIG, x.device)
-    assert error(layer(x, rope, causal, num_queries=8), layer(x, rope, causal)[:, -8:]) <= EXACT
+    assert error(layer(x, rope, causal=causal, num_queries=8), layer(x, rope, causal=causal)[:, -8:]) <= EXACT

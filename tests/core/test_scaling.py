@@ -1,4 +1,4 @@
-"""What the weight scales: V's output, K too, or only what the tokens share; against attention written out by hand."""
+"""Scalings of the reference term, against attention written out by hand; sums in place."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_v_only_leaves_the_keys_and_at_weight_1_the_values(qkv) -> None:
     assert torch.equal(half[1], values * 0.5)
 
 
-def test_sum_is_made_in_the_memory_of_the_term() -> None:
+def test_sum_overwrites_the_second_term() -> None:
     text, term = torch.randn(2, 1, 3, 4)
     wanted, before = text + term, text.clone()
     found = add_in_place(text, term)
@@ -57,7 +57,7 @@ def test_sum_is_made_in_the_memory_of_the_term() -> None:
 
 
 @pytest.mark.parametrize("learning", [0, 1])
-def test_sum_that_wants_gradients_leaves_both_parts(learning: int) -> None:
+def test_sum_with_gradients_overwrites_nothing(learning: int) -> None:
     parts = list(torch.randn(2, 1, 3, 4))
     parts[learning].requires_grad_()
     before = [part.detach().clone() for part in parts]
@@ -71,14 +71,14 @@ def test_unknown_scaling_is_refused() -> None:
         require_scaling("Q")
 
 
-def test_a_batch_that_is_no_multiple_of_the_rows_is_refused() -> None:
+def test_batch_must_be_a_multiple_of_the_rows() -> None:
     key_value = (torch.randn(2, 4, 8), torch.randn(2, 4, 8))
     for batch in (1, 3):
         with pytest.raises(RuntimeError):
             reference_attention(torch.randn(batch, 4, 8), key_value, 2)
 
 
-def test_a_sum_has_the_type_that_its_terms_make() -> None:
+def test_sum_has_the_promoted_dtype() -> None:
     wide, narrow = torch.ones(2), torch.ones(2, dtype=torch.bfloat16)
     assert add_in_place(wide, narrow).dtype == torch.float32
     assert add_in_place(narrow, wide).dtype == torch.float32
