@@ -151,13 +151,9 @@ class PatchMerger(nn.Module):
         super().__init__()
         merged = config.vision_width * config.merge_size**2
         self.ln_q = operations.LayerNorm(config.vision_width, eps=VISION_LAYER_NORM_EPS, **factory)
-        self.mlp = nn.ModuleList(
-            [
-                operations.Linear(merged, merged, **factory),
-                nn.Identity(),
-                operations.Linear(merged, config.hidden_size, **factory),
-            ]
-        )
+        first = operations.Linear(merged, merged, **factory)
+        second = operations.Linear(merged, config.hidden_size, **factory)
+        self.mlp = nn.ModuleList([first, nn.Identity(), second])
         self.patches_per_token = config.merge_size**2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -294,13 +290,10 @@ class SelfAttention(nn.Module):
 class GatedMLP(nn.Module):
     def __init__(self, config: EasyRefConfig, operations: Any, **factory: Any) -> None:
         super().__init__()
-        self.gate_proj = operations.Linear(
-            config.hidden_size, config.intermediate_size, bias=False, **factory
-        )
-        self.up_proj = operations.Linear(config.hidden_size, config.intermediate_size, bias=False, **factory)
-        self.down_proj = operations.Linear(
-            config.intermediate_size, config.hidden_size, bias=False, **factory
-        )
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_proj = operations.Linear(hidden, intermediate, bias=False, **factory)
+        self.up_proj = operations.Linear(hidden, intermediate, bias=False, **factory)
+        self.down_proj = operations.Linear(intermediate, hidden, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate_proj(x)
@@ -313,11 +306,10 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
         super().__init__()
-        self.input_layernorm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = operations.RMSNorm(width, eps=eps, **factory)
         self.self_attn = SelfAttention(config, operations, **factory)
-        self.post_attention_layernorm = operations.RMSNorm(
-            config.hidden_size, eps=config.rms_norm_eps, **factory
-        )
+        self.post_attention_layernorm = operations.RMSNorm(width, eps=eps, **factory)
         self.mlp = GatedMLP(config, operations, **factory)
 
     def forward(self, x: Tensor, rope: Rope, **options: Any) -> Tensor:

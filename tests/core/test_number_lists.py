@@ -1,4 +1,4 @@
-"""Lists of numbers and references: the meaning of each text, and no text with another meaning than intended."""
+"""Lists of numbers and references: the meaning of each text, and no meaning that was not intended."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Quirks of the authors' code that the released weights were trained with, each pinned against being "fixed".
 
-Each test holds our result within 1e-5 of the authors' and the "fixed" variant far from it, so that a fix fails a test.
+Each test holds our result within 1e-5 of the authors' and the "fixed" variant far from it.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def test_norm_between_body_and_last_layer_stays(own: er.EasyRef, distance) -> No
 
 
 def mrope(ids: torch.Tensor, grid: torch.Tensor, image_token: int, config: er.model.EasyRefConfig) -> Rope:
-    """Qwen2-VL's own 3-D positions: each image token at (frame, row, column), text continuing after the largest."""
+    """Qwen2-VL's 3-D positions: image tokens at (frame, row, column), text continuing after the largest."""
     places, images, last = [], iter(grid.tolist()), -1
     flags = (ids[0] == image_token).tolist()
     at = 0
@@ -229,7 +229,7 @@ def attach(unet: UNet2DConditionModel, model: er.EasyRef, tokens, uncond) -> Cal
 
 @pytest.fixture
 def unet_error(unet: UNet2DConditionModel, expected: Tensors) -> Callable[..., float]:
-    """Relative error of the noise prediction for a weight, in all rows or the first, which is unconditional."""
+    """Relative error of the noise prediction for a weight; the first row is the unconditional one."""
 
     def measure(weight: float, rows: int = 2) -> float:
         wanted = expected[f"unet.noise_pred.scale_{weight}"][:rows]

@@ -1,4 +1,4 @@
-"""Our vision tower and decoder layers compute what the installed transformers' Qwen2-VL computes, on random weights.
+"""Vision tower and decoder layers match the installed transformers' Qwen2-VL, on random weights.
 
 Runs with transformers from 4.50 on: the text model moved and the vision tower's result changed form since.
 """
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from devkit import golden
 from devkit.golden import EXACT, Tensors, error
+from easyref_core.checkpoint.checkpoint import open_checkpoint
 from easyref_core.checkpoint.formats import MLLM_NAMES, translate
-from easyref_core.mllm.config import EasyRefConfig
 from easyref_core.mllm.group_encoder import GroupEncoder
 from easyref_core.mllm.qwen2_vl import DecoderLayer, VisionTower, text_rope
 from tools.bench.transformers_mllm import text_model, vision_tower
@@ -21,28 +22,14 @@ from tools.bench.transformers_mllm import text_model, vision_tower
 if TYPE_CHECKING:
     from torch import nn
 
-CONFIG = EasyRefConfig(
-    vocab_size=120,
+# rms_norm_eps and rope_theta are not the defaults, so that a test fails if either is not passed on
+CONFIG = dataclasses.replace(
+    open_checkpoint(golden.CHECKPOINT, golden.MLLM).config,
     hidden_size=96,
-    intermediate_size=160,
-    body_layers=3,
-    final_layers=1,
     heads=6,
     kv_heads=2,
-    rms_norm_eps=1e-5,  # not the default, and neither is rope_theta: both have to be passed on
+    rms_norm_eps=1e-5,
     rope_theta=5e4,
-    max_positions=512,
-    vision_depth=3,
-    vision_width=48,
-    vision_mlp_width=192,
-    vision_heads=3,
-    patch_size=14,
-    temporal_patch_size=2,
-    merge_size=2,
-    num_tokens=8,
-    projector_width=64,
-    token_width=32,
-    lora_rank=0,
 )
 GROUPS = {
     "one image": [(1, 6, 6)],
@@ -112,7 +99,7 @@ def test_decoder_layers(kv_heads: int, causal: bool) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_a_layer_asked_for_the_last_positions_gives_the_end_of_its_output(causal: bool) -> None:
+def test_last_positions_of_a_layer(causal: bool) -> None:
     layer = DecoderLayer(CONFIG)
     randomize(layer)
     x = small(1, LENGTH, CONFIG.hidden_size)

@@ -1,4 +1,4 @@
-"""How much each reference counts in the aggregation: 1 changes no bit, 0 is attention without its image tokens."""
+"""Weights of references in the aggregation: 1 is bit-identical, 0 is attention without its image tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def context(model: er.EasyRef) -> er.ContextStates:
 def by_hand(
     layer: DecoderLayer, config: EasyRefConfig, x: torch.Tensor, factor: torch.Tensor
 ) -> torch.Tensor:
-    """The causal layer in float64, each key's exponential multiplied by its factor (S,): (1, S, heads * d)."""
+    """Causal attention in float64, each key's exponential times its factor (S,): (1, S, heads * d)."""
     attention, length = layer.self_attn, x.shape[1]
     x = layer.input_layernorm(x)
     heads = attention.heads
@@ -46,7 +46,7 @@ def by_hand(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("weights", [(0, 1, 1), (1, 0, 0.5), (4, 1, 0.25), (0, 0, 0)])
-def test_the_attention_is_the_one_computed_by_hand(
+def test_attention_matches_the_one_computed_by_hand(
     context: er.ContextStates, weights: tuple[float, ...]
 ) -> None:
     own = er.load(golden.CHECKPOINT, golden.MLLM)  # changed below
@@ -65,22 +65,20 @@ def test_the_attention_is_the_one_computed_by_hand(
     assert error(aggregator.gather(context.states.double(), bias=bias), wanted) <= 1e-6  # RoPE is in float32
 
 
-def test_weights_of_1_are_no_weights(model: er.EasyRef, context: er.ContextStates) -> None:
+def test_weights_of_1_are_bit_identical(model: er.EasyRef, context: er.ContextStates) -> None:
     assert context.weighed([1, 1.0, 1]).weights is None
     found = model.aggregate(context.weighed([0.5, 1, 2]).weighed([1, 1, 1]))
     assert torch.equal(found.as_subclass(torch.Tensor), model.aggregate(context).as_subclass(torch.Tensor))
 
 
-def test_a_weight_changes_the_tokens_and_not_the_context(
-    model: er.EasyRef, context: er.ContextStates
-) -> None:
+def test_weight_changes_the_tokens_and_not_the_context(model: er.EasyRef, context: er.ContextStates) -> None:
     weighed = context.weighed([1, 0, 1])
     assert weighed.states is context.states
     assert context.weights is None
     assert error(model.aggregate(weighed), model.aggregate(context)) > 0.001
 
 
-def test_a_reference_of_weight_0_may_hold_anything(model: er.EasyRef, context: er.ContextStates) -> None:
+def test_reference_of_weight_0_is_ignored(model: er.EasyRef, context: er.ContextStates) -> None:
     start, end = context.spans[1]
     states = context.states.clone()
     states[:, start:end] = torch.randn_like(states[:, start:end])
@@ -89,14 +87,14 @@ def test_a_reference_of_weight_0_may_hold_anything(model: er.EasyRef, context: e
     assert error(found, wanted) <= EXACT
 
 
-def test_nothing_but_text_left_is_still_finite(model: er.EasyRef, context: er.ContextStates) -> None:
+def test_all_weights_0_is_finite(model: er.EasyRef, context: er.ContextStates) -> None:
     assert torch.isfinite(model.aggregate(context.weighed([0, 0, 0]))).all()
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_several_final_layers_leave_the_contexts_rows_alone(model: er.EasyRef, causal: bool) -> None:
-    """A reference of weight 0 is out of every final layer's attention from the reference tokens, not of the context's."""
+def test_weights_do_not_change_the_context_in_any_final_layer(model: er.EasyRef, causal: bool) -> None:
+    """A weight acts in every final layer, on the attention of the reference tokens and not of the context."""
     config = dataclasses.replace(model.config, final_layers=2, causal=causal)
     torch.manual_seed(0)
     aggregator = ReferenceAggregator(config)
@@ -117,7 +115,7 @@ def test_several_final_layers_leave_the_contexts_rows_alone(model: er.EasyRef, c
 
 @torch.inference_mode()
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_a_padded_row_is_weighed_as_without_its_padding(model: er.EasyRef, causal: bool) -> None:
+def test_padding_does_not_change_a_weighed_row(model: er.EasyRef, causal: bool) -> None:
     aggregator = EasyRefModules(dataclasses.replace(model.config, causal=causal)).aggregator
     aggregator.load_state_dict(model.mllm.aggregator.state_dict())
     tokens, padding = model.config.num_tokens, 5
@@ -127,17 +125,17 @@ def test_a_padded_row_is_weighed_as_without_its_padding(model: er.EasyRef, causa
     factor[12:20] = 0
     wanted = aggregator(states, bias=factor.log().expand(tokens, -1))
     padded = torch.cat([torch.randn(1, padding, states.shape[-1]), states], dim=1)
-    real = torch.arange(30 + padding)[None] >= padding
+    padding_mask = torch.arange(30 + padding)[None] >= padding
     bias = torch.cat([torch.ones(padding), factor]).log().expand(tokens, -1)
-    assert error(aggregator(padded, real, bias), wanted) <= EXACT
+    assert error(aggregator(padded, padding_mask, bias), wanted) <= EXACT
 
 
-def test_without_weights_no_mask_is_made() -> None:
+def test_no_mask_without_weights() -> None:
     assert attention_mask(7, 7, True, None, torch.device("cpu")) is None
 
 
-def test_with_a_bias_the_mask_stays_causal() -> None:
-    mask = attention_mask(4, 4, True, None, torch.device("cpu"), torch.zeros(2, 4))
+def test_mask_with_a_bias_is_causal() -> None:
+    mask = attention_mask(4, 4, True, None, torch.device("cpu"), attn_bias=torch.zeros(2, 4))
     assert torch.equal(mask == 0, torch.ones(4, 4, dtype=torch.bool).tril())
 
 
@@ -150,5 +148,5 @@ def test_with_a_bias_the_mask_stays_causal() -> None:
         ([float("nan"), 1, 1], ["reference 1 is nan"]),
     ],
 )
-def test_weights_that_fit_nothing(context: er.ContextStates, weights: list, parts: list[str]) -> None:
+def test_invalid_weights_are_refused(context: er.ContextStates, weights: list, parts: list[str]) -> None:
     assert_says(error_of(lambda: context.weighed(weights)), *parts)
