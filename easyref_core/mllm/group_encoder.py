@@ -28,7 +28,7 @@ class GroupEncoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, operations, **factory) for _ in range(config.body_layers)
         )
-        # The MLLM's own final norm stays, although its last layer is cut off: the authors replaced it by an
+        # The MLLM's final norm stays, although its last layer is cut off: the authors replaced it by an
         # identity on the wrong object (multimodal_llm.norm instead of multimodal_llm.model.norm) and trained
         # with it in place.
         self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .config import EasyRefConfig
 
 SIZE = 336  # pixels, the authors' cond_image_size: about (336 / 28)^2 = 144 image tokens a reference
-# image tokens along a side; the upper limit is Qwen2-VL's own, 16384 image tokens
+# image tokens along a side; the maximum is Qwen2-VL's
 MIN_SIDE_TOKENS, MAX_SIDE_TOKENS = 2, 128
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)

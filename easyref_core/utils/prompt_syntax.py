@@ -43,14 +43,14 @@ def plain_text(prompt: str) -> str:
 
 def _without_comments(text: str) -> str:
     parts, start = [], 0
-    while found := _COMMENT.search(text, start):
-        end = found.end()
-        if found.group() == "/*":
+    while match := _COMMENT.search(text, start):
+        end = match.end()
+        if match.group() == "/*":
             close = text.find("*/", end)
             if close < 0:  # unterminated, and so is every later one: they are text
                 return "".join(parts) + text[start:end] + _LINE_COMMENT.sub("", text[end:])
             end = close + 2
-        parts.append(text[start : found.start()])
+        parts.append(text[start : match.start()])
         start = end
     return "".join(parts) + text[start:]
 
@@ -58,8 +58,8 @@ def _without_comments(text: str) -> str:
 def _without_braces(text: str) -> str:
     """Remove braces and their escapes. Raises ValueError for a choice."""
     parts, level, opened, end = [], 0, 0, 0
-    for found in _BRACE.finditer(text):
-        sign = found.group()
+    for match in _BRACE.finditer(text):
+        sign = match.group()
         if sign == "|" and level:
             block = text[opened:]
             choice = shorten(repr(block[: block.find("}") + 1] or block))
@@ -69,22 +69,22 @@ def _without_braces(text: str) -> str:
                 "alternatives, in one text node that is linked to both."
             )
         if sign == "{" or (sign == "}" and level):
-            parts.append(text[end : found.start()])
-            opened = found.start() if not level else opened
-            level, end = level + (1 if sign == "{" else -1), found.end()
+            parts.append(text[end : match.start()])
+            opened = match.start() if not level else opened
+            level, end = level + (1 if sign == "{" else -1), match.end()
     return re.sub(r"\\([{}|])", r"\1", "".join(parts) + text[end:])
 
 
 def _tokens(text: str) -> list[Token]:
     tokens, end = [], 0
-    for found in _SPECIAL.finditer(text):
-        sign = found.group()
-        tokens.append((TEXT, text[end : found.start()]))
+    for match in _SPECIAL.finditer(text):
+        sign = match.group()
+        tokens.append((TEXT, text[end : match.start()]))
         if sign in (OPEN, CLOSE):
             tokens.append((sign, sign))
         else:
             tokens.append((TEXT, sign[1]) if sign[0] == "\\" else (DROPPED, ""))
-        end = found.end()
+        end = match.end()
     tokens.append((TEXT, text[end:]))
     return [token for token in tokens if token != (TEXT, "")]
 
@@ -135,10 +135,10 @@ def _without_embeddings(segment: Sequence[Token]) -> Iterator[str | None]:
     """Yield the texts of a segment, with None for dropped syntax."""
     for dropped, run in groupby(segment, key=lambda token: token[0] == DROPPED):
         text, end = "".join(part for _, part in run), 0
-        for found in _EMBEDDING.finditer(text):
-            yield from (text[end : found.start()], None)
-            name = found.group(1)
-            end = found.end() - (len(name) - len(name.rstrip(",")))  # the comma after the name is text
+        for match in _EMBEDDING.finditer(text):
+            yield from (text[end : match.start()], None)
+            name = match.group(1)
+            end = match.end() - (len(name) - len(name.rstrip(",")))  # the comma after the name is text
         yield None if dropped else text[end:]
 
 

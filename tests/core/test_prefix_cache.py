@@ -41,7 +41,7 @@ def load(**memory: object) -> er.EasyRef:
 
 
 @pytest.fixture
-def own() -> er.EasyRef:
+def fresh() -> er.EasyRef:
     """A model with empty caches."""
     return load()
 
@@ -120,52 +120,54 @@ CHANGES: dict[str, tuple[str, dict, int, int]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_only_changes_are_encoded(own: er.EasyRef, name: str) -> None:
+def test_only_changes_are_encoded(fresh: er.EasyRef, name: str) -> None:
     group, options, encoded, reused = CHANGES[name]
-    tokens(own, "ABC")
-    with counting(own) as counts:
-        context = encode(own, group, **options)
+    tokens(fresh, "ABC")
+    with counting(fresh) as counts:
+        context = encode(fresh, group, **options)
     assert counts.images == encoded
     cached = context.spans[reused - 1][1] + 1 if reused else 0
     # the mark before the first image that differs may be cached too
     assert context.states.shape[1] - counts.tokens - cached in ((0, 1) if reused else (0,))
-    assert error(own.aggregate(context), uncached(group, **options)) <= EXACT
+    assert error(fresh.aggregate(context), uncached(group, **options)) <= EXACT
 
 
-def test_long_history_does_not_change_tokens(own: er.EasyRef) -> None:
+def test_long_history_does_not_change_tokens(fresh: er.EasyRef) -> None:
     for i, group in enumerate(2 * ["A", "AB", "ABC", "AB", "ABCD", "BA", "ABCDEFGHI", "ABD", "BAC"]):
         prompt = f"picture {i}"
-        assert error(tokens(own, group, prompt=prompt), uncached(group, prompt=prompt)) <= EXACT
+        assert error(tokens(fresh, group, prompt=prompt), uncached(group, prompt=prompt)) <= EXACT
 
 
-def test_equal_images_are_encoded_once(own: er.EasyRef) -> None:
-    with counting(own) as counts:
-        found = tokens(own, "AABA")
+def test_equal_images_are_encoded_once(fresh: er.EasyRef) -> None:
+    with counting(fresh) as counts:
+        found = tokens(fresh, "AABA")
     assert counts.images == 2
-    assert found.shape == (1, own.config.num_tokens, own.config.token_width)
-    features = own.group_encoder.features(plan_of(own, "AAB", use_prefix=False))
+    assert found.shape == (1, fresh.config.num_tokens, fresh.config.token_width)
+    features = fresh.group_encoder.features(plan_of(fresh, "AAB", use_prefix=False))
     assert torch.equal(features[0], features[1])
     assert not torch.equal(features[0], features[2])
 
 
-def test_image_changed_in_place_is_another_image(own: er.EasyRef) -> None:
+def test_image_changed_in_place_is_another_image(fresh: er.EasyRef) -> None:
     image = torch.full((100, 90, 3), 0.9)
-    before = own.encode([image], size=SIZE)
+    before = fresh.encode([image], size=SIZE)
     image.fill_(0.1)
-    with counting(own) as counts:
-        after = own.encode([image], size=SIZE)
+    with counting(fresh) as counts:
+        after = fresh.encode([image], size=SIZE)
     assert counts.images == 1
     assert error(after.states, before.states) > 100 * EXACT
     assert error(after.states, load().encode([image], size=SIZE).states) <= EXACT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_image_is_resized_once(own: er.EasyRef, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_image_is_resized_once(
+    fresh: er.EasyRef, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     resized, resize = [], preprocess.resize
     monkeypatch.setattr(preprocess, "resize", lambda *args: resized.append(1) or resize(*args))
 
     def prepare(*images: torch.Tensor, size: int = SIZE) -> list:
-        return list(caches(own).prepare(images, own.config, size))
+        return list(caches(fresh).prepare(images, fresh.config, size))
 
     images = [golden.as_tensor(image).to(dtype) for image in (IMAGES["A"], IMAGES["B"])]
     first = prepare(*images)
@@ -181,40 +183,40 @@ def test_image_is_resized_once(own: er.EasyRef, monkeypatch: pytest.MonkeyPatch,
         transposed.pixels[0] = 0
 
 
-def test_reference_weights_are_not_cached(own: er.EasyRef) -> None:
-    weighed = own.aggregate(encode(own, "AB").weighed([2, 0]))
-    assert torch.equal(tokens(own, "AB"), tokens(own, "AB"))
-    assert error(tokens(own, "AB"), uncached("AB")) <= EXACT < error(weighed, uncached("AB"))
+def test_reference_weights_are_not_cached(fresh: er.EasyRef) -> None:
+    weighed = fresh.aggregate(encode(fresh, "AB").weighed([2, 0]))
+    assert torch.equal(tokens(fresh, "AB"), tokens(fresh, "AB"))
+    assert error(tokens(fresh, "AB"), uncached("AB")) <= EXACT < error(weighed, uncached("AB"))
 
 
 @torch.inference_mode()
-def test_returned_states_are_copies(own: er.EasyRef) -> None:
-    encode(own, "AB").states.zero_()
-    assert error(tokens(own, "AB", prompt="a dog"), uncached("AB", prompt="a dog")) <= EXACT
-    assert error(tokens(own, "AB"), uncached("AB")) <= EXACT
+def test_returned_states_are_copies(fresh: er.EasyRef) -> None:
+    encode(fresh, "AB").states.zero_()
+    assert error(tokens(fresh, "AB", prompt="a dog"), uncached("AB", prompt="a dog")) <= EXACT
+    assert error(tokens(fresh, "AB"), uncached("AB")) <= EXACT
 
 
 @pytest.mark.parametrize("before", ["", "ABC"])
-def test_flops_are_counted_as_torch_counts_them(own: er.EasyRef, before: str) -> None:
+def test_flops_are_counted_as_torch_counts_them(fresh: er.EasyRef, before: str) -> None:
     """SDPBackend.MATH computes attention as matrix products, which torch counts."""
     if before:
-        tokens(own, before)
-    plan = plan_of(own, "ABCD")
+        tokens(fresh, before)
+    plan = plan_of(fresh, "ABCD")
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
-        own.encode_plan(plan)
+        fresh.encode_plan(plan)
     wanted = pytest.approx(counted.get_total_flops(), rel=0.01)
-    assert flops(own.config, plan.patches, plan.new_tokens, plan.cached_tokens) == wanted
-    budget = own.budget([IMAGES[letter].size for letter in "ABCD"], "a cat", size=SIZE)
+    assert flops(fresh.config, plan.patches, plan.new_tokens, plan.cached_tokens) == wanted
+    budget = fresh.budget([IMAGES[letter].size for letter in "ABCD"], "a cat", size=SIZE)
     assert before or budget.flops == wanted
 
 
 @torch.inference_mode()
-def test_plan_does_not_depend_on_later_cache_changes(own: er.EasyRef) -> None:
-    tokens(own, "AB")
-    plan = plan_of(own, "ABC")
-    own.clear_cache()
-    with counting(own) as counts:
-        found = own.aggregate(own.encode_plan(plan))
+def test_plan_does_not_depend_on_later_cache_changes(fresh: er.EasyRef) -> None:
+    tokens(fresh, "AB")
+    plan = plan_of(fresh, "ABC")
+    fresh.clear_cache()
+    with counting(fresh) as counts:
+        found = fresh.aggregate(fresh.encode_plan(plan))
     assert (counts.images, counts.tokens) == (1, plan.new_tokens)
     assert error(found, uncached("ABC")) <= EXACT
 
@@ -238,28 +240,28 @@ def test_lru_cache_evicts_the_least_recently_used() -> None:
     assert cache.get("a") == "again"
 
 
-def test_prefix_is_cached_once(own: er.EasyRef) -> None:
-    tokens(own, "ABC")
-    size = caches(own).nbytes
+def test_prefix_is_cached_once(fresh: er.EasyRef) -> None:
+    tokens(fresh, "ABC")
+    size = caches(fresh).nbytes
     for prompt in ("one", "another", "a third, which is longer"):
-        tokens(own, "ABC", prompt=prompt)
-        tokens(own, "AB", prompt=prompt)
-    assert caches(own).nbytes == size
-    tokens(own, "ABCD")
-    longer = caches(own).nbytes
+        tokens(fresh, "ABC", prompt=prompt)
+        tokens(fresh, "AB", prompt=prompt)
+    assert caches(fresh).nbytes == size
+    tokens(fresh, "ABCD")
+    longer = caches(fresh).nbytes
     assert longer < 1.5 * size  # it replaces the shorter prefix
-    own.clear_cache()
-    tokens(own, "ABCD")
-    assert longer == caches(own).nbytes
+    fresh.clear_cache()
+    tokens(fresh, "ABCD")
+    assert longer == caches(fresh).nbytes
 
 
-def test_nbytes_are_the_bytes_allocated(own: er.EasyRef) -> None:
-    tokens(own, "ABC")
-    tensors = caches(own).features.values()
-    for prefix in caches(own).prefixes.values():
+def test_nbytes_are_the_bytes_allocated(fresh: er.EasyRef) -> None:
+    tokens(fresh, "ABC")
+    tensors = caches(fresh).features.values()
+    for prefix in caches(fresh).prefixes.values():
         tensors += [prefix.states, *(t for layer in prefix.layers for t in layer)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    assert sum(storages.values()) == caches(own).device_nbytes
+    assert sum(storages.values()) == caches(fresh).device_nbytes
 
 
 def test_larger_than_the_caches_is_computed_again() -> None:
@@ -281,19 +283,19 @@ def test_caches_are_freed_with_the_model() -> None:
     assert alive() is None
 
 
-def test_clear_cache(own: er.EasyRef) -> None:
-    tokens(own, "AB")
-    first = own.unconditional(size=SIZE)
-    assert caches(own).nbytes > 0
-    own.clear_cache()
-    assert caches(own).nbytes == 0
-    assert own.unconditional(size=SIZE) is not first
+def test_clear_cache(fresh: er.EasyRef) -> None:
+    tokens(fresh, "AB")
+    first = fresh.unconditional(size=SIZE)
+    assert caches(fresh).nbytes > 0
+    fresh.clear_cache()
+    assert caches(fresh).nbytes == 0
+    assert fresh.unconditional(size=SIZE) is not first
 
 
-def test_models_do_not_share_caches(own: er.EasyRef) -> None:
+def test_models_do_not_share_caches(fresh: er.EasyRef) -> None:
     tokens(load(), "AB")
-    with counting(own) as counts:
-        tokens(own, "AB")
+    with counting(fresh) as counts:
+        tokens(fresh, "AB")
     assert counts.images == 2
 
 
@@ -310,22 +312,22 @@ def stop(at: float, fraction: float) -> None:
 
 
 @pytest.mark.parametrize("before", ["", "A", "ABC"])
-def test_stopping_leaves_only_whole_features(own: er.EasyRef, before: str) -> None:
+def test_stopping_leaves_only_whole_features(fresh: er.EasyRef, before: str) -> None:
     fractions: list[float] = []
     if before:
-        tokens(own, before)
-    encode(own, "ABCD", progress=fractions.append)
+        tokens(fresh, before)
+    encode(fresh, "ABCD", progress=fractions.append)
     assert fractions == sorted(fractions)
     assert fractions[-1] == pytest.approx(1)
     for at in fractions:
-        own.clear_cache()
+        fresh.clear_cache()
         if before:
-            tokens(own, before)
-        size = caches(own).nbytes
+            tokens(fresh, before)
+        size = caches(fresh).nbytes
         with pytest.raises(Stop):
-            encode(own, "ABCD", progress=partial(stop, at))
-        assert caches(own).nbytes - size <= caches(own).features.nbytes
-        assert error(tokens(own, "ABCD"), uncached("ABCD")) <= EXACT
+            encode(fresh, "ABCD", progress=partial(stop, at))
+        assert caches(fresh).nbytes - size <= caches(fresh).features.nbytes
+        assert error(tokens(fresh, "ABCD"), uncached("ABCD")) <= EXACT
 
 
 def failing(at: int, times: int = 1, error: type[Exception] = torch.OutOfMemoryError) -> Callable:
@@ -388,8 +390,8 @@ def test_failed_chunk_is_rolled_back(before: str) -> None:
     assert retry == second_half != {start}
 
 
-def test_chunks_after_a_failure_fit_the_mask(own: er.EasyRef) -> None:
-    length = plan_of(own, "ABCD").new_tokens
+def test_chunks_after_a_failure_fit_the_mask(fresh: er.EasyRef) -> None:
+    length = plan_of(fresh, "ABCD").new_tokens
     model = load(min_chunk_tokens=2, max_mask_entries=5 * length)
     chunks: list[int] = []
     layer = model.mllm.encoder.layers[0]
@@ -423,26 +425,26 @@ def test_out_of_memory_evicts_other_groups_and_progress_counts_once(part: str) -
 
 
 @PARTS
-def test_error_if_nothing_fits(own: er.EasyRef, part: str) -> None:
-    with hooked((last_block(own, part), failing(1, 10**9))):
-        text = error_of(lambda: tokens(own, "AB"), torch.OutOfMemoryError)
+def test_error_if_nothing_fits(fresh: er.EasyRef, part: str) -> None:
+    with hooked((last_block(fresh, part), failing(1, 10**9))):
+        text = error_of(lambda: tokens(fresh, "AB"), torch.OutOfMemoryError)
     assert_says(text, "Out of memory", "smallest chunks", "smaller size", "fp8", "CUDA out of memory")
-    assert torch.equal(tokens(own, "AB"), uncached("AB")) or part == "decoder"
-    assert error(tokens(own, "AB"), uncached("AB")) <= EXACT
+    assert torch.equal(tokens(fresh, "AB"), uncached("AB")) or part == "decoder"
+    assert error(tokens(fresh, "AB"), uncached("AB")) <= EXACT
 
 
-def test_states_are_returned_if_caching_fails(own: er.EasyRef, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_are_returned_if_caching_fails(fresh: er.EasyRef, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(caches(own).prefixes, "put", fail)
-    assert torch.equal(tokens(own, "AB"), uncached("AB"))
-    assert not list(caches(own).prefixes)
+    monkeypatch.setattr(caches(fresh).prefixes, "put", fail)
+    assert torch.equal(tokens(fresh, "AB"), uncached("AB"))
+    assert not list(caches(fresh).prefixes)
 
 
-def test_oversized_prefix_evicts_nothing(own: er.EasyRef) -> None:
-    tokens(own, "AB")
-    model = load(prefix_cache_bytes=caches(own).prefixes.nbytes)
+def test_oversized_prefix_evicts_nothing(fresh: er.EasyRef) -> None:
+    tokens(fresh, "AB")
+    model = load(prefix_cache_bytes=caches(fresh).prefixes.nbytes)
     tokens(model, "AB")
     tokens(model, "ABC")
     with counting(model) as counts:
@@ -450,9 +452,9 @@ def test_oversized_prefix_evicts_nothing(own: er.EasyRef) -> None:
     assert counts.tokens < 40
 
 
-def test_other_errors_are_not_retried(own: er.EasyRef) -> None:
-    with hooked((linear_layers(own)[3], failing(1, 1, KeyError))), pytest.raises(KeyError):
-        tokens(own, "AB")
+def test_other_errors_are_not_retried(fresh: er.EasyRef) -> None:
+    with hooked((linear_layers(fresh)[3], failing(1, 1, KeyError))), pytest.raises(KeyError):
+        tokens(fresh, "AB")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ FAR = 0.01  # a thousand times the difference of two correct implementations
 
 
 @pytest.fixture
-def own() -> er.EasyRef:
+def fresh() -> er.EasyRef:
     """A model that the test may change."""
     return er.load(golden.CHECKPOINT, golden.MLLM)
 
@@ -125,10 +125,10 @@ def test_another_chat_is_far_off(model: er.EasyRef, distance, monkeypatch, chang
 # The MLLM body
 
 
-def test_norm_between_body_and_last_layer_stays(own: er.EasyRef, distance) -> None:
-    assert distance(own) <= EXACT
-    own.mllm.encoder.norm = nn.Identity()
-    assert distance(own) > 0.1
+def test_norm_between_body_and_last_layer_stays(fresh: er.EasyRef, distance) -> None:
+    assert distance(fresh) <= EXACT
+    fresh.mllm.encoder.norm = nn.Identity()
+    assert distance(fresh) > 0.1
 
 
 def mrope(ids: torch.Tensor, grid: torch.Tensor, image_token: int, config: er.model.EasyRefConfig) -> Rope:
@@ -193,10 +193,10 @@ def test_positions_continue_at_the_reference_tokens(model: er.EasyRef, distance,
     assert distance(model) > 0.1
 
 
-def test_last_layer_has_another_norm(own: er.EasyRef, distance) -> None:
-    assert distance(own) <= EXACT
-    own.mllm.aggregator.norm = own.mllm.encoder.norm
-    assert distance(own) > FAR
+def test_last_layer_has_another_norm(fresh: er.EasyRef, distance) -> None:
+    assert distance(fresh) <= EXACT
+    fresh.mllm.aggregator.norm = fresh.mllm.encoder.norm
+    assert distance(fresh) > FAR
 
 
 # The unconditional side

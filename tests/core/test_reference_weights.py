@@ -49,8 +49,8 @@ def by_hand(
 def test_attention_matches_the_one_computed_by_hand(
     context: er.ContextStates, weights: tuple[float, ...]
 ) -> None:
-    own = er.load(golden.CHECKPOINT, golden.MLLM)  # changed below
-    aggregator, tokens = own.mllm.aggregator.double(), own.config.num_tokens
+    fresh = er.load(golden.CHECKPOINT, golden.MLLM)  # because its aggregator is changed
+    aggregator, tokens = fresh.mllm.aggregator.double(), fresh.config.num_tokens
     bias = weight_bias(context.weighed(weights), tokens).double()
     factor = torch.ones(context.states.shape[1] + tokens)
     for (start, end), weight in zip(context.spans, weights, strict=True):
@@ -59,7 +59,7 @@ def test_attention_matches_the_one_computed_by_hand(
     layer = aggregator.layers[-1]
     learned = aggregator.reference_tokens.weight[None]
     x = torch.cat([context.states.double(), learned], dim=1)
-    by_value = by_hand(layer, own.config, x, factor)[:, -tokens:]
+    by_value = by_hand(layer, fresh.config, x, factor)[:, -tokens:]
     attended = x[:, -tokens:] + layer.self_attn.o_proj(by_value)
     wanted = aggregator.norm(attended + layer.mlp(layer.post_attention_layernorm(attended)))
     assert error(aggregator.gather(context.states.double(), bias=bias), wanted) <= 1e-6  # RoPE is in float32
