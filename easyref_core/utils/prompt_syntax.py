@@ -97,12 +97,12 @@ def _segments(tokens: list[Token]) -> Iterator[list[Token]]:
         if not grouped:
             yield tokens
             continue
-        for piece in reversed(_pieces(tokens)):
-            grouped = level < MAX_NESTING and len(piece) > 1 and (piece[0][0], piece[-1][0]) == (OPEN, CLOSE)
-            stack.append((_without_weight(piece[1:-1]) if grouped else piece, level + 1, grouped))
+        for run in reversed(_top_level_runs(tokens)):
+            grouped = level < MAX_NESTING and len(run) > 1 and (run[0][0], run[-1][0]) == (OPEN, CLOSE)
+            stack.append((_without_weight(run[1:-1]) if grouped else run, level + 1, grouped))
 
 
-def _pieces(tokens: list[Token]) -> list[list[Token]]:
+def _top_level_runs(tokens: list[Token]) -> list[list[Token]]:
     """Split tokens before a bracket that opens at level 0 and after one that closes to level 0.
 
     The level may fall below 0, as in ComfyUI, so that unbalanced brackets are parsed the same way.
