@@ -72,15 +72,13 @@ class EasyRef:
         self.device, self.dtype = torch.device(device), dtype
         self.image_token = image_token_id(tokenizer)
         memory = memory or MemoryOptions()
-        self.group_encoder = CachedGroupEncoder(
-            mllm.encoder, self.image_token, self.device, dtype, memory=memory
-        )
+        encoder, token = mllm.encoder, self.image_token
+        self.group_encoder = CachedGroupEncoder(encoder, token, self.device, dtype, memory=memory)
         self._unconditional: ByteLRUCache[ReferenceTokens] = ByteLRUCache(memory.unconditional_cache_bytes)
         if self.image_token >= self.config.vocab_size:
             raise ValueError(
                 f"The tokenizer does not belong to the MLLM: its <|image_pad|> is token {self.image_token}, "
-                f"the MLLM has {self.config.vocab_size} tokens. Choose the MLLM folder the checkpoint was "
-                "trained with."
+                f"the MLLM has {self.config.vocab_size} tokens. Choose the MLLM folder of the checkpoint."
             )
 
     def encode(
@@ -95,10 +93,8 @@ class EasyRef:
 
         Work that the group shares with an earlier one is cached (mllm/prefix_cache.py).
 
-        images: PIL images or (H, W, C) float tensors in 0..1, of any sizes, in order. size: pixels, see
-        preprocess.
-        progress: called with the completed fraction after each block of the MLLM body; may raise to stop at
-        once.
+        images: PIL images or (H, W, C) float tensors in 0..1, of any sizes, in order. size: in pixels.
+        progress: called with the completed fraction after each block of the MLLM body; may raise to stop.
         Raises ValueError for anything that is not an image and for a group longer than the MLLM's context.
         """
         return self.encode_plan(self.plan(self.prepare(images, prompt, instruction, size)), progress)
@@ -118,9 +114,8 @@ class EasyRef:
         self._check_length(input_ids.shape[1], counts)
         prepared = self.group_encoder.caches.prepare(images, self.config, size)
         provenance = Provenance(self.fingerprint, instruction, prompt, references=len(counts), size=size)
-        return PreparedGroup(
-            prepared, grid, input_ids, provenance, image_spans(input_ids, self.image_token, counts)
-        )
+        spans = image_spans(input_ids, self.image_token, counts)
+        return PreparedGroup(prepared, grid, input_ids, provenance, spans)
 
     def plan(self, group: PreparedGroup, use_prefix: bool = True) -> EncodePlan:
         """Plan the encoding of a prepared group, or without `use_prefix` that of all its vision features."""

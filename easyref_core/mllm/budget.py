@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 # Bytes that a device's allocator holds in freed blocks of the wrong sizes. On a CPU, 1 to 8 references took
 # up to 101 MiB more than their tensors are counted here (docs/performance.md).
 ALLOCATOR_SLACK_BYTES = 128 * 2**20
-# Patches in one pass of the vision tower (about 14 images at 336 pixels): larger passes are no faster and
-# take memory.
-VISION_CHUNK_PATCHES = 8192
+VISION_CHUNK_PATCHES = 8192  # of one vision pass, about 14 images at 336 pixels; larger ones are not faster
 MAX_MASK_ENTRIES = 2**24  # of an attention mask: queries times keys
 
 
@@ -26,9 +24,8 @@ MAX_MASK_ENTRIES = 2**24  # of an attention mask: queries times keys
 class MemoryOptions:
     """Memory that encoding may use: the device and sizes of its caches, and the sizes of its chunks.
 
-    At 336 pixels an image takes 0.3 MB of pixels and 0.9 MB of features, and its part of a prefix 8.5 MB
-    (float32). The default holds the longest context of the released model in bfloat16, or 120 references in
-    float32.
+    At 336 pixels an image takes 0.3 MB of pixels, 0.9 MB of features and 8.5 MB of a prefix (float32). The
+    default holds the released model's longest context in bfloat16, or 120 references in float32.
     """
 
     cache_device: torch.device | None = None  # None: the model's
@@ -128,8 +125,7 @@ def flops(config: EasyRefConfig, patches: Sequence[int], tokens: int, cached_tok
     """Flops of one encoding; arguments as for activation_bytes.
 
     Counted: every matrix product of the vision tower and the MLLM body, attention as it is computed (the full
-    square of the context in each layer, of a reference in each vision block). Not counted: norms,
-    activations, RoPE.
+    square of the context in each layer, of an image in each vision block), but not norms and activations.
     """
     c = config
     vision_block = c.vision_width * (4 * c.vision_width + 2 * c.vision_mlp_width)

@@ -28,9 +28,8 @@ class GroupEncoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, operations, **factory) for _ in range(config.body_layers)
         )
-        # The MLLM's final norm stays, although its last layer is cut off: the authors replaced it by an
-        # identity on the wrong object (multimodal_llm.norm instead of multimodal_llm.model.norm) and trained
-        # with it in place.
+        # The MLLM's final norm stays, although its last layer is cut off: the authors put the identity on the
+        # wrong object (multimodal_llm.norm instead of multimodal_llm.model.norm) and trained with the norm.
         self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
 
     def forward(
@@ -45,8 +44,7 @@ class GroupEncoder(nn.Module):
         """patches (sum, 1176), grid (K, 3), input_ids (B, S) -> context states (B, S, D) in `dtype`.
 
         A batch of groups has all its images in `patches` and `grid`, group by group. Shorter groups are
-        padded on the left: rotary embedding depends only on differences of positions. padding_mask: (B, S),
-        see qwen2_vl.
+        padded on the left, because RoPE depends only on differences of positions. padding_mask: (B, S).
         """
         features = self.visual(patches.to(dtype), grid)
         x = self.embed(input_ids, image_token, features, dtype)

@@ -74,7 +74,7 @@ class CachedGroupEncoder:
         )
         states = prefill.states()
         try:
-            self.caches.put_prefix(plan, prefill.caches, states)
+            self.caches.put_prefix(plan, prefill.layer_caches, states)
         except Exception as error:
             if not is_out_of_memory(error):  # the states are complete; only the next group has to start over
                 raise
@@ -120,8 +120,7 @@ class CachedGroupEncoder:
             self.caches.features.put(image.digest, cached.clone(), cached.nbytes)
 
     def _chunk_tokens(self, plan: EncodePlan, start: int) -> int:
-        # Only the first chunk of a group is plain causal; later ones attend to the cache and need an explicit
-        # mask.
+        # Only the first chunk is plain causal; later ones attend to the cache and need an explicit mask.
         length = plan.group.input_ids.shape[1]
         return self.memory.max_mask_entries // length if plan.cached_tokens + start else plan.new_tokens
 
@@ -145,23 +144,25 @@ class Prefill:
     ) -> None:
         self.encoder, self.embeddings, self.states_device = encoder, embeddings, states_device
         self.progress, self.chunks = progress, []
-        self.caches = [LayerKVCache() for _ in encoder.layers]
+        self.layer_caches = [LayerKVCache() for _ in encoder.layers]
         if plan.prefix:
             length = plan.cached_tokens
             self.chunks = [plan.prefix.states[:, :length]]
-            self.caches = [LayerKVCache((k[:, :, :length], v[:, :, :length])) for k, v in plan.prefix.layers]
+            self.layer_caches = [
+                LayerKVCache((k[:, :, :length], v[:, :, :length])) for k, v in plan.prefix.layers
+            ]
 
     def step(self, start: int, end: int) -> None:
         fraction = (end - start) / self.embeddings.shape[1]
         after_block = self.progress.chunk(fraction)
-        states = self.encoder.prefill(self.embeddings[:, start:end], self.caches, after_block)
+        states = self.encoder.prefill(self.embeddings[:, start:end], self.layer_caches, after_block)
         self.chunks.append(states.to(self.states_device))
 
     def rollback(self) -> None:
         """Undo a step that failed: some layers have its keys and values, others do not."""
         self.progress.rollback()
         length = sum(chunk.shape[1] for chunk in self.chunks)
-        for cache in self.caches:
+        for cache in self.layer_caches:
             cache.truncate(length)
 
     def states(self) -> Tensor:
@@ -201,8 +202,7 @@ def run_in_chunks(
     """Call step(start, end) for consecutive chunks of 0 .. total, and halve the chunks on out-of-memory.
 
     chunk_size: maximum size of the chunk that begins at an index. on_oom: called before a retry, to undo the
-    failed step and free memory. Raises torch.OutOfMemoryError, with the hint, if a chunk of `min_chunk` does
-    not fit.
+    failed step and free memory. Raises torch.OutOfMemoryError with the hint if `min_chunk` does not fit.
     """
     start, limit = 0, total
     while start < total:

@@ -200,8 +200,7 @@ class EncodeCaches:
         best = max(common, key=common.__getitem__, default=None)
         if best is None or common[best] < group.spans[0][1]:
             return None, 0
-        # at least one position is left for the decoder, because a plan without new tokens would be a special
-        # case
+        # at least one position remains, because a prefill of no tokens would be a special case
         return self.prefixes.get(best), min(common[best], len(key) - 1)
 
 

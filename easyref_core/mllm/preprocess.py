@@ -27,8 +27,7 @@ SIZE = 336  # pixels, the authors' cond_image_size: about (336 / 28)^2 = 144 ima
 MIN_SIDE_TOKENS, MAX_SIDE_TOKENS = 2, 128
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-# (256, 3), the normalised value of each byte. Rescaled to 0..1 in float64 first, as the authors' processor
-# does.
+# (256, 3), the normalised value of each byte. The authors' processor rescales to 0..1 in float64, too.
 NORMALISED = ((np.arange(256) * (1 / 255)).astype(np.float32)[:, None] - CLIP_MEAN) / CLIP_STD
 
 
@@ -38,8 +37,7 @@ def preprocess(
     """Return the group's patches (sum of patches, 1176), float32, and its grid (K, 3): frames, rows, columns.
 
     images: PIL images of any mode, or (H, W, C) float tensors in 0..1; sizes may differ, alpha is dropped.
-    Raises ValueError or TypeError for an empty group, a size outside its bounds and anything that is not an
-    image.
+    Raises ValueError or TypeError for an empty group, a size out of bounds and anything but images.
     """
     check_group(images, config, size)
     pixels = [pixels_of(image, f"reference {i + 1}", config, size) for i, image in enumerate(images)]

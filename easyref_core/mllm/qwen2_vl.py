@@ -54,8 +54,7 @@ def text_rope(length: int, config: EasyRefConfig, device: torch.device, start: i
     """Plain RoPE for positions start .. start + length - 1.
 
     The authors never pass position_ids, so image tokens too have the positions 0, 1, 2, ... on all three axes
-    of M-RoPE, which is then ordinary RoPE. Qwen2-VL's 2-D image positions change the result by 11 % (see
-    test_quirks).
+    of M-RoPE, which is then plain RoPE. Qwen2-VL's 2-D image positions differ by 11 % (test_quirks).
     """
     angles = rope_angles(
         torch.arange(start, start + length, device=device), config.head_dim, config.rope_theta
@@ -167,8 +166,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
         super().__init__()
         self.config = config
-        # The reference implementation's Conv3d has stride = kernel: on flattened patches it is a matrix
-        # product.
+        # Qwen2-VL's Conv3d has stride = kernel: on flattened patches it is a matrix product.
         self.patch_embed = operations.Linear(config.patch_values, config.vision_width, bias=False, **factory)
         self.blocks = nn.ModuleList(
             VisionBlock(config, operations, **factory) for _ in range(config.vision_depth)
@@ -203,8 +201,7 @@ def attention_mask(
     """
     if padding_mask is None and attn_bias is None and (num_queries == length or not causal):
         return None
-    # is_causal cannot be used, because it aligns queries with the first keys; these queries are the last
-    # positions.
+    # is_causal aligns queries with the first keys, but these queries are the last positions.
     mask = torch.ones(num_queries, length, dtype=torch.bool, device=device)
     mask = mask.tril(length - num_queries) if causal else mask
     if padding_mask is not None:
@@ -279,8 +276,7 @@ class SelfAttention(nn.Module):
         mask = attention_mask(num_queries, k.shape[2], causal, padding_mask, x.device, attn_bias=attn_bias)
         if padding_mask is not None:
             mask = mask.repeat_interleave(self.kv_heads, dim=0)
-        # Each KV head with its group of query heads is one row of a batch, so that keys and values are not
-        # repeated.
+        # Each KV head with its query heads is one row of a batch, so that keys and values are not repeated.
         q = rearrange(q, "b n (h g) d -> (b h) g n d", h=self.kv_heads)
         k, v = (t.flatten(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)

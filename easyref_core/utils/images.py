@@ -110,8 +110,7 @@ def square_around(mask: Tensor, height: int, width: int, padding: float, name: s
     """The square around the marked part (above 0.5) of a mask (h, w), in an image of height x width pixels.
 
     The mask may have another size than the image. The side of the square is `padding` times the longer side
-    of the marked part's bounding box, at most the image's shorter side; a square that reaches over an edge is
-    moved inside.
+    of the marked part's bounding box, at most the image's shorter side; it is moved inside the image.
     Raises ValueError for a mask that marks nothing; the error calls it `name`.
     """
     marked = mask > 0.5
@@ -140,8 +139,7 @@ def black_image() -> Image.Image:
 def noise_image(seed: int, strength: float) -> Image.Image:
     """Uniform noise from 0 to strength * 255 in every channel, of the black image's size.
 
-    seed: 0 to 2**64 - 1; it gives the same image on every machine. Raises ValueError for a strength outside 0
-    to 1.
+    seed: 0 to 2**64 - 1, for the same image on every machine. Raises ValueError unless strength is 0 to 1.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"The strength of the noise is {strength:g}; wanted 0 (black) to 1.")

@@ -63,11 +63,9 @@ def parse_number(
 
 
 def parse_references(text: str, name: str, count: int, most: int) -> list[int]:
-    """Parse references of a group of `count`, such as "3, 1-2, all", in the order written; [] for an empty
-    text.
+    """Parse references of a group of `count`, such as "3, 1-2, all", in order; [] for an empty text.
 
-    A range may fall: 3-1 is 3, 2, 1. Raises ValueError for anything else, and for more than `most`
-    references.
+    A range may fall: 3-1 is 3, 2, 1. Raises ValueError for anything else, and for more than `most` of them.
     """
     ranges = [_reference_range(entry, name, count) for entry in split_entries(text, name, integers=True)]
     total = sum(map(len, ranges))
@@ -135,8 +133,7 @@ def _strip_around(sign: str, text: str) -> str:
 def _refuse_decimal_comma(run: str, name: str, mixed: bool) -> None:
     """Raise ValueError if a comma of a run, which holds no space, may be a decimal comma.
 
-    mixed: only some entries of the list are pairs, which a decimal comma may explain even if the run has a
-    decimal point.
+    mixed: only some entries are pairs, which a decimal comma may explain even if the run has a decimal point.
     """
     comma = _DECIMAL_COMMA.search(run)
     if comma is None or (not mixed and re.search(r"[.eE]", run)):
