@@ -140,7 +140,7 @@ def test_it_goes_with_the_loaded_model(pack):
 
 def test_the_host_frees_before_encoding_goes_on_in_smaller_pieces(pack, easyref, monkeypatch):
     freed = []
-    monkeypatch.setattr(mm, "soft_empty_cache", lambda: freed.append(1))
+    monkeypatch.setattr(mm, "discard_cuda_async_error", lambda: freed.append(1))
     wanted = encode(pack, easyref).states
     easyref.model.clear_cache()
     failed = []
