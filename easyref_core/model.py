@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .checkpoint.checkpoint import Cast, Checkpoint, open_checkpoint, save
+from .checkpoint.checkpoint import LORA_PREFIX, Cast, Checkpoint, open_checkpoint, save
+from .checkpoint.modules import CheckpointModules
 from .mllm.budget import Budget, budget, largest_size
-from .mllm.group_encoder import GroupEncoder
 from .mllm.instructions import (
     INSTRUCTION,
     image_spans,
@@ -24,14 +24,9 @@ from .mllm.instructions import (
 from .mllm.prefix_cache import CachedGroupEncoder, PreparedGroup, digest
 from .mllm.preprocess import SIZE, check_group, check_sides, grid_of, resized_sides
 from .mllm.qwen2_vl import SkipInit
-from .tokens.reference_tokens import (
-    ContextStates,
-    Provenance,
-    ReferenceAggregator,
-    ReferenceTokens,
-    weight_bias,
-)
-from .unet.reference_attention import KeyValue, KVProjections, require_finite
+from .tokens.aggregator import weight_bias
+from .tokens.reference_tokens import ContextStates, Provenance, ReferenceTokens
+from .unet.reference_attention import KeyValue, require_finite
 from .utils.negative import noise_image
 
 if TYPE_CHECKING:
@@ -39,18 +34,16 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
-    from .mllm.config import EasyRefConfig
 
 KEPT = 16  # unconditional tokens, one set for each instruction, size and noise
 
 
 class EasyRefModules(nn.Module):
-    """The parts that run to make tokens: the MLLM body, and the last layer with the projector."""
+    """The modules that make reference tokens. A host places them on a device together."""
 
-    def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
+    def __init__(self, modules: CheckpointModules) -> None:
         super().__init__()
-        self.encoder = GroupEncoder(config, operations, **factory)
-        self.aggregator = ReferenceAggregator(config, operations, **factory)
+        self.encoder, self.aggregator = modules.encoder, modules.aggregator
 
 
 class EasyRef:
@@ -63,18 +56,18 @@ class EasyRef:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        mllm: EasyRefModules,
-        kv: KVProjections,
+        modules: CheckpointModules,
         tokenizer: Tokenizer,
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.fingerprint = checkpoint.fingerprint()
-        self.mllm, self.kv, self.tokenizer = mllm, kv, tokenizer
+        self.modules, self.tokenizer = modules, tokenizer
+        self.mllm, self.kv = EasyRefModules(modules), modules.kv
         self.device, self.dtype = torch.device(device), dtype
         self.image_token = image_token_id(tokenizer)
-        self.reader = CachedGroupEncoder(mllm.encoder, self.image_token, self.device, dtype)
+        self.reader = CachedGroupEncoder(modules.encoder, self.image_token, self.device, dtype)
         self._unconditional: dict[tuple[str, int, int, float], ReferenceTokens] = {}
         if self.image_token >= self.config.vocab_size:
             raise ValueError(
@@ -164,7 +157,7 @@ class EasyRef:
         self.require_same_checkpoint(context, "context")
         bias = weight_bias(context, self.config.num_tokens)
         bias = None if bias is None else bias.to(self.device, self.dtype)
-        tokens = self.mllm.aggregator(context.states.to(self.device, self.dtype), bias=bias).float()
+        tokens = self.mllm.aggregator(context.states.to(self.device, self.dtype), attn_bias=bias).float()
         if not torch.isfinite(tokens).all():
             raise ValueError(
                 f"The reference tokens are not finite (computed in {self.dtype}). Load EasyRef with precision fp32; "
@@ -228,12 +221,8 @@ class EasyRef:
 
     def save(self, path: Path | str) -> None:
         """Write this model as one safetensors file that `load` and the nodes read."""
-        modules = {"encoder.": self.mllm.encoder, "aggregator.": self.mllm.aggregator, "kv.": self.kv}
-        tensors = {
-            prefix + name: t for prefix, module in modules.items() for name, t in module.state_dict().items()
-        }
-        tensors |= {f"unet.{name}": tensor for name, tensor in self.checkpoint.lora().items()}
-        save(Path(path), self.config, self.checkpoint.sites, tensors)
+        lora = {LORA_PREFIX + name: tensor for name, tensor in self.checkpoint.lora().items()}
+        save(Path(path), self.config, self.checkpoint.sites, self.modules.state_dict() | lora)
 
     def _text_tokens(self, pictures: Sequence[tuple[int, int]], prompt: str, instruction: str) -> int:
         for i, (width, height) in enumerate(pictures):
@@ -296,13 +285,9 @@ def build(
     Modules are made without memory and take the tensors themselves, so a weight that `cast` leaves alone stays the
     file's mapping.
     """
-    config = checkpoint.config
-    mllm = EasyRefModules(config, operations, device="meta").eval()
-    kv = KVProjections(checkpoint.inner, config.token_width, operations, device="meta").eval()
-    mllm.encoder.load_state_dict(checkpoint.state("encoder.", cast), assign=True)
-    mllm.aggregator.load_state_dict(checkpoint.state("aggregator.", cast), assign=True)
-    kv.load_state_dict(checkpoint.state("kv.", cast), assign=True)
-    return EasyRef(checkpoint, mllm, kv, load_tokenizer(tokenizer), device, dtype)
+    modules = CheckpointModules(checkpoint.config, checkpoint.inner, operations, device="meta").eval()
+    modules.load_state_dict(checkpoint.state(cast), assign=True)
+    return EasyRef(checkpoint, modules, load_tokenizer(tokenizer), device, dtype)
 
 
 def _asked(instruction: str, prompt: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from devkit import golden
-from easyref_core.checkpoint.checkpoint import Checkpoint, expected_shapes, open_checkpoint, save
+from easyref_core.checkpoint.checkpoint import expected_shapes, open_checkpoint, save
 from easyref_core.mllm.config import EasyRefConfig
 from easyref_core.unet.layout import sdxl_sites
 
@@ -97,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         lora_rank=0,
     )
     sites = tuple(sdxl_sites(((0, 1, 1), 1, (1, 1, 0))))
-    shapes = expected_shapes(Checkpoint(opened.path, sizes, sites, (640,) * len(sites), {}))
+    shapes = expected_shapes(sizes, dict.fromkeys(sites, 640))
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randint(-99, 99, shape, generator=generator, dtype=torch.int8).to(torch.float16)

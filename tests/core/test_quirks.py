@@ -19,7 +19,7 @@ from devkit.golden import EXACT, Tensors, error, predict
 from easyref_core.mllm import group_encoder, instructions, preprocess
 from easyref_core.mllm.instructions import chat, image_token_id
 from easyref_core.mllm.qwen2_vl import Rope, image_rotation, rotation, text_rope
-from easyref_core.tokens import reference_tokens
+from easyref_core.tokens import aggregator
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -200,7 +200,7 @@ def test_positions_continue_at_the_reference_tokens(
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     assert distance(model, expected) <= EXACT
-    monkeypatch.setattr(reference_tokens, "text_rope", restarted)
+    monkeypatch.setattr(aggregator, "text_rope", restarted)
     assert distance(model, expected) > 0.1
 
 

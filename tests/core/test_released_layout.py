@@ -14,9 +14,8 @@ from devkit import golden
 from easyref_core.checkpoint import checkpoint as checkpoints
 from easyref_core.checkpoint.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from easyref_core.checkpoint.formats import EASYREF_NAMES, by_processor_path, stored_name, translate
-from easyref_core.model import EasyRefModules
+from easyref_core.checkpoint.modules import CheckpointModules
 from easyref_core.unet.layout import parse_diffusers, sdxl_sites
-from easyref_core.unet.reference_attention import KVProjections
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -46,8 +45,9 @@ def opened(shapes: dict[str, list[int]]) -> Checkpoint:
         return open_checkpoint(ShapesOnly.path)
 
 
-def keep(_: str, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Shapes that a model of the checkpoint's sizes has."""
+    return expected_shapes(checkpoint.config, checkpoint.widths)
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +74,11 @@ def test_every_key_but_lm_head_is_consumed(released: Checkpoint) -> None:
 
 
 def test_every_tensor_that_the_model_wants_is_there(released: Checkpoint) -> None:
-    assert released.sources.keys() == expected_shapes(released).keys()
+    assert released.sources.keys() == shapes_of(released).keys()
 
 
 def test_every_shape_is_the_one_the_model_wants(released: Checkpoint) -> None:
-    wanted = expected_shapes(released)
+    wanted = shapes_of(released)
     convolution = "encoder.visual.patch_embed.weight"  # stored as a Conv3d
     found = {name: tuple(KEYS[source.name]) for name, source in released.sources.items()}
     assert found.pop(convolution) == (1280, 3, 2, 14, 14)
@@ -97,11 +97,8 @@ def test_no_key_is_unknown(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_modules_take_their_tensors(released: Checkpoint) -> None:
-    mllm = EasyRefModules(released.config, device="meta")
-    kv = KVProjections(released.inner, released.config.token_width, device="meta")
-    mllm.encoder.load_state_dict(released.state("encoder.", keep), assign=True)
-    mllm.aggregator.load_state_dict(released.state("aggregator.", keep), assign=True)
-    kv.load_state_dict(released.state("kv.", keep), assign=True)
+    modules = CheckpointModules(released.config, released.inner, device="meta")
+    modules.load_state_dict(released.state(lambda _, tensor: tensor), assign=True)
 
 
 def test_saving_gives_back_the_released_keys(released: Checkpoint) -> None:
@@ -135,7 +132,7 @@ def test_sizes_are_read(released: Checkpoint, size: str, value: int) -> None:
 
 @pytest.mark.parametrize("prefix", LAYOUT["parameters"])
 def test_parameters_are_as_many_as_the_authors_count(released: Checkpoint, prefix: str) -> None:
-    shapes = {stored_name(name, released.sites): shape for name, shape in expected_shapes(released).items()}
+    shapes = {stored_name(name, released.sites): shape for name, shape in shapes_of(released).items()}
     count = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith(prefix))
     assert count == LAYOUT["parameters"][prefix]
 
@@ -193,4 +190,4 @@ def test_a_training_checkpoint_opens_from_its_adapter_modules_alone(released: Ch
         return f"adapter_modules.{number[f'{path}.processor']}.{rest}" if rest else key
 
     training = opened({renamed(key): shape for key, shape in KEYS.items()})
-    assert expected_shapes(training) == expected_shapes(released)
+    assert shapes_of(training) == shapes_of(released)
