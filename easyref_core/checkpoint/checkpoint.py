@@ -79,7 +79,8 @@ class Checkpoint:
 
     @functools.cached_property
     def _lora(self) -> dict[str, torch.Tensor]:
-        # cached because safetensors 0.8 leaks 64 bytes with each tensor, and each Apply node reads all of these
+        # cached because safetensors 0.8 leaks 64 bytes with each tensor, and each Apply node reads all of
+        # these
         names = [name for name in self.sources if name.startswith(LORA_PREFIX)]
         tensors = self._read(names, lambda _, tensor: tensor)
         return {name.removeprefix(LORA_PREFIX): tensor for name, tensor in tensors.items()}
@@ -171,8 +172,8 @@ def read_config(mllm: Path) -> dict[str, Any]:
     config = read_json(file)
     if config.get("model_type") != "qwen2_vl":
         raise ValueError(
-            f"{file} describes {mllm_name(config)}, model type {shorten(repr(config.get('model_type')))}; EasyRef "
-            "needs 'qwen2_vl', another architecture. Download Qwen/Qwen2-VL-2B-Instruct "
+            f"{file} describes {mllm_name(config)}, model type {shorten(repr(config.get('model_type')))}; "
+            "EasyRef needs 'qwen2_vl', another architecture. Download Qwen/Qwen2-VL-2B-Instruct "
             f"({BASE_MLLM}) and choose its folder."
         )
     return config
@@ -258,8 +259,8 @@ def save(
 def may_be_fp8(name: str, tensor: torch.Tensor, embeddings: bool = True) -> bool:
     """Return True if fp8 is enough for a weight: matrices of the MLLM body, of the last layer's MLP and of K and V.
 
-    These are 99.5 % of the model. The last layer's attention, the reference tokens and the projector are not among
-    them, because the tokens depend on them most. Norms and biases are not matrices.
+    These are 99.5 % of the model. The last layer's attention, the reference tokens and the projector are not
+    among them, because the tokens depend on them most. Norms and biases are not matrices.
     name: in the model. embeddings: True if the device supports embedding lookup in fp8.
     """
     if "embed_tokens" in name:
@@ -271,9 +272,9 @@ def _base_mllm(path: Path, mllm: Path | None, final_layers: int) -> dict[str, So
     """Body of the base MLLM, for checkpoints of the alignment stage, which do not hold the frozen MLLM."""
     if mllm is None:
         raise ValueError(
-            f"{path} holds no MLLM weights (a checkpoint of the alignment stage, in which the MLLM is frozen). "
-            "Choose a folder with the base MLLM, Qwen/Qwen2-VL-2B-Instruct: its config.json, its tokenizer and its "
-            "weights, not quantized."
+            f"{path} holds no MLLM weights (a checkpoint of the alignment stage, in which the MLLM is "
+            "frozen). Choose a folder with the base MLLM, Qwen/Qwen2-VL-2B-Instruct: its config.json, its "
+            "tokenizer and its weights, not quantized."
         )
     file = open_mllm(mllm)
     sources = {new: Source(file, name) for name, new in translate(file.shapes, MLLM_NAMES).items()}
@@ -312,8 +313,8 @@ def _require_sizes(path: Path, shapes: Shapes, sites: Sequence[Site]) -> None:
     ]
     if flat:
         raise ValueError(
-            f"{path}: {len(flat)} tensors hold no weights of a model, first {stored_name(flat[0], sites)} of shape "
-            f"{shorten(shapes[flat[0]])}. The file is damaged; download or export it again ({RELEASE})."
+            f"{path}: {len(flat)} tensors hold no weights of a model, first {stored_name(flat[0], sites)} of "
+            f"shape {shorten(shapes[flat[0]])}. The file is damaged; download or export it again ({RELEASE})."
         )
 
 
@@ -330,15 +331,15 @@ def _require_shapes(checkpoint: Checkpoint, shapes: Shapes) -> None:
     if different:
         raise ValueError(
             f"{path}: {len(different)} tensors do not have the size that the others imply, first "
-            f"{'; '.join(different[:10])}. The checkpoint and the MLLM folder do not belong together, or the file is "
-            "damaged."
+            f"{'; '.join(different[:10])}. The checkpoint and the MLLM folder do not belong together, or the "
+            "file is damaged."
         )
     unknown = sorted(stored_name(name, sites) for name in shapes.keys() - expected.keys())
     if unknown:
         raise ValueError(
-            f"{path} holds {len(unknown)} tensors in places where an EasyRef model on Qwen2-VL has none, first "
-            f"{', '.join(map(shorten, unknown[:5]))}. It is of another architecture, or damaged; use the release "
-            f"({RELEASE})."
+            f"{path} holds {len(unknown)} tensors in places where an EasyRef model on Qwen2-VL has none, "
+            f"first {', '.join(map(shorten, unknown[:5]))}. It is of another architecture, or damaged; use "
+            f"the release ({RELEASE})."
         )
 
 
@@ -346,6 +347,6 @@ def _require_complete(path: Path, missing: list[str], sites: Sequence[Site] = ()
     if missing:
         names = ", ".join(stored_name(name, sites) for name in missing[:10])
         raise ValueError(
-            f"{path} lacks {len(missing)} tensors of an EasyRef model, first {names}. The file is incomplete; "
-            f"download or export it again ({RELEASE})."
+            f"{path} lacks {len(missing)} tensors of an EasyRef model, first {names}. The file is "
+            f"incomplete; download or export it again ({RELEASE})."
         )

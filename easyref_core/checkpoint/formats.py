@@ -1,8 +1,8 @@
 """Checkpoint formats as data: how an EasyRef file is told from others, and what each stored name is called here.
 
-Understood: the released safetensors; DeepSpeed's mp_rank_00_model_states.pt; stage-1 files without the MLLM or without
-LoRA; adapters saved once more as adapter_modules.<i>; a whole frozen UNet beside them; MLLM keys as transformers before
-and after 4.52 name them; this package's own files (the released keys, plus metadata).
+Understood: the released safetensors; DeepSpeed's mp_rank_00_model_states.pt; stage-1 files without the MLLM
+or without LoRA; adapters saved once more as adapter_modules.<i>; a whole frozen UNet beside them; MLLM keys
+as transformers before and after 4.52 name them; this package's own files (the released keys, plus metadata).
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ EASYREF_NAMES = [
     (r"adapter_modules\..+", None),  # the adapters a second time; see by_processor_path
 ]
 
-# What an EasyRef file must have, and how to tell what else a file is. Each entry: name, patterns that must all occur.
+# What an EasyRef file must have, and how to tell what else a file is. Each entry: name, patterns that must
+# all occur.
 SIGNATURE = [
     r"mllm_final_layer\.reference_tokens",
     r"image_proj_model\.proj\.0\.weight",
@@ -93,8 +94,8 @@ def require_easyref(path: Path, names: Iterable[str]) -> None:
     own = any(name.startswith("mllm_final_layer.") for name in names)
     if own and (found := quantized(filter(OWN_MODULES.fullmatch, names))):
         raise ValueError(
-            f"{path} is a quantized EasyRef checkpoint ({len(found)} tensors such as {shorten(found[0])}); wanted weights "
-            f"that are not quantized. Download the release, {RELEASE}. {SAVE_MEMORY}"
+            f"{path} is a quantized EasyRef checkpoint ({len(found)} tensors such as {shorten(found[0])}); "
+            f"wanted weights that are not quantized. Download the release, {RELEASE}. {SAVE_MEMORY}"
         )
     if all(_occurs(pattern, names) for pattern in SIGNATURE):
         return

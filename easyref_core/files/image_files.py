@@ -17,7 +17,8 @@ from PIL import Image
 UNREAD_FORMATS = frozenset({"EPS", "IPTC", "BUFR", "GRIB", "HDF5", "MPEG"})
 # Endings of image files, those included for which Pillow has no reader.
 IMAGE_SUFFIXES = frozenset(
-    ".ai .arw .avif .avifs .cr2 .cr3 .djvu .dng .eps .exr .hdr .heic .heif .hif .jp2 .jxl .jxr .kra .nef .orf .pef .ps "
+    ".ai .arw .avif .avifs .cr2 .cr3 .djvu .dng .eps .exr .hdr .heic .heif .hif .jp2 .jxl .jxr .kra .nef "
+    ".orf .pef .ps "
     ".psb .raf .raw .rw2 .sr2 .srw .svg .svgz .tif .tiff .wdp .webp .xcf".split()
 )
 

@@ -82,8 +82,8 @@ class SafetensorsFile:
                 self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is not a complete safetensors file: {shorten(error)} ({path.stat().st_size:,} bytes on disk). "
-                "It was cut short or is of another format; download it again."
+                f"{path} is not a complete safetensors file: {shorten(error)} ({path.stat().st_size:,} bytes "
+                "on disk). It was cut short or is of another format; download it again."
             ) from error
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -102,7 +102,8 @@ class SafetensorsFile:
                 return file.get_tensor(name)
             except (SafetensorError, AttributeError) as error:  # a type that this torch has not
                 raise ValueError(
-                    f"{self.path}: {name} cannot be read ({shorten(error)}). Save the file in float32, float16 or bfloat16."
+                    f"{self.path}: {name} cannot be read ({shorten(error)}). Save the file in float32, "
+                    "float16 or bfloat16."
                 ) from error
 
         return get
@@ -200,8 +201,9 @@ def _load_weights_only(path: Path) -> dict[str, torch.Tensor]:
             content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # damaged pickles and archives end in errors of every kind
         raise ValueError(
-            f"{path} is damaged or holds Python objects other than tensors, which could run code when loaded, "
-            f"so it was not opened ({_reason(error)}). Use the .safetensors file, or save plain tensors."
+            f"{path} is damaged or holds Python objects other than tensors, which could run code when "
+            f"loaded, so it was not opened ({_reason(error)}). Use the .safetensors file, or save plain "
+            "tensors."
         ) from error
     if isinstance(content, dict) and isinstance(content.get("module"), dict):
         content = content["module"]
@@ -264,7 +266,8 @@ def _listed_files(index: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{index.parent} lacks {shorten(', '.join(missing))}, which {index.name} names. Download the whole folder again."
+            f"{index.parent} lacks {shorten(', '.join(missing))}, which {index.name} names. Download the "
+            "whole folder again."
         )
     return files
 

@@ -66,8 +66,9 @@ class ReferenceAggregator(nn.Module):
         padding_mask: (B, S), False at padding, which is on the left. attn_bias: (T, S + T), see weight_bias;
         it applies to the reference tokens' own rows, so the context's rows do not depend on it.
 
-        The attention is causal in the released model: the authors set is_causal = False, but transformers 4.45.2
-        never reads that flag under sdpa. Positions continue after the context; they do not start again at 0.
+        The attention is causal in the released model: the authors set is_causal = False, but transformers
+        4.45.2 never reads that flag under sdpa. Positions continue after the context; they do not start again
+        at 0.
         """
         count, causal = self.config.num_tokens, self.config.causal
         if padding_mask is not None:

@@ -128,14 +128,16 @@ def require_one_checkpoint(tokens: Sequence[ReferenceTokens]) -> None:
     for number, one in enumerate(tokens, 1):
         if not isinstance(one, ReferenceTokens):
             raise TypeError(
-                f"Set {number} is a {type(one).__name__}; wanted ReferenceTokens, as EasyRef.aggregate makes them."
+                f"Set {number} is a {type(one).__name__}; wanted ReferenceTokens, as EasyRef.aggregate makes "
+                "them."
             )
     made_by = [one.provenance.checkpoint for one in tokens]
     if len(set(made_by)) > 1:
         other = next(i for i, checkpoint in enumerate(made_by) if checkpoint != made_by[0])
         raise ValueError(
             f"Set 1 and set {other + 1} of the reference tokens were made by different EasyRef checkpoints "
-            f"({made_by[0]} and {made_by[other]}); their numbers do not compare. Encode all groups with one checkpoint."
+            f"({made_by[0]} and {made_by[other]}); their numbers do not compare. Encode all groups with one "
+            "checkpoint."
         )
 
 
@@ -145,11 +147,13 @@ def _checked_weights(
     weights = [1.0] * len(tokens) if weights is None else list(weights)
     if len(weights) != len(tokens):
         raise ValueError(
-            f"There are {len(weights)} weights for {len(tokens)} sets of reference tokens; wanted one for each."
+            f"There are {len(weights)} weights for {len(tokens)} sets of reference tokens; wanted one for "
+            "each."
         )
     if not all(0 <= weight <= MAX_FACTOR for weight in weights):  # NaN is in no range
         raise ValueError(
-            f"The weights are {shorten(weights)}; wanted numbers from 0 to {MAX_FACTOR}. To take away, use subtract."
+            f"The weights are {shorten(weights)}; wanted numbers from 0 to {MAX_FACTOR}. To take away, use "
+            "subtract."
         )
     if not any(weights):
         raise ValueError(f"All weights are 0: {method} has nothing left. Give at least one set a weight.")
@@ -175,8 +179,8 @@ def _rows_alike(sets: Weighted, method: str) -> Weighted:
     for tokens, _ in sets:
         if len(tokens) not in (1, rows):
             raise ValueError(
-                f"The sets of reference tokens have {' and '.join(str(len(t)) for t, _ in sets)} rows; wanted 1 or "
-                f"{rows} each. Combine batches of as many groups or frames."
+                f"The sets of reference tokens have {' and '.join(str(len(t)) for t, _ in sets)} rows; "
+                f"wanted 1 or {rows} each. Combine batches of as many groups or frames."
             )
     if method != "concat":
         require_as_many_tokens([tokens for tokens, _ in sets], method)
@@ -188,6 +192,6 @@ def require_as_many_tokens(sets: Sequence[Tensor], purpose: str) -> None:
     counts = [tokens.shape[1] for tokens in sets]
     if len(set(counts)) > 1:
         raise ValueError(
-            f"The sets have {', '.join(map(str, counts))} reference tokens; {purpose} needs as many in each. Sets that "
-            "were joined by concat only go with sets joined from as many."
+            f"The sets have {', '.join(map(str, counts))} reference tokens; {purpose} needs as many in each. "
+            "Sets that were joined by concat only go with sets joined from as many."
         )

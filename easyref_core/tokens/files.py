@@ -55,7 +55,8 @@ def save_tokens(
     for side, tokens in sides.items():
         if not isinstance(tokens, ReferenceTokens):
             raise TypeError(
-                f"The {side} tokens are a {type(tokens).__name__}; wanted ReferenceTokens, which say what made them."
+                f"The {side} tokens are a {type(tokens).__name__}; wanted ReferenceTokens, which say what "
+                "made them."
             )
     made = {side: tokens.provenance for side, tokens in sides.items()}
     _require_a_pair(str(path), {side: tuple(t.shape) for side, t in sides.items()}, made)
@@ -85,8 +86,8 @@ def load_tokens(path: Path | str) -> SavedTokens:
             found = {name: file.get_tensor(name).clone() for name in names & {*SIDES, THUMBNAILS}}
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a complete safetensors file: {shorten(error)} ({path.stat().st_size:,} bytes on disk). "
-            "It was cut short or is of another format; save the tokens again."
+            f"{path} is not a complete safetensors file: {shorten(error)} ({path.stat().st_size:,} bytes on "
+            "disk). It was cut short or is of another format; save the tokens again."
         ) from error
     made = {side: _read_provenance(path, side, about.get(side)) for side in SIDES}
     _check_tensors(path, found)
@@ -119,8 +120,9 @@ def _read_about(path: Path, metadata: Mapping[str, str], names: set[str]) -> dic
         raise _damaged(path, f"its metadata is {shorten(repr(metadata[METADATA_KEY]))}") from error
     if version != FORMAT:
         raise ValueError(
-            f"{path} is of format {shorten(repr(version))}, written by version {shorten(repr(about.get('pack')))} of this pack; this is version "
-            f"{VERSION}, which reads format {FORMAT}. Update the pack, or save the tokens again."
+            f"{path} is of format {shorten(repr(version))}, written by version "
+            f"{shorten(repr(about.get('pack')))} of this pack; this is version {VERSION}, which reads format "
+            f"{FORMAT}. Update the pack, or save the tokens again."
         )
     return about
 
@@ -160,7 +162,8 @@ def _check_tensors(path: Path, found: Mapping[str, Tensor]) -> None:
         if tokens.ndim != 3 or not tokens.numel() or not tokens.is_floating_point():
             raise _damaged(
                 path,
-                f"the {side} tokens are {shorten(tuple(tokens.shape))} of {tokens.dtype}; wanted (rows, tokens, width) of floats",
+                f"the {side} tokens are {shorten(tuple(tokens.shape))} of {tokens.dtype}; wanted (rows, "
+                "tokens, width) of floats",
             )
         if not torch.isfinite(tokens.float()).all():  # what is finite as float64 may not be as float32
             raise _damaged(path, f"the {side} tokens hold values that are NaN or infinite")
@@ -175,13 +178,15 @@ def _require_a_pair(name: str, shapes: Mapping[str, tuple[int, ...]], made: Mapp
     (rows, *ours), (other_rows, *others) = (shapes[side] for side in SIDES)
     if ours != others or (rows != other_rows and 1 not in (rows, other_rows)):
         raise ValueError(
-            f"{name}: the conditional tokens are {shapes[SIDES[0]]}, the unconditional ones {shapes[SIDES[1]]}; wanted "
-            "as many of one width on both sides. Combine both sides in the same way."
+            f"{name}: the conditional tokens are {shapes[SIDES[0]]}, the unconditional ones "
+            f"{shapes[SIDES[1]]}; wanted as many of one width on both sides. Combine both sides in the same "
+            "way."
         )
     if made[SIDES[0]].checkpoint != made[SIDES[1]].checkpoint:
         raise ValueError(
-            f"{name}: the two sides were made by different EasyRef checkpoints ({shorten(made[SIDES[0]].checkpoint)} and "
-            f"{shorten(made[SIDES[1]].checkpoint)}). Make both with one."
+            f"{name}: the two sides were made by different EasyRef checkpoints "
+            f"({shorten(made[SIDES[0]].checkpoint)} and {shorten(made[SIDES[1]].checkpoint)}). Make both "
+            "with one."
         )
 
 

@@ -45,7 +45,8 @@ def over_frames(tokens: Sequence[ReferenceTokens], frames: int, easing: str = "l
     rows = _rows(tokens, "a cross-fade")
     if frames < len(rows):
         raise ValueError(
-            f"{frames} frames are too few for {len(rows)} sets of reference tokens; wanted at least one frame for each."
+            f"{frames} frames are too few for {len(rows)} sets of reference tokens; wanted at least one "
+            "frame for each."
         )
     made = _made(tokens, f"{frames} frames through {len(rows)}, {easing}")
     return ReferenceTokens.of(fade(rows, frames, EASINGS[easing]), made)

@@ -70,7 +70,8 @@ class ContextStates:
         for i, weight in enumerate(weights):
             if not 0 <= weight <= LARGEST_WEIGHT:  # False for NaN too
                 raise ValueError(
-                    f"The weight of reference {i + 1} is {weight:g}; wanted 0 (not read) to {LARGEST_WEIGHT}, 1 as it is."
+                    f"The weight of reference {i + 1} is {weight:g}; wanted 0 (not read) to "
+                    f"{LARGEST_WEIGHT}, 1 as it is."
                 )
         neutral = all(weight == 1 for weight in weights)
         return dataclasses.replace(self, weights=None if neutral else tuple(map(float, weights)))

@@ -61,7 +61,9 @@ def test_the_attention_is_the_one_computed_by_hand(
     by_value = by_hand(layer, own.config, x, factor)[:, -tokens:]
     attended = x[:, -tokens:] + layer.self_attn.o_proj(by_value)
     wanted = aggregator.norm(attended + layer.mlp(layer.post_attention_layernorm(attended)))
-    assert error(aggregator.gather(context.states.double(), attn_bias=bias), wanted) <= 1e-6  # RoPE is in float32
+    assert (
+        error(aggregator.gather(context.states.double(), attn_bias=bias), wanted) <= 1e-6
+    )  # RoPE is in float32
 
 
 def test_weights_of_1_are_no_weights(model: er.EasyRef, context: er.ContextStates) -> None:

@@ -112,7 +112,7 @@ def rows_of_two_sides(pack: Any) -> tuple:
     """The layout of a batch of [unconditional, conditional], of one 16 x 16 latent."""
     row, whole = (
         golden.part(pack, "nodes.unet_patch.batch_layout").Row,
-        golden.part(pack, "easyref_core.unet.masks").whole,
+        golden.part(pack, "easyref_core.unet.masks").full_crop,
     )
     return tuple(row(side, 0, 0, whole(16, 16)) for side in (True, False))
 
