@@ -1,4 +1,4 @@
-"""Open and save checkpoints: formats.py recognizes the file, each tensor is compared with the model's shapes."""
+"""Checkpoints: open one (recognized by formats.py, shapes checked against the model's) and save one."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Checkpoint:
         return self._read([name for name in self.sources if not name.startswith(LORA_PREFIX)], cast)
 
     def lora(self) -> dict[str, torch.Tensor]:
-        """Memory-mapped tensors of the attention LoRA by diffusers path: <path>.processor.to_q_lora.down.weight."""
+        """The attention LoRA, memory-mapped, by diffusers path: <path>.processor.to_q_lora.down.weight."""
         return dict(self._lora)
 
     @functools.cached_property
@@ -245,7 +245,7 @@ def lora_shapes(config: EasyRefConfig, widths: Mapping[Site, int]) -> dict[str, 
 def save(
     path: Path, config: EasyRefConfig, sites: Sequence[Site], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write tensors, by name in the model, as safetensors: released keys, `config` as metadata. The write is atomic."""
+    """Write tensors, by name in the model, as safetensors with the released keys and `config` as metadata."""
     from safetensors.torch import save_file
 
     stored = {
@@ -257,10 +257,10 @@ def save(
 
 
 def may_be_fp8(name: str, tensor: torch.Tensor, embeddings: bool = True) -> bool:
-    """Return True if fp8 is enough for a weight: matrices of the MLLM body, of the last layer's MLP and of K and V.
+    """Return True for the matrices of the MLLM body, of the last layer's MLP, and of K and V.
 
-    These are 99.5 % of the model. The last layer's attention, the reference tokens and the projector are not
-    among them, because the tokens depend on them most. Norms and biases are not matrices.
+    For these, 99.5 % of the model, fp8 is enough. The last layer's attention, the reference tokens and the
+    projector are not among them, because the tokens depend on them most. Norms and biases are not matrices.
     name: in the model. embeddings: True if the device supports embedding lookup in fp8.
     """
     if "embed_tokens" in name:

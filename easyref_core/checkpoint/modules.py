@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointModules(nn.Module):
-    """All modules with weights. Their names here are the prefixes of the tensors' names: encoder, aggregator, kv."""
+    """All modules with weights. Tensors are named after them: encoder.*, aggregator.*, kv.*."""
 
     def __init__(
         self, config: EasyRefConfig, inner: Sequence[int], operations: Any = nn, **factory: Any
