@@ -1,4 +1,4 @@
-"""Paths, line ends and locales as people have them: nothing depends on ASCII, on "\\n" or on the system's encoding."""
+"""Paths, line ends and locales: nothing depends on ASCII, on "\\n" or on the system's encoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = {
     "spaces": "my models (old) & new",
     "umlauts": "Größe äöü ß",
     "CJK": "猫の写真 고양이",
-    "emoji": "😀 pictures 🐈‍⬛",
+    "emoji": "😀 images 🐈‍⬛",
     "dots, quotes and signs": "v1.0 'it's' 100% #1 [a] {b}",
     "200 characters": "x" * 200,
 }
@@ -29,9 +29,9 @@ NAMES = {
 @pytest.fixture(params=NAMES)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder of this name."""
-    made = tmp_path / NAMES[request.param]
-    made.mkdir()
-    return made
+    folder = tmp_path / NAMES[request.param]
+    folder.mkdir()
+    return folder
 
 
 def test_a_checkpoint_and_its_mllm_are_read_from_any_path(folder: Path, model: er.EasyRef) -> None:
@@ -70,7 +70,7 @@ def test_a_name_may_be_as_long_as_the_system_takes(
 
 
 def test_windows_line_ends_in_an_mllm_folder_change_nothing(tmp_path: Path, model: er.EasyRef) -> None:
-    """As git on Windows may write them: config.json, tokenizer_config.json, merges.txt, vocab.json."""
+    """git on Windows may write them: config.json, tokenizer_config.json, merges.txt, vocab.json."""
     mllm = shutil.copytree(golden.MLLM, tmp_path / "mllm")
     (mllm / "tokenizer.json").unlink()  # so that merges.txt is read
     for file in (*mllm.glob("*.json"), mllm / "merges.txt"):
