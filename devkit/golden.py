@@ -69,23 +69,17 @@ def write(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) 
 
 
 def write_deepspeed(path: Path, tensors: Tensors) -> Path:
-    """Write tensors as DeepSpeed's mp_rank_00_model_states.pt: the model under "module", beside other state."""
-    state = {
-        "module": tensors,
-        "buffer_names": ["multimodal_llm.rotary_emb.inv_freq"],
-        "optimizer": None,
-        "param_shapes": [{name: tensor.shape for name, tensor in tensors.items()}],
-        "frozen_param_shapes": None,
+    """Write tensors as DeepSpeed's mp_rank_00_model_states.pt: the model under "module"."""
+    trainer = dict.fromkeys(("optimizer", "lr_scheduler", "frozen_param_shapes"))
+    trainer |= {
         "shared_params": {},
-        "lr_scheduler": None,
         "sparse_tensor_module_names": set(),
         "skipped_steps": 0,
-        "global_steps": 120000,
-        "dp_world_size": 32,
-        "ds_config": {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}},
         "ds_version": "0.14.4",
     }
-    torch.save(state, path)
+    trainer |= {"ds_config": {"zero_optimization": {"stage": 1}}, "global_steps": 120000, "dp_world_size": 32}
+    trainer["param_shapes"] = [{name: tensor.shape for name, tensor in tensors.items()}]
+    torch.save({"module": tensors, "buffer_names": ["rotary_emb.inv_freq"]} | trainer, path)
     return path
 
 

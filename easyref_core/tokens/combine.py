@@ -123,7 +123,7 @@ def combine(
 def require_one_checkpoint(tokens: Sequence[ReferenceTokens]) -> None:
     """Raises an error for an empty list, for plain tensors, and for tokens of different checkpoints."""
     if not tokens:
-        raise ValueError("There are no reference tokens to combine. Give at least one set.")
+        raise ValueError("The list of reference tokens to combine is empty. Give at least one set.")
     for number, one in enumerate(tokens, 1):
         if not isinstance(one, ReferenceTokens):
             raise TypeError(

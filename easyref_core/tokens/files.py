@@ -113,8 +113,8 @@ def _parse_metadata(path: Path, metadata: Mapping[str, str], names: set[str]) ->
         raise ValueError(
             f"{path} is not a file of reference tokens: it holds {len(names)} tensors"
             + (f" such as {shorten(', '.join(sorted(names)[:3]))}" if names else "")
-            + f"; wanted {' and '.join(BRANCHES)}, and {METADATA_KEY} in the metadata, as Save Reference Tokens "
-            "writes."
+            + f"; wanted {' and '.join(BRANCHES)}, and {METADATA_KEY} in the metadata, as Save Reference "
+            "Tokens writes."
         )
     try:
         about = json.loads(metadata[METADATA_KEY])

@@ -91,9 +91,7 @@ def choose(weight_type: str, layer_weights: str = "") -> WeightType:
     Raises ValueError for an unknown name and for layer weights that cannot be read.
     """
     if weight_type not in WEIGHT_TYPES:
-        raise ValueError(
-            f"There is no weight type {weight_type!r}. Choose one of: {', '.join(WEIGHT_TYPES)}."
-        )
+        raise ValueError(f"weight_type is {weight_type!r}; wanted one of: {', '.join(WEIGHT_TYPES)}.")
     named = WEIGHT_TYPES[weight_type]
     if not split_entries(layer_weights, "layer_weights"):
         return named

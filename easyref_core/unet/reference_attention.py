@@ -97,7 +97,7 @@ SCALINGS: dict[str, Callable[[Tensor, Tensor, float, int], KeyValue]] = {
 def require_scaling(scaling: str) -> None:
     """Raises ValueError if `scaling` is not one of SCALINGS."""
     if scaling not in SCALINGS:
-        raise ValueError(f"There is no embeds_scaling {scaling!r}. Choose one of: {', '.join(SCALINGS)}.")
+        raise ValueError(f"embeds_scaling is {scaling!r}; wanted one of: {', '.join(SCALINGS)}.")
 
 
 def apply_weight(key_value: KeyValue, weight: float, scaling: str = V_ONLY, widest: int = 0) -> KeyValue:

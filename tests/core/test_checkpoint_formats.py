@@ -1,4 +1,4 @@
-"""Each format of a checkpoint, recognized by its keys: the tensors that are used or ignored, and the sizes."""
+"""Formats of a checkpoint, recognized by keys: the tensors that are used or ignored, and the sizes."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_each_form_of_the_base_mllm_is_the_same(
 
 
 def training_adapters() -> Tensors:
-    """Adapters of a training run on a UNet of SDXL's depth, in widths of the tiny model: 140 numbered modules."""
+    """140 numbered adapters of a training run: SDXL's depths in the widths of the tiny model."""
     tensors: Tensors = {}
     for i in range(140):
         name = f"adapter_modules.{i}"

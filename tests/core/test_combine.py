@@ -120,7 +120,7 @@ def test_equal_sets_are_that_set(method: str) -> None:
         (lambda: combine([A, B], "average", [1, float("nan")]), ["nan", "from 0"]),
         (lambda: combine([A, B], "average", [0, 0]), ["All weights are 0", "at least one"]),
         (lambda: combine([A, B], "max"), ["'max'", "concat, average"]),
-        (lambda: combine([]), ["no reference tokens", "at least one"]),
+        (lambda: combine([]), ["is empty", "at least one"]),
         (lambda: combine([A, B, C], "interpolate"), ["there are 3", "average"]),
         (lambda: combine([A, B], "interpolate", factor=1.5), ["1.5", "0 (the first"]),
         (lambda: combine([A, LONG], "add"), ["4, 8", "as many in each"]),

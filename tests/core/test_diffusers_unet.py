@@ -1,4 +1,4 @@
-"""Reference attention on a diffusers UNet: the authors' noise predictions, and a UNet restored bit for bit."""
+"""Reference attention on a diffusers UNet: the authors' predictions, and a UNet restored bit for bit."""
 
 from __future__ import annotations
 

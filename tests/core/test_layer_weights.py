@@ -93,5 +93,5 @@ def test_invalid_layer_weights_are_refused(text: str, message: str) -> None:
 
 
 def test_unknown_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="no weight type 'bold'"):
+    with pytest.raises(ValueError, match="weight_type is 'bold'; wanted one of: linear, "):
         choose("bold")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LAYOUT: dict[str, Any] = json.loads(golden.LAYOUT.read_text())
 KEYS: dict[str, list[int]] = LAYOUT["keys"]
-LM_HEAD = "multimodal_llm.lm_head.weight"  # tied to embed_tokens and never used: the one key that is not in the model
+LM_HEAD = "multimodal_llm.lm_head.weight"  # tied to embed_tokens; the one key that is not used
 
 
 class ShapesOnly:

@@ -1,4 +1,4 @@
-"""What the weight scales: V's output, K too, or only what the tokens share; against attention written out by hand."""
+"""Scalings of the weight (V, K too, or only the mean of V), compared with attention by hand."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_sum_that_wants_gradients_leaves_both_parts(learning: int) -> None:
 
 
 def test_unknown_scaling_is_refused() -> None:
-    with pytest.raises(ValueError, match="no embeds_scaling 'Q'"):
+    with pytest.raises(ValueError, match="embeds_scaling is 'Q'; wanted one of: V only, "):
         require_scaling("Q")
 
 
