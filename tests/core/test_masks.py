@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import avg_pool2d
 
 from easyref_core.unet.masks import Crop, full_crop, token_mask
 
@@ -31,24 +32,17 @@ def test_ones_and_zeros_are_exact(latent: tuple, level: int, mask: tuple) -> Non
 @pytest.mark.parametrize("latent", SIZES)
 @pytest.mark.parametrize("level", [1, 2])
 def test_token_is_the_mean_of_its_latent_pixels(latent: tuple, level: int) -> None:
-    """A mask of 3 by 2 pixels for each latent pixel; a token covers step by step latent pixels."""
+    """A mask of 3 by 2 pixels for each latent pixel; a token covers 2^level by 2^level latent pixels."""
     mask = torch.rand(1, latent[0] * 3, latent[1] * 2, dtype=torch.float64)
-    rows, columns = grid(*latent, level)
-    step = 2**level
-    expected = [
-        mask[0, row * step * 3 : (row + 1) * step * 3, column * step * 2 : (column + 1) * step * 2].mean()
-        for row in range(rows)
-        for column in range(columns)
-    ]
-    torch.testing.assert_close(
-        token_mask(mask, full_crop(*latent), (rows, columns))[0], torch.stack(expected)
-    )
+    expected = avg_pool2d(mask, (3 * 2**level, 2 * 2**level), ceil_mode=True)
+    tokens = token_mask(mask, full_crop(*latent), grid(*latent, level))
+    torch.testing.assert_close(tokens, expected.flatten(1))
 
 
 def test_mask_smaller_than_the_grid() -> None:
     mask = torch.tensor([[[0.0, 1.0, 0.5]]])
-    found = token_mask(mask, full_crop(4, 4), (4, 4))[0].reshape(4, 4)
-    torch.testing.assert_close(found[0].float(), torch.tensor([0.0, 2 / 3, 5 / 6, 0.5]))
+    tokens = token_mask(mask, full_crop(4, 4), (4, 4))[0].reshape(4, 4)
+    torch.testing.assert_close(tokens[0].float(), torch.tensor([0.0, 2 / 3, 5 / 6, 0.5]))
 
 
 def test_crop_gets_its_part_of_the_mask() -> None:
@@ -61,16 +55,13 @@ def test_crop_gets_its_part_of_the_mask() -> None:
 def test_activations_of_another_size_are_divided_evenly() -> None:
     mask = torch.zeros(1, 16, 16)
     mask[:, :8] = 1
-    found = token_mask(mask, full_crop(16, 16), (11, 11))[0].reshape(11, 11)[:, 0]
-    assert found[:5].tolist() == [1] * 5
-    assert found[5].item() == pytest.approx(0.5)
-    assert found[6:].tolist() == [0] * 5
+    tokens = token_mask(mask, full_crop(16, 16), (11, 11))[0].reshape(11, 11)[:, 0]
+    assert tokens[:5].tolist() == [1] * 5
+    assert tokens[5].item() == pytest.approx(0.5)
+    assert tokens[6:].tolist() == [0] * 5
 
 
 def test_each_frame_has_its_mask() -> None:
     mask = torch.stack([torch.zeros(8, 8), torch.ones(8, 8), torch.full((8, 8), 0.25)])
-    assert token_mask(mask, full_crop(16, 16), (4, 4)).unique_consecutive(dim=1)[:, 0].tolist() == [
-        0,
-        1,
-        0.25,
-    ]
+    tokens = token_mask(mask, full_crop(16, 16), (4, 4))
+    assert tokens.unique_consecutive(dim=1)[:, 0].tolist() == [0, 1, 0.25]
