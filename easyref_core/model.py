@@ -285,7 +285,7 @@ def build(
     Modules are made without memory and take the tensors themselves, so a weight that `cast` leaves alone stays the
     file's mapping.
     """
-    modules = CheckpointModules(checkpoint.config, checkpoint.inner, operations, device="meta").eval()
+    modules = CheckpointModules(checkpoint.config, checkpoint.widths, operations, device="meta").eval()
     modules.load_state_dict(checkpoint.state(cast), assign=True)
     return EasyRef(checkpoint, modules, load_tokenizer(tokenizer), device, dtype)
 

@@ -60,14 +60,13 @@ class Checkpoint:
 
     path: Path
     config: EasyRefConfig
-    sites: tuple[Site, ...]  # the UNet's cross-attention sites, in processor order
-    inner: tuple[int, ...]  # width of each site's attention
+    widths: Mapping[Site, int]  # of the UNet's cross-attentions, in processor order
     sources: Mapping[str, Source]  # by name in the model: encoder.*, aggregator.*, kv.*, unet.*_lora.*
 
     @property
-    def widths(self) -> dict[Site, int]:
-        """Width of the attention at each cross-attention site of the UNet that the checkpoint is made for."""
-        return dict(zip(self.sites, self.inner, strict=True))
+    def sites(self) -> tuple[Site, ...]:
+        """The cross-attention sites of the UNet, in processor order."""
+        return tuple(self.widths)
 
     def state(self, cast: Cast) -> dict[str, torch.Tensor]:
         """State dict of CheckpointModules. Each tensor is read from its mapping and cast once."""
@@ -141,8 +140,8 @@ def open_checkpoint(path: Path, mllm: Path | None = None, causal: bool | None = 
     config = EasyRefConfig.read(shapes, settings, _stored_settings(path, file.metadata))
     if causal is not None:
         config = dataclasses.replace(config, causal=causal)
-    inner = tuple(shapes.get(f"kv.to_k_ip.{i}.weight", (0,))[0] for i in range(len(sites)))
-    checkpoint = Checkpoint(path, config, tuple(sites), inner, sources)
+    widths = {site: shapes.get(f"kv.to_k_ip.{i}.weight", (0,))[0] for i, site in enumerate(sites)}
+    checkpoint = Checkpoint(path, config, widths, sources)
     _require_shapes(checkpoint, shapes)
     return checkpoint
 
@@ -220,11 +219,11 @@ def _quantized_error(folder: Path, name: str, evidence: str) -> ValueError:
 
 
 def expected_shapes(config: EasyRefConfig, widths: Mapping[Site, int]) -> Shapes:
-    """Shapes of all tensors of a model, by name in the model. widths: see Checkpoint.widths.
+    """Shapes of all tensors of a model, by name in the model. widths: as in Checkpoint.
 
     Computed with torch.nn, because a host's operations may create a parameter only when it is loaded.
     """
-    modules = CheckpointModules(config, tuple(widths.values()), SkipInit, device="meta")
+    modules = CheckpointModules(config, widths, SkipInit, device="meta")
     shapes = {name: tuple(tensor.shape) for name, tensor in modules.state_dict().items()}
     return shapes | lora_shapes(config, widths)
 

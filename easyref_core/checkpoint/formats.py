@@ -1,7 +1,7 @@
 """Checkpoint formats as data: how EasyRef files are recognized, and the name of each stored tensor here.
 
 Understood: the released safetensors; DeepSpeed's mp_rank_00_model_states.pt; stage-1 files without the MLLM
-or without LoRA; adapters saved once more as adapter_modules.<i>; a whole frozen UNet beside them; MLLM keys
+or without LoRA; adapters saved once more as adapter_modules.<i>; a frozen UNet beside them; MLLM keys
 as transformers before and after 4.52 name them; this package's own files (the released keys, plus metadata).
 """
 
@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 
 RELEASE = "https://huggingface.co/zongzhuofan/EasyRef"
 BASE_MLLM = "https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct"
-METADATA_KEY = "easyref"  # in our own files: JSON of EasyRefConfig
+METADATA_KEY = "easyref"  # in files that `save` writes: JSON of EasyRefConfig
 
 # Stored name -> name in this package's modules. None: known and not needed. The first match decides.
 LANGUAGE = r"(?:model\.)?(?:language_model\.)?(?:model\.)?"

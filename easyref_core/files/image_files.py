@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = frozenset(
 
 
 class SortedFiles(NamedTuple):
-    """File names by readability, in the given order."""
+    """File names by readability, in the order of the input."""
 
     readable: list[str]
     no_reader: list[str]  # images of a format that Pillow cannot read here

@@ -139,7 +139,7 @@ class SafetensorsFile(_MappedFile):
 class PickledTensors(_MappedFile):
     """A PyTorch file, loaded with weights_only: only tensors and plain containers are unpickled.
 
-    DeepSpeed's mp_rank_00_model_states.pt keeps the model under "module", beside the trainer's own state.
+    DeepSpeed's mp_rank_00_model_states.pt keeps the model under "module", beside the trainer's state.
     """
 
     def __init__(self, path: Path) -> None:

@@ -64,7 +64,7 @@ class ReferenceAggregator(nn.Module):
         """Context states (B, S, D) -> hidden states at the reference tokens (B, T, D).
 
         padding_mask: (B, S), False at padding, which is on the left. attn_bias: (T, S + T), see weight_bias;
-        it applies to the reference tokens' own rows, so the context's rows do not depend on it.
+        it applies to the reference tokens' rows, so the context's rows do not depend on it.
 
         The attention is causal in the released model: the authors set is_causal = False, but transformers
         4.45.2 never reads that flag under sdpa. Positions continue after the context; they do not start again

@@ -83,12 +83,12 @@ def from_checkpoint(
             f"{path} has a LoRA of rank {found}, the run asks for lora_rank {lora_rank}. Set lora_rank: {found}."
         )
     lora = {LORA_PREFIX + name: _own(name, tensor) for name, tensor in checkpoint.lora().items()}
-    tensors = checkpoint.state(_own) | lora
+    tensors, inner = checkpoint.state(_own) | lora, tuple(checkpoint.widths.values())
     if lora_rank and not found:
         config = dataclasses.replace(config, lora_rank=lora_rank)
-        tensors |= fresh_lora(config, checkpoint.sites, checkpoint.inner, torch.Generator().manual_seed(seed))
+        tensors |= fresh_lora(config, checkpoint.sites, inner, torch.Generator().manual_seed(seed))
     body = checkpoint.sources["encoder.embed_tokens.weight"].file.path
-    return Weights(config, checkpoint.sites, checkpoint.inner, tensors, body_is_base=body != path)
+    return Weights(config, checkpoint.sites, inner, tensors, body_is_base=body != path)
 
 
 def fresh_lora(

@@ -71,7 +71,8 @@ class TrainableEasyRef(nn.Module):
         self.config, self.sites, self.stage, self.image_token = config, weights.sites, stage, image_token
         self.aggregation = aggregation
         self._unregistered = {"unet": unet}
-        modules = CheckpointModules(config, weights.inner, SkipInit, device="meta")
+        widths = dict(zip(weights.sites, weights.inner, strict=True))
+        modules = CheckpointModules(config, widths, SkipInit, device="meta")
         lora = {n: tensor for n, tensor in weights.tensors.items() if n.startswith(LORA_PREFIX)}
         modules.load_state_dict({n: t for n, t in weights.tensors.items() if n not in lora}, assign=True)
         encoder = modules.encoder

@@ -89,16 +89,16 @@ def sdxl_sites(depths: tuple[Sequence[int], int, Sequence[int]] = SDXL_DEPTHS) -
     return sites + [Site("middle", 0, index) for index in range(middle)]
 
 
-def require_fit(unet: str, found: Mapping[Site, int], wanted: Mapping[Site, int]) -> None:
+def require_fit(unet: str, widths: Mapping[Site, int], expected: Mapping[Site, int]) -> None:
     """Raises ValueError if the cross-attentions {site: width} of a UNet are not those of a checkpoint.
 
     unet: name of the UNet in the error.
     """
-    if found == wanted:
+    if widths == expected:
         return
     raise ValueError(
-        f"{unet} does not fit the EasyRef checkpoint: it has {_summary(found)}, the checkpoint is made for "
-        f"{_summary(wanted)}. Use the kind of model it was trained on; the released EasyRef needs an SDXL "
+        f"{unet} does not fit the EasyRef checkpoint: it has {_summary(widths)}, the checkpoint is made for "
+        f"{_summary(expected)}. Use the kind of model it was trained on; the released EasyRef needs an SDXL "
         "base model (not SD1.5, Flux or the SDXL refiner)."
     )
 

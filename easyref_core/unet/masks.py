@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Crop(NamedTuple):
-    """The part of a latent that the UNet is given, in latent pixels.
+    """A rectangle of a latent, the UNet's input, in latent pixels.
 
     A crop that reaches over the bottom or the right edge continues at the opposite edge.
     """

@@ -54,7 +54,7 @@ def reference_attention(
     q: (batch, tokens, inner), the query that the text attention uses too (LoRA included). key_value: (chunks,
     T, inner), weighted by apply_weight; the batch is `chunks` equal runs of rows that share their references.
     A run becomes one longer sequence (a view), so nothing is repeated along the batch. padding_mask: (chunks,
-    T), False at padding. -> (batch, tokens, inner) in q's dtype, in memory of its own.
+    T), False at padding. -> (batch, tokens, inner) in q's dtype, in new memory.
     """
     # Views instead of einops: this runs 70 times a step, and parsing patterns would take longer than a GPU's
     # kernels.

@@ -20,7 +20,7 @@ def parse_schedule(text: str, start: float, end: float) -> list[Point]:
     """Points (percent, weight), by rising percent for "1, 0.5, 0" (from start to end) or "0.2:1, 0.8:0".
 
     An empty text gives no points. number_lists.py parses the text. Raises ValueError for a text that is
-    neither, for weights beyond MAX_FACTOR, and for percents outside 0..1 or given twice.
+    neither, for weights beyond MAX_FACTOR, and for percents outside 0..1 or listed twice.
     """
     entries = split_entries(text, NAME)
     paired = require_alike(entries, NAME, "percent:weight", EXAMPLE)

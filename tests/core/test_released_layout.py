@@ -82,7 +82,7 @@ def test_each_shape_is_the_model_s(released: Checkpoint) -> None:
 
 
 def test_the_modules_load_their_tensors(released: Checkpoint) -> None:
-    modules = CheckpointModules(released.config, released.inner, device="meta")
+    modules = CheckpointModules(released.config, released.widths, device="meta")
     modules.load_state_dict(released.state(lambda _, tensor: tensor), assign=True)
 
 

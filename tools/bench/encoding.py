@@ -65,7 +65,7 @@ class Encoder:
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self.exact = Limit("<=", 1e-5) if dtype == torch.float32 else None
         self.image_token = min(IMAGE_TOKEN, config.vocab_size - 1)
-        modules = CheckpointModules(config, (), SkipInit, device="meta")
+        modules = CheckpointModules(config, {}, SkipInit, device="meta")
         self.mllm: CheckpointModules = materialised(modules, device, dtype)
         self.reader = CachedGroupEncoder(self.mllm.encoder, self.image_token, self.device, dtype)
 
