@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -78,36 +79,32 @@ class ReferenceProcessor:
         return add_in_place(text, reference_attention(q, key_value, heads, padding_mask))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Attachment:
     """Reference terms and LoRA on a UNet, as `attach` and `apply` return them."""
 
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        processors: Sequence[ReferenceProcessor],
-        weight: float,
-        undo: list[Callable[[], None]],
-    ) -> None:
-        """undo: callables that together restore the UNet, in any order."""
-        self._unet, self._processors, self._weight, self._undo = unet, processors, weight, undo
+    unet: UNet2DConditionModel
+    processors: Sequence[ReferenceProcessor]
+    weight: float
+    undo: list[Callable[[], None]]  # together they restore the UNet
 
     def condition(self, key_values: Sequence[KeyValue], padding_mask: Tensor | None = None) -> None:
         """Attend to K and V (rows, T, inner) of each site, in processor order, from now on.
 
         A batch is as many equal runs of images as there are rows. padding_mask: (rows, T), False at padding.
         """
-        if not self._weight:
+        if not self.weight:
             return
         # diffusers' own .device and .dtype walk the whole UNet each time
-        parameter = next(self._unet.parameters())
-        for processor, (k, v) in zip(self._processors, key_values, strict=True):
+        parameter = next(self.unet.parameters())
+        for processor, (k, v) in zip(self.processors, key_values, strict=True):
             pair = k.to(parameter.device, parameter.dtype), v.to(parameter.device, parameter.dtype)
-            processor.attend_to(apply_weight(pair, self._weight), padding_mask)
+            processor.attend_to(apply_weight(pair, self.weight), padding_mask)
 
     def remove(self) -> None:
         """Restore the UNet. A second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        while self.undo:
+            self.undo.pop()()
 
 
 def cross_attention_widths(unet: UNet2DConditionModel) -> dict[Site, int]:

@@ -66,31 +66,28 @@ def transformers_5(name: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-def unet_tensors() -> Tensors:
-    return renamed(load_file(golden.UNET / "diffusion_pytorch_model.safetensors"), ("^", "unet."))
+def adding(extra: Tensors) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: tensors | extra
 
 
+UNET = renamed(load_file(golden.UNET / "diffusion_pytorch_model.safetensors"), ("^", "unet."))
+ROTARY = (
+    "multimodal_llm.model.layers.0.self_attn.rotary_emb.inv_freq",
+    "multimodal_llm.visual.rotary_pos_emb.inv_freq",
+    "mllm_final_layer.layers.0.self_attn.rotary_emb.inv_freq",
+)
+ADAPTERS = {
+    "adapter_modules.1.to_k_ip.weight": torch.ones(32, 32),
+    "adapter_modules.0.to_q_lora.down.weight": torch.ones(8, 32),
+}
 VARIANTS: dict[str, Callable[[Tensors], Tensors]] = {
     "as released": lambda tensors: tensors,
     "module. in front": lambda tensors: renamed(tensors, ("^", "module.")),
     "MLLM as transformers 5 names it": lambda tensors: renamed(tensors, *transformers_5(r"multimodal_llm.")),
-    "lm_head present": lambda tensors: tensors | {"multimodal_llm.lm_head.weight": torch.ones(416, 64)},
-    "rotary buffers present": lambda tensors: (
-        tensors
-        | {
-            "multimodal_llm.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-            "multimodal_llm.visual.rotary_pos_emb.inv_freq": torch.ones(4),
-            "mllm_final_layer.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-        }
-    ),
-    "the frozen UNet beside": lambda tensors: tensors | unet_tensors(),
-    "adapters a second time": lambda tensors: (
-        tensors
-        | {
-            "adapter_modules.1.to_k_ip.weight": torch.ones(32, 32),
-            "adapter_modules.0.to_q_lora.down.weight": torch.ones(8, 32),
-        }
-    ),
+    "lm_head present": adding({"multimodal_llm.lm_head.weight": torch.ones(416, 64)}),
+    "rotary buffers present": adding({name: torch.ones(8) for name in ROTARY}),
+    "the frozen UNet beside": adding(UNET),
+    "adapters a second time": adding(ADAPTERS),
 }
 
 
