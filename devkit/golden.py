@@ -1,4 +1,4 @@
-"""The golden data (results of the authors' code on tiny random models), and how results are compared with it."""
+"""The golden data (results of the authors' code on tiny random models) and the comparison with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYOUT = GOLDEN / "released_layout.json"
 SETTINGS: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
 PROMPT: str = SETTINGS["prompt"]
 SIZE: int = SETTINGS["cond_image_size"]
-EXACT = 1e-5  # relative error at which a result is the authors' own
+EXACT = 1e-5  # largest relative error of a result that equals the authors'
 
 Tensors = dict[str, torch.Tensor]
 
@@ -37,11 +37,11 @@ def references() -> list[Image.Image]:
 
 
 def as_tensor(image: Image.Image) -> torch.Tensor:
-    """An image as ComfyUI has it: (height, width, channels) in 0..1."""
+    """An image in ComfyUI's form: (height, width, channels) in 0..1."""
     return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)
 
 
-# What each case of the golden data is made from: references and prompt.
+# References and prompt of each case of the golden data.
 CASES: dict[str, Callable[[], tuple[list[Image.Image], str]]] = {
     "cond": lambda: (references(), PROMPT),
     "single": lambda: (references()[:1], PROMPT),
@@ -50,11 +50,11 @@ CASES: dict[str, Callable[[], tuple[list[Image.Image], str]]] = {
 }
 
 
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Relative error, ||found - wanted|| / ||wanted||."""
-    found, wanted = (torch.Tensor(t.detach()).float() for t in (found, wanted))
-    assert found.shape == wanted.shape
-    return ((found - wanted).norm() / wanted.norm()).item()
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error, ||result - expected|| / ||expected||."""
+    result, expected = (torch.Tensor(t.detach()).float() for t in (result, expected))
+    assert result.shape == expected.shape
+    return ((result - expected).norm() / expected.norm()).item()
 
 
 def checkpoint_tensors() -> Tensors:
@@ -63,29 +63,23 @@ def checkpoint_tensors() -> Tensors:
 
 
 def write(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
-    """Write tensors as safetensors; the path comes back."""
+    """Write tensors as safetensors and return the path."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     return path
 
 
 def write_deepspeed(path: Path, tensors: Tensors) -> Path:
-    """Write tensors as DeepSpeed's mp_rank_00_model_states.pt: the model under "module", the trainer's state beside."""
-    state = {
-        "module": tensors,
-        "buffer_names": ["multimodal_llm.rotary_emb.inv_freq"],
-        "optimizer": None,
-        "param_shapes": [{name: tensor.shape for name, tensor in tensors.items()}],
-        "frozen_param_shapes": None,
+    """Write tensors as DeepSpeed's mp_rank_00_model_states.pt: the model under "module"."""
+    trainer = dict.fromkeys(("optimizer", "lr_scheduler", "frozen_param_shapes"))
+    trainer |= {
         "shared_params": {},
-        "lr_scheduler": None,
         "sparse_tensor_module_names": set(),
         "skipped_steps": 0,
-        "global_steps": 120000,
-        "dp_world_size": 32,
-        "ds_config": {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}},
         "ds_version": "0.14.4",
     }
-    torch.save(state, path)
+    trainer |= {"ds_config": {"zero_optimization": {"stage": 1}}, "global_steps": 120000, "dp_world_size": 32}
+    trainer["param_shapes"] = [{name: tensor.shape for name, tensor in tensors.items()}]
+    torch.save({"module": tensors, "buffer_names": ["rotary_emb.inv_freq"]} | trainer, path)
     return path
 
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .checkpoint.checkpoint import Cast, Checkpoint, open_checkpoint, save
+from .checkpoint.checkpoint import LORA_PREFIX, Cast, Checkpoint, open_checkpoint, save
+from .checkpoint.modules import CheckpointModules
 from .mllm.budget import Budget, MemoryOptions, budget, largest_size
 from .mllm.context import ContextStates, Provenance
-from .mllm.group_encoder import GroupEncoder
 from .mllm.instructions import (
     INSTRUCTION,
     image_spans,
@@ -27,8 +27,9 @@ from .mllm.prefill import CachedGroupEncoder
 from .mllm.prefix_cache import EncodePlan, PreparedGroup
 from .mllm.preprocess import SIZE, check_group, grid_of, resized_sides
 from .mllm.qwen2_vl import SkipInit
-from .tokens.reference_tokens import ReferenceAggregator, ReferenceTokens, weight_bias
-from .unet.reference_attention import KeyValue, KVProjections, require_finite
+from .tokens.aggregator import weight_bias
+from .tokens.reference_tokens import ReferenceTokens
+from .unet.reference_attention import KeyValue, require_finite
 from .utils.images import check_sides, noise_image
 from .utils.lru_cache import ByteLRUCache
 
@@ -37,16 +38,13 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
-    from .mllm.config import EasyRefConfig
-
 
 class EasyRefModules(nn.Module):
-    """The modules that compute tokens: the MLLM body, and the last layer with the projector."""
+    """The modules that make reference tokens. A host places them on a device together."""
 
-    def __init__(self, config: EasyRefConfig, operations: Any = nn, **factory: Any) -> None:
+    def __init__(self, modules: CheckpointModules) -> None:
         super().__init__()
-        self.encoder = GroupEncoder(config, operations, **factory)
-        self.aggregator = ReferenceAggregator(config, operations, **factory)
+        self.encoder, self.aggregator = modules.encoder, modules.aggregator
 
 
 class EasyRef:
@@ -59,8 +57,7 @@ class EasyRef:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        mllm: EasyRefModules,
-        kv: KVProjections,
+        modules: CheckpointModules,
         tokenizer: Tokenizer,
         device: torch.device | str,
         dtype: torch.dtype,
@@ -68,11 +65,12 @@ class EasyRef:
     ) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.fingerprint = checkpoint.fingerprint()
-        self.mllm, self.kv, self.tokenizer = mllm, kv, tokenizer
+        self.modules, self.tokenizer = modules, tokenizer
+        self.mllm, self.kv = EasyRefModules(modules), modules.kv
         self.device, self.dtype = torch.device(device), dtype
         self.image_token = image_token_id(tokenizer)
         memory = memory or MemoryOptions()
-        encoder, token = mllm.encoder, self.image_token
+        encoder, token = modules.encoder, self.image_token
         self.group_encoder = CachedGroupEncoder(encoder, token, self.device, dtype, memory=memory)
         self._unconditional: ByteLRUCache[ReferenceTokens] = ByteLRUCache(memory.unconditional_cache_bytes)
         if self.image_token >= self.config.vocab_size:
@@ -170,7 +168,7 @@ class EasyRef:
         self.require_same_checkpoint(context, "context")
         bias = weight_bias(context, self.config.num_tokens)
         bias = None if bias is None else bias.to(self.device, self.dtype)
-        tokens = self.mllm.aggregator(context.states.to(self.device, self.dtype), bias=bias).float()
+        tokens = self.mllm.aggregator(context.states.to(self.device, self.dtype), attn_bias=bias).float()
         if not torch.isfinite(tokens).all():
             raise ValueError(
                 f"The reference tokens are not finite (computed in {self.dtype}). Load EasyRef with "
@@ -230,10 +228,9 @@ class EasyRef:
             )
 
     def save(self, path: Path | str) -> None:
-        """Write this model as one safetensors file, for `load` and the nodes."""
-        tensors = self.mllm.state_dict() | self.kv.state_dict(prefix="kv.")
-        tensors |= {f"unet.{name}": tensor for name, tensor in self.checkpoint.lora().items()}
-        save(Path(path), self.config, self.checkpoint.sites, tensors)
+        """Write this model as one safetensors file that `load` and the nodes read."""
+        lora = {LORA_PREFIX + name: tensor for name, tensor in self.checkpoint.lora().items()}
+        save(Path(path), self.config, self.checkpoint.sites, self.modules.state_dict() | lora)
 
     def _text_tokens(self, image_sizes: Sequence[tuple[int, int]], prompt: str, instruction: str) -> int:
         for i, (width, height) in enumerate(image_sizes):
@@ -295,13 +292,9 @@ def build(
     The modules are created on the meta device and the tensors assigned to them, so a weight that `cast`
     leaves alone stays the file's mapping.
     """
-    config = checkpoint.config
-    mllm = EasyRefModules(config, operations, device="meta").eval()
-    kv = KVProjections(checkpoint.inner, config.token_width, operations, device="meta").eval()
-    mllm.encoder.load_state_dict(checkpoint.state("encoder.", cast), assign=True)
-    mllm.aggregator.load_state_dict(checkpoint.state("aggregator.", cast), assign=True)
-    kv.load_state_dict(checkpoint.state("kv.", cast), assign=True)
-    return EasyRef(checkpoint, mllm, kv, load_tokenizer(tokenizer), device, dtype=dtype, memory=memory)
+    modules = CheckpointModules(checkpoint.config, checkpoint.widths, operations, device="meta").eval()
+    modules.load_state_dict(checkpoint.state(cast), assign=True)
+    return EasyRef(checkpoint, modules, load_tokenizer(tokenizer), device, dtype=dtype, memory=memory)
 
 
 def _user_text(instruction: str, prompt: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..easyref_core.unet.layer_weights import LINEAR, WEIGHT_TYPES
-from ..easyref_core.unet.reference_attention import SCALINGS
+from ..easyref_core.unet.reference_attention import SCALINGS, V_ONLY
 from .host import preview
 from .host.notes import window_note
 from .host.socket_types import EasyRefModel, EasyRefTokens, TokenPair
@@ -111,7 +111,7 @@ class EasyRefApply(io.ComfyNode):
                 io.Combo.Input(
                     "embeds_scaling",
                     options=list(SCALINGS),
-                    default=SCALINGS[0],
+                    default=V_ONLY,
                     optional=True,
                     advanced=True,
                     tooltip="What the weight scales. V only: the values, as EasyRef was trained. With K, "
@@ -136,7 +136,7 @@ class EasyRefApply(io.ComfyNode):
         weight_type: str = LINEAR,
         layer_weights: str = "",
         weight_schedule: str = "",
-        embeds_scaling: str = SCALINGS[0],
+        embeds_scaling: str = V_ONLY,
     ) -> io.NodeOutput:
         settings = ApplySettings(
             weight=weight,

@@ -26,7 +26,9 @@ def run(title: str, *command: str, host: Path | None = None) -> bool:
 
 def main() -> None:
     """Run every check, also after one has failed, and exit with 1 if any failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--all", action="store_true", help="run every host test in every ComfyUI")
     parsed, options = parser.parse_known_args()
     pytest = ["pytest", "--numprocesses=auto", "--dist=loadfile", "-q", *options]

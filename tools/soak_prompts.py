@@ -91,7 +91,7 @@ def probes() -> dict[str, Drawn]:
         load={"checkpoint": CHECKPOINTS[1], "precision": "fp32"},
         seed=3,
     )
-    masked = graphs.easyref({"mask": ["mask", 0], "embeds_scaling": SCALINGS[1]}, {"prompt": PROMPTS[1]})
+    masked = graphs.easyref({"mask": ["mask", 0], "embeds_scaling": "K+V"}, {"prompt": PROMPTS[1]})
     masked["mask"] = node("SolidMask", value=0.7, width=64, height=32)
     combined = graphs.easyref({"tokens": ["tokens", 0]})
     _second_group(combined, [["image0", 0], ["image2", 0]], PROMPTS[2])
@@ -222,7 +222,7 @@ def _settings(random: Random, graph: Graph, kinds: list[str]) -> None:
         kinds.append("schedule")
     if random.random() < 0.3:
         settings["weight_type"] = random.choice(list(WEIGHT_TYPES))
-        settings["embeds_scaling"] = random.choice(SCALINGS)
+        settings["embeds_scaling"] = random.choice(list(SCALINGS))
         kinds.append("layers")
     graph["apply"]["inputs"] |= settings
 

@@ -26,7 +26,7 @@ class Stage(NamedTuple):
 PREPROCESSING = Stage("easyref_core.mllm.prefix_cache:pixels_of", "encode")
 VISION = Stage("easyref_core.mllm.qwen2_vl:VisionBlock.forward", "encode")
 DECODER = Stage("easyref_core.mllm.qwen2_vl:DecoderLayer.forward", "encode")
-AGGREGATION = Stage("easyref_core.tokens.reference_tokens:ReferenceAggregator.forward", "aggregate")
+AGGREGATION = Stage("easyref_core.tokens.aggregator:ReferenceAggregator.forward", "aggregate")
 KEY_VALUES = Stage("easyref_core.unet.reference_attention:KVProjections.forward", "apply")
 SAMPLING = Stage("nodes.unet_patch.site_patch:reference_attention", "sample")
 LOADING = Stage("nodes.host.hosted_model:build", "load")

@@ -67,7 +67,7 @@ def write_random(pack: ModuleType, folder: Path, layers: int, width: int, contex
         projector_width=width,
     )
     random = np.random.default_rng(0)
-    shapes = checkpoint.expected_shapes(dataclasses.replace(made_for, config=config))
+    shapes = checkpoint.expected_shapes(config, made_for.widths)
     tensors = {
         name: torch.ones(shape, dtype=torch.float16)
         if "norm" in name and name.endswith("weight")

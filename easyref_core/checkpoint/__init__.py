@@ -1,1 +1,1 @@
-"""EasyRef checkpoints: the known formats as data, and opening and saving one."""
+"""EasyRef checkpoints: known formats as data, opening, saving."""

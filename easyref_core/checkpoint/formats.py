@@ -1,8 +1,8 @@
-"""Checkpoint formats as data: how an EasyRef file is told from others, and what each stored name is called here.
+"""Checkpoint formats as data: how EasyRef files are recognized, and the name of each stored tensor here.
 
-Understood: the released safetensors; DeepSpeed's mp_rank_00_model_states.pt; stage-1 files without the MLLM or without
-LoRA; adapters saved once more as adapter_modules.<i>; a whole frozen UNet beside them; MLLM keys as transformers before
-and after 4.52 name them; this package's own files (the released keys, plus metadata).
+Understood: the released safetensors; DeepSpeed's mp_rank_00_model_states.pt; stage-1 files without the MLLM
+or without LoRA; adapters saved once more as adapter_modules.<i>; a frozen UNet beside them; MLLM keys
+as transformers before and after 4.52 name them; this package's own files (the released keys, plus metadata).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 
 RELEASE = "https://huggingface.co/zongzhuofan/EasyRef"
 BASE_MLLM = "https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct"
-METADATA_KEY = "easyref"  # in our own files: JSON of EasyRefConfig
+METADATA_KEY = "easyref"  # in files that `save` writes: JSON of EasyRefConfig
 
 # Stored name -> name in this package's modules. None: known and not needed. The first match decides.
 LANGUAGE = r"(?:model\.)?(?:language_model\.)?(?:model\.)?"
@@ -41,11 +41,11 @@ EASYREF_NAMES = [
     (r"image_proj_model\.proj\.(.+)", r"aggregator.projector.\1"),
     (r"unet\.(.+\.attn2)\.processor\.(to_[kv]_ip)\.weight", r"kv.\1.\2"),
     (r"(unet\..+\.processor\.to_(?:q|k|v|out)_lora\.(?:down|up)\.weight)", r"\1"),
-    (r"unet\..+", None),  # training files carry the frozen UNet along
+    (r"unet\..+", None),  # training files also hold the frozen UNet
     (r"adapter_modules\..+", None),  # the adapters a second time; see by_processor_path
 ]
 
-# What an EasyRef file must have, and how to tell what else a file is. Each entry: name, patterns that must all occur.
+# Patterns that must all occur in an EasyRef file, and the kinds of other files, each with such patterns.
 SIGNATURE = [
     r"mllm_final_layer\.reference_tokens",
     r"image_proj_model\.proj\.0\.weight",
@@ -75,42 +75,42 @@ QUANTIZED = re.compile(
     r"|(?:weight|input|output)_scale(?:_inv)?|weight_(?:packed|shape|zero_point|g_idx)"
     r"|weight\.(?:(?:nested_)?(?:absmax|quant_map)|quant_state\..+|_data|_scale))"
 )
-# Names of EasyRef's own modules. A training file may carry a frozen UNet along, which is not read.
-OWN_MODULES = re.compile(
+# Names of EasyRef's modules. A training file may also hold a frozen UNet, which is not read.
+EASYREF_MODULES = re.compile(
     r"(?:multimodal_llm|mllm_final_layer|image_proj_model|adapter_modules)\..+|unet\..+\.processor\..+"
 )
 SAVE_MEMORY = "To save memory, load EasyRef with precision fp8_e4m3fn."
 
 
 def quantized(names: Iterable[str]) -> list[str]:
-    """The names that only a quantized model has."""
+    """Names of tensors that only a quantized model has."""
     return [name for name in names if QUANTIZED.fullmatch(name)]
 
 
 def require_easyref(path: Path, names: Iterable[str]) -> None:
     """Raises ValueError for a file that is not an EasyRef checkpoint, or a quantized one."""
     names = list(names)
-    own = any(name.startswith("mllm_final_layer.") for name in names)
-    if own and (found := quantized(filter(OWN_MODULES.fullmatch, names))):
+    is_easyref = any(name.startswith("mllm_final_layer.") for name in names)
+    if is_easyref and (tensors := quantized(filter(EASYREF_MODULES.fullmatch, names))):
         raise ValueError(
-            f"{path} is a quantized EasyRef checkpoint ({len(found)} tensors such as {shorten(found[0])}); wanted weights "
-            f"that are not quantized. Download the release, {RELEASE}. {SAVE_MEMORY}"
+            f"{path} is a quantized EasyRef checkpoint ({len(tensors)} tensors such as {shorten(tensors[0])}"
+            f"); wanted weights that are not quantized. Download the release, {RELEASE}. {SAVE_MEMORY}"
         )
     if all(_occurs(pattern, names) for pattern in SIGNATURE):
         return
-    what = next(
-        (what for what, patterns in OTHER_FILES if all(_occurs(p, names) for p in patterns)),
+    kind = next(
+        (kind for kind, patterns in OTHER_FILES if all(_occurs(p, names) for p in patterns)),
         f"a file of {len(names)} tensors"
         + (f" such as {shorten(', '.join(sorted(names)[:3]))}" if names else ""),
     )
     raise ValueError(
-        f"{path} is not an EasyRef checkpoint but {what}. Wanted: a file with the keys mllm_final_layer.*, "
+        f"{path} is not an EasyRef checkpoint but {kind}. Wanted: a file with the keys mllm_final_layer.*, "
         f"image_proj_model.* and *.to_k_ip.weight, as released at {RELEASE}."
     )
 
 
 def translate(names: Iterable[str], table: list[tuple[str, str | None]]) -> dict[str, str]:
-    """{stored name: name in the model}; names the table does not know are logged, names it does not need dropped."""
+    """{stored name: name in the model}; unknown names are logged, names that are not needed are dropped."""
     rules = [(re.compile(pattern), new) for pattern, new in table]
     translated, unknown = {}, []
     for name in names:
@@ -140,11 +140,11 @@ def by_processor_path(names: Iterable[str]) -> dict[str, str]:
 
 def number_sites(tensors: Mapping[str, Value]) -> tuple[list[Site], dict[str, Value]]:
     """kv.<path>.to_k_ip -> kv.to_k_ip.<i>, i counting the sites in processor order."""
-    found = {name: parse_diffusers(name.split(".", 1)[1]) for name in tensors if name.startswith("kv.")}
-    sites = in_processor_order({site for site in found.values() if site})
+    site_of = {name: parse_diffusers(name.split(".", 1)[1]) for name in tensors if name.startswith("kv.")}
+    sites = in_processor_order({site for site in site_of.values() if site})
     rename = {
         name: f"kv.{name.rsplit('.', 1)[1]}.{sites.index(site)}.weight"
-        for name, site in found.items()
+        for name, site in site_of.items()
         if site
     }
     return sites, {rename.get(name, name): tensor for name, tensor in tensors.items()}
@@ -162,7 +162,7 @@ def stored_name(name: str, sites: Sequence[Site]) -> str:
         ("aggregator.projector.", "image_proj_model.proj."),
         ("aggregator.", "mllm_final_layer."),
     ]
-    return next((stored + name.removeprefix(own) for own, stored in table if name.startswith(own)), name)
+    return next((stored + name.removeprefix(new) for new, stored in table if name.startswith(new)), name)
 
 
 def _occurs(pattern: str, names: Iterable[str]) -> bool:

@@ -1,1 +1,1 @@
-"""Files: safetensors and pickles as tensors, images that Pillow can read, atomic writes."""
+"""Files: tensors, images, and atomic writes."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whenever the process is killed or the disk is full."""
+"""Atomic writes: write to a hidden temporary file beside the target, then `os.replace`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """A name beside `path` to write to. It becomes `path` when the block ends, and is removed when the block raises.
+    """Yield a temporary path. It replaces `path` when the block ends, and is removed when the block raises.
 
-    A killed process leaves .<digest of the name>.partial behind (shorter than a name may be, whatever path is): no list of
-    ours shows it, and the next writing of `path` replaces it. Savers that tell the format by the suffix must be told it.
+    A killed process leaves the temporary file behind. Its leading dot hides it from lists of files, and the
+    next write of `path` replaces it. It is named by a digest, because `path` may have the longest name that
+    the system allows. Its suffix is .partial, so savers that choose the format by the suffix need it as an
+    argument.
     """
     path = Path(path)
     partial = path.with_name(f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}.partial")

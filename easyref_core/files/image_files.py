@@ -1,7 +1,7 @@
-"""Image files: which of them Pillow can read here, and how they are opened.
+"""Image files: the formats that Pillow can read here, and opening a file.
 
-Pillow is asked, not the operating system: its table of file types differs from machine to machine. Readers that a
-Pillow plugin registers in this process (HEIF, JPEG XL, ...) count.
+The formats are Pillow's, with those of plugins in this process (HEIF, JPEG XL, ...), because the operating
+system's table of file types differs from machine to machine.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import NamedTuple
 
 from PIL import Image
 
-# Formats that are never read: EPS because Pillow starts Ghostscript for it, IPTC because it opens any format inside it
-# (EPS included), the others because they hold films or tables, for which Pillow has no decoder.
+# Formats that are not read: EPS because Pillow starts Ghostscript for it, IPTC because it opens any format
+# inside it (EPS included), the others because they hold films or tables, for which Pillow has no decoder.
 UNREAD_FORMATS = frozenset({"EPS", "IPTC", "BUFR", "GRIB", "HDF5", "MPEG"})
-# Endings of image files, those included for which Pillow has no reader.
+# Suffixes of image files, including those that Pillow cannot read.
 IMAGE_SUFFIXES = frozenset(
-    ".ai .arw .avif .avifs .cr2 .cr3 .djvu .dng .eps .exr .hdr .heic .heif .hif .jp2 .jxl .jxr .kra .nef .orf .pef .ps "
-    ".psb .raf .raw .rw2 .sr2 .srw .svg .svgz .tif .tiff .wdp .webp .xcf".split()
+    ".ai .arw .avif .avifs .cr2 .cr3 .djvu .dng .eps .exr .hdr .heic .heif .hif .jp2 .jxl .jxr .kra .nef "
+    ".orf .pef .ps .psb .raf .raw .rw2 .sr2 .srw .svg .svgz .tif .tiff .wdp .webp .xcf".split()
 )
 
 
 class SortedFiles(NamedTuple):
-    """File names by what can be done with them, each list in the order of the names given."""
+    """File names by readability, in the order of the input."""
 
     readable: list[str]
     no_reader: list[str]  # images of a format that Pillow cannot read here
-    other: list[str]  # not images
+    other: list[str]  # not image files
 
 
 def readable_formats() -> list[str]:
@@ -37,30 +37,30 @@ def readable_formats() -> list[str]:
 
 
 def readable_suffixes() -> frozenset[str]:
-    """File name endings, such as ".jpg", of the formats that `open_image` reads; lower case."""
+    """Suffixes of the formats that `open_image` reads, such as ".jpg", in lower case."""
     formats = {*readable_formats(), "MPO"}  # MPO is registered for its name only; the JPEG reader reads it
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def sort_files(names: Iterable[str]) -> SortedFiles:
-    """Sort file names by their endings; the files are not opened."""
-    readable, found = readable_suffixes(), SortedFiles([], [], [])
+    """Sort file names by their suffixes; the files are not opened."""
+    readable, files = readable_suffixes(), SortedFiles([], [], [])
     for name in names:
         suffix = Path(name).suffix.lower()
         if suffix in readable:
-            found.readable.append(name)
+            files.readable.append(name)
         elif suffix in IMAGE_SUFFIXES:
-            found.no_reader.append(name)
+            files.no_reader.append(name)
         else:
-            found.other.append(name)
-    return found
+            files.other.append(name)
+    return files
 
 
 def no_reader_reason(name: str) -> str:
-    """Why an image file of this name is left out."""
+    """The reason why an image file of this name is left out."""
     return f"Pillow has no reader for {Path(name).suffix.lower()} files here"
 
 
 def open_image(file: Path) -> Image.Image:
-    """Open an image file as `PIL.Image.open` does, in the readable formats only. The content decides, not the name."""
+    """Open an image file in a readable format, like `PIL.Image.open`. The content decides, not the name."""
     return Image.open(file, formats=readable_formats())

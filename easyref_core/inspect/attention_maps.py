@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from einops import rearrange, repeat
 
-from ..mllm.qwen2_vl import apply_rope, text_rope
-from ..tokens.reference_tokens import weight_bias
+from ..mllm.qwen2_vl import apply_rope
+from ..tokens.aggregator import weight_bias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..mllm.context import ContextStates
     from ..mllm.qwen2_vl import Rope, SelfAttention
     from ..model import EasyRef
-    from ..tokens.reference_tokens import ReferenceAggregator
+    from ..tokens.aggregator import ReferenceAggregator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +68,10 @@ def aggregation_attention(
     The last layer's softmax(Q K^T) at the reference tokens' rows, in float32; each row's sum is 1. Layers before the
     last run as in ReferenceAggregator.gather. bias: (T, S + T), see weight_bias.
     """
-    config, count = aggregator.config, aggregator.config.num_tokens
-    tokens = aggregator.reference_tokens(torch.arange(count, device=context.device)).to(context.dtype)
-    x = torch.cat([context, tokens.expand(len(context), -1, -1)], dim=1)
-    turn = text_rope(x.shape[1], config, x.device)
-    for layer in aggregator.layers[:-1]:
-        x = layer(x, turn, causal=config.causal, attn_bias=bias)
-    last = aggregator.layers[-1]
-    return attention_weights(last.self_attn, last.input_layernorm(x), turn, config.causal, count, bias)
+    config, last = aggregator.config, aggregator.layers[-1]
+    x, rope = aggregator.last_layer_input(context, attn_bias=bias)
+    x = last.input_layernorm(x)
+    return attention_weights(last.self_attn, x, rope, config.causal, config.num_tokens, bias=bias)
 
 
 def attention_weights(

@@ -1,1 +1,1 @@
-"""Reference tokens: their records, the aggregator, combinations, batches and files."""
+"""Reference tokens: records, aggregator, combinations, batches, files."""

@@ -7,14 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..checkpoint.checkpoint import lora_shapes
+from ..checkpoint.checkpoint import expected_shapes
 from ..mllm.config import EasyRefConfig
-from ..mllm.group_encoder import GroupEncoder
 from ..mllm.preprocess import SIZE
-from ..mllm.qwen2_vl import SkipInit
-from ..tokens.reference_tokens import ReferenceAggregator
 from ..unet.diffusers_unet import cross_attention_widths
-from ..unet.reference_attention import KVProjections
 from .base_model import Text
 from .batches import Batch
 from .counting import Counted, count
@@ -94,14 +90,7 @@ DTYPE = torch.bfloat16
 @cache
 def released_shapes() -> dict[str, tuple[int, ...]]:
     """Shapes of every tensor of a full-size EasyRef, under the names of its modules."""
-    widths, factory = sites(), {"device": "meta"}
-    modules = {
-        "encoder.": GroupEncoder(EASYREF, SkipInit, **factory),
-        "aggregator.": ReferenceAggregator(EASYREF, SkipInit, **factory),
-        "kv.": KVProjections(tuple(widths.values()), EASYREF.token_width, **factory),
-    }
-    shapes = {prefix + name: t.shape for prefix, m in modules.items() for name, t in m.state_dict().items()}
-    return shapes | lora_shapes(EASYREF, tuple(widths), tuple(widths.values()))
+    return expected_shapes(EASYREF, sites())
 
 
 def unet() -> UNet2DConditionModel:

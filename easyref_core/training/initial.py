@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..checkpoint.checkpoint import lora_shapes, open_checkpoint, open_mllm, read_config
+from ..checkpoint.checkpoint import LORA_PREFIX, lora_shapes, open_checkpoint, open_mllm, read_config
 from ..checkpoint.formats import MLLM_NAMES, translate
 from ..files.tensor_files import Source, read_sources
 from ..mllm.config import EasyRefConfig
@@ -82,16 +82,13 @@ def from_checkpoint(
         raise ValueError(
             f"{path} has a LoRA of rank {found}, the run asks for lora_rank {lora_rank}. Set lora_rank: {found}."
         )
-    tensors = {
-        prefix + name: tensor
-        for prefix in ("encoder.", "aggregator.", "kv.", "unet.")
-        for name, tensor in checkpoint.state(prefix, _own).items()
-    }
+    lora = {LORA_PREFIX + name: _own(name, tensor) for name, tensor in checkpoint.lora().items()}
+    tensors, inner = checkpoint.state(_own) | lora, tuple(checkpoint.widths.values())
     if lora_rank and not found:
         config = dataclasses.replace(config, lora_rank=lora_rank)
-        tensors |= fresh_lora(config, checkpoint.sites, checkpoint.inner, torch.Generator().manual_seed(seed))
+        tensors |= fresh_lora(config, checkpoint.sites, inner, torch.Generator().manual_seed(seed))
     body = checkpoint.sources["encoder.embed_tokens.weight"].file.path
-    return Weights(config, checkpoint.sites, checkpoint.inner, tensors, body_is_base=body != path)
+    return Weights(config, checkpoint.sites, inner, tensors, body_is_base=body != path)
 
 
 def fresh_lora(
@@ -102,7 +99,7 @@ def fresh_lora(
         name: torch.randn(shape, generator=generator) / config.lora_rank
         if ".down." in name
         else torch.zeros(shape)
-        for name, shape in lora_shapes(config, sites, inner).items()
+        for name, shape in lora_shapes(config, dict(zip(sites, inner, strict=True))).items()
     }
 
 

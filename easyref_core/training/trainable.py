@@ -12,11 +12,10 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from ..mllm.group_encoder import GroupEncoder
+from ..checkpoint.checkpoint import LORA_PREFIX
+from ..checkpoint.modules import CheckpointModules
 from ..mllm.qwen2_vl import SkipInit
-from ..tokens.reference_tokens import ReferenceAggregator
 from ..unet.diffusers_unet import attach
-from ..unet.reference_attention import KVProjections
 from .batches import pad_left
 from .initial import Weights
 from .stages import Stage, group_of
@@ -72,17 +71,17 @@ class TrainableEasyRef(nn.Module):
         self.config, self.sites, self.stage, self.image_token = config, weights.sites, stage, image_token
         self.aggregation = aggregation
         self._unregistered = {"unet": unet}
-        encoder = GroupEncoder(config, SkipInit, device="meta")
-        encoder.load_state_dict(_part(weights.tensors, "encoder."), assign=True)
+        widths = dict(zip(weights.sites, weights.inner, strict=True))
+        modules = CheckpointModules(config, widths, SkipInit, device="meta")
+        lora = {n: tensor for n, tensor in weights.tensors.items() if n.startswith(LORA_PREFIX)}
+        modules.load_state_dict({n: t for n, t in weights.tensors.items() if n not in lora}, assign=True)
+        encoder = modules.encoder
         if stage.body_frozen:
             self._unregistered["encoder"] = encoder.requires_grad_(False).to(unet.device, frozen_dtype)
         else:
             self.encoder = encoder
-        self.aggregator = ReferenceAggregator(config, SkipInit, device="meta")
-        self.aggregator.load_state_dict(_part(weights.tensors, "aggregator."), assign=True)
-        self.kv = KVProjections(weights.inner, config.token_width, device="meta")
-        self.kv.load_state_dict(_part(weights.tensors, "kv."), assign=True)
-        self.lora = _low_ranks(weights.tensors)
+        self.aggregator, self.kv = modules.aggregator, modules.kv
+        self.lora = _low_ranks(lora)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(group_of(tensor_name(name)) in stage.trains)
         if gradient_checkpointing:
@@ -201,7 +200,3 @@ def _low_ranks(tensors: Mapping[str, Tensor]) -> nn.ModuleDict:
             update.load_state_dict({"down.weight": down, "up.weight": up}, assign=True)
             lora[f"{match[1]}.{match[2]}".replace(".", "/")] = update
     return lora
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

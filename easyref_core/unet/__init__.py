@@ -1,1 +1,1 @@
-"""The UNet side: reference attention, where it is, and how layers, steps and masks weigh it."""
+"""Reference attention in the UNet: its sites, and its weight by layer, step and mask."""

@@ -1,10 +1,11 @@
-"""The second host: the same attention on a diffusers SDXL UNet, attached and removed bit for bit."""
+"""Reference attention on a diffusers SDXL UNet; removing it restores the UNet bit for bit."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from einops import rearrange
@@ -20,17 +21,36 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
     from torch import Tensor, nn
 
-    from ..model import EasyRef
-
-# What a layer's low-rank update adds to its output, from its input.
+# Input of a layer -> the low-rank update of its output.
 Update = Callable[["Tensor"], "Tensor"]
+
+
+class UNetWeights(Protocol):
+    """The parts of a checkpoint that `apply` uses, see checkpoint.Checkpoint."""
+
+    @property
+    def widths(self) -> Mapping[Site, int]: ...
+    def lora(self) -> Mapping[str, Tensor]: ...
+
+
+class ReferenceModel(Protocol):
+    """The parts of a loaded model that `apply` uses, see model.EasyRef."""
+
+    checkpoint: UNetWeights
+
+    def require_same_checkpoint(self, tokens: ReferenceTokens, name: str, /) -> None: ...
+    def key_values(self, tokens: Tensor, /) -> Sequence[KeyValue]: ...
 
 
 class ReferenceProcessor:
     """Attention processor of one cross-attention: text attention plus the weighted reference term."""
 
-    key_value: KeyValue | None = None  # set by Attachment.condition, the weight in it; None: no term
-    real: Tensor | None = None  # (rows, T), False at tokens that only fill up a shorter row
+    def __init__(self) -> None:
+        self._references: tuple[KeyValue, Tensor | None] | None = None
+
+    def attend_to(self, key_value: KeyValue, padding_mask: Tensor | None = None) -> None:
+        """Add the term of K and V (rows, T, inner), with the weight in them. padding_mask: see Attachment."""
+        self._references = key_value, padding_mask
 
     def __call__(
         self,
@@ -47,82 +67,80 @@ class ReferenceProcessor:
             attention_mask = rearrange(mask, "(b h) m n -> b h m n", h=attn.heads)
         text = scaled_dot_product_attention(*heads, attn_mask=attention_mask)
         out = rearrange(text, "b h n d -> b n (h d)")
-        if self.key_value:
-            out = self.with_references(out, q, attn.heads)
+        if self._references:
+            out = self.add_term(out, q, attn.heads)
         for layer in attn.to_out:
             out = layer(out)
         return out
 
-    def with_references(self, text: Tensor, q: Tensor, heads: int) -> Tensor:
-        """What the text's attention gave (batch, tokens, inner), and the reference term of the same queries."""
-        return add_in_place(text, reference_attention(q, self.key_value, heads, self.real))
+    def add_term(self, text: Tensor, q: Tensor, heads: int) -> Tensor:
+        """Output of the text attention (batch, tokens, inner) plus the reference term of the same queries."""
+        key_value, padding_mask = self._references
+        return add_in_place(text, reference_attention(q, key_value, heads, padding_mask))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Attachment:
-    """What `attach` and `apply` return: remove() gives the UNet back as it was."""
+    """Reference terms and LoRA on a UNet, as `attach` and `apply` return them."""
 
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        processors: Sequence[ReferenceProcessor],
-        weight: float,
-        undo: list[Callable[[], None]],
-    ) -> None:
-        self._unet, self._processors, self._weight, self._undo = unet, processors, weight, undo
+    unet: UNet2DConditionModel
+    processors: Sequence[ReferenceProcessor]
+    weight: float
+    undo: list[Callable[[], None]]  # together they restore the UNet
 
-    def condition(self, key_values: Sequence[KeyValue], real: Tensor | None = None) -> None:
-        """Attend to these from now on: K and V (rows, T, inner) of every site, in processor order.
+    def condition(self, key_values: Sequence[KeyValue], padding_mask: Tensor | None = None) -> None:
+        """Attend to K and V (rows, T, inner) of each site, in processor order, from now on.
 
-        A batch is as many equal runs of images as there are rows. real: (rows, T), False at tokens that only fill up a
-        shorter row.
+        A batch is as many equal runs of images as there are rows. padding_mask: (rows, T), False at padding.
         """
-        if not self._weight:
+        if not self.weight:
             return
         # diffusers' own .device and .dtype walk the whole UNet each time
-        place = next(self._unet.parameters())
-        for processor, (k, v) in zip(self._processors, key_values, strict=True):
-            placed = k.to(place.device, place.dtype), v.to(place.device, place.dtype)
-            processor.key_value = apply_weight(placed, self._weight)
-            processor.real = real
+        parameter = next(self.unet.parameters())
+        for processor, (k, v) in zip(self.processors, key_values, strict=True):
+            pair = k.to(parameter.device, parameter.dtype), v.to(parameter.device, parameter.dtype)
+            processor.attend_to(apply_weight(pair, self.weight), padding_mask)
 
     def remove(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        """Restore the UNet. A second call does nothing."""
+        while self.undo:
+            self.undo.pop()()
 
 
 def cross_attention_widths(unet: UNet2DConditionModel) -> dict[Site, int]:
     """Width of the attention at each cross-attention site of a diffusers UNet, in processor order."""
-    found = {
+    widths = {
         parse_diffusers(name): module.to_k.out_features
         for name, module in unet.named_modules()
         if name.endswith("attn2")
     }
-    return {site: found[site] for site in in_processor_order(found)}
+    return {site: widths[site] for site in in_processor_order(widths)}
 
 
 def apply(
     unet: UNet2DConditionModel,
-    model: EasyRef,
+    model: ReferenceModel,
     tokens: Tensor,
     uncond: Tensor | None,
     weight: float = 1.0,
     lora_strength: float = 1.0,
 ) -> Attachment:
-    """Condition `unet` on reference tokens (n, T, C) until the returned attachment is removed; meanwhile it stays on
-    its device and in its dtype.
+    """Condition `unet` on reference tokens (n, T, C) until remove() of the returned attachment.
 
-    The first half of every batch is unconditional, as diffusers' pipelines order it; with uncond (n or 1, T, C) None
-    all rows are conditional. Either half is n equal runs of images, one for each group of references. weight: strength
-    of the reference term; lora_strength: of the checkpoint's attention LoRA, which both halves carry whatever the
-    weight. Raises ValueError for a UNet whose cross-attentions are not the checkpoint's, and for tokens of another
+    The UNet must stay on its device and in its dtype meanwhile. The first half of each batch is
+    unconditional, as diffusers' pipelines order it; with uncond (n or 1, T, C) None all rows are conditional.
+    Either half is n equal runs of images, one for each group of references. model: an EasyRef. weight:
+    strength of the reference term.
+    lora_strength: strength of the checkpoint's attention LoRA, which acts on both halves at any weight.
+    Raises ValueError for a UNet whose cross-attentions are not the checkpoint's, and for tokens of another
     checkpoint.
     """
-    given = [tokens] if uncond is None else [_as_many(uncond, tokens), tokens]
-    for side in (tokens, uncond):
-        if isinstance(side, ReferenceTokens):
-            model.require_same_checkpoint(side, "set of reference tokens")
+    branches = [tokens] if uncond is None else [_expand_rows(uncond, tokens), tokens]
+    for branch in (tokens, uncond):
+        if isinstance(branch, ReferenceTokens):
+            model.require_same_checkpoint(branch, "set of reference tokens")
     require_fit("The UNet", cross_attention_widths(unet), model.checkpoint.widths)
-    rows = torch.cat(given)  # a copy: what inference mode made could not be used where gradients are recorded
+    rows = torch.cat(branches)  # a copy: an inference tensor could not be used where gradients are recorded
     lora = {}
     if lora_strength:
         lora = low_rank_updates(
@@ -132,7 +150,7 @@ def apply(
     attachment = attach(unet, lora, weight, lora_strength)
     try:
         attachment.condition(key_values)
-    except BaseException:  # out of memory, Ctrl-C: nobody else could take it off again
+    except BaseException:  # out of memory, Ctrl-C: the caller has no attachment to remove
         attachment.remove()
         raise
     return attachment
@@ -144,10 +162,11 @@ def attach(
     weight: float = 1.0,
     lora_strength: float = 1.0,
 ) -> Attachment:
-    """Put a reference term into every cross-attention and low-rank updates beside the layers they are for.
+    """Add a reference term to each cross-attention, and low-rank updates to the layers that they are for.
 
-    The UNet's own weights are never touched. lora: by path of the layer, <...>.attn1.to_q or to_k, to_v, to_out.
-    Call condition() on what comes back before the UNet runs. Raises ValueError for a UNet conditioned already.
+    The UNet's own weights are not changed. lora: by path of the layer, <...>.attn1.to_q or to_k, to_v,
+    to_out. Call condition() of the returned attachment before the UNet runs.
+    Raises ValueError for a UNet that is conditioned already.
     """
     attentions = {name: module for name, module in unet.named_modules() if name.endswith(("attn1", "attn2"))}
     if any(isinstance(attention.processor, ReferenceProcessor) for attention in attentions.values()):
@@ -157,19 +176,19 @@ def attach(
     processors, undo = [], []
     for site in cross_attention_widths(unet):
         attn2 = attentions[f"{site.diffusers}.attn2"]
-        undo.append(partial(setattr, attn2, "processor", attn2.processor))
-        attn2.processor = ReferenceProcessor()
-        processors.append(attn2.processor)
+        undo.append(partial(attn2.set_processor, attn2.processor))
+        processors.append(ReferenceProcessor())
+        attn2.set_processor(processors[-1])
     for path, update in (lora or {}).items():
-        attention, _, part = path.rpartition(".")
-        layer = getattr(attentions[attention], part)
-        layer = layer[0] if part == "to_out" else layer
+        attention, _, name = path.rpartition(".")
+        layer = getattr(attentions[attention], name)
+        layer = layer[0] if name == "to_out" else layer
         undo.append(layer.register_forward_hook(_adding(update, lora_strength)).remove)
     return Attachment(unet, processors, weight, undo)
 
 
 def low_rank_updates(lora: Mapping[str, Tensor]) -> dict[str, Update]:
-    """Tensors by diffusers path (<path>.processor.to_q_lora.down.weight and .up.weight) -> {<path>.to_q: update}."""
+    """Low-rank updates by layer, {<path>.to_q: update}, from <path>.processor.to_q_lora.{down,up}.weight."""
 
     def update(down: Tensor, up: Tensor) -> Update:
         return lambda x: linear(linear(x, down), up)
@@ -184,21 +203,24 @@ def low_rank_updates(lora: Mapping[str, Tensor]) -> dict[str, Update]:
 
 
 def _adding(update: Update, strength: float) -> Callable[..., Tensor]:
+    """Forward hook that adds an update to a layer's output."""
+
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + strength * update(inputs[0])
 
     return hook
 
 
-def _as_many(uncond: Tensor, tokens: Tensor) -> Tensor:
-    """The unconditional rows, one for each row of tokens."""
+def _expand_rows(uncond: Tensor, tokens: Tensor) -> Tensor:
+    """The unconditional tokens with a row for each row of `tokens`."""
     if uncond.shape[1:] != tokens.shape[1:]:
         raise ValueError(
-            f"The tokens are {tuple(tokens.shape)}, the unconditional ones {tuple(uncond.shape)}; wanted as many of one "
-            "width in each row. Combine the unconditional side in the same way."
+            f"The tokens are {tuple(tokens.shape)}, the unconditional ones {tuple(uncond.shape)}; wanted as "
+            "many of one width in each row. Combine the unconditional tokens in the same way."
         )
     if len(uncond) not in (1, len(tokens)):
         raise ValueError(
-            f"There are {len(uncond)} rows of unconditional tokens for {len(tokens)} groups; wanted 1, or one a group."
+            f"There are {len(uncond)} rows of unconditional tokens for {len(tokens)} groups; wanted 1, or "
+            "one a group."
         )
     return uncond.expand(len(tokens), -1, -1)

@@ -1,11 +1,12 @@
-"""In which of SDXL's 11 spatial transformers the references act, and how strongly: IPAdapter_plus' weight types, as data.
+"""Weights of the reference term by layer, for SDXL's 11 spatial transformers: IPAdapter_plus' weight types.
 
     index   0   1   2   3         4        5   6     7   8   9   10
     where   4   5   7   8         0        0   1     2   3   4   5
             input blocks          middle   output blocks
                     composition                style
 
-A spatial transformer holds 1 to 10 cross-attentions (2 2 10 10 · 10 · 10 10 10 2 2 2 in SDXL), which share its factor.
+A spatial transformer holds 1 to 10 cross-attentions (2 2 10 10 · 10 · 10 10 10 2 2 2 in SDXL), which share
+its factor.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ LINEAR = "linear"
 
 
 class BranchTokens(NamedTuple):
-    """Whose tokens each side of the guidance attends to: the unconditional ones (True), the conditional ones (False),
-    or none (None)."""
+    """Tokens that each guidance branch attends to: unconditional (True), conditional (False), none (None)."""
 
     unconditional: bool | None = True
     conditional: bool | None = False
@@ -35,23 +35,24 @@ class BranchTokens(NamedTuple):
 
 OWN = BranchTokens()
 SWAPPED = BranchTokens(unconditional=False, conditional=True)
-AGAINST = BranchTokens(unconditional=False, conditional=None)  # only the negative side sees the references
+# Only the negative branch attends to the references.
+AGAINST = BranchTokens(unconditional=False, conditional=None)
 
 
 class WeightType(NamedTuple):
-    """factors: of each layer, times the weight; sides: of each layer."""
+    """A factor of the weight, and the tokens of each branch, by layer."""
 
     factors: tuple[float, ...]
-    sides: tuple[BranchTokens, ...] = (OWN,) * LAYERS
+    branch_tokens: tuple[BranchTokens, ...] = (OWN,) * LAYERS
 
 
 def _ramp(height: list[float]) -> WeightType:
-    """height: 0 to 1 of each layer; the least factor is 0.05."""
+    """A weight type of factors from 0.05 to 1, by the height of each layer, 0 to 1."""
     return WeightType(tuple(0.05 + 0.95 * h for h in height))
 
 
-def _only(chosen: Mapping[int, float], rest: float = 0.0) -> WeightType:
-    return WeightType(tuple(chosen.get(layer, rest) for layer in range(LAYERS)))
+def _only(factors: Mapping[int, float], rest: float = 0.0) -> WeightType:
+    return WeightType(tuple(factors.get(layer, rest) for layer in range(LAYERS)))
 
 
 _INPUT, _OUTPUT = range(MIDDLE), range(MIDDLE + 1, LAYERS)
@@ -76,34 +77,29 @@ WEIGHT_TYPES: dict[str, WeightType] = {
     "style and composition": _only({COMPOSITION: 1.0, STYLE: 1.0}),
     "strong style and composition": _only({}, rest=1.0),
     "style transfer precise": _only({COMPOSITION: 1.0, STYLE: 1.0})._replace(
-        sides=tuple(AGAINST if layer == COMPOSITION else OWN for layer in range(LAYERS))
+        branch_tokens=tuple(AGAINST if layer == COMPOSITION else OWN for layer in range(LAYERS))
     ),
     "composition precise": _only({COMPOSITION: 1.0, STYLE: 1.0}, rest=0.1)._replace(
-        sides=tuple(OWN if layer == COMPOSITION else SWAPPED for layer in range(LAYERS))
+        branch_tokens=tuple(OWN if layer == COMPOSITION else SWAPPED for layer in range(LAYERS))
     ),
 }
 
 
 def choose(weight_type: str, layer_weights: str = "") -> WeightType:
-    """The weight type of this name; layer_weights, if any, take the place of its factors.
+    """The weight type of this name; layer_weights, if any, replace its factors.
 
     Raises ValueError for an unknown name and for layer weights that cannot be read.
     """
     if weight_type not in WEIGHT_TYPES:
-        raise ValueError(
-            f"There is no weight type {weight_type!r}. Choose one of: {', '.join(WEIGHT_TYPES)}."
-        )
-    chosen = WEIGHT_TYPES[weight_type]
+        raise ValueError(f"weight_type is {weight_type!r}; wanted one of: {', '.join(WEIGHT_TYPES)}.")
+    named = WEIGHT_TYPES[weight_type]
     if not split_entries(layer_weights, "layer_weights"):
-        return chosen
-    return chosen._replace(factors=parse_layer_weights(layer_weights))
+        return named
+    return named._replace(factors=parse_layer_weights(layer_weights))
 
 
 def parse_layer_weights(text: str) -> tuple[float, ...]:
-    """ "index:weight, ..." -> 11 factors, 0 where an index is not named.
-
-    number_lists.py has the rules of the text. Raises ValueError for anything else.
-    """
+    """ "index:weight, ..." -> 11 factors, 0 where an index is not named; number_lists.py parses it."""
     factors: dict[int, float] = {}
     for entry in split_entries(text, "layer_weights"):
         index, colon, weight = entry.partition(":")
@@ -115,8 +111,8 @@ def parse_layer_weights(text: str) -> tuple[float, ...]:
         layer = int(index)
         if not 0 <= layer < LAYERS:
             raise ValueError(
-                f"layer_weights names layer {shorten(layer)}; wanted SDXL's layers 0 to {LAYERS - 1} (0-3 input, 4 middle, "
-                "5-10 output)."
+                f"layer_weights names layer {shorten(layer)}; wanted SDXL's layers 0 to {LAYERS - 1} (0-3 "
+                "input, 4 middle, 5-10 output)."
             )
         if layer in factors:
             raise ValueError(f"layer_weights names layer {layer} twice. Name each layer once.")
@@ -127,16 +123,17 @@ def parse_layer_weights(text: str) -> tuple[float, ...]:
 
 
 def layers_of(sites: Iterable[Site]) -> dict[Site, int]:
-    """The running index of each site's spatial transformer, in the order the UNet runs them.
+    """Index of each site's spatial transformer, in the order in which the UNet runs them.
 
-    Raises ValueError for a UNet without SDXL's 11.
+    Raises ValueError for a UNet that does not have SDXL's 11.
     """
     sites = list(sites)
     order = ("input", "middle", "output").index
     modules = sorted({(order(site.block), site.number) for site in sites})
     if len(modules) != LAYERS:
         raise ValueError(
-            f"The UNet has {len(modules)} spatial transformers, and the weight types are made for SDXL's {LAYERS}. "
+            f"The UNet has {len(modules)} spatial transformers, and the weight types are made for SDXL's "
+            f"{LAYERS}. "
             'Use weight_type "linear" and no layer_weights.'
         )
     return {site: modules.index((order(site.block), site.number)) for site in sites}

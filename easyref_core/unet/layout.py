@@ -1,4 +1,4 @@
-"""Where SDXL's cross-attentions are: diffusers path <-> ComfyUI address, generated from the shape of the UNet."""
+"""Addresses of SDXL's cross-attentions, in diffusers and in ComfyUI, computed from the shape of the UNet."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ class Site(NamedTuple):
     def diffusers(self) -> str:
         """Path in diffusers, e.g. down_blocks.1.attentions.0.transformer_blocks.0."""
         if self.block == "input":
-            stage, place = divmod(self.number - 1, RESNETS_PER_BLOCK + 1)  # input_blocks.0 is conv_in
-            where = f"down_blocks.{stage}.attentions.{place}"
+            stage, attention = divmod(self.number - 1, RESNETS_PER_BLOCK + 1)  # input_blocks.0 is conv_in
+            module = f"down_blocks.{stage}.attentions.{attention}"
         elif self.block == "output":
-            stage, place = divmod(self.number, RESNETS_PER_BLOCK + 1)
-            where = f"up_blocks.{stage}.attentions.{place}"
+            stage, attention = divmod(self.number, RESNETS_PER_BLOCK + 1)
+            module = f"up_blocks.{stage}.attentions.{attention}"
         else:
-            where = "mid_block.attentions.0"
-        return f"{where}.transformer_blocks.{self.index}"
+            module = "mid_block.attentions.0"
+        return f"{module}.transformer_blocks.{self.index}"
 
     @property
     def comfy(self) -> str:
         """Path in ComfyUI's UNet, e.g. input_blocks.4.1.transformer_blocks.0."""
-        where = "middle_block.1" if self.block == "middle" else f"{self.block}_blocks.{self.number}.1"
-        return f"{where}.transformer_blocks.{self.index}"
+        module = "middle_block.1" if self.block == "middle" else f"{self.block}_blocks.{self.number}.1"
+        return f"{module}.transformer_blocks.{self.index}"
 
 
 def parse_diffusers(path: str) -> Site | None:
-    """The site a diffusers path lies in, or None: down_blocks.1.attentions.0.transformer_blocks.3.attn2.processor."""
+    """The site of a path such as down_blocks.1.attentions.0.transformer_blocks.3.attn2, or None."""
     match = re.match(
         r"(?:(down|up)_blocks\.(\d{1,3})|mid_block)\.attentions\.(\d{1,3})\.transformer_blocks\.(\d{1,3})(?:\.|$)",
         path,
     )
     if match is None:
         return None
-    side, stage, place, index = match[1], int(match[2] or 0), int(match[3]), int(match[4])
-    if side is None:
+    half, stage, attention, index = match[1], int(match[2] or 0), int(match[3]), int(match[4])
+    if half is None:
         return Site("middle", 0, index)
-    number = stage * (RESNETS_PER_BLOCK + 1) + place
-    return Site("input", number + 1, index) if side == "down" else Site("output", number, index)
+    number = stage * (RESNETS_PER_BLOCK + 1) + attention
+    return Site("input", number + 1, index) if half == "down" else Site("output", number, index)
 
 
 def parse_comfy(path: str) -> Site | None:
-    """The site a ComfyUI path lies in, or None: input_blocks.4.1.transformer_blocks.0.attn2."""
+    """The site of a ComfyUI path such as input_blocks.4.1.transformer_blocks.0.attn2, or None."""
     match = re.match(
         r"(?:(input|output)_blocks\.(\d{1,3})|middle_block)\.1\.transformer_blocks\.(\d{1,3})(?:\.|$)", path
     )
@@ -64,42 +64,42 @@ def parse_comfy(path: str) -> Site | None:
 
 
 def in_processor_order(sites: Iterable[Site]) -> list[Site]:
-    """Sites in the order of diffusers' attn_processors: down, up, middle. Checkpoints number adapters in this order."""
+    """Sites in the order of diffusers' attn_processors (down, up, middle), as checkpoints number them."""
     return sorted(
         sites, key=lambda site: (("input", "output", "middle").index(site.block), site.number, site.index)
     )
 
 
 def sdxl_sites(depths: tuple[Sequence[int], int, Sequence[int]] = SDXL_DEPTHS) -> list[Site]:
-    """The 70 cross-attention sites of SDXL (or of a UNet of its shape with other depths), in processor order."""
+    """The 70 cross-attention sites of SDXL, or of such a UNet with other depths, in processor order."""
     down, middle, up = depths
     stride = RESNETS_PER_BLOCK + 1
     sites = [
-        Site("input", 1 + stage * stride + place, index)
+        Site("input", 1 + stage * stride + attention, index)
         for stage, depth in enumerate(down)
-        for place in range(RESNETS_PER_BLOCK)
+        for attention in range(RESNETS_PER_BLOCK)
         for index in range(depth)
     ]
     sites += [
-        Site("output", stage * stride + place, index)
+        Site("output", stage * stride + attention, index)
         for stage, depth in enumerate(up)
-        for place in range(stride)
+        for attention in range(stride)
         for index in range(depth)
     ]
     return sites + [Site("middle", 0, index) for index in range(middle)]
 
 
-def require_fit(unet: str, found: Mapping[Site, int], wanted: Mapping[Site, int]) -> None:
-    """Compare the cross-attentions {site: width} of a UNet with those a checkpoint was made for.
+def require_fit(unet: str, widths: Mapping[Site, int], expected: Mapping[Site, int]) -> None:
+    """Raises ValueError if the cross-attentions {site: width} of a UNet are not those of a checkpoint.
 
-    unet: what to call it in the error.
+    unet: name of the UNet in the error.
     """
-    if found == wanted:
+    if widths == expected:
         return
     raise ValueError(
-        f"{unet} does not fit the EasyRef checkpoint: it has {_summary(found)}, the checkpoint is made for "
-        f"{_summary(wanted)}. Use the kind of model it was trained on; the released EasyRef needs an SDXL base model "
-        "(not SD1.5, Flux or the SDXL refiner)."
+        f"{unet} does not fit the EasyRef checkpoint: it has {_summary(widths)}, the checkpoint is made for "
+        f"{_summary(expected)}. Use the kind of model it was trained on; the released EasyRef needs an SDXL "
+        "base model (not SD1.5, Flux or the SDXL refiner)."
     )
 
 

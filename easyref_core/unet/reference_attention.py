@@ -1,8 +1,8 @@
-"""Decoupled cross-attention: the UNet attends to the reference tokens beside the text (IP-Adapter, arXiv 2308.06721)."""
+"""Decoupled cross-attention to the reference tokens, beside the text (IP-Adapter, arXiv 2308.06721)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +15,9 @@ if TYPE_CHECKING:
 # Keys and values of the reference tokens at one site, each (rows, T, inner).
 KeyValue = tuple["Tensor", "Tensor"]
 
-# How the weight enters the attention to the reference tokens, as IPAdapter_plus names it.
-SCALINGS = ("V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty")
-
 
 class KVProjections(nn.Module):
-    """The checkpoint's to_k_ip and to_v_ip of every cross-attention site, in the order of the layout."""
+    """The checkpoint's to_k_ip and to_v_ip of each cross-attention site, in processor order."""
 
     def __init__(self, inner: Sequence[int], token_width: int, operations: Any = nn, **factory: Any) -> None:
         """inner: width of each site's attention (640 or 1280 in SDXL)."""
@@ -39,50 +36,75 @@ class KVProjections(nn.Module):
 
 
 def require_finite(key_values: Sequence[KeyValue], computed_in: torch.dtype) -> None:
-    """Raises ValueError where one of these is NaN or infinite, which would show as a black picture."""
-    finite = torch.stack([torch.isfinite(part).all() for pair in key_values for part in pair])
+    """Raises ValueError if a key or value is NaN or infinite, which would show as a black image."""
+    finite = torch.stack([torch.isfinite(tensor).all() for pair in key_values for tensor in pair])
     if not finite.all():
         raise ValueError(
-            f"{int((~finite).sum())} of the {len(finite)} keys and values are not finite (computed in {computed_in}): "
-            "the checkpoint's to_k_ip and to_v_ip are damaged, or the tokens are. Download the checkpoint again."
+            f"{int((~finite).sum())} of the {len(finite)} keys and values are not finite (computed in "
+            f"{computed_in}): the checkpoint's to_k_ip and to_v_ip are damaged, or the tokens are. Download "
+            "the checkpoint again."
         )
 
 
-def reference_attention(q: Tensor, key_value: KeyValue, heads: int, real: Tensor | None = None) -> Tensor:
-    """The reference term, softmax(Q K^T) V, to be added to the text's attention before the output projection.
+def reference_attention(
+    q: Tensor, key_value: KeyValue, heads: int, padding_mask: Tensor | None = None
+) -> Tensor:
+    """The reference term softmax(Q K^T) V, to be added to the text's attention before the output projection.
 
-    q: (batch, tokens, inner), the query the text attention uses too (LoRA included). key_value: rows (chunks, T, inner)
-    where the batch is `chunks` equal runs of rows that share their references; the runs become longer sequences
-    (a view), so nothing is repeated along the batch. The weight is in V, see `scaled`. real: (chunks, T), False at tokens
-    that only fill up a shorter row. -> (batch, tokens, inner), in q's dtype, memory of its own.
+    q: (batch, tokens, inner), the query that the text attention uses too (LoRA included). key_value: (chunks,
+    T, inner), weighted by apply_weight; the batch is `chunks` equal runs of rows that share their references.
+    A run becomes one longer sequence (a view), so nothing is repeated along the batch. padding_mask: (chunks,
+    T), False at padding. -> (batch, tokens, inner) in q's dtype, in new memory.
     """
-    # plain views: this runs 70 times a step, and parsing einops' patterns would take longer than a GPU's kernels
-    # -> (chunks, batch / chunks * tokens, inner); raises where the batch is no multiple of the chunks
+    # Views instead of einops: this runs 70 times a step, and parsing patterns would take longer than a GPU's
+    # kernels.
+    # -> (chunks, batch / chunks * tokens, inner); raises if the batch is not a multiple of the chunks
     queries = q.unflatten(0, (len(key_value[0]), -1)).flatten(1, 2)
     per_head = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (queries, *key_value))
-    mask = None if real is None else real[:, None, None]
+    mask = None if padding_mask is None else padding_mask[:, None, None]
     term = scaled_dot_product_attention(*per_head, attn_mask=mask)
     return term.transpose(1, 2).reshape(q.shape)
 
 
-def require_scaling(scaling: str) -> None:
-    """Raises ValueError for an unknown one."""
-    if scaling not in SCALINGS:
-        raise ValueError(f"There is no embeds_scaling {scaling!r}. Choose one of: {', '.join(SCALINGS)}.")
+def _scale_v(k: Tensor, v: Tensor, weight: float, _: int) -> KeyValue:
+    return k, v if weight == 1 else v * weight
 
 
-def apply_weight(key_value: KeyValue, weight: float, scaling: str = SCALINGS[0], widest: int = 0) -> KeyValue:
-    """K and V (rows, T, inner) with the weight in them, so that no layer of no step multiplies its term by it.
-
-    "V only" is the term times the weight; "K+V" makes the attention itself sharper with the weight; "C penalty" weakens narrow layers, by inner / widest
-    (widest: inner width of the widest attention of the UNet, 1280 in SDXL); "mean(V)" scales only what all tokens' V
-    share.
-    """
-    k, v = key_value
-    if scaling == SCALINGS[0]:
-        return k, v if weight == 1 else v * weight
-    if "penalty" in scaling:
-        weight = weight * (k.shape[-1] / widest)
-    if "mean" in scaling:
-        return k * weight, v + (weight - 1) * v.mean(dim=1, keepdim=True)
+def _scale_kv(k: Tensor, v: Tensor, weight: float, _: int) -> KeyValue:
     return k * weight, v * weight
+
+
+def _scale_kv_by_width(k: Tensor, v: Tensor, weight: float, widest: int) -> KeyValue:
+    weight = weight * (k.shape[-1] / widest)
+    return k * weight, v * weight
+
+
+def _scale_k_and_mean_v_by_width(k: Tensor, v: Tensor, weight: float, widest: int) -> KeyValue:
+    weight = weight * (k.shape[-1] / widest)
+    return k * weight, v + (weight - 1) * v.mean(dim=1, keepdim=True)
+
+
+V_ONLY = "V only"
+# How the weight enters K and V, by IPAdapter_plus' names: (K, V, weight, widest) -> K and V.
+SCALINGS: dict[str, Callable[[Tensor, Tensor, float, int], KeyValue]] = {
+    V_ONLY: _scale_v,
+    "K+V": _scale_kv,
+    "K+V w/ C penalty": _scale_kv_by_width,
+    "K+mean(V) w/ C penalty": _scale_k_and_mean_v_by_width,
+}
+
+
+def require_scaling(scaling: str) -> None:
+    """Raises ValueError if `scaling` is not one of SCALINGS."""
+    if scaling not in SCALINGS:
+        raise ValueError(f"embeds_scaling is {scaling!r}; wanted one of: {', '.join(SCALINGS)}.")
+
+
+def apply_weight(key_value: KeyValue, weight: float, scaling: str = V_ONLY, widest: int = 0) -> KeyValue:
+    """K and V (rows, T, inner) with the weight in them, so that no layer multiplies its term at each step.
+
+    "V only" is the term times the weight; "K+V" also makes the attention sharper with the weight; "C penalty"
+    weakens narrow layers, by inner / widest (widest: inner width of the UNet's widest attention, 1280 in
+    SDXL); "mean(V)" scales only the mean of V over the tokens.
+    """
+    return SCALINGS[scaling](*key_value, weight, widest)

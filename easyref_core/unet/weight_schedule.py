@@ -1,4 +1,4 @@
-"""The weight over the denoising: a curve through given points, read at a step's sigma."""
+"""The weight schedule: a curve over the denoising, evaluated at a step's sigma."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ..utils.number_lists import parse_number, require_alike, split_entries
 
 NAME = "weight_schedule"
 EXAMPLE = 'numbers, as in "1, 0.5, 0", or percent:weight pairs, as in "0.2:1, 0.8:0"'
-STEPS = 999  # SDXL was trained with 1000 timesteps: between two of them log sigma is linear in the percent
-NEARLY = 1e-9  # percent_to_sigma gives no schedule's sigmas at exactly 0 and 1
+STEPS = 999  # of SDXL's 1000 timesteps; log sigma is linear in the percent in between
+MARGIN = 1e-9  # percent_to_sigma returns no sigma of the schedule at exactly 0 and 1
 
-Point = tuple[float, float]  # (part of the denoising 0..1, factor)
+Point = tuple[float, float]  # (fraction of the denoising 0..1, factor)
 
 
 def parse_schedule(text: str, start: float, end: float) -> list[Point]:
-    """ "1, 0.5, 0", spread evenly from start to end, or "0.2:1, 0.8:0" -> points by rising percent; [] for "".
+    """Points (percent, weight), by rising percent for "1, 0.5, 0" (from start to end) or "0.2:1, 0.8:0".
 
-    number_lists.py has the rules of the text. Raises ValueError for what is neither, for weights beyond
-    MAX_FACTOR, and for percents outside 0..1 or given twice.
+    An empty text gives no points. number_lists.py parses the text. Raises ValueError for a text that is
+    neither, for weights beyond MAX_FACTOR, and for percents outside 0..1 or listed twice.
     """
     entries = split_entries(text, NAME)
     paired = require_alike(entries, NAME, "percent:weight", EXAMPLE)
@@ -32,7 +32,8 @@ def parse_schedule(text: str, start: float, end: float) -> list[Point]:
     percents = [percent for percent, _ in points]
     if any(not 0 <= percent <= 1 for percent in percents):
         raise ValueError(
-            f"weight_schedule {shorten(repr(text))} names a percent outside 0 to 1. Write 0.5 for half of the denoising."
+            f"weight_schedule {shorten(repr(text))} names a percent outside 0 to 1. Write 0.5 for half of "
+            "the denoising."
         )
     if paired and len(set(percents)) < len(percents):
         raise ValueError(f"weight_schedule {shorten(repr(text))} names a percent twice. Name each once.")
@@ -46,7 +47,7 @@ def _number(text: str) -> float:
 def interpolate(points: list[Point], at: float) -> float:
     """The value at `at` of the line through points (x rising, value); beyond the ends, the ends' values."""
     following, end = 0, len(points)
-    while following < end:  # bisect, written out: torch.compile cannot follow the one that is built in
+    while following < end:  # bisection, written out because torch.compile cannot trace the bisect module
         middle = (following + end) // 2
         following, end = (middle + 1, end) if points[middle][0] < at else (following, middle)
     if following == 0:
@@ -58,18 +59,18 @@ def interpolate(points: list[Point], at: float) -> float:
 
 
 class Schedule:
-    """The factor at a step's sigma. The sigmas are looked up once, when it is made; reading it touches no tensor."""
+    """The factor at a step's sigma. The sigmas are looked up at construction; a call uses no tensor."""
 
     def __init__(self, points: list[Point], percent_to_sigma: Callable[[float], float]) -> None:
-        """points: by rising percent, at least one. percent_to_sigma: falls from the first sigma to the last."""
+        """points: at least one, by rising percent. percent_to_sigma: falls from first to last sigma."""
         self.points = points
         percents = [step / STEPS for step in range(STEPS, -1, -1)]
-        inside = [min(max(percent, NEARLY), 1 - NEARLY) for percent in percents]
-        sigmas = [float(percent_to_sigma(percent)) for percent in inside]
+        clamped = [min(max(percent, MARGIN), 1 - MARGIN) for percent in percents]
+        sigmas = [float(percent_to_sigma(percent)) for percent in clamped]
         self._percents = [(math.log(sigma), percent) for sigma, percent in zip(sigmas, percents, strict=True)]
 
     def percent(self, sigma: float) -> float:
-        """Part of the denoising that is done at this sigma, 0..1."""
+        """Fraction of the denoising that is done at this sigma, 0..1."""
         if sigma <= 0:
             return 1.0
         return interpolate(self._percents, math.log(sigma))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from comfy.conds import CONDRegular
 
-from ...easyref_core.unet.masks import Crop, whole
+from ...easyref_core.unet.masks import Crop, full_crop
 from ..host.log import warn_once
 from .cond_roles import frames_of, unconditional_runs
 
@@ -80,7 +80,7 @@ class RowNumbers:
     @property
     def has_areas(self) -> bool:
         """Whether a conditioning is of a part of the latent."""
-        return any(row.crop != whole(*self.latents.shape[-2:]) for row in self._rows)
+        return any(row.crop != full_crop(*self.latents.shape[-2:]) for row in self._rows)
 
     def layout(self, numbers: Tensor) -> BatchLayout:
         """Rows with these numbers (rows, 1); of a number with a mark only the side and the crop are known."""
@@ -97,7 +97,7 @@ def area_crop(area: Sequence[int] | None, latent: tuple[int, int]) -> Crop:
     as ComfyUI does.
     """
     if area is None:
-        return whole(*latent)
+        return full_crop(*latent)
     dimensions = len(area) // 2  # more than two for video: height and width are the last
     (height, width), (top, left) = area[dimensions - 2 : dimensions], area[-2:]
     return Crop(latent, top, left, min(latent[0] - top, height), min(latent[1] - left, width))
@@ -126,7 +126,7 @@ def layout_of(
             "tensor alike, also those it does not know. Remove that pack's node, or Apply EasyRef."
         )
     frames = numbered.frames if numbered is not None else frames_of(options, latents)
-    crop = whole(*x.shape[-2:])
+    crop = full_crop(*x.shape[-2:])
     return tuple(Row(side, latent, frame, crop) for side in sides for latent, frame in enumerate(frames))
 
 

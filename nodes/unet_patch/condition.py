@@ -17,7 +17,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...easyref_core.unet.layer_weights import LINEAR, OWN, BranchTokens, choose, layers_of
 from ...easyref_core.unet.layout import Site, parse_comfy, require_fit
-from ...easyref_core.unet.reference_attention import SCALINGS, require_scaling
+from ...easyref_core.unet.reference_attention import V_ONLY, require_scaling
 from ...easyref_core.unet.weight_schedule import parse_schedule
 from .cond_roles import record_cond_roles
 from .injection import Injection, Strength
@@ -61,7 +61,7 @@ class ApplySettings:
     weight_type: str = LINEAR
     layer_weights: str = ""
     weight_schedule: str = ""
-    embeds_scaling: str = SCALINGS[0]
+    embeds_scaling: str = V_ONLY
 
     @property
     def acts(self) -> bool:
@@ -122,7 +122,9 @@ def _of_sites(
     if chosen == choose(LINEAR):  # the same everywhere, whatever the UNet's layers are
         return (1.0,) * len(sites), (OWN,) * len(sites)
     layers = layers_of(sites)
-    return tuple(tuple(values[layers[site]] for site in sites) for values in (chosen.factors, chosen.sides))
+    return tuple(
+        tuple(values[layers[site]] for site in sites) for values in (chosen.factors, chosen.branch_tokens)
+    )
 
 
 def _inject(model: ModelPatcher, injection: Injection, sites: tuple[Site, ...]) -> None:

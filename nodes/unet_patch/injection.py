@@ -13,7 +13,7 @@ import torch
 
 from ...easyref_core.unet.layer_weights import BranchTokens
 from ...easyref_core.unet.masks import Crop, token_mask
-from ...easyref_core.unet.reference_attention import SCALINGS, KeyValue, apply_weight
+from ...easyref_core.unet.reference_attention import V_ONLY, KeyValue, apply_weight
 from ...easyref_core.unet.weight_schedule import Point, Schedule
 from ...easyref_core.utils.lru_cache import ByteLRUCache
 from .batch_layout import UNKNOWN, BatchLayout
@@ -119,7 +119,7 @@ class Strength:
     window: tuple[float, float]  # (start, end) as fractions of the sampling
     factors: tuple[float, ...]  # per site
     points: tuple[Point, ...] = ()  # of the weight schedule
-    scaling: str = SCALINGS[0]
+    scaling: str = V_ONLY
 
 
 class Curve:

@@ -273,7 +273,7 @@ def test_a_tensor_of_another_size(tmp_path: Path) -> None:
     path = write(tmp_path / "wrong.safetensors", checkpoint_tensors() | {key: torch.zeros(128, 60)})
     assert_says(
         error_of(lambda: open_checkpoint(path, golden.MLLM)),
-        f"{path}: 1 tensors do not have the size the others ask for",
+        f"{path}: 1 tensors do not have the size that the others imply",
         f"{key}: found (128, 60), wanted (128, 64)",
     )
 

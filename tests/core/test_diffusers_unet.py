@@ -1,219 +1,156 @@
-"""The diffusers host: the authors' noise predictions, and a UNet given back bit for bit."""
+"""Reference attention on a diffusers UNet: the authors' predictions, and a UNet restored bit for bit."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import easyref_core as er
 from devkit import golden
-from devkit.golden import EXACT, Tensors, error, predict
+from devkit.golden import EXACT, error, predict
 from easyref_core.unet import diffusers_unet
-from easyref_core.unet.reference_attention import KeyValue
 
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+Apply = Callable[..., diffusers_unet.Attachment]
 
 
-def hooks(unet: UNet2DConditionModel) -> int:
-    """How many hooks the UNet's modules carry."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())
+@pytest.fixture
+def apply(unet, model, tokens, uncond) -> Apply:
+    """Conditions the UNet, on the golden group where nothing else is given."""
+
+    def apply(cond=tokens, uncond=uncond, **settings: float) -> diffusers_unet.Attachment:
+        return diffusers_unet.apply(unet, model, cond, uncond, **settings)
+
+    return apply
 
 
-def test_the_bare_unet_is_the_authors(unet: UNet2DConditionModel, expected: Tensors) -> None:
+@pytest.fixture
+def twice(expected) -> golden.Tensors:
+    """The golden input with two images in each half of the batch."""
+    return {name: t.repeat_interleave(2, dim=0) for name, t in expected.items() if name.startswith("unet.")}
+
+
+def test_the_bare_unet_is_the_authors(unet, expected) -> None:
     assert error(predict(unet, expected), expected["unet.noise_pred.base"]) <= EXACT
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
-def test_noise_prediction(
-    unet: UNet2DConditionModel,
-    model: er.EasyRef,
-    expected: Tensors,
-    tokens: er.ReferenceTokens,
-    uncond: er.ReferenceTokens,
-    weight: float,
-) -> None:
-    diffusers_unet.apply(unet, model, tokens, uncond, weight=weight)
+def test_noise_prediction(unet, expected, apply, weight: float) -> None:
+    apply(weight=weight)
     assert error(predict(unet, expected), expected[f"unet.noise_pred.scale_{weight}"]) <= EXACT
 
 
-def test_without_unconditional_tokens_all_rows_are_conditional(
-    unet: UNet2DConditionModel, model: er.EasyRef, expected: Tensors, tokens: er.ReferenceTokens
-) -> None:
-    diffusers_unet.apply(unet, model, tokens, None)
+def test_without_unconditional_tokens_all_rows_are_conditional(unet, expected, apply) -> None:
+    apply(uncond=None)
     assert error(predict(unet, expected)[1:], expected["unet.noise_pred.scale_1.0"][1:]) <= EXACT
 
 
-def test_a_batch_of_several_images_has_its_unconditional_rows_first(
-    unet: UNet2DConditionModel,
-    model: er.EasyRef,
-    expected: Tensors,
-    tokens: er.ReferenceTokens,
-    uncond: er.ReferenceTokens,
-) -> None:
-    twice = {name: t.repeat_interleave(2, dim=0) for name, t in expected.items() if name.startswith("unet.")}
-    diffusers_unet.apply(unet, model, tokens, uncond)
+def test_a_batch_of_several_images_has_its_unconditional_rows_first(unet, twice, apply) -> None:
+    apply()
     assert error(predict(unet, twice), twice["unet.noise_pred.scale_1.0"]) <= EXACT
 
 
-def test_a_batch_of_different_groups_is_each_group_alone(
-    unet: UNet2DConditionModel,
-    model: er.EasyRef,
-    expected: Tensors,
-    tokens: er.ReferenceTokens,
-    uncond: er.ReferenceTokens,
-) -> None:
-    others = model.aggregate(model.encode(golden.references()[:1], "a cat", size=golden.SIZE))
+def test_a_batch_of_different_groups_is_each_group_alone(unet, model, tokens, expected, twice, apply) -> None:
+    groups = tokens, model.aggregate(model.encode(golden.references()[:1], "a cat", size=golden.SIZE))
     alone = []
-    for group in (tokens, others):
-        attached = diffusers_unet.apply(unet, model, group, uncond)
+    for group in groups:
+        attachment = apply(group)
         alone.append(predict(unet, expected))
-        attached.remove()
-    twice = {name: t.repeat_interleave(2, dim=0) for name, t in expected.items() if name.startswith("unet.")}
-    diffusers_unet.apply(unet, model, torch.cat([torch.Tensor(t) for t in (tokens, others)]), uncond)
-    together = predict(unet, twice)
+        attachment.remove()
+    apply(torch.cat([torch.Tensor(group) for group in groups]))
     assert error(alone[0], alone[1]) > 100 * EXACT
-    assert error(together, torch.stack(alone, dim=1).flatten(0, 1)) <= EXACT
+    assert error(predict(unet, twice), torch.stack(alone, dim=1).flatten(0, 1)) <= EXACT
 
 
-def test_unconditional_rows_that_match_no_group_are_refused(
-    unet: UNet2DConditionModel, model: er.EasyRef, tokens: er.ReferenceTokens
-) -> None:
+def test_unconditional_rows_that_match_no_group_are_refused(tokens, apply) -> None:
     two, three = (torch.Tensor(tokens).repeat(n, 1, 1) for n in (2, 3))
-    with pytest.raises(
-        ValueError, match=r"2 rows of unconditional tokens for 3 groups; wanted 1, or one a group"
-    ):
-        diffusers_unet.apply(unet, model, three, two)
+    message = r"2 rows of unconditional tokens for 3 groups; wanted 1, or one a group"
+    with pytest.raises(ValueError, match=message):
+        apply(three, two)
 
 
-def test_at_weight_0_and_lora_strength_0_the_unet_answers_bit_for_bit_as_bare(
-    unet: UNet2DConditionModel,
-    model: er.EasyRef,
-    expected: Tensors,
-    tokens: er.ReferenceTokens,
-    uncond: er.ReferenceTokens,
-) -> None:
+def test_at_weight_0_and_lora_strength_0_the_unet_predicts_bit_for_bit_as_bare(unet, expected, apply) -> None:
     bare = predict(unet, expected)
-    diffusers_unet.apply(unet, model, tokens, uncond, weight=0.0, lora_strength=0.0)
+    apply(weight=0.0, lora_strength=0.0)
     assert torch.equal(predict(unet, expected), bare)
 
 
-def test_lora_counts_by_its_strength(
-    unet: UNet2DConditionModel, model: er.EasyRef, tokens: er.ReferenceTokens
-) -> None:
+def test_lora_is_proportional_to_its_strength(unet, apply) -> None:
     x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
     layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
 
     def output(strength: float) -> torch.Tensor:
-        attached = diffusers_unet.apply(unet, model, tokens, None, lora_strength=strength)
-        answer = layer(x)
-        attached.remove()
-        return answer
+        attachment = apply(uncond=None, lora_strength=strength)
+        output = layer(x)
+        attachment.remove()
+        return output
 
+    assert error(output(1.0), layer(x)) > 100 * EXACT
     assert error(output(-0.5), layer(x) - 0.5 * (output(1.0) - layer(x))) <= EXACT
 
 
-class TestRemoved:
-    """What is left after attaching, running and removing: nothing."""
-
-    def test_the_answer_is_the_same_bit_for_bit(self, unet, model, expected, tokens, uncond) -> None:
-        bare = predict(unet, expected)
-        attached = diffusers_unet.apply(unet, model, tokens, uncond)
-        attached.remove()
-        assert torch.equal(predict(unet, expected), bare)
-
-    def test_the_weights_are_the_same_bit_for_bit(self, unet, model, expected, tokens, uncond) -> None:
-        before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-        attached = diffusers_unet.apply(unet, model, tokens, uncond)
-        predict(unet, expected)
-        attached.remove()
-        after = unet.state_dict()
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[name], after[name]) for name in before)
-
-    def test_the_processors_are_the_same_objects(self, unet, model, expected, tokens, uncond) -> None:
-        before = unet.attn_processors
-        diffusers_unet.apply(unet, model, tokens, uncond).remove()
-        assert all(after is before[name] for name, after in unet.attn_processors.items())
-
-    def test_no_hook_is_left(self, unet, model, expected, tokens, uncond) -> None:
-        attached = diffusers_unet.apply(unet, model, tokens, uncond)
-        assert hooks(unet) == 4 * len(unet.attn_processors)  # the LoRA of q, k, v and out
-        attached.remove()
-        assert hooks(unet) == 0
+def test_remove_restores_the_unet(unet, expected, apply) -> None:
+    bare, processors = predict(unet, expected), unet.attn_processors
+    weights = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    attachment = apply()
+    assert not torch.equal(predict(unet, expected), bare)
+    attachment.remove()
+    assert torch.equal(predict(unet, expected), bare)
+    assert all(processor is processors[name] for name, processor in unet.attn_processors.items())
+    restored = unet.state_dict()
+    assert weights.keys() == restored.keys()
+    assert all(torch.equal(weights[name], restored[name]) for name in weights)
 
 
 @pytest.fixture
-def fired(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Fills with the identity of the keys that each computed reference term attended to."""
-    fired: list[int] = []
+def terms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills with the identity of the keys of each computed reference term."""
+    terms: list[int] = []
     plain = diffusers_unet.reference_attention
 
-    def counted(q: torch.Tensor, key_value: KeyValue, *settings: object) -> torch.Tensor:
-        fired.append(id(key_value[0]))
+    def counted(q: torch.Tensor, key_value: tuple, *settings: object) -> torch.Tensor:
+        terms.append(id(key_value[0]))
         return plain(q, key_value, *settings)
 
     monkeypatch.setattr(diffusers_unet, "reference_attention", counted)
-    return fired
+    return terms
 
 
-def test_every_cross_attention_fires_once_per_pass(
-    unet: UNet2DConditionModel,
-    model: er.EasyRef,
-    expected: Tensors,
-    tokens: er.ReferenceTokens,
-    uncond: er.ReferenceTokens,
-    fired: list[int],
+@pytest.mark.parametrize(("weight", "count"), [(1.0, 17), (0.0, 0)])
+def test_each_cross_attention_computes_one_term_a_pass(
+    unet, expected, apply, terms: list[int], weight: float, count: int
 ) -> None:
-    diffusers_unet.apply(unet, model, tokens, uncond)
+    apply(weight=weight)
     predict(unet, expected)
-    sites = [name for name in unet.attn_processors if ".attn2." in name]
-    assert len(fired) == len(set(fired)) == len(sites) == 17
+    assert len(terms) == len(set(terms)) == count
+    assert len([name for name in unet.attn_processors if ".attn2." in name]) == 17
 
 
-def test_at_weight_0_no_reference_term_is_computed(
-    unet: UNet2DConditionModel,
-    model: er.EasyRef,
-    expected: Tensors,
-    tokens: er.ReferenceTokens,
-    uncond: er.ReferenceTokens,
-    fired: list[int],
-) -> None:
-    diffusers_unet.apply(unet, model, tokens, uncond, weight=0.0)
-    predict(unet, expected)
-    assert not fired
-
-
-def test_gradients_reach_the_tokens(
-    unet: UNet2DConditionModel, model: er.EasyRef, expected: Tensors, tokens: er.ReferenceTokens
-) -> None:
+def test_gradients_reach_the_tokens(unet, expected, tokens, apply) -> None:
     rows = tokens.clone().requires_grad_()
-    diffusers_unet.apply(unet, model, rows, None)
+    apply(rows, None)
     golden.forward(unet, expected).square().mean().backward()
     assert rows.grad.abs().min() > 0
 
 
-@pytest.mark.parametrize("where", ["key_values", "condition"])
-def test_unet_is_left_bare_where_conditioning_fails(
-    model, unet, tokens, uncond, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("step", [(er.EasyRef, "key_values"), (diffusers_unet.Attachment, "condition")])
+def test_the_unet_is_bare_after_a_failure(unet, expected, apply, step: tuple, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    before = hooks(unet)
-    monkeypatch.setattr(er.EasyRef if where == "key_values" else diffusers_unet.Attachment, where, full)
+    bare = predict(unet, expected)
+    monkeypatch.setattr(*step, full)
     with pytest.raises(torch.OutOfMemoryError):
-        diffusers_unet.apply(unet, model, tokens, uncond)
+        apply()
     monkeypatch.undo()
-    assert hooks(unet) == before
-    diffusers_unet.apply(unet, model, tokens, uncond).remove()
+    assert torch.equal(predict(unet, expected), bare)
+    apply().remove()
 
 
-def test_unet_that_is_conditioned_already_is_refused(model, unet, tokens, uncond) -> None:
-    attachment = er.diffusers_unet.apply(unet, model, tokens, uncond)
+def test_a_unet_that_is_conditioned_already_is_refused(apply) -> None:
+    attachment = apply()
     with pytest.raises(ValueError, match=r"conditioned on references already.*remove\(\)"):
-        er.diffusers_unet.apply(unet, model, tokens, uncond)
+        apply()
     attachment.remove()
-    er.diffusers_unet.apply(unet, model, tokens, uncond).remove()
+    apply().remove()

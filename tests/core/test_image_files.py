@@ -1,4 +1,4 @@
-"""Which image files are read, whatever the operating system calls them."""
+"""Image files: the formats that are read, which do not depend on the operating system."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from easyref_core.files.image_files import open_image, readable_formats, readabl
 
 def test_files_are_sorted_by_what_pillow_reads() -> None:
     names = ["b.PNG", "a.jfif", "c.mpo", "d.jxl", "e.svg", "f.txt", "g", "h.mpg", "i.pdf", "j.eps", "k.h5"]
-    found = sort_files(names)
-    assert found.readable == ["b.PNG", "a.jfif", "c.mpo"]
-    assert found.no_reader == ["d.jxl", "e.svg", "j.eps"]
-    assert found.other == ["f.txt", "g", "h.mpg", "i.pdf", "k.h5"]
+    files = sort_files(names)
+    assert files.readable == ["b.PNG", "a.jfif", "c.mpo"]
+    assert files.no_reader == ["d.jxl", "e.svg", "j.eps"]
+    assert files.other == ["f.txt", "g", "h.mpg", "i.pdf", "k.h5"]
 
 
 def test_readers_of_plugins_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,9 +32,9 @@ def test_a_format_that_pillow_only_writes_is_not_read() -> None:
     assert not {".pdf", ".palm"} & readable_suffixes()
 
 
-def test_the_system_s_table_of_file_types_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It differs from machine to machine, and reading it opens files outside the host's folders."""
-    monkeypatch.setattr(mimetypes, "guess_type", lambda *_, **__: pytest.fail("the system was asked"))
+def test_the_system_s_table_of_file_types_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It differs between machines, and reading it opens files outside the host's folders."""
+    monkeypatch.setattr(mimetypes, "guess_type", lambda *_, **__: pytest.fail("the system's table was used"))
     assert sort_files(["a.jfif", "b.heic", "c.new"]) == (["a.jfif"], ["b.heic"], ["c.new"])
 
 

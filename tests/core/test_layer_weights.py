@@ -1,4 +1,4 @@
-"""Weight types as a table, layer weights as text, and the layer each of SDXL's 70 sites belongs to."""
+"""Weight types as a table, layer weights as text, and the layer of each of SDXL's 70 sites."""
 
 from __future__ import annotations
 
@@ -38,20 +38,17 @@ EXPECTED = {
 }
 
 
-def test_every_type_is_there_once() -> None:
-    assert WEIGHT_TYPES.keys() == EXPECTED.keys()
+def test_factors() -> None:
+    assert {name: kind.factors for name, kind in WEIGHT_TYPES.items()} == {
+        name: pytest.approx(factors) for name, factors in EXPECTED.items()
+    }
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_factors(name: str) -> None:
-    assert WEIGHT_TYPES[name].factors == pytest.approx(EXPECTED[name])
-
-
-def test_only_the_precise_types_cross_sides() -> None:
+def test_only_precise_types_change_the_branches() -> None:
     style, composition = WEIGHT_TYPES["style transfer precise"], WEIGHT_TYPES["composition precise"]
-    assert style.sides == tuple(AGAINST if layer == 3 else OWN for layer in range(11))
-    assert composition.sides == tuple(OWN if layer == 3 else SWAPPED for layer in range(11))
-    others = {kind.sides for name, kind in WEIGHT_TYPES.items() if "precise" not in name}
+    assert style.branch_tokens == tuple(AGAINST if layer == 3 else OWN for layer in range(11))
+    assert composition.branch_tokens == tuple(OWN if layer == 3 else SWAPPED for layer in range(11))
+    others = {kind.branch_tokens for name, kind in WEIGHT_TYPES.items() if "precise" not in name}
     assert others == {(OWN,) * 11}
 
 
@@ -68,14 +65,11 @@ def test_unet_of_another_shape_is_refused() -> None:
         layers_of(site for site in sdxl_sites() if site.block != "middle")
 
 
-def test_layer_weights() -> None:
+def test_layer_weights_replace_the_factors_only() -> None:
     assert parse_layer_weights(" 3 : 1, 6:0.5,\n10:-2 ") == (0, 0, 0, 1, 0, 0, 0.5, 0, 0, 0, -2)
-
-
-def test_layer_weights_take_the_place_of_the_factors_only() -> None:
     precise = choose("style transfer precise", "4:1")
     assert precise.factors == (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0)
-    assert precise.sides == WEIGHT_TYPES["style transfer precise"].sides
+    assert precise.branch_tokens == WEIGHT_TYPES["style transfer precise"].branch_tokens
     for empty in ("", " ", ",\n"):
         assert choose("ease in", empty) == WEIGHT_TYPES["ease in"]
 
@@ -93,11 +87,11 @@ def test_layer_weights_take_the_place_of_the_factors_only() -> None:
         ("3:nan", r"layer 3 has 'nan' where a number is wanted, from -100 to 100"),
     ],
 )
-def test_layer_weights_that_cannot_be_read(text: str, message: str) -> None:
+def test_invalid_layer_weights_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_layer_weights(text)
 
 
 def test_unknown_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="no weight type 'bold'"):
+    with pytest.raises(ValueError, match="weight_type is 'bold'; wanted one of: linear, "):
         choose("bold")

@@ -1,4 +1,4 @@
-"""Paths, line ends and locales as people have them: nothing depends on ASCII, on "\\n" or on the system's encoding."""
+"""Paths, line ends and locales: nothing depends on ASCII, on "\\n" or on the system's encoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = {
     "spaces": "my models (old) & new",
     "umlauts": "Größe äöü ß",
     "CJK": "猫の写真 고양이",
-    "emoji": "😀 pictures 🐈‍⬛",
+    "emoji": "😀 images 🐈‍⬛",
     "dots, quotes and signs": "v1.0 'it's' 100% #1 [a] {b}",
     "200 characters": "x" * 200,
 }
@@ -29,48 +29,34 @@ NAMES = {
 @pytest.fixture(params=NAMES)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder of this name."""
-    made = tmp_path / NAMES[request.param]
-    made.mkdir()
-    return made
+    folder = tmp_path / NAMES[request.param]
+    folder.mkdir()
+    return folder
 
 
-def test_a_checkpoint_and_its_mllm_are_read_from_any_path(folder: Path, model: er.EasyRef) -> None:
-    checkpoint = folder / f"{folder.name}.safetensors"
-    shutil.copy(golden.CHECKPOINT, checkpoint)
-    mllm = shutil.copytree(golden.MLLM, folder / folder.name)
-    loaded = er.load(checkpoint, mllm)
+def test_checkpoints_and_their_mllm_are_read_from_any_path(folder: Path, model: er.EasyRef) -> None:
+    checkpoint = Path(shutil.copy(golden.CHECKPOINT, folder / f"{folder.name}.safetensors"))
+    loaded = er.load(checkpoint, shutil.copytree(golden.MLLM, folder / folder.name))
     assert loaded.fingerprint == model.fingerprint
-    prompt = golden.PROMPT
-    assert torch.equal(tokenize(loaded.tokenizer, prompt, [4]), tokenize(model.tokenizer, prompt, [4]))
-
-
-def test_a_deepspeed_file_is_mapped_from_any_path(folder: Path, model: er.EasyRef) -> None:
+    assert torch.equal(*(tokenize(one.tokenizer, golden.PROMPT, [4]) for one in (loaded, model)))
     path = golden.write_deepspeed(folder / f"{folder.name}.pt", golden.checkpoint_tensors())
     assert er.load(path, golden.MLLM).fingerprint == model.fingerprint
 
 
-def test_tokens_are_saved_to_any_path(
-    folder: Path, tokens: er.ReferenceTokens, uncond: er.ReferenceTokens
-) -> None:
-    path = folder / f"{folder.name}.safetensors"
-    er.save_tokens(path, tokens, uncond)
-    assert torch.equal(er.load_tokens(path).conditional, tokens)
-    assert list(folder.iterdir()) == [path]
-
-
-def test_a_name_may_be_as_long_as_the_system_takes(
-    tmp_path: Path, tokens: er.ReferenceTokens, uncond: er.ReferenceTokens
-) -> None:
-    path = tmp_path / ("x" * (255 - len(".safetensors")) + ".safetensors")
-    er.save_tokens(path, tokens, uncond)
-    assert path.is_file()
+def test_tokens_are_saved_to_any_path(folder: Path, tokens, uncond) -> None:
+    # the longest name that systems allow, too
+    for path in (folder / f"{folder.name}.safetensors", folder / f"{'x' * (255 - 12)}.safetensors"):
+        er.save_tokens(path, tokens, uncond)
+        assert torch.equal(er.load_tokens(path).conditional, tokens)
+        assert list(folder.iterdir()) == [path]
+        path.unlink()
 
 
 # Line ends
 
 
 def test_windows_line_ends_in_an_mllm_folder_change_nothing(tmp_path: Path, model: er.EasyRef) -> None:
-    """As git on Windows may write them: config.json, tokenizer_config.json, merges.txt, vocab.json."""
+    """git on Windows may write them: config.json, tokenizer_config.json, merges.txt, vocab.json."""
     mllm = shutil.copytree(golden.MLLM, tmp_path / "mllm")
     (mllm / "tokenizer.json").unlink()  # so that merges.txt is read
     for file in (*mllm.glob("*.json"), mllm / "merges.txt"):
@@ -97,10 +83,10 @@ assert er.load_tokens(Path(sys.argv[1])).conditional.provenance.prompt == prompt
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locale C of this kind")
+@pytest.mark.skipif(sys.platform == "win32", reason="the locale C of Windows is another")
 def test_a_system_without_utf_8_reads_and_writes_the_same(tmp_path: Path) -> None:
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", IN_C, str(tmp_path / "tokens.safetensors")]
-    done = subprocess.run(command, env=env, capture_output=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    run = subprocess.run(command, env=env, capture_output=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr.decode(errors="replace")
     assert er.load_tokens(tmp_path / "tokens.safetensors").conditional.provenance.prompt == "Größe 猫 😀"

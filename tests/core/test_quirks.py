@@ -20,7 +20,7 @@ from devkit.golden import EXACT, Tensors, error, predict
 from easyref_core.mllm import group_encoder, instructions, preprocess
 from easyref_core.mllm.instructions import chat, image_token_id
 from easyref_core.mllm.qwen2_vl import Rope, image_rope, rope_angles, text_rope
-from easyref_core.tokens import reference_tokens
+from easyref_core.tokens import aggregator
 from easyref_core.unet.diffusers_unet import Attachment
 from easyref_core.utils.images import black_image
 
@@ -189,7 +189,7 @@ def test_positions_continue_at_the_reference_tokens(model: er.EasyRef, distance,
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     assert distance(model) <= EXACT
-    monkeypatch.setattr(reference_tokens, "text_rope", restarted)
+    monkeypatch.setattr(aggregator, "text_rope", restarted)
     assert distance(model) > 0.1
 
 

@@ -13,8 +13,7 @@ from devkit import golden
 from devkit.golden import EXACT, error
 from easyref_core.mllm.config import EasyRefConfig
 from easyref_core.mllm.qwen2_vl import DecoderLayer, apply_rope, attention_mask, text_rope
-from easyref_core.model import EasyRefModules
-from easyref_core.tokens.reference_tokens import ReferenceAggregator, weight_bias
+from easyref_core.tokens.aggregator import ReferenceAggregator, weight_bias
 
 from .errors import assert_says, error_of
 
@@ -62,7 +61,9 @@ def test_attention_matches_the_one_computed_by_hand(
     by_value = by_hand(layer, fresh.config, x, factor)[:, -tokens:]
     attended = x[:, -tokens:] + layer.self_attn.o_proj(by_value)
     wanted = aggregator.norm(attended + layer.mlp(layer.post_attention_layernorm(attended)))
-    assert error(aggregator.gather(context.states.double(), bias=bias), wanted) <= 1e-6  # RoPE is in float32
+    assert (
+        error(aggregator.gather(context.states.double(), attn_bias=bias), wanted) <= 1e-6
+    )  # RoPE is in float32
 
 
 def test_weights_of_1_are_bit_identical(model: er.EasyRef, context: er.ContextStates) -> None:
@@ -110,20 +111,20 @@ def test_weights_do_not_change_the_context_in_any_final_layer(model: er.EasyRef,
     weighed, plain = (layer(x, rope, causal=causal, attn_bias=given) for given in (bias, None))
     assert error(weighed[:, :length], plain[:, :length]) <= EXACT
     assert error(weighed[:, length:], plain[:, length:]) > 0.001
-    assert torch.isfinite(aggregator(x[:, :length], bias=bias)).all()
+    assert torch.isfinite(aggregator(x[:, :length], attn_bias=bias)).all()
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 def test_padding_does_not_change_a_weighed_row(model: er.EasyRef, causal: bool) -> None:
-    aggregator = EasyRefModules(dataclasses.replace(model.config, causal=causal)).aggregator
+    aggregator = ReferenceAggregator(dataclasses.replace(model.config, causal=causal))
     aggregator.load_state_dict(model.mllm.aggregator.state_dict())
     tokens, padding = model.config.num_tokens, 5
     states = torch.randn(1, 30, model.config.hidden_size)
     factor = torch.ones(30 + tokens)
     factor[4:12] = 0.3
     factor[12:20] = 0
-    wanted = aggregator(states, bias=factor.log().expand(tokens, -1))
+    wanted = aggregator(states, attn_bias=factor.log().expand(tokens, -1))
     padded = torch.cat([torch.randn(1, padding, states.shape[-1]), states], dim=1)
     padding_mask = torch.arange(30 + padding)[None] >= padding
     bias = torch.cat([torch.ones(padding), factor]).log().expand(tokens, -1)

@@ -1,4 +1,4 @@
-"""The released checkpoint at full size, without its memory: every key has a place, and every place has its key."""
+"""The layout of the released checkpoint at full size, without memory for its values."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from devkit import golden
 from easyref_core.checkpoint import checkpoint as checkpoints
 from easyref_core.checkpoint.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from easyref_core.checkpoint.formats import EASYREF_NAMES, by_processor_path, stored_name, translate
-from easyref_core.model import EasyRefModules
+from easyref_core.checkpoint.modules import CheckpointModules
 from easyref_core.unet.layout import parse_diffusers, sdxl_sites
-from easyref_core.unet.reference_attention import KVProjections
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 LAYOUT: dict[str, Any] = json.loads(golden.LAYOUT.read_text())
 KEYS: dict[str, list[int]] = LAYOUT["keys"]
-LM_HEAD = "multimodal_llm.lm_head.weight"  # tied to embed_tokens and never used: the one key without a place
+LM_HEAD = "multimodal_llm.lm_head.weight"  # tied to embed_tokens; the one key that is not used
 
 
 class ShapesOnly:
@@ -46,8 +45,9 @@ def opened(shapes: dict[str, list[int]]) -> Checkpoint:
         return open_checkpoint(ShapesOnly.path)
 
 
-def keep(_: str, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Shapes that a model of the checkpoint's sizes has."""
+    return expected_shapes(checkpoint.config, checkpoint.widths)
 
 
 @pytest.fixture(scope="module")
@@ -64,105 +64,71 @@ def sdxl() -> UNet2DConditionModel:
         return UNet2DConditionModel(**LAYOUT["sdxl_unet_config"])
 
 
-def test_the_layout_has_1998_keys() -> None:
-    assert len(KEYS) == 1998
-
-
-def test_every_key_but_lm_head_is_consumed(released: Checkpoint) -> None:
-    consumed = {source.name for source in released.sources.values()}
-    assert KEYS.keys() - consumed == {LM_HEAD}
-
-
-def test_every_tensor_that_the_model_wants_is_there(released: Checkpoint) -> None:
-    assert released.sources.keys() == expected_shapes(released).keys()
-
-
-def test_every_shape_is_the_one_the_model_wants(released: Checkpoint) -> None:
-    wanted = expected_shapes(released)
-    convolution = "encoder.visual.patch_embed.weight"  # stored as a Conv3d
-    found = {name: tuple(KEYS[source.name]) for name, source in released.sources.items()}
-    assert found.pop(convolution) == (1280, 3, 2, 14, 14)
-    assert wanted.pop(convolution) == (1280, 3 * 2 * 14 * 14)
-    assert found == wanted
-
-
-def test_no_two_keys_claim_one_place() -> None:
+def test_each_key_is_used_once(released: Checkpoint, caplog) -> None:
     names = translate(KEYS, EASYREF_NAMES)
+    assert not caplog.records  # no key is unknown
+    assert len(KEYS) == 1998
     assert len(set(names.values())) == len(names) == 1997
+    assert KEYS.keys() - {source.name for source in released.sources.values()} == {LM_HEAD}
 
 
-def test_no_key_is_unknown(caplog: pytest.LogCaptureFixture) -> None:
-    translate(KEYS, EASYREF_NAMES)
-    assert not caplog.records
+def test_each_shape_is_the_model_s(released: Checkpoint) -> None:
+    expected = shapes_of(released)
+    shapes = {name: tuple(KEYS[source.name]) for name, source in released.sources.items()}
+    convolution = "encoder.visual.patch_embed.weight"  # stored as a Conv3d
+    assert shapes.pop(convolution) == (1280, 3, 2, 14, 14)
+    assert expected.pop(convolution) == (1280, 3 * 2 * 14 * 14)
+    assert shapes == expected
 
 
-def test_the_modules_take_their_tensors(released: Checkpoint) -> None:
-    mllm = EasyRefModules(released.config, device="meta")
-    kv = KVProjections(released.inner, released.config.token_width, device="meta")
-    mllm.encoder.load_state_dict(released.state("encoder.", keep), assign=True)
-    mllm.aggregator.load_state_dict(released.state("aggregator.", keep), assign=True)
-    kv.load_state_dict(released.state("kv.", keep), assign=True)
+def test_the_modules_load_their_tensors(released: Checkpoint) -> None:
+    modules = CheckpointModules(released.config, released.widths, device="meta")
+    modules.load_state_dict(released.state(lambda _, tensor: tensor), assign=True)
 
 
-def test_saving_gives_back_the_released_keys(released: Checkpoint) -> None:
-    stored = {stored_name(name, released.sites) for name in released.sources}
-    assert stored == KEYS.keys() - {LM_HEAD}
+def test_stored_names_are_the_released_keys(released: Checkpoint) -> None:
+    assert {stored_name(name, released.sites) for name in released.sources} == KEYS.keys() - {LM_HEAD}
 
 
-@pytest.mark.parametrize(
-    ("size", "value"),
-    [
-        ("body_layers", 27),
-        ("final_layers", 1),
-        ("num_tokens", 64),
-        ("lora_rank", 128),
-        ("token_width", 2048),
-        ("hidden_size", 1536),
-        ("intermediate_size", 8960),
-        ("heads", 12),
-        ("kv_heads", 2),
-        ("vocab_size", 151936),
-        ("max_positions", 32768),
-        ("vision_depth", 32),
-        ("vision_width", 1280),
-        ("vision_heads", 16),
-        ("causal", True),
-    ],
-)
-def test_sizes_are_read(released: Checkpoint, size: str, value: int) -> None:
-    assert getattr(released.config, size) == value
+def test_sizes_are_read(released: Checkpoint) -> None:
+    expected = {
+        "body_layers": 27,
+        "final_layers": 1,
+        "num_tokens": 64,
+        "lora_rank": 128,
+        "token_width": 2048,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "heads": 12,
+        "kv_heads": 2,
+        "vocab_size": 151936,
+        "max_positions": 32768,
+        "vision_depth": 32,
+        "vision_width": 1280,
+        "vision_heads": 16,
+        "causal": True,
+    }
+    assert {name: getattr(released.config, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("prefix", LAYOUT["parameters"])
 def test_parameters_are_as_many_as_the_authors_count(released: Checkpoint, prefix: str) -> None:
-    shapes = {stored_name(name, released.sites): shape for name, shape in expected_shapes(released).items()}
+    shapes = {stored_name(name, released.sites): shape for name, shape in shapes_of(released).items()}
     count = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith(prefix))
     assert count == LAYOUT["parameters"][prefix]
 
 
-def test_there_are_70_cross_attentions(released: Checkpoint) -> None:
-    assert list(released.sites) == sdxl_sites()
-
-
-def test_there_are_560_lora_pairs(released: Checkpoint) -> None:
-    lora = released.lora()
-    downs = {name.removesuffix(".down.weight") for name in lora if name.endswith(".down.weight")}
-    ups = {name.removesuffix(".up.weight") for name in lora if name.endswith(".up.weight")}
-    assert len(downs) == 560
-    assert downs == ups
-
-
-def test_lora_pairs_fit_the_layers_of_sdxl(released: Checkpoint, sdxl: UNet2DConditionModel) -> None:
-    lora, wrong = released.lora(), []
+def test_560_lora_pairs_fit_the_layers_of_sdxl(released: Checkpoint, sdxl: UNet2DConditionModel) -> None:
+    lora, different = released.lora(), []
+    assert len(lora) == 2 * 560
     for name in sdxl.attn_processors:
         attention = sdxl.get_submodule(name.removesuffix(".processor"))
         layers = {"q": attention.to_q, "k": attention.to_k, "v": attention.to_v, "out": attention.to_out[0]}
-        for part, layer in layers.items():
-            up, down = (lora.pop(f"{name}.to_{part}_lora.{way}.weight") for way in ("up", "down"))
+        for key, layer in layers.items():
+            up, down = (lora.pop(f"{name}.to_{key}_lora.{way}.weight") for way in ("up", "down"))
             if (up @ down).shape != layer.weight.shape:
-                wrong.append(f"{name}.{part}")
-    assert not wrong
-    assert not lora
+                different.append(f"{name}.{key}")
+    assert (different, lora) == ([], {})
 
 
 def test_keys_and_values_are_as_wide_as_the_attentions_of_sdxl(
@@ -174,9 +140,9 @@ def test_keys_and_values_are_as_wide_as_the_attentions_of_sdxl(
     }
 
 
-def test_sites_are_in_the_order_of_the_processors() -> None:
+def test_sites_are_in_the_order_of_the_processors(released: Checkpoint) -> None:
     order = [parse_diffusers(path) for path in LAYOUT["attn_processor_order"] if ".attn2." in path]
-    assert order == sdxl_sites()
+    assert order == list(released.sites) == sdxl_sites()
 
 
 def test_adapter_modules_are_numbered_in_the_order_of_the_processors() -> None:
@@ -193,4 +159,4 @@ def test_a_training_checkpoint_opens_from_its_adapter_modules_alone(released: Ch
         return f"adapter_modules.{number[f'{path}.processor']}.{rest}" if rest else key
 
     training = opened({renamed(key): shape for key, shape in KEYS.items()})
-    assert expected_shapes(training) == expected_shapes(released)
+    assert shapes_of(training) == shapes_of(released)

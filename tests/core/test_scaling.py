@@ -67,7 +67,7 @@ def test_sum_with_gradients_overwrites_nothing(learning: int) -> None:
 
 
 def test_unknown_scaling_is_refused() -> None:
-    with pytest.raises(ValueError, match="no embeds_scaling 'Q'"):
+    with pytest.raises(ValueError, match="embeds_scaling is 'Q'; wanted one of: V only, "):
         require_scaling("Q")
 
 

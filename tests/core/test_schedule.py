@@ -1,4 +1,4 @@
-"""The weight over the denoising: how it is written, and what it is at a sigma."""
+"""The weight schedule: parsing, and its value at a sigma."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from easyref_core.unet.weight_schedule import Schedule, interpolate, parse_sched
 
 
 def percent_to_sigma(percent: float) -> float:
-    """Falls from 20 to 0.05, and at the very ends says what the host says there."""
+    """Falls from 20 to 0.05; returns what the host returns at exactly 0 and 1."""
     if percent <= 0:
         return 999999999.9
     return 20 * (0.05 / 20) ** percent if percent < 1 else 0.0
@@ -40,7 +40,7 @@ def test_points(text: str, points: list) -> None:
         ("0.5:1, 0.5:2", "names a percent twice"),
     ],
 )
-def test_what_cannot_be_read(text: str, message: str) -> None:
+def test_invalid_schedules_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_schedule(text, 0, 1)
 

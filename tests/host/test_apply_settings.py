@@ -341,7 +341,7 @@ def test_area_sees_its_own_part_of_the_mask(easy, model) -> None:
 def test_area_is_cut_off_as_the_host_does(pack, core) -> None:
     area_crop = golden.part(pack, "nodes.unet_patch.batch_layout").area_crop
     assert area_crop((8, 12, 4, 10), (16, 16)) == core.masks.Crop((16, 16), 4, 10, 8, 6)
-    assert area_crop(None, (16, 8)) == core.masks.whole(16, 8)
+    assert area_crop(None, (16, 8)) == core.masks.full_crop(16, 8)
 
 
 # Fractions of the sampling belong to the model that samples

@@ -250,7 +250,7 @@ def test_rows_of_queries(pack, core) -> None:
         queries: int, latents: int, sides: int = 2, tokens: int = 16, calls: int | None = None, **options: Any
     ) -> Any:
         batch = tuple(
-            layout.Row(side, latent, latent, core.unet.masks.whole(16, 16))
+            layout.Row(side, latent, latent, core.unet.masks.full_crop(16, 16))
             for side in (True, False)[-sides:]
             for latent in range(latents)
         )

@@ -155,13 +155,13 @@ def test_a_group_is_read_on_the_device_and_kept_where_the_host_says(pack, loaded
         assert len(fake.read_back) == 2 + 2 * easyref.model.config.body_layers
         assert context.states.device == mm.intermediate_device()
         assert context.states.dtype == easyref.model.dtype
-        weighed = golden.part(pack, "easyref_core.tokens.reference_tokens").weight_bias(
+        weighed = golden.part(pack, "easyref_core.tokens.aggregator").weight_bias(
             context.weighed([1, 2, 0]), easyref.model.config.num_tokens
         )
         for bias in (None, fake.like(weighed.to(easyref.model.dtype))):
             states = fake.like(context.states)
             fake.read_back.clear()
-            tokens = easyref.model.mllm.aggregator(states, bias=bias)
+            tokens = easyref.model.mllm.aggregator(states, attn_bias=bias)
             assert tokens.device == fake.device
             assert fake.read_back == []
     require_portable(fake.operations)

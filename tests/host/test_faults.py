@@ -115,7 +115,7 @@ def test_what_a_killed_save_leaves_is_not_offered(server) -> None:
     folder = server.base / "output" / "easyref" / "faults"
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(b"killed_00001_.safetensors").hexdigest()[:16]
-    left = folder / f".{digest}.partial"  # as whole_files.py names it
+    left = folder / f".{digest}.partial"  # as atomic_write.py names it
     left.write_bytes(b"half")
     listed = server.object_info()["EasyRefLoadTokens"]["input"]["required"]["file"][1]["options"]
     assert not [name for name in listed if "killed" in name]

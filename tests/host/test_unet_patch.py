@@ -112,7 +112,7 @@ def rows_of_two_sides(pack: Any) -> tuple:
     """The layout of a batch of [unconditional, conditional], of one 16 x 16 latent."""
     row, whole = (
         golden.part(pack, "nodes.unet_patch.batch_layout").Row,
-        golden.part(pack, "easyref_core.unet.masks").whole,
+        golden.part(pack, "easyref_core.unet.masks").full_crop,
     )
     return tuple(row(side, 0, 0, whole(16, 16)) for side in (True, False))
 
@@ -734,11 +734,9 @@ def full_depth(pack, easy, tmp_path_factory) -> tuple[Easy, dict[str, Tensor]]:
         for kind in ("to_k_ip", "to_v_ip"):
             weight = torch.randn(width, model.config.token_width, generator=random)
             stored[f"kv.{kind}.{i}.weight"] = weight
-    parts = {"encoder.": model.mllm.encoder, "aggregator.": model.mllm.aggregator}
-    mllm = {prefix + name: t for prefix, part in parts.items() for name, t in part.state_dict().items()}
     path = tmp_path_factory.mktemp("full_depth") / "seventy.safetensors"
     save = golden.part(pack, "easyref_core.checkpoint.checkpoint").save
-    save(path, model.config, sites, {**mllm, **stored})
+    save(path, model.config, sites, model.mllm.state_dict() | stored)
     hosted = golden.part(pack, "nodes.host.hosted_model").load_hosted(
         path, golden.MLLM, golden.MLLM, "auto", None
     )

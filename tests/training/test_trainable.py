@@ -1,4 +1,4 @@
-"""What a stage trains, and that the trained modules compute what the loaded model computes."""
+"""Parameters of each stage, and outputs of the trained modules compared with the loaded model's."""
 
 from __future__ import annotations
 

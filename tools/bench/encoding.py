@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from easyref_core.checkpoint.modules import CheckpointModules
 from easyref_core.mllm.budget import activation_bytes
 from easyref_core.mllm.config import EasyRefConfig
 from easyref_core.mllm.context import Provenance
@@ -23,7 +24,6 @@ from easyref_core.mllm.prefill import CachedGroupEncoder
 from easyref_core.mllm.prefix_cache import PreparedGroup, PreparedImage
 from easyref_core.mllm.preprocess import SIZE, grid_of, patches_of, resized_sides
 from easyref_core.mllm.qwen2_vl import SkipInit
-from easyref_core.model import EasyRefModules
 from easyref_core.training.full_size import EASYREF
 from tools.bench.random_weights import materialised
 from tools.bench.rows import Limit, Options, Row
@@ -66,9 +66,8 @@ class Encoder:
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self.exact = Limit("<=", 1e-5) if dtype == torch.float32 else None
         self.image_token = min(IMAGE_TOKEN, config.vocab_size - 1)
-        self.mllm: EasyRefModules = materialised(
-            EasyRefModules(config, SkipInit, device="meta"), device, dtype
-        )
+        modules = CheckpointModules(config, {}, SkipInit, device="meta")
+        self.mllm: CheckpointModules = materialised(modules, device, dtype)
         self.group_encoder = CachedGroupEncoder(self.mllm.encoder, self.image_token, self.device, dtype)
 
     def group(self, pictures: list[int], prompt: int = 0) -> PreparedGroup:

@@ -75,7 +75,7 @@ def measure(pack: ModuleType, frames: int, window: int) -> SimpleNamespace:
     """
     injection = import_module(f"{pack.__name__}.nodes.unet_patch.injection")
     layout = import_module(f"{pack.__name__}.nodes.unet_patch.batch_layout")
-    crop = import_module(f"{pack.__name__}.easyref_core.unet.masks").whole(128, 128)
+    crop = import_module(f"{pack.__name__}.easyref_core.unet.masks").full_crop(128, 128)
     applied = injection_of(pack, frames)
     first = (frames - window) // 2
     rows = tuple(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from easyref_core.checkpoint.checkpoint import Checkpoint, expected_shapes, may_be_fp8, open_checkpoint, save
+from easyref_core.checkpoint.checkpoint import expected_shapes, may_be_fp8, open_checkpoint, save
 from easyref_core.model import EasyRef, build
 from easyref_core.training.full_size import EASYREF
 from easyref_core.unet.layout import Site, sdxl_sites
@@ -118,8 +118,7 @@ def write(file: Path, config: EasyRefConfig) -> None:
 
 def shapes(config: EasyRefConfig) -> dict[str, tuple[int, ...]]:
     """Of every tensor of a checkpoint for SDXL, by its name in the model."""
-    sites = tuple(sdxl_sites())
-    return dict(expected_shapes(Checkpoint(Path(), config, sites, tuple(map(_width, sites)), {})))
+    return dict(expected_shapes(config, {site: _width(site) for site in sdxl_sites()}))
 
 
 def held_rows(config: EasyRefConfig) -> list[Row]:

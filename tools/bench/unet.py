@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from easyref_core.unet.diffusers_unet import ReferenceProcessor, attach, cross_attention_widths
+from easyref_core.unet.diffusers_unet import ReferenceProcessor, cross_attention_widths
 from tools.bench.machine import free_bytes
 from tools.bench.random_weights import materialised
 from tools.bench.rows import Limit, Options, Row
@@ -94,9 +94,9 @@ class Timed(ReferenceProcessor):
 
     spent = 0.0
 
-    def with_references(self, text: Tensor, q: Tensor, heads: int) -> Tensor:
+    def add_term(self, text: Tensor, q: Tensor, heads: int) -> Tensor:
         start = time.perf_counter()
-        out = super().with_references(text, q, heads)
+        out = super().add_term(text, q, heads)
         Timed.spent += time.perf_counter() - start
         return out
 
@@ -122,18 +122,10 @@ def both_ways(unet: UNet2DConditionModel, dtype: torch.dtype, device: str) -> Wa
     modules = dict(unet.named_modules())
     attentions = [modules[f"{site.diffusers}.attn2"] for site in cross_attention_widths(unet)]
     bare = [attention.processor for attention in attentions]
-    attached = attach(unet)
-    attached.condition(
-        [
-            tuple(torch.randn(2, TOKENS, width, device=device).to(dtype) for _ in "kv")
-            for width in cross_attention_widths(unet).values()
-        ]
-    )
     patched = []
-    for attention in attentions:
+    for width in cross_attention_widths(unet).values():
         patched.append(Timed() if device == "cpu" else ReferenceProcessor())
-        patched[-1].key_value = attention.processor.key_value
-    attached.remove()
+        patched[-1].attend_to(tuple(torch.randn(2, TOKENS, width, device=device).to(dtype) for _ in "kv"))
     return Ways(unet, attentions, bare, patched)
 
 

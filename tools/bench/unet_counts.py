@@ -98,7 +98,7 @@ def term_by_hand(pixels: int) -> int:
 def lora_by_hand(pixels: int) -> int:
     """Two products more at q, k, v and out of each attention, with all its tokens; k and v of attn2 have the text's."""
     found = sites()
-    shapes = lora_shapes(EASYREF, tuple(found), tuple(found.values()))
+    shapes = lora_shapes(EASYREF, found)
     operations = 0
     for name, shape in shapes.items():
         width = found[parse_diffusers(name.removeprefix("unet."))]

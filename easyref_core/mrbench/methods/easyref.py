@@ -89,9 +89,8 @@ class EasyRefMethod(Method):
         # Both halves need rows of one length. Attention to k copies of the same tokens is attention to one copy.
         copies = tokens.shape[1] // black.shape[1]
         uncond = black.repeat(len(tokens), copies, 1)
-        attachment = diffusers_unet.apply(
-            self.base.unet, self.model, tokens, uncond, self.weight, self.lora_strength
-        )
+        strengths = {"weight": self.weight, "lora_strength": self.lora_strength}
+        attachment = diffusers_unet.apply(self.base.unet, self.model, tokens, uncond, **strengths)
         try:
             yield
         finally:
