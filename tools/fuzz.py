@@ -1,7 +1,7 @@
 """Bad input by the thousand: `python tools/fuzz.py [--only KIND] [--cases N] [--seed S]`.
 
-Runs the property tests of tests/core/test_fuzz.py and tests/host/test_fuzz.py on more cases, each kind in a process
-of its own, because it may crash or hang. Prints a table; the exit status is 1 if a kind failed.
+Runs the property tests of tests/core/test_fuzz.py and tests/host/test_fuzz.py on more cases, each kind in a
+process of its own, because it may crash or hang. Prints a table; the exit status is 1 if a kind failed.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 PROJECT = pyproject()["project"]
 SOURCES = [*ROOT.glob("nodes/**/*.py"), *ROOT.glob("easyref_core/**/*.py")]
 
-# the benchmark tells the allocator to let go of freed memory before it measures; no node runs it
-ALLOWED = {"tools/bench/timing.py": {"ctypes"}}
+
+
 
 NO_MODULES = {
     "subprocess",
