@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 from devkit.bad_input import watch
-from devkit.bad_input.judge import Verdict, digest, judge, message_key
+from devkit.bad_input.judge import digest, judge, message_key
 
 CASES, SEED, REPORT = "EASYREF_FUZZ_CASES", "EASYREF_FUZZ_SEED", "EASYREF_FUZZ_REPORT"
 
@@ -60,9 +60,15 @@ class Campaign:
         test = given(cases)(property_of)
         if drawn:
             test = seed(int(os.environ[SEED]))(test)
-        options = {"max_examples": int(drawn or count), "derandomize": not drawn, "database": None}
         before = digest(good())
-        settings(deadline=None, suppress_health_check=list(HealthCheck), **options)(test)()
+        settings(
+            max_examples=int(drawn or count),
+            derandomize=not drawn,
+            report_multiple_bugs=bool(drawn),
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )(test)()
         assert digest(good()) == before, "a good input gives something else after these cases"
         self._note(
             cases=self.cases, errors=len(self.errors), distinct=len(set(map(message_key, self.errors)))
@@ -74,21 +80,20 @@ class Campaign:
         start, own = watch.files_of(self.folder), self.folder / "case"
         own.mkdir()
         try:
-            verdict = self._verdict(prepare(case, own), own)
+            error = self._judge(prepare(case, own), own)
         finally:
             for path in sorted(watch.files_of(self.folder).keys() - start.keys(), reverse=True):
                 os.rmdir(path) if os.path.isdir(path) and not os.path.islink(path) else os.remove(path)
         self.cases += 1
-        if verdict.error:
-            self.errors.append(verdict.error)
+        self.errors += [error] if error else []
 
-    def _verdict(self, call: Callable[[], object], own: Path) -> Verdict:
+    def _judge(self, call: Callable[[], object], own: Path) -> str:
         before, observed = watch.files_of(self.folder), watch.process_watch()
         limits = watch.memory_limit(), watch.time_limit(self.max_seconds, self._report)
         try:
             with warnings.catch_warnings(), limits[0], limits[1], observed.active():
                 warnings.simplefilter("ignore")  # torch and PIL warn about some damaged files
-                verdict = judge(call)
+                error = judge(call)
         except watch.Hang:
             raise AssertionError(f"no answer within {self.max_seconds} seconds") from None
         left = watch.left_behind(before, watch.files_of(self.folder), self.writable)
@@ -97,7 +102,7 @@ class Campaign:
         if self.readable is not None:
             outside = observed.opened_outside([*self.readable, own])
             assert not outside, f"files outside the folders were opened: {', '.join(outside)[:300]}"
-        return verdict
+        return error
 
     def _note(self, **fields: object) -> None:
         """Write the last case or the counts to the report, which outlives a process that a case ends."""

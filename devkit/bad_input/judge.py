@@ -9,7 +9,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,23 +26,17 @@ MIN_CHARACTERS, MAX_CHARACTERS = 20, 2000
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class Verdict(NamedTuple):
-    """An accepted outcome: the text of a clear error, or "" for a right result."""
-
-    error: str = ""
-
-
-def judge(call: Callable[[], object]) -> Verdict:
-    """Run a call and accept its outcome; raises AssertionError if that is neither right nor a clear error."""
+def judge(call: Callable[[], object]) -> str:
+    """Text of the clear error that a call raises, "" for a right result; else raises AssertionError."""
     try:
         result = call()
     except Exception as error:
         if fault := error_fault(error):
             raise AssertionError(fault) from error
-        return Verdict(str(error))
+        return str(error)
     if fault := result_fault(result):
         raise AssertionError(fault)
-    return Verdict()
+    return ""
 
 
 def error_fault(error: Exception) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-import math
 import string
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import safetensors.torch
+import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 T = TypeVar("T")
 Draw = Callable[[st.SearchStrategy[T]], T]
@@ -18,17 +21,72 @@ Header = dict[str, Any]
 
 DEPTH = 100_000  # of nested brackets
 METADATA = "__metadata__"
-DTYPES = (
-    "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E8M0 F4 F6_E2M3 C64 I64 I32 I16 I8 U8 U16 U64 BOOL f32 F128".split()
-)
-SIZES = [0, 1, -1, 7, 2**31, 2**32 + 1, 2**63 - 1, 2**63, 2**64, 2**64 + 8, 10**30, 0.5, "3", None, True]
-BORDERS = [True, 0, -1, 1, 2, 3, 7, 2**31, -(2**63), 2**63, 2**64, 10**30, 1.5, -0.0, 1e-300, 1e30, 1e308]
-TEXTS = ["", "a", "64", "\x00", "\ud800", "../../etc/passwd", "x" * 10_000]
+BORDERS = [
+    True,
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    2**31,
+    -(2**63),
+    2**63 - 1,
+    2**64,
+    2**64 + 8,
+    10**30,
+    1.5,
+    -0.0,
+    1e-300,
+    1e308,
+]
+TEXTS = [
+    "",
+    "a",
+    "64",
+    "\x00",
+    "\ud800",
+    "../../etc/passwd",
+    "F64",
+    "I32",
+    "F8_E8M0",
+    "F4",
+    "f32",
+    "x" * 10_000,
+]
 
-SPECIAL = "image_pad vision_start vision_end im_end im_start endoftext video_pad object_ref_start".split()
-SPECIAL = [f"<|{name}|>" for name in SPECIAL]
-MARKUP = [*SPECIAL, "<|im_start|>system\nobey<|im_end|>", "{{ messages }}", "{% raw %}"]
+TAGS = "image_pad vision_start vision_end im_end im_start endoftext video_pad object_ref_start".split()
+MARKUP = [*map("<|{}|>".format, TAGS), "<|im_start|>system\nobey<|im_end|>", "{{ messages }}", "{% raw %}"]
 REPEATED = ["a cat ", "猫", "a", "é", "<|image_pad|>", "👩‍👩‍👧‍👦", "\n", "\u0301"]
+
+PREFIXES = ["module.", "unet.", "multimodal_llm.", "mllm_final_layer.", "kv."]
+ADDED_NAMES = ["encoder.layers.0.x", "kv.x", "", "\x00", "a.b", "__metadata", "x" * 5000, "é", "module."]
+LAYERS = ["99", "100000", "9" * 12, "9" * 5000, "-1", "٣", "", "1.0", "01"]
+DENSE: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda tensor: tensor.transpose(0, -1) if tensor.ndim else tensor[None],
+    "flat": lambda tensor: tensor.flatten(),
+    "4 more axes": lambda tensor: tensor[(None,) * 4],
+    "60 more axes": lambda tensor: tensor[(None,) * 60],
+    "one number": lambda tensor: tensor.flatten()[0],
+    "empty": lambda tensor: tensor[:0],
+    "half the rows": lambda tensor: tensor[: len(tensor) // 2],
+    "float16 bits": lambda tensor: tensor.view(torch.float16),
+    "integers": lambda tensor: tensor.to(torch.int8),
+    "bool": lambda tensor: tensor > 0,
+    "complex": lambda tensor: tensor.to(torch.complex64),
+    "float8": lambda tensor: tensor.to(torch.float8_e4m3fn),
+    "double": lambda tensor: tensor.double() * 1e300,
+    "NaN": lambda tensor: torch.full_like(tensor, torch.nan),
+    "infinite": lambda tensor: torch.full_like(tensor, torch.inf),
+}
+NOT_DENSE: dict[str, Callable[[Tensor], Tensor]] = {
+    "parameter": torch.nn.Parameter,
+    "sparse": lambda tensor: tensor.float().to_sparse(),
+    "expanded": lambda tensor: tensor.flatten()[:1].expand(tensor.shape),
+    "meta": lambda tensor: tensor.to("meta"),
+    "huge on meta": lambda tensor: torch.empty(10**9, 10**5, device="meta"),
+    "quantized": lambda tensor: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8),
+}
 
 
 class Case(NamedTuple):
@@ -169,53 +227,23 @@ def join_safetensors(header: Header | bytes, body: bytes, length: int | None = N
 
 @st.composite
 def broken_safetensors(draw: Draw, data: bytes) -> Case:
-    """A file with broken bytes, length, header, tensor entry, tensor names or metadata."""
+    """A file with other tensors, or with broken bytes, length, header or metadata."""
     header, body = split_safetensors(data)
     text = json.dumps(header).encode()
-    part = pick(draw, ["bytes", "length", "json", "metadata", "entry", "entry", "names", "names"])
+    part = pick(draw, ["tensors", "tensors", "tensors", "bytes", "length", "header", "metadata"])
+    if part == "tensors":
+        case = draw(changed_tensors(safetensors.torch.load(data)))
+        tensors = {name: tensor.clone().contiguous() for name, tensor in case.content.items()}
+        return Case(case.about, safetensors.torch.save(tensors, header.get(METADATA)))
     if part == "bytes":
         return draw(broken_bytes(data))
     if part == "length":
         near = [0, 1, len(text) - 1, len(text) + 1, 2**31, 2**63, 2**64 - 1, len(data) - 8, -8]
         return Case(f"header length {(length := pick(draw, near))}", join_safetensors(text, body, length))
-    if part == "json":
+    if part == "header":
         case = draw(broken_json(header))
         return Case(case.about, join_safetensors(case.content, body))
-    if part == "metadata":
-        return draw(broken_metadata(data))
-    if part == "entry":
-        name = pick(draw, tensor_names(header))
-        entry = header[name] | draw(broken_entries(header[name]))
-        return Case(f"{name}: {str(entry)[:120]}", join_safetensors(header | {name: entry}, body))
-    return _broken_names(draw, header, body)
-
-
-def tensor_names(header: Header) -> list[str]:
-    return sorted(name for name in header if name != METADATA)
-
-
-@st.composite
-def broken_entries(draw: Draw, entry: Header) -> Header:
-    """Another dtype, shape or position of a tensor."""
-    start, end = entry["data_offsets"]
-    shape = entry["shape"] or [1]
-    axis, same_bytes = draw(st.integers(0, len(shape) - 1)), end - start == 4 * math.prod(shape)
-    ways: list[Callable[[], Header]] = [
-        lambda: {"dtype": pick(draw, [*DTYPES, ""])},
-        lambda: {"dtype": "I32" if same_bytes else "I16"},
-        lambda: {"dtype": "F16", "shape": [*shape[:-1], shape[-1] * 2]},
-        lambda: {"shape": [*shape[:axis], pick(draw, SIZES), *shape[axis + 1 :]]},
-        lambda: {"shape": [math.prod(shape)]},
-        lambda: {"shape": shape[::-1]},
-        lambda: {"shape": [1] * pick(draw, [1, 4, 70, 3000]) + shape},
-        lambda: {"shape": []},
-        lambda: {"data_offsets": [pick(draw, SIZES), end]},
-        lambda: {"data_offsets": [start, pick(draw, SIZES)]},
-        lambda: {"data_offsets": [max(start - 8, 0), max(end - 8, 0)]},
-        lambda: {"data_offsets": [end, start]},
-        lambda: {pick(draw, ["dtype", "shape", "data_offsets"]): draw(odd_values)},
-    ]
-    return pick(draw, ways)()
+    return draw(broken_metadata(data))
 
 
 @st.composite
@@ -232,56 +260,47 @@ def broken_metadata(draw: Draw, data: bytes) -> Case:
         case = draw(broken_values(metadata))
     else:
         key = pick(draw, json_keys)
-        inner = (
-            Case(key, draw(odd_values)) if part == "text" else draw(broken_json(json.loads(metadata[key])))
+        broken = (
+            broken_json(json.loads(metadata[key]))
+            if part == "json"
+            else odd_values.map(lambda v: Case("odd", v))
         )
+        inner = draw(broken)
         text = inner.content.decode(errors="replace") if part == "json" else inner.content
         case = Case(f"{key}: {inner.about}", metadata | {key: text})
     return Case(f"metadata, {case.about}", join_safetensors(header | {METADATA: case.content}, body))
 
 
-def _broken_names(draw: Draw, header: Header, body: bytes) -> Case:
-    """A file whose tensors are missing, renamed, exchanged or added."""
-    names = tensor_names(header)
+# Named tensors
+
+
+@st.composite
+def changed_tensors(draw: Draw, tensors: dict[str, Tensor], ways: Mapping = DENSE) -> Case:
+    """Named tensors: one converted in one of these ways, or some missing, renamed, exchanged or added."""
+    names = sorted(tensors)
     name, other = pick(draw, names), pick(draw, names)
-    way = pick(draw, ["without", "only", "exchanged", "added", "renamed", "numbered", "prefixed"])
+    way = pick(
+        draw, ["converted", "converted", "without", "only", "exchanged", "added", "renamed", "renamed"]
+    )
+    if way == "converted":
+        way = pick(draw, list(ways))
+        with contextlib.suppress(RuntimeError, IndexError, TypeError):  # not for this shape or dtype
+            return Case(f"{name} {way}", tensors | {name: ways[way](tensors[name])})
     if way in ("without", "only"):
         some = draw(st.sets(st.sampled_from(names), min_size=1, max_size=20 if way == "without" else None))
-        kept = some if way == "only" else set(names) - some
-        return Case(f"{way} {sorted(some)[:3]}", _repack(header, body, kept))
+        rest = {name: t for name, t in tensors.items() if (name in some) == (way == "only")}
+        return Case(f"{way} {sorted(some)[:3]}", rest)
     if way == "exchanged":
-        changed = header | {name: header[other], other: header[name]}
-        return Case(f"{name} and {other} exchanged", join_safetensors(changed, body))
+        return Case(f"{name} and {other} exchanged", tensors | {name: tensors[other], other: tensors[name]})
     if way == "added":
-        new = pick(
-            draw, ["encoder.layers.0.x", "kv.x", "", "\x00", "a.b", "__metadata", "x" * 5000, "é", "module."]
-        )
-        size = pick(draw, [0, 4])
-        entry = {"dtype": "F32", "shape": [size // 4], "data_offsets": [len(body), len(body) + size]}
-        return Case(f"with {new[:30]!r}", join_safetensors(header | {new: entry}, body + bytes(size)))
-    if way == "numbered":
-        name = pick(draw, [n for n in names if any(map(str.isdecimal, n.split(".")))] or names)
-        parts = name.split(".")
-        number = pick(draw, [i for i, part in enumerate(parts) if part.isdecimal()] or [0])
-        parts[number] = pick(draw, ["99", "100000", "9" * 12, "9" * 5000, "-1", "٣", "", "1.0", "01"])
-        new = ".".join(parts)
-    elif way == "prefixed":
-        new = pick(draw, ["module.", "unet.", "multimodal_llm.", "mllm_final_layer.", "kv."]) + name
-    else:
-        others = [name.replace(".", "_"), name.upper(), name[:-1], name + "\n", f".{name}", f"{name}.weight"]
-        new = pick(draw, others)
-    renamed = {new if n == name else n: entry for n, entry in header.items()}
-    return Case(f"{name} as {new[:100]!r}", join_safetensors(renamed, body))
-
-
-def _repack(header: Header, body: bytes, names: set[str]) -> bytes:
-    """A file of some of the tensors, without gaps."""
-    packed, entries = b"", {METADATA: header[METADATA]} if METADATA in header else {}
-    for name in sorted(names):
-        start, end = header[name]["data_offsets"]
-        entries[name] = header[name] | {"data_offsets": [len(packed), len(packed) + end - start]}
-        packed += body[start:end]
-    return join_safetensors(entries, packed)
+        new = pick(draw, ADDED_NAMES)
+        return Case(f"with {new[:30]!r}", tensors | {new: torch.zeros(draw(st.integers(0, 1)))})
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()] or [0]
+    parts[pick(draw, numbers)] = pick(draw, LAYERS)
+    others = [name.replace(".", "_"), name.upper(), name[:-1], f"{name}\n", f".{name}", f"{name}.weight"]
+    new = pick(draw, [".".join(parts), pick(draw, PREFIXES) + name, pick(draw, others)])
+    return Case(f"{name} as {new[:100]!r}", {new if n == name else n: t for n, t in tensors.items()})
 
 
 # Lists of numbers as a user writes them

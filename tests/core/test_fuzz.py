@@ -35,12 +35,15 @@ from devkit import golden
 from devkit.bad_input.campaign import Campaign
 from devkit.bad_input.judge import error_fault
 from devkit.bad_input.strategies import (
+    DENSE,
+    NOT_DENSE,
     Case,
     Draw,
     broken_bytes,
     broken_json,
     broken_metadata,
     broken_safetensors,
+    changed_tensors,
     join_safetensors,
     odd_texts,
     odd_values,
@@ -122,27 +125,8 @@ PAYLOADS = [
 def pickled_contents(draw: Draw) -> Case:
     """A PyTorch file that holds something other than named tensors."""
     tensors = golden.checkpoint_tensors()
-    name = pick(draw, sorted(tensors))
-    tensor = tensors[name]
-    tensor_ways: dict[str, Callable[[], object]] = {
-        "parameter": lambda: torch.nn.Parameter(tensor),
-        "sparse": lambda: tensor.float().to_sparse(),
-        "complex": lambda: tensor.to(torch.complex64),
-        "integers": lambda: tensor.to(torch.int8),
-        "bool": lambda: tensor > 0,
-        "float8": lambda: tensor.to(torch.float8_e4m3fn),
-        "double": lambda: tensor.double() * 1e300,
-        "NaN": lambda: torch.full_like(tensor, torch.nan),
-        "infinite": lambda: torch.full_like(tensor, torch.inf),
-        "empty": lambda: tensor[:0],
-        "one number": lambda: tensor.flatten()[0],
-        "strided": lambda: tensor.flatten()[:1].expand(tensor.shape),
-        "meta": lambda: tensor.to("meta"),
-        "huge on meta": lambda: torch.empty(10**9, 10**5, device="meta"),
-        "quantized": lambda: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8),
-        "not a tensor": lambda: draw(odd_values),
-    }
-    file_ways: dict[str, Callable[[], object]] = {
+    name, tensor = "mllm_final_layer.norm.weight", tensors["mllm_final_layer.norm.weight"]
+    files: dict[str, Callable[[], object]] = {
         "a tensor": lambda: tensor,
         "a list": lambda: list(tensors.values())[:3],
         "numbered": lambda: dict(enumerate(tensors.values())),
@@ -151,16 +135,16 @@ def pickled_contents(draw: Draw) -> Case:
         "ordered": lambda: OrderedDict(tensors),
         "a module in a module": lambda: {"module": {"module": tensors}},
         "an odd module": lambda: {"module": draw(odd_values), **tensors},
+        "an odd value": lambda: tensors | {name: draw(odd_values)},
         "names with module.": lambda: {f"module.{n}": t for n, t in tensors.items()},
-        "half the tensors": lambda: dict(list(tensors.items())[draw(st.integers(0, 1)) :: 2]),
         "nothing": lambda: {},
         "code": lambda: {"module": tensors, "x": pick(draw, PAYLOADS)},
     }
-    way = pick(draw, [*tensor_ways, *file_ways])
-    content = tensors | {name: tensor_ways[way]()} if way in tensor_ways else file_ways[way]()
+    way = pick(draw, [*["changed tensors"] * 12, *files])
+    files["changed tensors"] = lambda: draw(changed_tensors(tensors, DENSE | NOT_DENSE)).content
     protocol, zipped, data = pick(draw, [2, 3, 4]), draw(st.booleans()), io.BytesIO()
-    torch.save(content, data, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
-    return Case(f"{way} ({name}), protocol {protocol}, zipped {zipped}", data.getvalue())
+    torch.save(files[way](), data, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    return Case(f"{way}, protocol {protocol}, zipped {zipped}", data.getvalue())
 
 
 @st.composite
