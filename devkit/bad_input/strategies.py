@@ -63,20 +63,21 @@ PREFIXES = ["module.", "unet.", "multimodal_llm.", "mllm_final_layer.", "kv."]
 ADDED_NAMES = ["encoder.layers.0.x", "kv.x", "", "\x00", "a.b", "__metadata", "x" * 5000, "é", "module."]
 LAYERS = ["99", "100000", "9" * 12, "9" * 5000, "-1", "٣", "", "1.0", "01"]
 DENSE: dict[str, Callable[[Tensor], Tensor]] = {
+    "half the rows": lambda tensor: tensor[: len(tensor) // 2],
+    "half the columns": lambda tensor: tensor[..., : tensor.shape[-1] // 2],
+    "NaN": lambda tensor: torch.full_like(tensor, torch.nan),
     "transposed": lambda tensor: tensor.transpose(0, -1) if tensor.ndim else tensor[None],
     "flat": lambda tensor: tensor.flatten(),
     "4 more axes": lambda tensor: tensor[(None,) * 4],
     "60 more axes": lambda tensor: tensor[(None,) * 60],
     "one number": lambda tensor: tensor.flatten()[0],
     "empty": lambda tensor: tensor[:0],
-    "half the rows": lambda tensor: tensor[: len(tensor) // 2],
     "float16 bits": lambda tensor: tensor.view(torch.float16),
     "integers": lambda tensor: tensor.to(torch.int8),
     "bool": lambda tensor: tensor > 0,
     "complex": lambda tensor: tensor.to(torch.complex64),
     "float8": lambda tensor: tensor.to(torch.float8_e4m3fn),
     "double": lambda tensor: tensor.double() * 1e300,
-    "NaN": lambda tensor: torch.full_like(tensor, torch.nan),
     "infinite": lambda tensor: torch.full_like(tensor, torch.inf),
 }
 NOT_DENSE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -230,7 +231,7 @@ def broken_safetensors(draw: Draw, data: bytes) -> Case:
     """A file with other tensors, or with broken bytes, length, header or metadata."""
     header, body = split_safetensors(data)
     text = json.dumps(header).encode()
-    part = pick(draw, ["tensors", "tensors", "tensors", "bytes", "length", "header", "metadata"])
+    part = pick(draw, ["tensors"] * 4 + ["bytes", "length", "header", "metadata"])
     if part == "tensors":
         case = draw(changed_tensors(safetensors.torch.load(data)))
         tensors = {name: tensor.clone().contiguous() for name, tensor in case.content.items()}
@@ -279,9 +280,8 @@ def changed_tensors(draw: Draw, tensors: dict[str, Tensor], ways: Mapping = DENS
     """Named tensors: one converted in one of these ways, or some missing, renamed, exchanged or added."""
     names = sorted(tensors)
     name, other = pick(draw, names), pick(draw, names)
-    way = pick(
-        draw, ["converted", "converted", "without", "only", "exchanged", "added", "renamed", "renamed"]
-    )
+    others = ["exchanged", "without", "only", "added", "renamed", "renamed"]
+    way = pick(draw, ["converted"] * len(others) + others)
     if way == "converted":
         way = pick(draw, list(ways))
         with contextlib.suppress(RuntimeError, IndexError, TypeError):  # not for this shape or dtype
@@ -298,8 +298,8 @@ def changed_tensors(draw: Draw, tensors: dict[str, Tensor], ways: Mapping = DENS
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()] or [0]
     parts[pick(draw, numbers)] = pick(draw, LAYERS)
-    others = [name.replace(".", "_"), name.upper(), name[:-1], f"{name}\n", f".{name}", f"{name}.weight"]
-    new = pick(draw, [".".join(parts), pick(draw, PREFIXES) + name, pick(draw, others)])
+    odd = [name.replace(".", "_"), name.upper(), name[:-1], f"{name}\n", f".{name}", f"{name}.weight"]
+    new = pick(draw, [".".join(parts), pick(draw, PREFIXES) + name, pick(draw, odd)])
     return Case(f"{name} as {new[:100]!r}", {new if n == name else n: t for n, t in tensors.items()})
 
 

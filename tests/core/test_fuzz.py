@@ -188,7 +188,7 @@ def prepare_checkpoint(case: Case, folder: Path) -> Callable[[], object]:
 def test_checkpoint(tmp_path: Path) -> None:
     campaign = Campaign(tmp_path)
     campaign.run(
-        broken_checkpoints(), prepare_checkpoint, lambda: use_checkpoint(golden.CHECKPOINT, golden.MLLM), 40
+        broken_checkpoints(), prepare_checkpoint, lambda: use_checkpoint(golden.CHECKPOINT, golden.MLLM), 80
     )
 
 
