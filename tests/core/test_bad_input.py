@@ -1,4 +1,4 @@
-"""References, texts, tokens and UNets that do not fit raise one clear error; convertible images are converted."""
+"""References, texts, tokens and UNets that do not fit raise one clear error; other images are converted."""
 
 from __future__ import annotations
 
