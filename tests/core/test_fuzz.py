@@ -32,23 +32,17 @@ from safetensors.torch import load_file
 
 import easyref_core as er
 from devkit import golden
+from devkit.bad_input import strategies
 from devkit.bad_input.campaign import Campaign
 from devkit.bad_input.judge import error_fault
 from devkit.bad_input.strategies import (
-    DENSE,
-    NOT_DENSE,
     Case,
     Draw,
     broken_bytes,
     broken_json,
-    broken_metadata,
     broken_safetensors,
-    changed_tensors,
-    join_safetensors,
-    odd_texts,
     odd_values,
     pick,
-    split_safetensors,
 )
 from easyref_core.mllm.instructions import INSTRUCTION
 from tools import fuzz
@@ -86,7 +80,9 @@ def checkpoint_files() -> dict[str, CheckpointFile]:
     torch.save({"module": tensors}, old, _use_new_zipfile_serialization=False)
     with tempfile.TemporaryDirectory() as folder:
         er.load(golden.CHECKPOINT, golden.MLLM).save(Path(folder) / "own.safetensors")
-        own = join_safetensors(*split_safetensors((Path(folder) / "own.safetensors").read_bytes()))
+        own = strategies.join_safetensors(
+            *strategies.split_safetensors((Path(folder) / "own.safetensors").read_bytes())
+        )
         zipped = golden.write_deepspeed(Path(folder) / "zip.pt", tensors).read_bytes()
     tiny = (TINY / "tiny_easyref.safetensors").read_bytes()
     return {
@@ -141,7 +137,9 @@ def pickled_contents(draw: Draw) -> Case:
         "code": lambda: {"module": tensors, "x": pick(draw, PAYLOADS)},
     }
     way = pick(draw, [*["changed tensors"] * 12, *files])
-    files["changed tensors"] = lambda: draw(changed_tensors(tensors, DENSE | NOT_DENSE)).content
+    files["changed tensors"] = lambda: (
+        draw(strategies.changed_tensors(tensors, strategies.DENSE | strategies.NOT_DENSE)).content
+    )
     protocol, zipped, data = pick(draw, [2, 3, 4]), draw(st.booleans()), io.BytesIO()
     torch.save(files[way](), data, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     return Case(f"{way}, protocol {protocol}, zipped {zipped}", data.getvalue())
@@ -186,10 +184,8 @@ def prepare_checkpoint(case: Case, folder: Path) -> Callable[[], object]:
 
 @pytest.mark.filterwarnings("ignore")  # torch warns about some contents when they are made
 def test_checkpoint(tmp_path: Path) -> None:
-    campaign = Campaign(tmp_path)
-    campaign.run(
-        broken_checkpoints(), prepare_checkpoint, lambda: use_checkpoint(golden.CHECKPOINT, golden.MLLM), 80
-    )
+    good = functools.partial(use_checkpoint, golden.CHECKPOINT, golden.MLLM)
+    Campaign(tmp_path).run(broken_checkpoints(), prepare_checkpoint, good, 80)
 
 
 # MLLM folders
@@ -211,15 +207,6 @@ def golden_json(name: str) -> Any:
     return json.loads((golden.MLLM / name).read_text(encoding="utf-8"))
 
 
-@functools.cache
-def mllm_names() -> list[str]:
-    """Some names of the tensors that a checkpoint without an MLLM takes from the folder."""
-    tensors = golden.checkpoint_tensors()
-    return [name.removeprefix("multimodal_llm.") for name in tensors if name.startswith("multimodal_llm.")][
-        :5
-    ]
-
-
 @st.composite
 def broken_weights(draw: Draw) -> Case:
     """{name: bytes} of weights or an index of weights."""
@@ -228,13 +215,11 @@ def broken_weights(draw: Draw) -> Case:
     if way == "weights":
         case = draw(broken_safetensors(weights))
         return Case(f"{WEIGHTS}: {case.about}", {WEIGHTS: case.content})
-    names = mllm_names()
+    names = list(load_file(golden.MLLM / WEIGHTS))[:5]
     if way == "leads":
         lead = draw(st.sampled_from(LEADS) | odd_values)
-        case = Case(
-            f"names {str(lead)[:60]!r}",
-            json.dumps({"weight_map": {names[0]: lead, names[1]: SHARD}}).encode(),
-        )
+        index = {"weight_map": {names[0]: lead, names[1]: SHARD}}
+        case = Case(f"names {str(lead)[:60]!r}", json.dumps(index).encode())
     else:
         case = draw(broken_json({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, SHARD)}))
     return Case(f"{INDEX}: {case.about}", {WEIGHTS: None, SHARD: weights, INDEX: case.content})
@@ -249,10 +234,8 @@ def broken_settings(draw: Draw) -> Case:
         case = draw(broken_json(golden_json(name)))
         return Case(f"{name}: {case.about}", {name: case.content})
     if way == "missing":
-        return Case(
-            f"without {(names := draw(st.sets(st.sampled_from(TOKENIZER), min_size=1)))}",
-            dict.fromkeys(names),
-        )
+        names = draw(st.sets(st.sampled_from(TOKENIZER), min_size=1))
+        return Case(f"without {names}", dict.fromkeys(names))
     if way == "merges":
         merges = pick(draw, [b"", b"a", b"\xff\xfe", b"a b c d\n" * 50, b"#\n\n\n"])
         return Case("merges.txt", {"tokenizer.json": None, "merges.txt": merges})
@@ -307,14 +290,14 @@ def token_files() -> list[bytes]:
             (er.batch([tokens, tokens]), ()),
         ):
             er.save_tokens(path := Path(folder) / "tokens.safetensors", conditional, uncond, images)
-            data.append(join_safetensors(*split_safetensors(path.read_bytes())))
+            data.append(strategies.join_safetensors(*strategies.split_safetensors(path.read_bytes())))
     return data
 
 
 @st.composite
 def broken_token_files(draw: Draw) -> Case:
     data = pick(draw, token_files())
-    return draw(broken_safetensors(data) | broken_metadata(data))
+    return draw(broken_safetensors(data) | strategies.broken_metadata(data))
 
 
 def use_tokens(path: Path) -> object:
@@ -458,7 +441,7 @@ def test_text(tmp_path: Path, model: er.EasyRef) -> None:
         uncond = model.unconditional(instruction, size=56)
         return [model.aggregate(context), uncond, context.provenance.prompt]
 
-    texts = st.tuples(odd_texts, st.just(INSTRUCTION) | odd_texts)
+    texts = st.tuples(strategies.odd_texts, st.just(INSTRUCTION) | strategies.odd_texts)
     cases = texts.map(lambda pair: Case(" and ".join(f"{t[:60]!r} ({len(t)})" for t in pair), pair))
     prepare = lambda case, _: functools.partial(use, *case.content)  # noqa: E731
     Campaign(tmp_path).run(cases, prepare, lambda: use(golden.PROMPT, INSTRUCTION), 25)
@@ -553,6 +536,7 @@ def test_the_command_reports_the_case_that_crashed(tmp_path: Path) -> None:
     test = """
 import os
 from hypothesis import strategies as st
+from devkit.bad_input import strategies
 from devkit.bad_input.campaign import Campaign
 
 def test_crash(tmp_path):
