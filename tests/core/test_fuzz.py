@@ -297,7 +297,7 @@ def token_files() -> list[bytes]:
 @st.composite
 def broken_token_files(draw: Draw) -> Case:
     data = pick(draw, token_files())
-    return draw(broken_safetensors(data) | strategies.broken_metadata(data))
+    return draw(broken_safetensors(data) | broken_safetensors(data) | strategies.broken_metadata(data))
 
 
 def use_tokens(path: Path) -> object:
@@ -320,7 +320,7 @@ def test_token_files(tmp_path: Path) -> None:
         return lambda: use_tokens(path)
 
     (good := tmp_path / "good.safetensors").write_bytes(token_files()[0])
-    Campaign(tmp_path).run(broken_token_files(), prepare, lambda: use_tokens(good), 150)
+    Campaign(tmp_path).run(broken_token_files(), prepare, lambda: use_tokens(good), 200)
 
 
 # Images
