@@ -46,8 +46,8 @@ LIMITS = {
     "threads": 1,
     "files": 1,
 }
-# Bytes that the libraries leak, measured in workflows that repeat one thing (docs/reliability.md): the host for
-# each prompt, and safetensors 0.8, which loses 64 bytes with every tensor it reads, for each model loaded.
+# Bytes that the libraries leak, measured in workflows that repeat one thing (docs/reliability.md): the host
+# for each prompt, and safetensors 0.8, which loses 64 bytes with every tensor it reads, for each model loaded.
 LIBRARY_LEAKS = {"prompts": 7 * 1024, "TinySDXL": 33 * 1024, "EasyRefLoader": 65 * 1024}
 MAX_WARM_LEVELS = 1  # of 255: difference of an image that was made from cached work
 CANCELLED_AT = ("load", "group", "encode", "aggregate", "apply", "sample", "decode", "save")

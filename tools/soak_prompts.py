@@ -94,7 +94,7 @@ def probes() -> dict[str, Drawn]:
 
 
 def shorter(probe: Drawn) -> Graph:
-    """The probe without the last reference of its group, so that what is cached of it is a prefix of the probe's."""
+    """The probe without the last reference of its group, which leaves a prefix of the probe cached."""
     graph = {name: {**entry, "inputs": dict(entry["inputs"])} for name, entry in probe.graph.items()}
     sockets = [name for name in graph["group"]["inputs"] if name.startswith("images.")]
     del graph["group"]["inputs"][sockets[-1]]

@@ -1,4 +1,4 @@
-"""Files and folders that do not fit raise one clear error: the thing, what was found, what was wanted, the remedy."""
+"""Files and folders that do not fit raise one clear error with thing, found, wanted and remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

@@ -163,8 +163,9 @@ PARTS += ["", "a\x00b", "a\nb", "a\tb", "a b", "tokens ", " a", "\ud800", "\u202
 PREFIXES = "/ // \\ \\\\host\\share\\ \\\\?\\C:\\ C:\\ C: c:/ file:/// http://h/ ~/ ./".split()
 PATHS = """
 ../outside/secret.safetensors ../../outside/secret.safetensors ../secret.safetensors
-{base}/outside/secret.safetensors link link.safetensors link/secret.safetensors link/new linked linked/link.png ../outside/new {base}/outside
-../input faces/../../../outside/new ../../models/easyref/new 
+{base}/outside/secret.safetensors link link.safetensors link/secret.safetensors link/new
+linked linked/link.png ../outside/new {base}/outside ../input
+faces/../../../outside/new ../../models/easyref/new
 pictures/../../outside ../../../../../../../../etc/passwd
 """.split()
 PATHS += ["x" * 100_000, "a/" * 3000]

@@ -42,7 +42,7 @@ class Added(NamedTuple):
 
     @property
     def authors(self) -> int:
-        """The authors' processors project K and V in every layer of every step, and run the LoRA beside it."""
+        """The authors' processors project K and V in each layer of each step, and run the LoRA beside it."""
         return self.term + self.projections + self.lora
 
     @property
