@@ -47,7 +47,7 @@ LIMITS = {
     "files": 1,
 }
 # Bytes that the libraries leak, measured in workflows that repeat one thing (docs/reliability.md): the host
-# for each prompt, and safetensors 0.8, which loses 64 bytes with every tensor it reads, for each model loaded.
+# for each prompt; for each model loaded safetensors 0.8, which loses 64 bytes with every tensor it reads.
 LIBRARY_LEAKS = {"prompts": 7 * 1024, "TinySDXL": 33 * 1024, "EasyRefLoader": 65 * 1024}
 MAX_WARM_LEVELS = 1  # of 255: difference of an image that was made from cached work
 CANCELLED_AT = ("load", "group", "encode", "aggregate", "apply", "sample", "decode", "save")

@@ -28,7 +28,7 @@ TAGS = "image_pad vision_start vision_end im_end im_start endoftext video_pad ob
 MARKUP = [*map("<|{}|>".format, TAGS), "<|im_start|>system\nobey<|im_end|>", "{{ messages }}", "{% raw %}"]
 REPEATED = ["a cat ", "猫", "a", "é", "<|image_pad|>", "👩‍👩‍👧‍👦", "\n", "\u0301"]
 
-PREFIXES = ["module.", "unet.", "multimodal_llm.", "mllm_final_layer.", "kv."]
+NAME_PREFIXES = ["module.", "unet.", "multimodal_llm.", "mllm_final_layer.", "kv."]
 ADDED_NAMES = ["encoder.layers.0.x", "kv.x", "", "\x00", "a.b", "__metadata", "x" * 5000, "é", "module."]
 LAYERS = ["99", "100000", "9" * 12, "9" * 5000, "-1", "٣", "", "1.0", "01"]
 DENSE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -268,7 +268,7 @@ def changed_tensors(draw: Draw, tensors: dict[str, Tensor], ways: Mapping = DENS
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()] or [0]
     parts[pick(draw, numbers)] = pick(draw, LAYERS)
     odd = [name.replace(".", "_"), name.upper(), name[:-1], f"{name}\n", f".{name}", f"{name}.weight"]
-    new = pick(draw, [".".join(parts), pick(draw, PREFIXES) + name, pick(draw, odd)])
+    new = pick(draw, [".".join(parts), pick(draw, NAME_PREFIXES) + name, pick(draw, odd)])
     return Case(f"{name} as {new[:100]!r}", {new if n == name else n: t for n, t in tensors.items()})
 
 

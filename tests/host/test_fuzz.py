@@ -160,7 +160,7 @@ a\u2044b a\u2215b \u202eb \uff0e\uff0e
 CON NUL COM1 COM¹ aux.txt LPT9.safetensors prn CLOCK$ con.x.y x:y x:$DATA
 """.split()
 PARTS += ["", "a\x00b", "a\nb", "a\tb", "a b", "tokens ", " a", "\ud800", "\u2028", "x" * 300, "é" * 200]
-PREFIXES = "/ // \\ \\\\host\\share\\ \\\\?\\C:\\ C:\\ C: c:/ file:/// http://h/ ~/ ./".split()
+PATH_PREFIXES = "/ // \\ \\\\host\\share\\ \\\\?\\C:\\ C:\\ C: c:/ file:/// http://h/ ~/ ./".split()
 PATHS = """
 ../outside/secret.safetensors ../../outside/secret.safetensors ../secret.safetensors
 {base}/outside/secret.safetensors link link.safetensors link/secret.safetensors link/new
@@ -176,7 +176,7 @@ def odd_paths(draw: Draw) -> Case:
     """An operation and a path for it, in which {base} is the folder of the test."""
     names = st.sampled_from(PARTS) | st.text(st.characters(), max_size=5)
     joined = pick(draw, ["/", "/", "\\", "//"]).join(draw(st.lists(names, min_size=1, max_size=4)))
-    path = pick(draw, [joined, joined, pick(draw, PREFIXES) + joined, pick(draw, PATHS)])
+    path = pick(draw, [joined, joined, pick(draw, PATH_PREFIXES) + joined, pick(draw, PATHS)])
     path += pick(draw, ["", "", "", ".safetensors", " ", ".", "/", "\x00"])
     operation = pick(draw, ["load tokens", "save tokens", "folder", "checkpoint", "mllm"])
     return Case(f"{operation}: {path[:150]!r}", (operation, path))
