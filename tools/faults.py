@@ -1,10 +1,10 @@
-"""Interrupts a real ComfyUI at every single call of every stage, and asks for the picture again each time.
+"""Interrupts a real ComfyUI at every call of every stage, and makes the image again each time.
 
     python tools/faults.py [--largest 1000]
 
-The stages are those of devkit/host/faults.py: preprocessing, each block of the vision tower and of the decoder, the
-aggregation, the keys and values, and each cross-attention of each step; both sides of the guidance. Prints how many
-calls each has; the first that leaves anything behind ends it with an error.
+The stages are those of devkit/host/faults.py: preprocessing, each block of the vision tower and of the
+decoder, the aggregation, the keys and values, and each cross-attention of each step; both sides of the
+guidance. Prints how many calls each has; the first that leaves anything behind ends it with an error.
 """
 
 from __future__ import annotations

@@ -1,22 +1,23 @@
 """The released checkpoint's full size, with random weights, through the loader node on this machine's CPU.
 
-Writes a checkpoint of the released layout (tests/golden/released_layout.json, bfloat16, 5.9 GB) to a temporary folder,
-loads it in ComfyUI, encodes two images, aggregates and projects them, and prints times and memory. About 6 GB of disk
-and 8 GB of memory are needed. The memory of mapped files (which the system can take back) is told apart.
+    python tools/full_size.py [PRECISION]
+
+Writes a checkpoint of the released layout (tests/golden/released_layout.json, bfloat16, 5.9 GB) to a
+temporary folder, loads it in ComfyUI, encodes two images, aggregates and projects them, and prints times and
+memory. About 6 GB of disk and 8 GB of memory are needed. The memory of mapped files, which the system can
+take back, is listed separately.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from threading import Event, Thread
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,14 +27,15 @@ from safetensors.torch import save_file
 from devkit.cpu_torch import complete_cpu_torch
 from devkit.host.in_process import enter_host, load_pack
 from devkit.hosts import ROOT, find_hosts
+from tools.bench.report import GIB
+from tools.bench.timing import PeakMemory
 
 LAYOUT = ROOT / "tests" / "golden" / "released_layout.json"
-CHECKPOINT = "easyref.safetensors"
-GIB = 2**30
+CHECKPOINT, SOURCE = "easyref.safetensors", "from the checkpoint"
 
 
 def write_checkpoint(path: Path) -> int:
-    """Random bfloat16 tensors of every key and shape of the released file; their bytes."""
+    """Write random bfloat16 tensors of every key and shape of the released file; returns their bytes."""
     random = torch.Generator().manual_seed(0)
     shapes: dict[str, list[int]] = json.loads(LAYOUT.read_text(encoding="utf-8"))["keys"]
     tensors = {
@@ -46,36 +48,15 @@ def write_checkpoint(path: Path) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def memory() -> dict[str, int]:
-    """This process's resident memory in bytes: anonymous, and pages of mapped files (Linux)."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    fields = dict(line.split(":", 1) for line in lines if line.startswith(("RssAnon", "RssFile")))
-    return {name: int(value.split()[0]) * 1024 for name, value in fields.items()}
-
-
-@contextmanager
-def measured(what: str) -> Iterator[None]:
-    """Print how long the block took and the most memory the process held meanwhile."""
-    peak, done = memory(), Event()
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            for name, value in memory().items():
-                peak[name] = max(peak[name], value)
-
-    watcher, start = Thread(target=watch), time.monotonic()
-    watcher.start()
-    try:
-        yield
-    finally:
-        seconds = time.monotonic() - start
-        done.set()
-        watcher.join()
-        print(
-            f"{what}: {seconds:.1f} s, peak anonymous {peak['RssAnon'] / GIB:.2f} GiB, "
-            f"mapped file pages {peak['RssFile'] / GIB:.2f} GiB",
-            flush=True,
-        )
+def measure(what: str, call: Callable[[], Any]) -> Any:
+    """Result of a call; prints its time and the most memory that the process held meanwhile."""
+    start = time.monotonic()
+    with PeakMemory() as peak:
+        result = call()
+    seconds = time.monotonic() - start
+    anonymous, mapped = (f"{size / GIB:.2f} GiB" for size in (peak.anonymous, peak.mapped))
+    print(f"{what}: {seconds:.1f} s, peak anonymous {anonymous}, mapped file pages {mapped}", flush=True)
+    return result
 
 
 def main() -> None:
@@ -88,22 +69,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         import folder_paths
 
+        def run(what: str, node: str, *inputs: Any) -> Any:
+            return measure(what, lambda: getattr(nodes, node).execute(*inputs).result[0])
+
+        import_module(f"{pack.__name__}.nodes.host.folders").register_folders()
         folder_paths.folder_names_and_paths["easyref"] = ([folder], {".safetensors"})
         print(f"checkpoint: {write_checkpoint(Path(folder) / CHECKPOINT) / GIB:.2f} GiB", flush=True)
-        with measured("before loading"):
-            gc.collect()
-        with measured(f"load ({precision})"):
-            source = "from the checkpoint"
-            (easyref,) = nodes.EasyRefLoader.execute(CHECKPOINT, source, precision, source).result
+        measure("before loading", lambda: None)
+        easyref = run(f"load ({precision})", "EasyRefLoader", CHECKPOINT, SOURCE, precision, SOURCE)
         group = (torch.rand(1, 768, 1024, 3), torch.rand(1, 1024, 683, 3))
-        with measured("encode 2 references"):
-            (context,) = nodes.EasyRefEncodeGroup.execute(
-                easyref, group, "an oil painting", instruction, 336
-            ).result
-        with measured("aggregate, both sides"):
-            (tokens,) = nodes.EasyRefAggregate.execute(easyref, context).result
-        with measured("K and V of 70 sites"):
-            easyref.key_values(tokens)
+        texts = "an oil painting", instruction, 336
+        context = run("encode 2 references", "EasyRefEncodeGroup", easyref, group, *texts)
+        tokens = run("aggregate, both sides", "EasyRefAggregate", easyref, context)
+        measure("K and V of 70 sites", lambda: easyref.key_values(tokens))
         print(f"context {tuple(context.states.shape)}, tokens {tuple(tokens.conditional.shape)}")
 
 

@@ -1,102 +1,86 @@
-"""Bad input by the thousand: `python tools/fuzz.py [--cases N] [--seed S] [--only KIND] [--case I]`.
+"""Bad input by the thousand: `python tools/fuzz.py [--only KIND] [--cases N] [--seed S]`.
 
-Feeds broken and odd files, images, texts, numbers and paths to the real code. Each must give a right result or one
-clear error of our own, in time, with nothing left behind. Prints a table; the exit status is 1 where a case failed.
+Runs the property tests of tests/core/test_fuzz.py and tests/host/test_fuzz.py on more cases, each kind in a
+process of its own, because it may crash or hang. Prints a table; the exit status is 1 if a kind failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
-# last: this pack's `nodes` must not hide ComfyUI's nodes.py
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from tools.fuzzing.cases import KINDS
-from tools.fuzzing.judge import ERROR, FAILURE, RIGHT
-from tools.fuzzing.pool import Tally, run_kind
+from devkit.bad_input.campaign import CASES, REPORT, SEED
+from devkit.hosts import ROOT
 
-CASES = 18_000  # in five to ten minutes on one core
-SHARE = {  # of the cases, in hundredths
-    "checkpoint": 25,
-    "mllm_folder": 15,
-    "token_files": 20,
-    "images": 6,
-    "text": 6,
-    "numerics": 14,
-    "paths": 14,
+DEFAULT_CASES = 18_000
+PERCENT = {  # of the cases
+    "core": {"checkpoint": 25, "mllm_folder": 15, "token_files": 20, "images": 6, "text": 6},
+    "host": {"numerics": 14, "paths": 14},
 }
-SHOWN = 20  # failures of a kind that are printed
+KINDS = {kind: room for room, kinds in PERCENT.items() for kind in kinds}
+RESULTS = {0: "passed", 1: "failed", 5: "skipped"}  # by pytest's exit status
+
+
+class Ended(NamedTuple):
+    """The end of a kind: its result, and its counts or the case it ended at."""
+
+    result: str
+    report: dict[str, Any]
+
+
+def run_kind(test: str, cases: int, seed: int) -> Ended:
+    """Run one property test, by pytest's name of it, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        numbers = {CASES: str(cases), SEED: str(seed), REPORT: str(report)}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", test]
+        process = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **numbers})
+        lines = report.read_text(encoding="utf-8", errors="replace") if report.exists() else ""
+    try:
+        fields, _ = json.JSONDecoder().raw_decode(lines)
+    except ValueError:
+        fields = {}
+    result = RESULTS.get(process.returncode, "crashed")
+    return Ended("skipped" if result == "passed" and not fields else result, fields)
 
 
 def main() -> None:
-    arguments = parse()
-    tallies, start = {}, time.monotonic()
-    for kind in [arguments.only] if arguments.only else KINDS:
-        count = arguments.cases if arguments.only else arguments.cases * SHARE[kind] // 100
-        first = 0 if arguments.case is None else arguments.case
-        end = count if arguments.case is None else first + 1
-        tallies[kind] = run_kind(kind, arguments.seed, first, end, progress(kind, end - first))
-        show_failures(kind, arguments.seed, tallies[kind])
-    print(f"\nseed {arguments.seed}, {time.monotonic() - start:.0f} s\n\n{table(tallies)}")
-    sys.exit(any(tally.failures for tally in tallies.values()))
-
-
-def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=CASES, help=f"of all kinds, or of the one ({CASES})")
+    parser.add_argument(
+        "--cases", type=int, default=DEFAULT_CASES, help="of all kinds, or of the one (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("--case", type=int, help="one case of a kind, by its number")
     arguments = parser.parse_args()
-    if arguments.case is not None and not arguments.only:
-        parser.error("--case needs --only: cases are numbered within their kind")
-    return arguments
-
-
-def progress(kind: str, of: int):
-    """Prints how far a kind is, on a terminal."""
-    if not os.isatty(2):
-        return lambda _: None
-    return lambda tally: print(
-        f"\r{kind}: {tally.cases} of {of}, {len(tally.failures)} failed ", end="", file=sys.stderr
+    rows, start = (
+        ["| kind | cases | right results | clear errors | distinct errors | result |"],
+        time.monotonic(),
     )
-
-
-def show_failures(kind: str, seed: int, tally: Tally) -> None:
-    for failed in tally.failures[:SHOWN]:
-        print(f"\n{kind} {failed.number}: {failed.about}\n  {failed.why}")
-        print(f"  again: .venv/bin/python tools/fuzz.py --only {kind} --seed {seed} --case {failed.number}")
-    if len(tally.failures) > SHOWN:
-        print(f"\n{kind}: {len(tally.failures) - SHOWN} more failures")
-
-
-def table(tallies: dict[str, Tally]) -> str:
-    """The counts of each kind and of all, as a Markdown table."""
-    lines = [
-        "| kind | cases | right results | clear errors | distinct errors | failures |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for kind, tally in tallies.items():
-        name = kind.replace("_", " ")
-        if tally.skipped:
-            lines.append(f"| {name} | skipped: {tally.skipped} | | | | |")
-            continue
-        counts = [
-            tally.cases,
-            tally.counts[RIGHT],
-            tally.counts[ERROR],
-            len(tally.messages),
-            len(tally.failures),
-        ]
-        lines.append(f"| {name} | {' | '.join(f'{count:,}' for count in counts)} |")
-    total = [sum(t.counts[how] for t in tallies.values()) for how in (RIGHT, ERROR, FAILURE)]
-    messages = len({message for tally in tallies.values() for message in tally.messages})
-    lines.append(f"| **all** | {sum(total):,} | {total[0]:,} | {total[1]:,} | {messages:,} | {total[2]:,} |")
-    return "\n".join(lines)
+    rows.append("| --- | ---: | ---: | ---: | ---: | --- |")
+    results = set()
+    for kind in [arguments.only] if arguments.only else KINDS:
+        room = KINDS[kind]
+        cases = arguments.cases if arguments.only else arguments.cases * PERCENT[room][kind] // 100
+        print(f"\n{kind}, {cases} cases", flush=True)
+        ended = run_kind(f"tests/{room}/test_fuzz.py::test_{kind}", cases, arguments.seed)
+        results.add(ended.result)
+        if "case" in ended.report:
+            print(f"{ended.result}; the last case: {ended.report['case']}")
+        total, errors = ended.report.get("cases", 0), ended.report.get("errors", 0)
+        counts = [total, total - errors, errors, ended.report.get("distinct", 0)]
+        rows.append(f"| {kind.replace('_', ' ')} | {' | '.join(f'{n:,}' for n in counts)} | {ended.result} |")
+    print(f"\nseed {arguments.seed}, {time.monotonic() - start:.0f} s\n")
+    print("\n".join(rows))
+    sys.exit(bool(results & {"failed", "crashed"}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The workflows of tools/soak.py: drawn at random from a seed, and the fixed ones it compares at the start and the end."""
+"""The workflows of tools/soak.py: drawn from a seed, and fixed probes for the start and the end."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from easyref_core.unet.reference_attention import SCALINGS
 
 CHECKPOINTS = ("easyref.safetensors", "second.safetensors")
 FILES = [f"{i}.png" for i in range(golden.SETTINGS["images"])]
-SHAPES = {"1x64x64x3": 1, "1x96x64x3": 1, "2x56x84x3": 2, "1x128x72x3": 1}  # pictures of each
-PROMPTS = (
+SHAPES = {"1x64x64x3": 1, "1x96x64x3": 1, "2x56x84x3": 2, "1x128x72x3": 1}  # images of each
+PROMPTS = [
     "a cat on a sofa",
     "an oil painting of a harbour",
     "a dog in the snow, 35mm",
     "猫",
     "a portrait, " * 8,
-)
+]
 SCHEDULES = ("1, 0.5, 0", "0, 1", "0.2:1, 0.8:0", "0.1:0.3, 0.5:1.5, 0.9:0.2")
-LARGE = 10  # pictures of 336 x 336: they take long enough to be cancelled while they are read
+LARGE = 10  # images of 336 x 336, which take long enough to be cancelled while they are encoded
 ALWAYS = {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, "lora_strength": 1.0}
 TOKEN_KINDS = ("plain", "plain", "combine", "batch", "save", "load")
 
@@ -39,20 +39,20 @@ class Saved(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A workflow, what it is made of (for the table), and how many pictures it must give."""
+    """A workflow, its kinds (for the table), and the number of images it must give."""
 
     graph: Graph
     kinds: tuple[str, ...]
     checkpoint: str
-    pictures: int
+    images: int
 
 
 def draw(random: Random, saved: Sequence[Saved]) -> Drawn:
-    """A workflow of random references, texts, settings and token nodes. saved: files that it may load tokens from."""
+    """A workflow of random references, texts, settings and token nodes; it may load the `saved` tokens."""
     checkpoint = random.choice(CHECKPOINTS)
-    own = [file.file for file in saved if file.checkpoint == checkpoint]
+    files = [file.file for file in saved if file.checkpoint == checkpoint]
     kind = random.choice(TOKEN_KINDS)
-    kind = "plain" if kind == "load" and not own else kind
+    kind = "plain" if kind == "load" and not files else kind
     kinds = [kind]
     precision = random.choice(("auto", "auto", "auto", "fp32", "bf16"))
     graph = graphs.easyref(
@@ -71,37 +71,30 @@ def draw(random: Random, saved: Sequence[Saved]) -> Drawn:
         graph["weigh"] = node("EasyRefWeighReferences", context=["encode", 0], weights=weights)
         graph["aggregate"]["inputs"]["context"] = ["weigh", 0]
         kinds.append("weigh")
-    pictures = TOKENS[kind](random, graph, own)
+    images = TOKENS[kind](random, graph, files)
     _negative(random, graph, kinds)
     _settings(random, graph, kinds)
-    _looks(random, graph, kinds)
-    return Drawn(graph, tuple(kinds), checkpoint, pictures)
+    _inspect(random, graph, kinds)
+    return Drawn(graph, tuple(kinds), checkpoint, images)
 
 
 def probes() -> dict[str, Drawn]:
-    """Workflows that must give the same pictures at the start and at the end."""
+    """Workflows that must give the same images at the start and at the end."""
     first = graphs.easyref()
-    second = graphs.easyref(
-        {
-            "weight": 0.8,
-            "lora_strength": 0.5,
-            "weight_schedule": "1, 0.5, 0",
-            "weight_type": "style transfer",
-        },
-        load={"checkpoint": CHECKPOINTS[1], "precision": "fp32"},
-        seed=3,
-    )
-    masked = graphs.easyref({"mask": ["mask", 0], "embeds_scaling": "K+V"}, {"prompt": PROMPTS[1]})
+    settings = {"weight_schedule": "1, 0.5, 0", "weight_type": "style transfer", "lora_strength": 0.5}
+    load = {"checkpoint": CHECKPOINTS[1], "precision": "fp32"}
+    second = graphs.easyref({"weight": 0.8, **settings}, load=load, seed=3)
+    masked = graphs.easyref({"mask": ["mask", 0], "embeds_scaling": SCALINGS[1]}, {"prompt": PROMPTS[1]})
     masked["mask"] = node("SolidMask", value=0.7, width=64, height=32)
     combined = graphs.easyref({"tokens": ["tokens", 0]})
     _second_group(combined, [["image0", 0], ["image2", 0]], PROMPTS[2])
     combined["tokens"] = _joined("EasyRefCombineTokens", method="concat", factor=0.5, weights="")
-    made = {"plain": first, "second checkpoint": second, "masked": masked, "combined": combined}
-    return {name: Drawn(graph, (name,), CHECKPOINTS[0], 1) for name, graph in made.items()}
+    workflows = {"plain": first, "second checkpoint": second, "masked": masked, "combined": combined}
+    return {name: Drawn(graph, (name,), CHECKPOINTS[0], 1) for name, graph in workflows.items()}
 
 
 def shorter(probe: Drawn) -> Graph:
-    """The probe with the last reference of its group left out: what may be kept of it is the start of the probe's."""
+    """The probe without the last reference of its group, which leaves a prefix of the probe cached."""
     graph = {name: {**entry, "inputs": dict(entry["inputs"])} for name, entry in probe.graph.items()}
     sockets = [name for name in graph["group"]["inputs"] if name.startswith("images.")]
     del graph["group"]["inputs"][sockets[-1]]
@@ -109,13 +102,13 @@ def shorter(probe: Drawn) -> Graph:
 
 
 def _group(random: Random, graph: Graph, name: str, large: bool = False) -> int:
-    """A group of 1 to 5 nodes' pictures, from files and drawn, in any order, and many large ones -> their number."""
+    """A group of the images of 1 to 5 nodes, from files and noise, in any order; returns their number."""
     links, references = [], 0
     for i in range(random.randint(1, 5)):
         shape = random.choice(list(SHAPES))
         from_file = random.random() < 0.5
-        drawn = graphs.tiny_images(shape, seed=random.randrange(4))
-        graph[f"{name} {i}"] = node("LoadImage", image=random.choice(FILES)) if from_file else drawn
+        noise = graphs.tiny_images(shape, seed=random.randrange(4))
+        graph[f"{name} {i}"] = node("LoadImage", image=random.choice(FILES)) if from_file else noise
         links.append([f"{name} {i}", 0])
         references += 1 if from_file else SHAPES[shape]
     if large:
@@ -143,7 +136,7 @@ def _second_group(graph: Graph, images: list[list], prompt: str) -> None:
 
 
 def _other(random: Random, graph: Graph) -> None:
-    """A second group with an encoder and tokens of its own."""
+    """Add a second group with an encoder and tokens of its own."""
     _second_group(graph, [], "")
     _group(random, graph, "other group")
     _context(random, graph, "other ")
@@ -154,11 +147,11 @@ def _joined(kind: str, **settings: object) -> dict:
     return node(kind, **links, **settings)
 
 
-def _plain(random: Random, graph: Graph, own: Sequence[str]) -> int:
+def _plain(random: Random, graph: Graph, files: Sequence[str]) -> int:
     return 1
 
 
-def _combine(random: Random, graph: Graph, own: Sequence[str]) -> int:
+def _combine(random: Random, graph: Graph, files: Sequence[str]) -> int:
     _other(random, graph)
     settings = {"method": random.choice(list(METHODS)), "factor": random.random()}
     graph["tokens"] = _joined("EasyRefCombineTokens", weights=random.choice(("", "1, 0.5")), **settings)
@@ -166,7 +159,7 @@ def _combine(random: Random, graph: Graph, own: Sequence[str]) -> int:
     return 1
 
 
-def _batch(random: Random, graph: Graph, own: Sequence[str]) -> int:
+def _batch(random: Random, graph: Graph, files: Sequence[str]) -> int:
     _other(random, graph)
     graph["tokens"] = _joined("EasyRefBatchTokens")
     graph["apply"]["inputs"]["tokens"] = ["tokens", 0]
@@ -174,15 +167,15 @@ def _batch(random: Random, graph: Graph, own: Sequence[str]) -> int:
     return 2
 
 
-def _save(random: Random, graph: Graph, own: Sequence[str]) -> int:
+def _save(random: Random, graph: Graph, files: Sequence[str]) -> int:
     graph["keep"] = node("EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="soak/tokens")
     if random.random() < 0.5:
         graph["keep"]["inputs"]["references"] = ["group", 0]
     return 1
 
 
-def _load(random: Random, graph: Graph, own: Sequence[str]) -> int:
-    graph["tokens"] = node("EasyRefLoadTokens", file=random.choice(own))
+def _load(random: Random, graph: Graph, files: Sequence[str]) -> int:
+    graph["tokens"] = node("EasyRefLoadTokens", file=random.choice(files))
     graph["apply"]["inputs"]["tokens"] = ["tokens", 0]
     return 1
 
@@ -204,7 +197,7 @@ def _negative(random: Random, graph: Graph, kinds: list[str]) -> None:
 
 
 def _settings(random: Random, graph: Graph, kinds: list[str]) -> None:
-    """Weight, window, mask, layers, schedule, scaling and LoRA of the Apply node."""
+    """Draw weight, window, mask, layers, schedule, scaling and LoRA of the Apply node."""
     start = random.choice((0.0, 0.0, 0.2, 0.5))
     settings = {
         "weight": random.choice((0.0, 0.4, 1.0, 1.5)),
@@ -227,8 +220,8 @@ def _settings(random: Random, graph: Graph, kinds: list[str]) -> None:
     graph["apply"]["inputs"] |= settings
 
 
-def _looks(random: Random, graph: Graph, kinds: list[str]) -> None:
-    """Now and then a node that looks: they hook into the model while it runs."""
+def _inspect(random: Random, graph: Graph, kinds: list[str]) -> None:
+    """Now and then add a node of the inspect room, which hooks into the model while it runs."""
     if random.random() < 0.1:
         linked = {"easyref": ["load", 0], "context": ["encode", 0], "group": ["group", 0]}
         graph["attention"] = node("EasyRefReferenceAttention", token=-1, **linked)

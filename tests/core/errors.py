@@ -1,4 +1,4 @@
-"""What the tests of bad input share."""
+"""Assertions and a folder that the tests of bad input share."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ def error_of(call: Callable[[], object], kind: type[Exception] = ValueError) -> 
 
 
 def assert_says(text: str, *parts: str) -> None:
-    """All parts are in a text, in this order."""
+    """Assert that a text holds all parts, in this order."""
     at = 0
     for part in parts:
         at = text.find(part, at)
         assert at >= 0, f"{part!r} is not in (the rest of) {text!r}"
+
+
+def assert_refused(call: Callable[[], object], *parts: object, kind: type[Exception] = ValueError) -> None:
+    """Assert that a call raises an error whose text holds all parts, in this order."""
+    assert_says(error_of(call, kind), *map(str, parts))
 
 
 def folder_with(folder: Path, **changes: object) -> Path:

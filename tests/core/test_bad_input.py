@@ -1,4 +1,4 @@
-"""References, texts, tokens and UNets that do not fit get one clear error; what can be converted is."""
+"""References, texts, tokens and UNets that do not fit raise one clear error; other images are converted."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import dataclasses
 import io
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 
@@ -20,7 +20,7 @@ from devkit.golden import checkpoint_tensors, write
 from easyref_core.mllm.instructions import tokenize
 from easyref_core.utils.images import to_rgb
 
-from .errors import assert_says, error_of, folder_with
+from .errors import assert_refused, assert_says, error_of, folder_with
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 def test_no_reference(model: er.EasyRef) -> None:
-    text = error_of(lambda: model.encode([], golden.PROMPT))
-    assert_says(text, "The group holds no reference", "Give it at least one image")
+    parts = "The group holds no reference", "Give it at least one image"
+    assert_refused(lambda: model.encode([], golden.PROMPT), *parts)
 
 
 def color() -> Image.Image:
@@ -63,17 +63,17 @@ def with_alpha(image: Image.Image, mode: str) -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize(("given", "same"), CONVERTED.values(), ids=CONVERTED)
-def test_pil_images_of_every_mode_are_converted(given: Callable, same: Callable) -> None:
-    assert np.array_equal(to_rgb(given()), same())
+@pytest.mark.parametrize(("image", "rgb"), CONVERTED.values(), ids=CONVERTED)
+def test_pil_images_of_every_mode_are_converted(image: Callable, rgb: Callable) -> None:
+    assert np.array_equal(to_rgb(image()), rgb())
 
 
-@pytest.mark.parametrize(("channels", "same"), [(1, "L"), (3, "RGB"), (4, "RGB")])
-def test_tensors_of_one_three_and_four_channels_are_converted(channels: int, same: str) -> None:
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGB")])
+def test_tensors_of_one_three_and_four_channels_are_converted(channels: int, mode: str) -> None:
     rgba = golden.as_tensor(with_alpha(color(), "RGBA"))
     grey = golden.as_tensor(color().convert("L"))[..., None]
-    given = grey if channels == 1 else rgba[..., :channels]
-    assert np.array_equal(to_rgb(given), color().convert(same).convert("RGB"))
+    tensor = grey if channels == 1 else rgba[..., :channels]
+    assert np.array_equal(to_rgb(tensor), color().convert(mode).convert("RGB"))
 
 
 def test_values_beyond_0_and_1_are_clipped() -> None:
@@ -83,72 +83,56 @@ def test_values_beyond_0_and_1_are_clipped() -> None:
 
 PATCH = "smaller than one patch of the vision tower (14x14). Use a larger image"
 FORM = "wanted (height, width, channels) with 1, 3 or 4 channels. Pass the images of a batch one by one"
-NO_PICTURE: dict[str, tuple[Image.Image | torch.Tensor, str, str]] = {
+NUMBERS = "holds 1200 values that are NaN or infinite"
+VALUES = "wanted one that holds its values"
+UNUSABLE: dict[str, tuple[Image.Image | torch.Tensor, str, str]] = {
     "1x1": (Image.new("RGB", (1, 1)), "is 1x1 pixels", PATCH),
     "1x4000": (Image.new("RGB", (1, 4000)), "is 1x4000 pixels", PATCH),
     "1x4000 tensor": (torch.zeros(4000, 1, 3), "is 1x4000 pixels", PATCH),
     "13x60": (Image.new("RGB", (13, 60)), "is 13x60 pixels", PATCH),
     "no rows": (torch.zeros(0, 20, 3), "is 20x0 pixels", PATCH),
-    "thin": (
-        Image.new("RGB", (14, 2801)),
-        "is 14x2801 pixels",
-        "one side is more than 200 times the other. Crop it",
-    ),
-    "NaN": (
-        torch.full((20, 20, 3), torch.nan),
-        "holds 1200 values that are NaN or infinite",
-        "Check the node",
-    ),
-    "inf": (
-        torch.full((20, 20, 3), torch.inf),
-        "holds 1200 values that are NaN or infinite",
-        "Check the node",
-    ),
+    "thin": (Image.new("RGB", (14, 2801)), "14x2801 pixels", "is more than 200 times the other. Crop it"),
+    "NaN": (torch.full((20, 20, 3), torch.nan), NUMBERS, "Check the node"),
+    "inf": (torch.full((20, 20, 3), torch.inf), NUMBERS, "Check the node"),
     "batch": (torch.zeros(2, 20, 20, 3), "has shape (2, 20, 20, 3)", FORM),
     "no channels": (torch.zeros(20, 20), "has shape (20, 20)", FORM),
     "two channels": (torch.zeros(20, 20, 2), "has shape (20, 20, 2)", FORM),
-    "meta": (torch.zeros(20, 20, 3, device="meta"), "on meta", "wanted one that holds its values"),
-    "sparse": (torch.zeros(20, 20, 3).to_sparse(), "sparse", "wanted one that holds its values"),
+    "meta": (torch.zeros(20, 20, 3, device="meta"), "on meta", VALUES),
+    "sparse": (torch.zeros(20, 20, 3).to_sparse(), "sparse", VALUES),
     "LAB": (Image.new("La", (20, 20)), "of PIL's mode La, cannot be read as RGB", "wanted any mode"),
-    "bytes": (
-        torch.zeros(20, 20, 3, dtype=torch.uint8),
-        "holds torch.uint8 values",
-        "floats in 0..1. Divide 0..255",
-    ),
+    "bytes": (torch.zeros(20, 20, 3).byte(), "holds torch.uint8 values", "floats in 0..1. Divide 0..255"),
 }
 
 
-@pytest.mark.parametrize(("image", "found", "wanted"), NO_PICTURE.values(), ids=NO_PICTURE)
-def test_an_image_that_holds_no_picture(
+@pytest.mark.parametrize(("image", "found", "wanted"), UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_image(
     model: er.EasyRef, image: Image.Image | torch.Tensor, found: str, wanted: str
 ) -> None:
-    assert_says(error_of(lambda: model.encode([color(), image])), "reference 2", found, wanted)
+    assert_refused(lambda: model.encode([color(), image]), "reference 2", found, wanted)
 
 
 def test_one_value_that_is_not_a_number_is_found() -> None:
     pixels = golden.as_tensor(color())
     pixels[50, 50, 1] = torch.nan
-    assert_says(error_of(lambda: to_rgb(pixels)), "reference holds 1 values that are NaN")
+    assert_refused(lambda: to_rgb(pixels), "reference holds 1 values that are NaN")
 
 
 @pytest.mark.parametrize("size", [(14, 14), (14, 2800), (2800, 14), (3000, 20)])
-def test_the_smallest_and_longest_pictures_are_accepted(model: er.EasyRef, size: tuple[int, int]) -> None:
+def test_the_smallest_and_longest_images_are_accepted(model: er.EasyRef, size: tuple[int, int]) -> None:
     context = model.encode([Image.new("RGB", size)], size=golden.SIZE)
     assert torch.isfinite(context.states).all()
 
 
-def test_a_picture_file_cut_short(model: er.EasyRef) -> None:
-    data = io.BytesIO()
-    color().save(data, "BMP")
+def test_truncated_image_file(model: er.EasyRef) -> None:
+    color().save(data := io.BytesIO(), "BMP")
     cut = Image.open(io.BytesIO(data.getvalue()[:-500]))
-    assert_says(
-        error_of(lambda: model.encode([cut])), "reference 1", "cannot be read", "truncated", "is damaged"
-    )
+    parts = "reference 1", "cannot be read", "truncated", "is damaged"
+    assert_refused(lambda: model.encode([cut]), *parts)
 
 
 @pytest.mark.parametrize("images", [3, None, True, "0.png", b"", {"a": 1}, (image for image in ())])
-def test_what_is_no_list_of_images(model: er.EasyRef, images: object) -> None:
-    assert_says(error_of(lambda: model.encode(images), TypeError), "images is a ", "wanted a list")
+def test_group_that_is_not_a_list(model: er.EasyRef, images: object) -> None:
+    assert_refused(lambda: model.encode(images), "images is a ", "wanted a list", kind=TypeError)
 
 
 # Length
@@ -162,12 +146,12 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> er.EasyRef:
 
 
 def many(count: int) -> list[Image.Image]:
-    """References of different sizes, so of different numbers of tokens."""
+    """References of different sizes and so numbers of tokens."""
     return (golden.references() * count)[:count]
 
 
 def fitting(model: er.EasyRef, prompt: str) -> int:
-    """How many references fit, as the error for too many says."""
+    """Number of references that fit, according to the error for too many."""
     text = error_of(lambda: model.encode(many(40), prompt, size=golden.SIZE))
     assert_says(text, "The group is too long for the MLLM: 40 references and the text make", "184 fit beside")
     return int(
@@ -202,16 +186,21 @@ def test_references_that_fill_the_context_to_the_last_token_are_said_to_fit(shor
 
 
 def test_a_prompt_of_100000_characters(model: er.EasyRef) -> None:
-    text = error_of(lambda: model.encode(many(1), "a cat " * 16_667, size=golden.SIZE))
-    assert_says(
-        text,
-        "The group is too long for the MLLM: 1 references and the text make",
-        "4,088 fit",
-        "Shorten the prompt",
+    found = "The group is too long for the MLLM: 1 references and the text make"
+    prompt = "a cat " * 16_667
+    assert_refused(
+        lambda: model.encode(many(1), prompt, size=golden.SIZE), found, "4,088 fit", "Shorten the prompt"
     )
 
 
-# Made by another checkpoint
+def test_long_group_is_refused_before_it_is_resized(
+    model: er.EasyRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.group_encoder.caches, "prepare", lambda *_: pytest.fail("resized"))
+    assert_refused(lambda: model.encode([color()] * 1000), "too long for the MLLM", "1000 references")
+
+
+# Context and tokens of another checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +214,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> er.EasyRef:
 
 def test_a_context_of_another_checkpoint(model: er.EasyRef, other: er.EasyRef) -> None:
     context = model.encode(many(1), size=golden.SIZE)
-    assert_says(
-        error_of(lambda: other.aggregate(context)),
+    assert_refused(
+        lambda: other.aggregate(context),
         f"This context was made by another EasyRef checkpoint ({model.fingerprint}",
         f"this one is {other.fingerprint}, other.safetensors",
         "Encode the group with this checkpoint",
@@ -242,10 +231,10 @@ def test_tokens_of_another_checkpoint(
     uncond: er.ReferenceTokens,
     side: str,
 ) -> None:
-    own = other.unconditional(size=golden.SIZE)
-    given = (tokens, own) if side == "tokens" else (own, uncond)
-    assert_says(
-        error_of(lambda: er.diffusers_unet.apply(unet, other, *given)),
+    others = other.unconditional(size=golden.SIZE)
+    pair = (tokens, others) if side == "tokens" else (others, uncond)
+    assert_refused(
+        lambda: er.diffusers_unet.apply(unet, other, *pair),
         f"was made by another EasyRef checkpoint ({model.fingerprint}",
         "Encode the group with this checkpoint",
     )
@@ -262,9 +251,8 @@ def test_refused_tokens_leave_the_unet_as_it_was(
 def test_tokens_that_are_not_finite(model: er.EasyRef) -> None:
     context = model.encode(many(1), size=golden.SIZE)
     broken = dataclasses.replace(context, states=context.states * torch.inf)
-    assert_says(
-        error_of(lambda: model.aggregate(broken)), "not finite (computed in torch.float32)", "precision fp32"
-    )
+    parts = "not finite (computed in torch.float32)", "precision fp32"
+    assert_refused(lambda: model.aggregate(broken), *parts)
 
 
 # Special tokens in a text
@@ -279,22 +267,11 @@ SPECIAL = [
 ]
 
 
-def special_ids(model: er.EasyRef) -> set[int]:
-    return {model.tokenizer.token_to_id(token) for token in SPECIAL}
-
-
 @pytest.mark.parametrize("typed", SPECIAL)
 def test_special_tokens_in_a_text_are_text(model: er.EasyRef, typed: str) -> None:
-    plain = tokenize(model.tokenizer, "a cat ", [3, 2])[0].tolist()
-    ids = tokenize(model.tokenizer, f"a cat {typed}", [3, 2])[0].tolist()
-    special = special_ids(model)
+    text, special = f"a cat {typed} on a mat", {model.tokenizer.token_to_id(token) for token in SPECIAL}
+    plain, ids = (tokenize(model.tokenizer, words, [3, 2])[0].tolist() for words in ("a cat", text))
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
-
-
-@pytest.mark.parametrize("typed", SPECIAL)
-def test_special_tokens_in_a_text_are_read_letter_by_letter(model: er.EasyRef, typed: str) -> None:
-    text = f"a cat {typed} on a mat"
-    ids = tokenize(model.tokenizer, text, [1])[0].tolist()
     assert f"<|vision_end|>{text}<|im_end|>" in model.tokenizer.decode(ids, skip_special_tokens=False)
 
 
@@ -304,17 +281,20 @@ def test_an_image_token_in_prompt_and_instruction_takes_no_image_feature(model: 
 
 
 @pytest.mark.parametrize("half", ["\ud83d", "\ud83d\ude00"])
-def test_half_a_character(model: er.EasyRef, half: str) -> None:
-    text = error_of(lambda: model.encode(many(1), f"a {half}", "", golden.SIZE))
-    assert_says(text, "prompt contains an unpaired surrogate", "position 3", "Remove it")
+def test_unpaired_surrogate(model: er.EasyRef, half: str) -> None:
+    parts = "prompt contains an unpaired surrogate", "at position 3", "Remove it"
+    assert_refused(lambda: model.encode(many(1), f"a {half}", "", golden.SIZE), *parts)
 
 
-def test_a_tokenizer_without_image_tokens(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
+@pytest.mark.parametrize(("prompt", "instruction"), [(None, "x"), ("x", 3), (b"x", "x")])
+def test_text_that_is_not_a_str(model: er.EasyRef, prompt: object, instruction: object) -> None:
+    assert_refused(lambda: model.encode([color()], prompt, instruction), "wanted a text", kind=TypeError)
 
-    text = error_of(lambda: tokenize(Tokenizer(WordLevel({"a": 0}, unk_token="a")), "a", [1]))
-    assert_says(text, "The tokenizer has no token '<|im_start|>'", "Choose a Qwen2-VL folder")
+
+def test_tokenizer_without_image_tokens() -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    parts = "The tokenizer has no token '<|im_start|>'", "Choose a Qwen2-VL folder"
+    assert_refused(lambda: tokenize(tokenizer, "a", [1]), *parts)
 
 
 # UNets that do not fit
@@ -359,8 +339,8 @@ def test_a_unet_that_does_not_fit(
     model: er.EasyRef, tokens: er.ReferenceTokens, blocks: list[str], sizes: dict, found: str
 ) -> None:
     unet = unet_of(blocks, **sizes)
-    assert_says(
-        error_of(lambda: er.diffusers_unet.apply(unet, model, tokens, None)),
+    assert_refused(
+        lambda: er.diffusers_unet.apply(unet, model, tokens, None),
         f"The UNet does not fit the EasyRef checkpoint: it has {found}",
         "the checkpoint is made for 17 cross-attentions (17 x 32 wide)",
         "needs an SDXL base model",
@@ -368,20 +348,9 @@ def test_a_unet_that_does_not_fit(
 
 
 def test_a_model_without_cross_attentions(model: er.EasyRef, tokens: er.ReferenceTokens) -> None:
-    text = error_of(lambda: er.diffusers_unet.apply(torch.nn.Linear(1, 1), model, tokens, None))
-    assert_says(
-        text, "it has no cross-attentions of Stable Diffusion's kind", "not SD1.5, Flux or the SDXL refiner"
+    found, wanted = (
+        "it has no cross-attentions of Stable Diffusion's kind",
+        "not SD1.5, Flux or the SDXL refiner",
     )
-
-
-def test_a_group_that_is_too_long_is_refused_before_it_is_resized(
-    model: er.EasyRef, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model.group_encoder.caches, "prepare", lambda *_: pytest.fail("resized"))
-    assert_says(error_of(lambda: model.encode([color()] * 1000)), "too long for the MLLM", "1000 references")
-
-
-@pytest.mark.parametrize(("prompt", "instruction"), [(None, "x"), ("x", 3), (b"x", "x")])
-def test_what_is_no_text_is_refused(model: er.EasyRef, prompt: object, instruction: object) -> None:
-    text = error_of(lambda: model.encode([color()], prompt, instruction), TypeError)
-    assert_says(text, "wanted a text")
+    linear = torch.nn.Linear(1, 1)
+    assert_refused(lambda: er.diffusers_unet.apply(linear, model, tokens, None), found, wanted)

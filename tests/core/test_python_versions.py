@@ -1,4 +1,4 @@
-"""The pack runs on every Python that pyproject.toml says it does; newer syntax and newer names are not used."""
+"""The pack runs on every Python that pyproject.toml names: sources use no newer syntax and no newer names."""
 
 from __future__ import annotations
 
@@ -17,48 +17,19 @@ SOURCES = [
     for file in sorted((ROOT / folder).rglob("*.py"))
 ] + [ROOT / "__init__.py"]
 
-# Modules, and names of the standard library, that came after 3.10.
-NEWER = {
-    "tomllib": "3.11",
-    "asyncio.TaskGroup": "3.11",
-    "asyncio.timeout": "3.11",
-    "contextlib.chdir": "3.11",
-    "datetime.UTC": "3.11",
-    "enum.ReprEnum": "3.11",
-    "enum.StrEnum": "3.11",
-    "hashlib.file_digest": "3.11",
-    "inspect.getmembers_static": "3.11",
-    "logging.getLevelNamesMapping": "3.11",
-    "math.cbrt": "3.11",
-    "math.exp2": "3.11",
-    "operator.call": "3.11",
-    "typing.LiteralString": "3.11",
-    "typing.Never": "3.11",
-    "typing.NotRequired": "3.11",
-    "typing.Required": "3.11",
-    "typing.Self": "3.11",
-    "typing.TypeVarTuple": "3.11",
-    "typing.Unpack": "3.11",
-    "typing.assert_never": "3.11",
-    "typing.assert_type": "3.11",
-    "typing.reveal_type": "3.11",
-    "itertools.batched": "3.12",
-    "math.sumprod": "3.12",
-    "typing.TypeAliasType": "3.12",
-    "typing.override": "3.12",
-    "copy.replace": "3.13",
-    "typing.ReadOnly": "3.13",
-    "typing.TypeIs": "3.13",
-    "warnings.deprecated": "3.13",
-}
+# Modules and names of the standard library that are newer than 3.10.
+NEWER = set(
+    # 3.11
+    "tomllib asyncio.TaskGroup asyncio.timeout contextlib.chdir datetime.UTC enum.ReprEnum enum.StrEnum "
+    "hashlib.file_digest inspect.getmembers_static logging.getLevelNamesMapping math.cbrt math.exp2 "
+    "operator.call typing.LiteralString typing.Never typing.NotRequired typing.Required typing.Self "
+    "typing.TypeVarTuple typing.Unpack typing.assert_never typing.assert_type typing.reveal_type "
+    # 3.12 and 3.13
+    "itertools.batched math.sumprod typing.TypeAliasType typing.override "
+    "copy.replace typing.ReadOnly typing.TypeIs warnings.deprecated".split()
+)
 BUILTINS = {"BaseExceptionGroup", "ExceptionGroup", "PythonFinalizationError"}
-# of every object's, so only names that are nobody else's
-METHODS = {
-    "add_note",
-    "full_match",
-    "from_uri",
-    "walk_up",
-}
+METHODS = {"add_note", "full_match", "from_uri", "walk_up"}  # of any object, so only unusual names
 
 
 def name_of(path: Path) -> str:
@@ -66,15 +37,15 @@ def name_of(path: Path) -> str:
 
 
 def newer_names(tree: ast.AST) -> set[str]:
-    """Names in a module that Python 3.10 has not."""
+    """Names in a module that Python 3.10 lacks."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names} & set(NEWER)
+            found |= {alias.name for alias in node.names} & NEWER
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)} & set(NEWER)
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)} & NEWER
         elif isinstance(node, ast.Attribute):
-            found |= {f"{ast.unparse(node.value)}.{node.attr}"} & set(NEWER) | {node.attr} & METHODS
+            found |= {f"{ast.unparse(node.value)}.{node.attr}"} & NEWER | {node.attr} & METHODS
             if node.attr == "walk" and ast.unparse(node.value) not in ("ast", "os"):
                 found.add("Path.walk")
         elif isinstance(node, ast.Name):
@@ -82,12 +53,12 @@ def newer_names(tree: ast.AST) -> set[str]:
     return found
 
 
-def test_the_oldest_python_reads_and_knows_every_source() -> None:
+def test_every_source_runs_on_the_oldest_python() -> None:
     found = {}
     for file in SOURCES:
         tree = ast.parse(file.read_text(encoding="utf-8"), name_of(file), feature_version=OLDEST)
         found[name_of(file)] = newer_names(tree)
-    assert found.pop("devkit/project.py") == {"tomllib"}  # which says what to do without it
+    assert found.pop("devkit/project.py") == {"tomllib"}  # which has a fallback
     assert {name: names for name, names in found.items() if names} == {}
 
 
@@ -101,11 +72,11 @@ def test_the_oldest_python_reads_and_knows_every_source() -> None:
         ("for a in Path('.').walk(): ...", "Path.walk"),
     ],
 )
-def test_the_check_knows_newer_names(source: str, name: str) -> None:
+def test_newer_names_are_noticed(source: str, name: str) -> None:
     assert newer_names(ast.parse(source)) == {name}
 
 
-def test_newer_syntax_is_seen() -> None:
+def test_newer_syntax_is_noticed() -> None:
     with pytest.raises(SyntaxError):
         ast.parse("try: ...\nexcept* ValueError: ...", feature_version=OLDEST)
 

@@ -1,4 +1,4 @@
-"""What the sources may not say on any platform: the name of a device, and text read in whatever encoding is the system's."""
+"""Sources must not name a device or open text without naming its encoding."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from devkit.hosts import ROOT
 SOURCES = sorted(
     file for folder in ("nodes", "easyref_core", "tools") for file in (ROOT / folder).rglob("*.py")
 )
-# Runs inside the host; training, mrbench and bench choose their device themselves, and tiny is made by the first two.
-OUTSIDE = {"training", "mrbench", "bench", "tiny", "tools"}
+# Code outside the host chooses its device itself.
+OUTSIDE = {"training", "mrbench", "tiny", "tools"}
 RUNTIME = [file for file in SOURCES if not OUTSIDE & set(file.parts)]
 DEVICES = ("cuda", "mps", "xpu", "privateuseone")
 TEXT = ("read_text", "write_text")
 
 
 def names_a_device(node: ast.AST) -> bool:
-    """A device as text ("cuda", "cuda:0"), torch.cuda and its like, x.cuda(), autocast, or a default for all."""
+    """True for a device as text ("cuda:0"), torch.cuda and similar, x.cuda(), autocast, or a default."""
     if isinstance(node, ast.Constant):
         return isinstance(node.value, str) and node.value.split(":")[0] in DEVICES
     if isinstance(node, ast.Attribute):
@@ -29,8 +29,8 @@ def names_a_device(node: ast.AST) -> bool:
     return False
 
 
-def places(files: list[Path], wrong: Callable[[ast.AST], bool]) -> list[str]:
-    """Where something wrong is, as file:line."""
+def positions(files: list[Path], wrong: Callable[[ast.AST], bool]) -> list[str]:
+    """Nodes for which `wrong` is true, as file:line."""
     return [
         f"{file.relative_to(ROOT).as_posix()}:{node.lineno}"
         for file in files
@@ -40,19 +40,19 @@ def places(files: list[Path], wrong: Callable[[ast.AST], bool]) -> list[str]:
 
 
 def test_no_device_is_named() -> None:
-    """Ask comfy.model_management, or take the device of a tensor that is there."""
-    assert places(RUNTIME, names_a_device) == []
+    """Code in the host takes its device from comfy.model_management or from a tensor."""
+    assert positions(RUNTIME, names_a_device) == []
 
 
 def mode_of(call: ast.Call) -> str:
-    """The mode of an open(path, mode) or path.open(mode), "r" if it names none."""
-    place = 1 if isinstance(call.func, ast.Name) else 0
-    given = [word.value for word in call.keywords if word.arg == "mode"] or call.args[place : place + 1]
-    return given[0].value if given and isinstance(given[0], ast.Constant) else "r"
+    """The mode of an open(path, mode) or path.open(mode); the default is "r"."""
+    index = 1 if isinstance(call.func, ast.Name) else 0
+    modes = [word.value for word in call.keywords if word.arg == "mode"] or call.args[index : index + 1]
+    return modes[0].value if modes and isinstance(modes[0], ast.Constant) else "r"
 
 
-def opens_text_unnamed(call: ast.AST) -> bool:
-    """Is this a reading or writing of text that does not say its encoding?"""
+def opens_text_without_encoding(call: ast.AST) -> bool:
+    """True if this reads or writes text without naming its encoding."""
     if not isinstance(call, ast.Call) or any(word.arg == "encoding" for word in call.keywords):
         return False
     if isinstance(call.func, ast.Attribute):
@@ -65,7 +65,7 @@ def opens_text_unnamed(call: ast.AST) -> bool:
 
 
 def test_text_names_its_encoding() -> None:
-    assert places(SOURCES, opens_text_unnamed) == []
+    assert positions(SOURCES, opens_text_without_encoding) == []
 
 
 @pytest.mark.parametrize(
@@ -79,5 +79,5 @@ def test_text_names_its_encoding() -> None:
         ("Image.open(p)", False),
     ],
 )
-def test_the_check_knows_text(source: str, wrong: bool) -> None:
-    assert any(opens_text_unnamed(node) for node in ast.walk(ast.parse(source))) == wrong
+def test_text_without_an_encoding_is_noticed(source: str, wrong: bool) -> None:
+    assert any(opens_text_without_encoding(node) for node in ast.walk(ast.parse(source))) == wrong

@@ -1,19 +1,18 @@
-"""What EasyRef costs on this machine, measured: `python tools/bench [--parts encode,unet,load] [--quick]`.
+"""Costs of EasyRef on this machine: `python tools/bench [--parts encode,unet,load] [--quick]`.
 
-    encode   encoding.py   time and memory of reading a group of references
-    unet     unet.py       what the reference term adds to a step of SDXL's UNet: counted operations, time, memory
+    encode   encoding.py   time and memory of encoding a group of references
+    unet     unet.py       cost of the reference term in a step of SDXL's UNet: operations, time, memory
     load     loading.py    time and memory of loading a checkpoint, size held by precision
 
 Weights are random, of the released shapes, so nothing is downloaded; `--quick` takes small shapes, for tests.
-Times are of interleaved pairs (timing.py): both ways run in turn, the order swapped every other pair, after one unmeasured
-run each. A row's value is the median, its ratio the median of the pairs' own ratios, its spread their quartiles. So what
-else the machine does slows both of a pair, and not one of two blocks.
+Times are of interleaved pairs (timing.py): both ways run in turn, the order swapped every other pair, after
+one unmeasured run each. A row's value is the median, its ratio the median of the pairs' own ratios, its
+spread their quartiles. So other load on the machine slows both of a pair, and not one of two blocks.
 
 A part is a module with one function,
 
     measure(options: Options, say: Callable[[str], None]) -> list[Row]
 
-rows.py has Options and Row. `say` takes lines of progress. A part that lacks something (a package, memory, disk) says so and
-leaves the rows out, or names in a row what was made smaller. machine.py says what the machine is, report.py prints the rows as
-a Markdown table and writes them as JSON.
+report.py has Options and Row. `say` takes lines of progress. A part that lacks something (a package, memory,
+disk) reports that and leaves the rows out, or names in a row what was made smaller.
 """

@@ -1,10 +1,10 @@
-"""The benchmark's command line."""
+"""Command line of the benchmark."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -14,9 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from devkit.cpu_torch import complete_cpu_torch
 from tools.bench import __doc__ as about
-from tools.bench.machine import describe
-from tools.bench.report import markdown, write_json
-from tools.bench.rows import Options
+from tools.bench.report import Options, describe, numbers, parser, publish
 
 PARTS = {"encode": "encoding", "unet": "unet", "load": "loading"}  # part -> module
 QUICK_PAIRS = 2
@@ -24,64 +22,28 @@ QUICK_PAIRS = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the chosen parts, print the table and write the JSON."""
-    parsed = _parser().parse_args(arguments)
-    options = Options(
-        quick=parsed.quick,
-        pairs=parsed.pairs or (QUICK_PAIRS if parsed.quick else Options.pairs),
-        references=parsed.references,
-        pixels=parsed.pixels,
-        device=parsed.device,
+    commands = parser(about)
+    commands.prog = "python tools/bench"
+    commands.add_argument("--parts", default=",".join(PARTS), help="%(default)s if not given")
+    commands.add_argument(
+        "--quick", action="store_true", help=f"small shapes, {QUICK_PAIRS} pairs: seconds in all"
     )
-    machine, rows = describe(), []
-    for part in parsed.parts:
-        _say(f"{part}:")
-        # not inference mode, in which what is counted on meta would show attention matrices
+    groups = "group sizes to encode, as 1,3,6"
+    commands.add_argument("--references", type=numbers, default=Options.references, help=groups)
+    commands.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    fields = vars(commands.parse_args(arguments))
+    parts, file = fields.pop("parts").split(","), fields.pop("json")
+    for name in set(parts) - set(PARTS):
+        commands.error(f"there is no part {name!r}; choose from {', '.join(PARTS)}")
+    fields["pairs"] = fields["pairs"] or (QUICK_PAIRS if fields["quick"] else Options.pairs)
+    options, machine, rows, say = Options(**fields), describe(), [], partial(print, flush=True)
+    for part in parts:
+        say(f"{part}:")
+        # not inference mode, in which counting on meta tensors would show attention matrices
         with torch.no_grad():
-            rows += import_module(f"tools.bench.{PARTS[part]}").measure(options, _say)
-    _say(f"\n{markdown(machine, rows)}")
-    if parsed.json:
-        write_json(parsed.json, machine, rows)
+            rows += import_module(f"tools.bench.{PARTS[part]}").measure(options, say)
+    publish(machine, rows, file)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python tools/bench",
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--parts", type=_parts, default=tuple(PARTS), help=f"of {','.join(PARTS)}; all if not given"
-    )
-    parser.add_argument("--json", type=Path, help="a file to write the rows to")
-    parser.add_argument("--quick", action="store_true", help="small shapes and few pairs: seconds in all")
-    parser.add_argument(
-        "--pairs", type=int, help=f"of each comparison ({Options.pairs}; {QUICK_PAIRS} if quick)"
-    )
-    parser.add_argument(
-        "--references", type=_numbers, default=Options.references, help="group sizes to encode, as 1,3,6"
-    )
-    parser.add_argument(
-        "--pixels", type=_numbers, default=Options.pixels, help="sides of the pictures timed, as 256,512"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in PARTS:
-            raise argparse.ArgumentTypeError(f"there is no part {name!r}; choose of {', '.join(PARTS)}")
-    return names
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stdout, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What reading a group takes: cold, beside transformers' Qwen2-VL, and after a change of what was read before.
+"""Cost of encoding a group: cold, beside transformers' Qwen2-VL, and after a change of the group before.
 
-Groups of references of three shapes at 336 pixels, 140 to 144 image tokens each, 60 tokens of text around them. Encoding is
-everything from the resized pictures to the reference tokens; beside transformers it is the MLLM body alone, from patches
-and ids to context states, with the same weights, the same 27 decoder layers and no logits (the authors' code computes
-those too, and the 28th layer).
+Groups of references of three shapes at 336 pixels, 140 to 144 image tokens each, 60 tokens of text around
+them. Encoding is everything from the resized images to the reference tokens; beside transformers it is the
+MLLM body alone, from patches and ids to context states, with the same weights, the same 27 decoder layers and
+no logits (the authors' code computes those too, and the 28th layer).
 """
 
 from __future__ import annotations
@@ -25,41 +25,25 @@ from easyref_core.mllm.prefix_cache import PreparedGroup, PreparedImage
 from easyref_core.mllm.preprocess import SIZE, grid_of, patches_of, resized_sides
 from easyref_core.mllm.qwen2_vl import SkipInit
 from easyref_core.training.full_size import EASYREF
-from tools.bench.random_weights import materialised
-from tools.bench.rows import Limit, Options, Row
-from tools.bench.timing import Pairs, interleaved, peak_memory, seconds
+from tools.bench.random_weights import QUICK, materialize
+from tools.bench.report import GIB, Limit, Options, Row
+from tools.bench.timing import Pairs, PeakMemory, Say, interleaved, seconds
 from tools.bench.transformers_mllm import body_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-GIB = 2**30
-PICTURES = ((1024, 1024), (832, 1216), (1216, 832))  # width, height, one after the other
+IMAGE_SIZES = ((1024, 1024), (832, 1216), (1216, 832))  # width, height, in turn
 IMAGE_TOKEN = 151655  # of Qwen2-VL's tokenizer: <|image_pad|>
-# text tokens: the template, what is asked, what is wanted, the template's end
+# text tokens: the template's start, instruction, prompt, the template's end
 BEFORE, INSTRUCTION, PROMPT, AFTER = 14, 25, 16, 5
-WARM = 8  # references of the group that is changed
-SHORT = 2  # references up to which all pairs are run; beyond, half of them
-WHOLE = 8  # references up to which all layers are run; beyond, one in eight
-QUICK = dataclasses.replace(
-    EASYREF,
-    vocab_size=200,
-    hidden_size=96,
-    intermediate_size=160,
-    body_layers=2,
-    heads=6,
-    kv_heads=2,
-    vision_depth=2,
-    vision_width=48,
-    vision_mlp_width=192,
-    vision_heads=3,
-    projector_width=96,
-    token_width=64,
-)
+CHANGED_REFERENCES = 8  # of the group that is changed
+MAX_ALL_PAIRS = 2  # references up to which all pairs are run; beyond, half of them
+MAX_ALL_LAYERS = 8  # references up to which all layers are run; beyond, one in eight
 
 
 class Encoder:
-    """The MLLM with random weights, and what makes groups for it."""
+    """The MLLM with random weights, and groups for it."""
 
     def __init__(self, config: EasyRefConfig, device: str) -> None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
@@ -67,72 +51,69 @@ class Encoder:
         self.exact = Limit("<=", 1e-5) if dtype == torch.float32 else None
         self.image_token = min(IMAGE_TOKEN, config.vocab_size - 1)
         modules = CheckpointModules(config, {}, SkipInit, device="meta")
-        self.mllm: CheckpointModules = materialised(modules, device, dtype)
-        self.group_encoder = CachedGroupEncoder(self.mllm.encoder, self.image_token, self.device, dtype)
+        self.mllm: CheckpointModules = materialize(modules, device, dtype)
+        self.encoder = CachedGroupEncoder(self.mllm.encoder, self.image_token, self.device, dtype)
 
-    def group(self, pictures: list[int], prompt: int = 0) -> PreparedGroup:
-        """The pictures of these numbers, with the prompt of this number."""
-        images = tuple(PreparedImage.of(picture(number, self.config)) for number in pictures)
-        grid = grid_of([image.pixels.shape[:2] for image in images], self.config)
-        ids, spans = words(BEFORE, 0), []
+    def group(self, images: list[int], prompt: int = 0) -> PreparedGroup:
+        """The images of these numbers, with the prompt of this number."""
+        prepared = tuple(PreparedImage.of(noise_image(number, self.config)) for number in images)
+        grid = grid_of([image.pixels.shape[:2] for image in prepared], self.config)
+        ids, spans = text_ids(BEFORE, 0), []
         for count in (grid.prod(dim=1) // self.config.merge_size**2).tolist():
             spans.append((len(ids) + 1, len(ids) + 1 + count))
             ids += [2, *[self.image_token] * count, 3]
-        ids += words(INSTRUCTION, 1) + words(PROMPT, 2 + prompt) + words(AFTER, 0)
-        made = Provenance("", "", "", len(pictures), SIZE)
-        return PreparedGroup(images, grid, torch.tensor([ids]), made, tuple(spans))
+        ids += text_ids(INSTRUCTION, 1) + text_ids(PROMPT, 2 + prompt) + text_ids(AFTER, 0)
+        provenance = Provenance("", "", "", len(images), SIZE)
+        return PreparedGroup(prepared, grid, torch.tensor([ids]), provenance, tuple(spans))
 
     def states(self, group: PreparedGroup) -> Tensor:
-        return self.group_encoder.run(self.group_encoder.caches.plan(group))
+        return self.encoder.run(self.encoder.caches.plan(group))
 
     def tokens(self, group: PreparedGroup) -> Tensor:
         return self.mllm.aggregator(self.states(group))
 
-    def read_into(self, found: list[Tensor], group: PreparedGroup) -> None:
-        found.append(self.tokens(group))
+    def add_tokens(self, group: PreparedGroup, to: list[Tensor]) -> None:
+        to.append(self.tokens(group))
 
-    def cold(self, group: PreparedGroup) -> Tensor:
-        self.group_encoder.caches.clear()
-        return self.tokens(group)
+    def cold_states(self, group: PreparedGroup) -> Tensor:
+        self.encoder.caches.clear()
+        return self.states(group)
+
+    def cold_tokens(self, group: PreparedGroup) -> Tensor:
+        return self.mllm.aggregator(self.cold_states(group))
 
 
-def words(count: int, seed: int) -> list[int]:
-    """Ids of so many tokens of text, the same for the same seed."""
+def text_ids(count: int, seed: int) -> list[int]:
+    """Ids of `count` tokens of text, the same for the same seed."""
     return torch.randint(4, 150, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @cache
-def picture(number: int, config: EasyRefConfig) -> np.ndarray:
-    """A picture of noise as the MLLM reads it, (H, W, 3)."""
-    width, height = PICTURES[number % len(PICTURES)]
+def noise_image(number: int, config: EasyRefConfig) -> np.ndarray:
+    """An image of noise as the MLLM takes it, (H, W, 3)."""
+    width, height = IMAGE_SIZES[number % len(IMAGE_SIZES)]
     sides = resized_sides(height, width, config, SIZE)[-1]
     return np.random.default_rng(number).integers(0, 256, (*sides, 3), dtype=np.uint8)
 
 
-def measure(options: Options, say: Callable[[str], None]) -> list[Row]:
+def measure(options: Options, say: Say) -> list[Row]:
     """Rows of the part "encode"; see the package."""
-    whole = QUICK if options.quick else EASYREF
-    encoder = Encoder(whole, options.device)
-    warm = 2 if options.quick else WARM
-    rows = _changed(encoder, warm, options, say)
-    small = [count for count in options.references if count <= WHOLE]
+    config = QUICK if options.quick else EASYREF
+    encoder = Encoder(config, options.device)
+    rows = _changed(encoder, 2 if options.quick else CHANGED_REFERENCES, options, say)
+    small = [count for count in options.references if count <= MAX_ALL_LAYERS]
     rows += [row for count in small for row in _cold(encoder, count, options, say)]
-    large = [count for count in options.references if count > WHOLE]
-    if large:
+    if large := [count for count in options.references if count > MAX_ALL_LAYERS]:
         del encoder
-        part = dataclasses.replace(
-            whole, vision_depth=max(1, whole.vision_depth // 8), body_layers=max(1, whole.body_layers // 8)
-        )
-        encoder = Encoder(part, options.device)
+        depths = {name: max(1, getattr(config, name) // 8) for name in ("vision_depth", "body_layers")}
+        encoder = Encoder(dataclasses.replace(config, **depths), options.device)
         rows += [row for count in large for row in _cold(encoder, count, options, say)]
     return rows
 
 
-def _changed(encoder: Encoder, count: int, options: Options, say: Callable[[str], None]) -> list[Row]:
-    """After a group of `count` was read: what it takes to read it changed, beside reading it cold."""
-    first = list(range(count))
-    group = encoder.group(first)
-    prompts = iter(range(1, 10**6))
+def _changed(encoder: Encoder, count: int, options: Options, say: Say) -> list[Row]:
+    """Time of encoding a changed group right after the group was encoded cold; to the cold time."""
+    first, middle, prompts = list(range(count)), count // 2, iter(range(1, 10**6))
     changes: dict[str, tuple[Callable[[], PreparedGroup], Limit | None]] = {
         "prompt changed": (lambda: encoder.group(first, next(prompts)), Limit("<=", 1 / 30)),
         "one added at the end": (lambda: encoder.group([*first, count]), Limit("<=", 1 / 6)),
@@ -140,76 +121,66 @@ def _changed(encoder: Encoder, count: int, options: Options, say: Callable[[str]
         "the first removed": (lambda: encoder.group(first[1:]), None),
         "order reversed": (lambda: encoder.group(first[::-1]), None),
         "one replaced in the middle": (
-            lambda: encoder.group([*first[: count // 2], count, *first[count // 2 + 1 :]]),
+            lambda: encoder.group([*first[:middle], count, *first[middle + 1 :]]),
             None,
         ),
     }
-    rows = []
-    for name, (make, wanted) in changes.items():
+    group, rows = encoder.group(first), []
+    for name, (change, wanted) in changes.items():
         say(f" {count} references, {name}")
-        found, took, cold = [], [], []
+        tokens, warm, cold = [], [], []
         for _ in range(max(1, options.pairs // 2) if wanted else 1):
-            cold.append(seconds(lambda: encoder.cold(group), options.device))
-            changed = make()
-            took.append(seconds(partial(encoder.read_into, found, changed), options.device))
-            say(f"  cold {cold[-1]:.3f} s, {name} {took[-1]:.3f} s")
-        apart = encoder.cold(changed)
-        distance = float((found[-1] - apart).norm() / apart.norm())
-        pairs = Pairs(tuple(cold), tuple(took))
+            cold.append(seconds(lambda: encoder.cold_tokens(group)))
+            changed = change()
+            warm.append(seconds(partial(encoder.add_tokens, changed, tokens)))
+            say(f"  cold {cold[-1]:.3f} s, {name} {warm[-1]:.3f} s")
+        distance = _distance(tokens[-1], encoder.cold_tokens(changed))
         what = f"{count} references, {name}"
+        pairs = Pairs(tuple(cold), tuple(warm))
+        label = f"{what}: distance of the tokens from a cold run's"
         rows += [
             pairs.row(f"{what}: encoding / the group before, cold", wanted),
-            Row(
-                f"{what}: distance of the tokens from a cold run's", distance, "of them", wanted=encoder.exact
-            ),
+            Row(label, distance, "of them", wanted=encoder.exact),
         ]
     return rows
 
 
-def _cold(encoder: Encoder, count: int, options: Options, say: Callable[[str], None]) -> list[Row]:
-    """A group read for the first time: time and memory, beside transformers' Qwen2-VL."""
+def _cold(encoder: Encoder, count: int, options: Options, say: Say) -> list[Row]:
+    """Time and memory of a group that is encoded for the first time, beside transformers' Qwen2-VL."""
     config, group = encoder.config, encoder.group(list(range(count)))
     depth = "" if config.body_layers in (EASYREF.body_layers, QUICK.body_layers) else ", one layer in eight"
     name = f"{count} references ({group.input_ids.shape[1]} tokens{depth})"
     say(f" {name}")
-
-    def ours() -> Tensor:
-        encoder.group_encoder.caches.clear()
-        return encoder.states(group)
-
-    encoder.group_encoder.caches.clear()  # before it is measured what is there
-    with peak_memory(options.device) as peak:
+    encoder.encoder.caches.clear()  # so that the memory before does not hold an earlier group
+    with PeakMemory(options.device) as peak:
         states = encoder.states(group)
-    bound = activation_bytes(config, group.patches, group.input_ids.shape[1], encoder.dtype.itemsize)
-    rows = []
     theirs = body_of(encoder.mllm.encoder, encoder.image_token, encoder.device)
     if theirs is None:
         say("  transformers is not installed: not compared")
-        took = seconds(ours, options.device)
-        rows.append(Row(f"{name}, cold", took, "s"))
+        rows = [Row(f"{name}, cold", seconds(lambda: encoder.cold_states(group)), "s")]
     else:
         patches = patches_of([image.pixels for image in group.images], config).to(
             encoder.device, encoder.dtype
         )
         ids = group.input_ids.to(encoder.device)
-        apart = theirs(patches, group.grid, ids)
-        distance = float((states - apart).float().norm() / apart.float().norm())
-        del apart
-        wanted = options.pairs if count <= SHORT else max(1, options.pairs // 2)
-        pairs = interleaved(lambda: theirs(patches, group.grid, ids), ours, wanted, say, options.device)
-        rows += [
+        distance = _distance(states, theirs(patches, group.grid, ids))
+        count = options.pairs if count <= MAX_ALL_PAIRS else max(1, options.pairs // 2)
+        pairs = interleaved(
+            lambda: theirs(patches, group.grid, ids), lambda: encoder.cold_states(group), count, say
+        )
+        label = f"{name}, distance of the states from its"
+        rows = [
             pairs.row(f"{name}, cold / transformers", Limit("<=", 1.0)),
-            Row(f"{name}, distance of the states from its", distance, "of them", wanted=encoder.exact),
+            Row(label, distance, "of them", wanted=encoder.exact),
         ]
     if peak.added is not None:
-        rows.append(
-            Row(
-                f"{name}, memory beside the weights / the bound told before",
-                peak.added / GIB,
-                "GiB",
-                peak.added / bound,
-                wanted=Limit("<=", 1.0),
-            )
-        )
-    encoder.group_encoder.caches.clear()
+        bound = activation_bytes(config, group.patches, group.input_ids.shape[1], encoder.dtype.itemsize)
+        label = f"{name}, memory beside the weights / the bound told before"
+        rows.append(Row(label, peak.added / GIB, "GiB", peak.added / bound, wanted=Limit("<=", 1.0)))
+    encoder.encoder.caches.clear()
     return rows
+
+
+def _distance(tensor: Tensor, baseline: Tensor) -> float:
+    """Relative distance, ||tensor - baseline|| / ||baseline||."""
+    return float((tensor - baseline).float().norm() / baseline.float().norm())

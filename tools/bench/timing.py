@@ -5,21 +5,20 @@ from __future__ import annotations
 import ctypes
 import gc
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import sys
+from collections.abc import Callable
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
+import psutil
 import torch
+from torch.utils.benchmark import timer  # waits for the accelerator
 
-from tools.bench.rows import Limit, Row
+from tools.bench.report import Limit, Row
 
-STATUS = Path("/proc/self/status")
-WATCHED_EVERY = 0.005  # seconds
-
+SAMPLE_SECONDS = 0.005  # between two looks at the memory
 Call = Callable[[], Any]
+Say = Callable[[str], None]
 
 
 class Pairs(NamedTuple):
@@ -37,110 +36,86 @@ class Pairs(NamedTuple):
         """second / first of every pair."""
         return tuple(b / a for a, b in zip(self.first, self.second, strict=True))
 
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.ratios)
-
-    @property
-    def spread(self) -> tuple[float, float] | None:
-        """Lower and upper quartile of the ratios; None of one pair."""
-        if len(self.ratios) < 2:
-            return None
-        lower, _, upper = statistics.quantiles(self.ratios, n=4, method="inclusive")
-        return lower, upper
-
     def row(self, name: str, wanted: Limit | None = None) -> Row:
-        """Seconds of the second way, and its ratio to the first."""
-        return Row(name, self.medians[1], "s", self.ratio, self.spread, wanted)
+        """Median seconds of the second way; median and, of two pairs or more, quartiles of the ratios."""
+        ratio, spread = statistics.median(self.ratios), None
+        if len(self.ratios) > 1:
+            lower, _, upper = statistics.quantiles(self.ratios, n=4, method="inclusive")
+            spread = lower, upper
+        return Row(name, self.medians[1], "s", ratio, spread, wanted)
 
 
-def interleaved(
-    first: Call, second: Call, pairs: int, say: Callable[[str], None] = lambda _: None, device: str = "cpu"
-) -> Pairs:
+def interleaved(first: Call, second: Call, pairs: int, say: Say = lambda _: None) -> Pairs:
     """Time two calls in turn: A B, B A, A B, ... after one run of each that is not counted."""
-    ways, found = (first, second), ([], [])
+    ways, times = (first, second), ([], [])
     gc.collect()
-    gc.freeze()  # what is there already need not be looked through again between the calls
+    gc.freeze()  # existing objects need not be traversed again between the calls
     try:
         for way in ways:
-            seconds(way, device)
+            seconds(way)
         for pair in range(pairs):
-            for place in (0, 1) if pair % 2 == 0 else (1, 0):
-                found[place].append(seconds(ways[place], device))
-            say(f"  pair {pair + 1} of {pairs}: {found[0][-1]:.3f} s, {found[1][-1]:.3f} s")
+            for i in (0, 1) if pair % 2 == 0 else (1, 0):
+                times[i].append(seconds(ways[i]))
+            say(f"  pair {pair + 1} of {pairs}: {times[0][-1]:.3f} s, {times[1][-1]:.3f} s")
     finally:
         gc.unfreeze()
-    return Pairs(*map(tuple, found))
+    return Pairs(*map(tuple, times))
 
 
-def seconds(call: Call, device: str = "cpu") -> float:
-    """How long a call takes, what it left to do on a GPU included."""
+def seconds(call: Call) -> float:
+    """Time of one call, until the accelerator has finished too.
+
+    Not torch.utils.benchmark.Timer, which runs a call more than once: some calls here change what they
+    measure.
+    """
     gc.collect()
-    _finish(device)
-    start = time.perf_counter()
+    start = timer()
     call()
-    _finish(device)
-    return time.perf_counter() - start
+    return timer() - start
 
 
-def anonymous_bytes() -> int | None:
-    """This process's anonymous memory: what it holds itself, without pages of mapped files. None but on Linux."""
-    if not STATUS.exists():
-        return None
-    line = next(
-        line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("RssAnon")
-    )
-    return int(line.split()[1]) * 1024
+class PeakMemory:
+    """Context manager that records the most memory of a block, in bytes.
 
-
-class Peak:
-    """The most memory while a block runs, above what there was before, in bytes.
-
-    Of a GPU what its tensors take, of a CPU the process's anonymous memory; None where neither is known.
+    added: above the memory before; of a GPU that of its tensors, of a CPU the process's anonymous memory,
+        None where neither is known.
+    anonymous, mapped: of the process's resident memory its own pages, and those of mapped files (Linux).
     """
 
-    added: int | None = None
+    def __init__(self, device: str = "cpu") -> None:
+        self.added: int | None = None
+        self.anonymous = self.mapped = 0
+        self._gpu = torch.device(device).type == "cuda"
+        self._done, self._watcher = Event(), Thread(target=self._watch, daemon=True)
 
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self._gpu:
+            self._before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            return self
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # freed memory that the allocator holds would be reused unseen
+        self._sample()
+        self._before = self.anonymous
+        self._watcher.start()
+        return self
 
-@contextmanager
-def peak_memory(device: str = "cpu") -> Iterator[Peak]:
-    """Watch the memory of the device while the block runs."""
-    gc.collect()
-    peak = Peak()
-    if torch.device(device).type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak.added = torch.cuda.max_memory_allocated(device) - before
-        return
-    _give_back()
-    before, done = anonymous_bytes(), Event()
-    if before is None:
-        yield peak
-        return
-    peak.added = 0
+    def __exit__(self, *_: object) -> None:
+        if self._gpu:
+            self.added = torch.cuda.max_memory_allocated() - self._before
+            return
+        self._sample()
+        self._done.set()
+        self._watcher.join()
+        self.added = self.anonymous - self._before if self.anonymous else None
 
-    def watch() -> None:
-        while not done.is_set():
-            peak.added = max(peak.added, anonymous_bytes() - before)
-            done.wait(WATCHED_EVERY)
+    def _watch(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            self._sample()
 
-    watcher = Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        peak.added = max(peak.added, anonymous_bytes() - before)
-        done.set()
-        watcher.join()
-
-
-def _give_back() -> None:
-    """Freed memory that the allocator keeps would be taken again unseen. Of glibc; elsewhere there is no such call."""
-    if STATUS.exists() and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def _finish(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    def _sample(self) -> None:
+        memory = psutil.Process().memory_info()
+        if hasattr(memory, "shared"):
+            self.anonymous = max(self.anonymous, memory.rss - memory.shared)
+            self.mapped = max(self.mapped, memory.shared)

@@ -1,4 +1,4 @@
-"""The MLLM as the installed transformers computes it (4.50 or newer), of the same sizes and on the same weights."""
+"""The MLLM as the installed transformers (4.50 or newer) computes it, on the same sizes and weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What the reference term adds to a step of SDXL's UNet: operations, time and memory.
+"""Cost of the reference term in a step of SDXL's UNet: operations, time and memory.
 
-Counted at full size without weights (unet_counts.py). Timed on diffusers' UNet with random weights: whole steps in pairs, and,
-as a step's own time varies by more than the term takes, the time inside the 70 terms as part of their own step.
+Counted at full size without weights (unet_counts.py). Timed on diffusers' UNet with random weights: whole
+steps in pairs, and, as a step's own time varies by more than the term takes, the time inside the 70 terms as
+part of their own step.
 """
 
 from __future__ import annotations
@@ -12,22 +13,24 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from easyref_core.training.full_size import UNET
+from easyref_core.training.full_size import unet as full_size_unet
 from easyref_core.unet.diffusers_unet import ReferenceProcessor, cross_attention_widths
-from tools.bench.machine import free_bytes
-from tools.bench.random_weights import materialised
-from tools.bench.rows import Limit, Options, Row
-from tools.bench.timing import Pairs, interleaved, peak_memory, seconds
+from tools.bench import unet_counts as counts
+from tools.bench.random_weights import materialize
+from tools.bench.report import GIB, Limit, Options, Row
+from tools.bench.timing import Pairs, PeakMemory, Say, interleaved, seconds
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from torch import Tensor
 
-Say = Callable[[str], None]
-
-ADDED, SLOWER = Limit("<=", 0.006), Limit("<=", 1.03)
-IN_TERMS = Limit("<=", 0.03)
+MAX_ADDED, MAX_SLOWER = Limit("<=", 0.006), Limit("<=", 1.03)
+MAX_IN_TERMS = Limit("<=", 0.03)
 NOTHING = Limit("<=", 0)
 COUNTED = (256, 512, 1024)  # pixels
 ON_GPU = 1024  # pixels
@@ -37,7 +40,7 @@ SMALL: dict[str, Any] = {  # in place of SDXL's sizes, for --quick
     "attention_head_dim": (1, 1, 2),
 }
 TOKENS = 64
-GIB, BILLION = 2**30, 1e9
+BILLION = 1e9
 
 
 def measure(options: Options, say: Say) -> list[Row]:
@@ -52,52 +55,40 @@ def measure(options: Options, say: Say) -> list[Row]:
 
 
 def counted(options: Options, say: Say) -> list[Row]:
-    """Operations of a step at real shapes, beside what other ways would add to it; of --quick one size."""
-    from easyref_core.training.full_size import unet as full_size_unet
-    from tools.bench import unet_counts as counts
-
+    """Operations of a step at real shapes, beside those that other ways add; one size with --quick."""
     unet, rows = full_size_unet(), []
     for pixels in COUNTED[:1] if options.quick else COUNTED:
         say(f"  counting at {pixels} x {pixels}")
-        found = counts.added(unet, pixels)
-        step = found.bare.operations
-
-        def row(what: str, added: int, wanted: Limit | None = None, pixels=pixels, step=step) -> Row:
+        added = counts.added(unet, pixels)
+        step = added.bare.operations
+        rows.append(Row(f"SDXL step at {pixels} x {pixels}, CFG, counted", step / BILLION, "10^9 operations"))
+        for what, operations, wanted in (
+            ("references add", added.term, MAX_ADDED),
+            ("they would the authors' way (K, V and LoRA in every layer and step)", added.authors, None),
+            ("they would IPAdapter_plus' way (K and V in every layer and step)", added.ip_adapter_plus, None),
+        ):
             name = f"{what}, SDXL step at {pixels} x {pixels}, CFG, counted; to the step's own"
-            return Row(name, added / BILLION, "10^9 operations", added / step, wanted=wanted)
-
-        rows += [
-            Row(f"SDXL step at {pixels} x {pixels}, CFG, counted", step / BILLION, "10^9 operations"),
-            row("references add", found.term, ADDED),
-            row("they would the authors' way (K, V and LoRA in every layer and step)", found.authors),
-            row("they would IPAdapter_plus' way (K and V in every layer and step)", found.ip_adapter_plus),
-            Row(
-                f"most activations at one time, same step in {counts.DTYPE}; to unpatched",
-                found.patched.peak / GIB,
-                "GiB",
-                found.patched.peak / found.bare.peak,
-            ),
-        ]
+            rows.append(Row(name, operations / BILLION, "10^9 operations", operations / step, wanted=wanted))
+        name = f"most activations at one time, same step in {counts.DTYPE}; to unpatched"
+        rows.append(Row(name, added.patched.peak / GIB, "GiB", added.patched.peak / added.bare.peak))
     if not options.quick:
-        idle = counts.counted(unet, COUNTED[0], 0.0).operations
-        bare = counts.counted(unet, COUNTED[0], None).operations
-        rows.append(
-            Row("references add outside their window, counted", idle - bare, "operations", wanted=NOTHING)
-        )
+        idle, bare = (counts.counted(unet, COUNTED[0], weight).operations for weight in (0.0, None))
+        name = "references add outside their window, counted"
+        rows.append(Row(name, idle - bare, "operations", wanted=NOTHING))
         copied = counts.copied_bytes(counts.DTYPE.itemsize, images=1)
         rows.append(Row("IPAdapter_plus copies K and V over the batch, a step", copied / GIB, "GiB"))
     return rows
 
 
-class Timed(ReferenceProcessor):
+class TimedProcessor(ReferenceProcessor):
     """A processor that adds up the time of its terms; on a CPU, where a call has ended when it returns."""
 
-    spent = 0.0
+    seconds = 0.0
 
     def add_term(self, text: Tensor, q: Tensor, heads: int) -> Tensor:
         start = time.perf_counter()
         out = super().add_term(text, q, heads)
-        Timed.spent += time.perf_counter() - start
+        TimedProcessor.seconds += time.perf_counter() - start
         return out
 
 
@@ -109,133 +100,101 @@ class Ways(NamedTuple):
     bare: list[Any]
     patched: list[ReferenceProcessor]
 
-    def step(self, processors: Sequence[Any], given: Any) -> Tensor:
-        from tools.bench.unet_counts import step
-
+    def step(self, processors: Sequence[Any], tensors: counts.Inputs) -> Tensor:
         for attention, processor in zip(self.attentions, processors, strict=True):
             attention.processor = processor
-        return step(self.unet, given)
+        return counts.step(self.unet, tensors)
 
 
 def both_ways(unet: UNet2DConditionModel, dtype: torch.dtype, device: str) -> Ways:
     """The UNet's own processors, and those with random K and V."""
-    modules = dict(unet.named_modules())
-    attentions = [modules[f"{site.diffusers}.attn2"] for site in cross_attention_widths(unet)]
+    modules, widths = dict(unet.named_modules()), cross_attention_widths(unet)
+    attentions = [modules[f"{site.diffusers}.attn2"] for site in widths]
     bare = [attention.processor for attention in attentions]
     patched = []
-    for width in cross_attention_widths(unet).values():
-        patched.append(Timed() if device == "cpu" else ReferenceProcessor())
+    for width in widths.values():
+        patched.append(TimedProcessor() if device == "cpu" else ReferenceProcessor())
         patched[-1].attend_to(tuple(torch.randn(2, TOKENS, width, device=device).to(dtype) for _ in "kv"))
     return Ways(unet, attentions, bare, patched)
 
 
 def timed(options: Options, say: Say) -> list[Row]:
-    """Seconds of a step and memory, patched against unpatched; nothing where the weights have no room."""
-    from easyref_core.training.full_size import UNET
+    """Seconds of a step and memory, patched against unpatched; nothing where the weights do not fit."""
+    from diffusers import UNet2DConditionModel
 
     on_gpu = options.device != "cpu"
     dtype = torch.float16 if on_gpu else torch.float32
-    config = UNET | SMALL if options.quick else UNET
-    unet = _on_meta(config)
+    gc.collect()
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**(UNET | SMALL if options.quick else UNET))
     size = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
-    if not on_gpu and size * 1.2 > (free := free_bytes() or size * 2):
+    if not on_gpu and size * 1.2 > (free := psutil.virtual_memory().available):
         say(f"  times left out: the UNet takes {size / GIB:.1f} GiB and {free / GIB:.1f} are free.")
         return []
     say(f"  making random weights, {size / GIB:.1f} GiB")
-    ways = both_ways(materialised(unet, options.device, dtype), dtype, options.device)
-    kind = "small UNet" if options.quick else "SDXL"
-    rows = []
+    ways = both_ways(materialize(unet, options.device, dtype), dtype, options.device)
+    kind, rows = "small UNet" if options.quick else "SDXL", []
     for pixels in (ON_GPU,) if on_gpu and not options.quick else options.pixels:
-        rows += _timed_at(
-            ways, pixels, f"{kind} step at {pixels} x {pixels}, CFG, {dtype}", dtype, options, say
-        )
+        tensors = counts.inputs(pixels, dtype, options.device)
+        rows += _timed_at(ways, tensors, f"{kind} step at {pixels} x {pixels}, CFG, {dtype}", options, say)
     return rows
 
 
-def _timed_at(
-    ways: Ways, pixels: int, name: str, dtype: torch.dtype, options: Options, say: Say
-) -> list[Row]:
-    from tools.bench.unet_counts import inputs
-
-    given, device = inputs(pixels, dtype, options.device), options.device
+def _timed_at(ways: Ways, tensors: counts.Inputs, name: str, options: Options, say: Say) -> list[Row]:
     say(f"  {name}: unpatched, patched")
-    bare, patched = (partial(ways.step, way, given) for way in (ways.bare, ways.patched))
-    pairs = interleaved(bare, patched, options.pairs, say, device)
-    rows = [pairs.row(f"{name}; patched to unpatched", None if options.quick else SLOWER)]
-    same = interleaved(bare, bare, options.pairs, say, device)
-    rows.append(same.row(f"{name}; unpatched to itself: what the clock can tell"))
-    if device == "cpu":
-        rows.append(_terms_row(name, patched, options))
+    bare, patched = (partial(ways.step, way, tensors) for way in (ways.bare, ways.patched))
+    pairs = interleaved(bare, patched, options.pairs, say)
+    same = interleaved(bare, bare, options.pairs, say)
+    rows = [
+        pairs.row(f"{name}; patched to unpatched", None if options.quick else MAX_SLOWER),
+        same.row(f"{name}; unpatched to itself: what the clock can tell"),
+    ]
+    if options.device == "cpu":
+        steps, terms = [], []
+        for _ in range(options.pairs):
+            TimedProcessor.seconds = 0.0
+            steps.append(seconds(patched))
+            terms.append(TimedProcessor.seconds)
+        rows.append(terms_row(name, steps, terms, None if options.quick else MAX_IN_TERMS))
     else:
-        rows += _roofline_rows(ways, name, patched, pairs, dtype, device)
-    return rows + _memory_rows(name, bare, patched, device)
-
-
-def _memory_rows(name: str, bare: Callable[[], Any], patched: Callable[[], Any], device: str) -> list[Row]:
-    """The most memory of a step beside the weights: with references, to that without."""
-    found = []
+        rows += _roofline_rows(ways.unet, name, patched, pairs.medians[1])
+    peaks = []
     for way in (bare, patched):
-        with peak_memory(device) as peak:
+        with PeakMemory(options.device) as peak:
             way()
-        found.append(peak.added)
-    if not all(found):  # not known, or too small to be seen
-        return []
-    label = f"{name}: most memory beside the weights; to unpatched"
-    return [Row(label, found[1] / GIB, "GiB", found[1] / found[0])]
+        peaks.append(peak.added)
+    if all(peaks):  # known, and large enough to be measured
+        label = f"{name}: most memory beside the weights; to unpatched"
+        rows.append(Row(label, peaks[1] / GIB, "GiB", peaks[1] / peaks[0]))
+    return rows
 
 
-def terms_row(name: str, whole: Sequence[float], terms: Sequence[float], wanted: Limit | None) -> Row:
-    """Seconds in the reference terms of a step, and their ratio to the rest of the step: one figure of each per step."""
-    rest = tuple(step - term for step, term in zip(whole, terms, strict=True))
+def terms_row(name: str, steps: Sequence[float], terms: Sequence[float], wanted: Limit | None) -> Row:
+    """Seconds in the reference terms of each step, and their ratio to the rest of that step."""
+    rest = tuple(step - term for step, term in zip(steps, terms, strict=True))
     label = f"{name}: time in all reference terms; to the rest of their step"
     return Pairs(rest, tuple(terms)).row(label, wanted)
 
 
-def _terms_row(name: str, patched: Callable[[], Any], options: Options) -> Row:
-    whole, terms = [], []
-    for _ in range(options.pairs):
-        Timed.spent = 0.0
-        whole.append(seconds(patched))
-        terms.append(Timed.spent)
-    return terms_row(name, whole, terms, None if options.quick else IN_TERMS)
-
-
-def _roofline_rows(
-    ways: Ways,
-    name: str,
-    patched: Callable[[], Any],
-    pairs: Pairs,
-    dtype: torch.dtype,
-    device: str,
-) -> list[Row]:
-    """What the device could do at best: the step's operations at the speed of a large matrix product."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+def _roofline_rows(unet: UNet2DConditionModel, name: str, step: Callable[[], Any], took: float) -> list[Row]:
+    """Least time of a step on the device: its operations at the speed of a large matrix product."""
     with FlopCounterMode(display=False) as operations:
-        patched()
-    weights = sum(parameter.nbytes for parameter in ways.unet.parameters())
+        step()
+    weights = list(unet.parameters())
+    dtype, device = weights[0].dtype, weights[0].device
     speed, copying = peaks(dtype, device)
-    floor = max(operations.get_total_flops() / speed, weights / copying)
+    floor = max(operations.get_total_flops() / speed, sum(weight.nbytes for weight in weights) / copying)
     return [
-        Row(f"{name}: at the device's peak; the step's time to it", floor, "s", pairs.medians[1] / floor),
+        Row(f"{name}: at the device's peak; the step's time to it", floor, "s", took / floor),
         Row(f"{name}: peak of a large matrix product, {dtype}", speed / 1e12, "10^12 operations/s"),
         Row(f"{name}: peak of a large copy, read and written", copying / 1e9, "10^9 bytes/s"),
     ]
 
 
-def peaks(dtype: torch.dtype, device: str, side: int = 8192) -> tuple[float, float]:
-    """Operations a second of a matrix product, side x side, and bytes a second of a copy of as many values."""
+def peaks(dtype: torch.dtype, device: torch.device, side: int = 8192) -> tuple[float, float]:
+    """Operations per second of a matrix product, side x side; bytes per second of a copy of as many."""
     a, b, c = (torch.randn(side, side, device=device).to(dtype) for _ in "abc")
     product, copy = (
-        [seconds(call, device) for _ in range(5)]
-        for call in (lambda: torch.mm(a, b, out=c), lambda: c.copy_(a))
+        min(seconds(call) for _ in range(5)) for call in (lambda: torch.mm(a, b, out=c), lambda: c.copy_(a))
     )
-    return 2 * side**3 / min(product), 2 * a.nbytes / min(copy)
-
-
-def _on_meta(config: dict[str, Any]) -> UNet2DConditionModel:
-    from diffusers import UNet2DConditionModel
-
-    gc.collect()
-    with torch.device("meta"):
-        return UNet2DConditionModel(**config)
+    return 2 * side**3 / product, 2 * a.nbytes / copy

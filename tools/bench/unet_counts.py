@@ -1,7 +1,7 @@
-"""Operations of one step of SDXL's UNet, and what the reference term adds to them: counted at full size, without weights.
+"""Operations of one step of SDXL's UNet and of the reference term, counted at full size without weights.
 
-A step is one call on the two rows of classifier-free guidance. An operation is an addition or a multiplication of a matrix
-product, a convolution or an attention.
+A step is one call on the two rows of classifier-free guidance. An operation is an addition or a
+multiplication of a matrix product, a convolution or an attention, as torch.utils.flop_counter counts them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 ROWS = 2  # of the batch: classifier-free guidance
 PIXELS_PER_LATENT = 8
 
+Inputs = tuple[tuple["Tensor", ...], Mapping[str, "Tensor"]]
+
 
 class Added(NamedTuple):
-    """Operations of a step without references, and what each way adds to them."""
+    """Operations of a step without references, and those that each way adds to them."""
 
     bare: Counted
     patched: Counted  # as this project does it
@@ -40,7 +42,7 @@ class Added(NamedTuple):
 
     @property
     def authors(self) -> int:
-        """The authors' processors project K and V in every layer of every step, and run the LoRA beside the layers."""
+        """The authors' processors project K and V in each layer of each step, and run the LoRA beside it."""
         return self.term + self.projections + self.lora
 
     @property
@@ -49,22 +51,22 @@ class Added(NamedTuple):
         return self.term + self.projections
 
 
-def inputs(pixels: int, dtype: torch.dtype, device: str) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Latents (2, 4, h, w), timesteps (2,) and text (2, 77, 2048), and what SDXL reads beside them. Random, but on meta."""
+def inputs(pixels: int, dtype: torch.dtype, device: str) -> Inputs:
+    """Latents (2, 4, h, w), timesteps (2,), text (2, 77, 2048) and SDXL's other conditions; random values."""
     side = pixels // PIXELS_PER_LATENT
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
     text = random(ROWS, PROMPT_TOKENS, EASYREF.token_width)
-    given = random(ROWS, 4, side, side), torch.full((ROWS,), 500.0, device=device), text
-    return given, {"text_embeds": random(ROWS, POOLED), "time_ids": random(ROWS, 6)}
+    tensors = random(ROWS, 4, side, side), torch.full((ROWS,), 500.0, device=device), text
+    return tensors, {"text_embeds": random(ROWS, POOLED), "time_ids": random(ROWS, 6)}
 
 
-def step(unet: UNet2DConditionModel, given: tuple[tuple[Tensor, ...], Mapping[str, Tensor]]) -> Tensor:
-    """One call of the UNet on what `inputs` gives."""
-    (latents, timesteps, text), added = given
-    return unet(latents, timesteps, encoder_hidden_states=text, added_cond_kwargs=added).sample
+def step(unet: UNet2DConditionModel, tensors: Inputs) -> Tensor:
+    """One call of the UNet on what `inputs` returns."""
+    (latents, timesteps, text), conditions = tensors
+    return unet(latents, timesteps, encoder_hidden_states=text, added_cond_kwargs=conditions).sample
 
 
 def added(unet: UNet2DConditionModel, pixels: int) -> Added:
@@ -76,45 +78,42 @@ def added(unet: UNet2DConditionModel, pixels: int) -> Added:
 
 
 def counted(unet: UNet2DConditionModel, pixels: int, weight: float | None) -> Counted:
-    """One step with references at this weight (0: outside their window); with nothing attached where it is None."""
-    given = inputs(pixels, DTYPE, "meta")
+    """One step with references at this weight (0: outside their window); None attaches nothing."""
+    tensors = inputs(pixels, DTYPE, "meta")
     if weight is None:
-        return count(lambda: step(unet, given))
+        return count(lambda: step(unet, tensors))
     attachment = attach(unet, weight=weight)
     attachment.condition([(empty(ROWS, EASYREF.num_tokens, width),) * 2 for width in sites().values()])
     try:
-        return count(lambda: step(unet, given))
+        return count(lambda: step(unet, tensors))
     finally:
         attachment.remove()
 
 
 def term_by_hand(pixels: int) -> int:
-    """The same as Added.term, from shapes: two products of queries with 64 keys and values at each site."""
-    return sum(
-        2 * 2 * ROWS * queries(pixels, width) * EASYREF.num_tokens * width for width in sites().values()
-    )
+    """Added.term from shapes: two products of queries with 64 keys and values at each site."""
+    products = (queries(pixels, width) * EASYREF.num_tokens * width for width in sites().values())
+    return 2 * 2 * ROWS * sum(products)
 
 
 def lora_by_hand(pixels: int) -> int:
-    """Two products more at q, k, v and out of each attention, with all its tokens; k and v of attn2 have the text's."""
-    found = sites()
-    shapes = lora_shapes(EASYREF, found)
-    operations = 0
-    for name, shape in shapes.items():
-        width = found[parse_diffusers(name.removeprefix("unet."))]
-        reads_text = ".attn2." in name and ("to_k" in name or "to_v" in name)
-        tokens = PROMPT_TOKENS if reads_text else queries(pixels, width)
+    """Two products at q, k, v and out of each attention, over its tokens (k and v of attn2: the text's)."""
+    widths, operations = sites(), 0
+    for name, shape in lora_shapes(EASYREF, widths).items():
+        of_text = ".attn2." in name and ("to_k" in name or "to_v" in name)
+        width = widths[parse_diffusers(name.removeprefix("unet."))]
+        tokens = PROMPT_TOKENS if of_text else queries(pixels, width)
         operations += 2 * ROWS * tokens * shape[0] * shape[1]
     return operations
 
 
 def queries(pixels: int, width: int) -> int:
-    """Tokens of a picture in an attention of SDXL: those 640 wide see the latents halved, those 1280 wide quartered."""
+    """Tokens of an image in an attention: latents are halved where it is 640 wide, quartered where 1280."""
     return (pixels // PIXELS_PER_LATENT // {640: 2, 1280: 4}[width]) ** 2
 
 
 def copied_bytes(itemsize: int, images: int) -> int:
-    """Bytes that IPAdapter_plus writes in a step by repeating K and V over the rows of a batch of `images`, with CFG."""
+    """Bytes that IPAdapter_plus writes in a step by repeating K and V over a batch of `images`, with CFG."""
     return 2 * ROWS * images * EASYREF.num_tokens * sum(sites().values()) * itemsize
 
 
