@@ -60,7 +60,7 @@ def counted(options: Options, say: Say) -> list[Row]:
     for pixels in COUNTED[:1] if options.quick else COUNTED:
         say(f"  counting at {pixels} x {pixels}")
         found = counts.added(unet, pixels)
-        step = found.bare.operations
+        step = found.bare.flops
 
         def row(what: str, added: int, wanted: Limit | None = None, pixels=pixels, step=step) -> Row:
             name = f"{what}, SDXL step at {pixels} x {pixels}, CFG, counted; to the step's own"
@@ -73,14 +73,14 @@ def counted(options: Options, say: Say) -> list[Row]:
             row("they would IPAdapter_plus' way (K and V in every layer and step)", found.ip_adapter_plus),
             Row(
                 f"most activations at one time, same step in {counts.DTYPE}; to unpatched",
-                found.patched.peak / GIB,
+                found.patched.peak_bytes / GIB,
                 "GiB",
-                found.patched.peak / found.bare.peak,
+                found.patched.peak_bytes / found.bare.peak_bytes,
             ),
         ]
     if not options.quick:
-        idle = counts.counted(unet, COUNTED[0], 0.0).operations
-        bare = counts.counted(unet, COUNTED[0], None).operations
+        idle = counts.counted(unet, COUNTED[0], 0.0).flops
+        bare = counts.counted(unet, COUNTED[0], None).flops
         rows.append(
             Row("references add outside their window, counted", idle - bare, "operations", wanted=NOTHING)
         )

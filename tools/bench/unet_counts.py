@@ -1,7 +1,7 @@
-"""Operations of one step of SDXL's UNet, and what the reference term adds to them: counted at full size, without weights.
+"""FLOPs of one step of SDXL's UNet and of the reference term, counted at full size on the meta device.
 
-A step is one call on the two rows of classifier-free guidance. An operation is an addition or a multiplication of a matrix
-product, a convolution or an attention.
+A step is one call on the two rows of classifier-free guidance. Counted are matrix products, convolutions and
+attention.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from easyref_core.checkpoint.checkpoint import lora_shapes
-from easyref_core.training.counting import Counted, count
+from easyref_core.training.counting import Cost, count
 from easyref_core.training.full_size import DTYPE, EASYREF, POOLED, PROMPT_TOKENS, sites
 from easyref_core.unet.diffusers_unet import attach
 from easyref_core.unet.layout import parse_diffusers
@@ -27,30 +27,30 @@ PIXELS_PER_LATENT = 8
 
 
 class Added(NamedTuple):
-    """Operations of a step without references, and what each way adds to them."""
+    """Cost of a step without references, and the cost that each implementation adds."""
 
-    bare: Counted
-    patched: Counted  # as this project does it
+    bare: Cost
+    patched: Cost  # with this project's attachment
     projections: int  # K and V of all sites, once
-    lora: int  # the attention LoRA beside the layers, not merged into them
+    lora: int  # the attention LoRA, unmerged
 
     @property
     def term(self) -> int:
-        return self.patched.operations - self.bare.operations
+        return self.patched.flops - self.bare.flops
 
     @property
     def authors(self) -> int:
-        """The authors' processors project K and V in every layer of every step, and run the LoRA beside the layers."""
+        """Cost in the authors' code, which projects K and V in every step and runs the LoRA unmerged."""
         return self.term + self.projections + self.lora
 
     @property
     def ip_adapter_plus(self) -> int:
-        """IPAdapter_plus projects K and V in every layer of every step; the host has merged the LoRA."""
+        """Cost in IPAdapter_plus, which projects K and V in every step; the host merges the LoRA."""
         return self.term + self.projections
 
 
 def inputs(pixels: int, dtype: torch.dtype, device: str) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Latents (2, 4, h, w), timesteps (2,) and text (2, 77, 2048), and what SDXL reads beside them. Random, but on meta."""
+    """Random latents (2, 4, h, w), timesteps (2,), text (2, 77, 2048), and SDXL's added conditioning."""
     side = pixels // PIXELS_PER_LATENT
 
     def random(*shape: int) -> Tensor:
@@ -62,21 +62,21 @@ def inputs(pixels: int, dtype: torch.dtype, device: str) -> tuple[tuple[Tensor, 
 
 
 def step(unet: UNet2DConditionModel, given: tuple[tuple[Tensor, ...], Mapping[str, Tensor]]) -> Tensor:
-    """One call of the UNet on what `inputs` gives."""
+    """One call of the UNet on `inputs`."""
     (latents, timesteps, text), added = given
     return unet(latents, timesteps, encoder_hidden_states=text, added_cond_kwargs=added).sample
 
 
 def added(unet: UNet2DConditionModel, pixels: int) -> Added:
-    """Counted on a full-size UNet on the meta device; the LoRA from its shapes."""
+    """Count on a full-size UNet on the meta device; the LoRA's cost follows from its shapes."""
     projections = KVProjections(tuple(sites().values()), EASYREF.token_width, device="meta", dtype=DTYPE)
     tokens = empty(ROWS, EASYREF.num_tokens, EASYREF.token_width)
     bare, patched = counted(unet, pixels, None), counted(unet, pixels, 1.0)
-    return Added(bare, patched, count(lambda: projections(tokens)).operations, lora_by_hand(pixels))
+    return Added(bare, patched, count(lambda: projections(tokens)).flops, lora_by_hand(pixels))
 
 
-def counted(unet: UNet2DConditionModel, pixels: int, weight: float | None) -> Counted:
-    """One step with references at this weight (0: outside their window); with nothing attached where it is None."""
+def counted(unet: UNet2DConditionModel, pixels: int, weight: float | None) -> Cost:
+    """One step with references of this weight (0: outside their window); None attaches nothing."""
     given = inputs(pixels, DTYPE, "meta")
     if weight is None:
         return count(lambda: step(unet, given))
@@ -89,14 +89,14 @@ def counted(unet: UNet2DConditionModel, pixels: int, weight: float | None) -> Co
 
 
 def term_by_hand(pixels: int) -> int:
-    """The same as Added.term, from shapes: two products of queries with 64 keys and values at each site."""
+    """Added.term from shapes: two products of queries with 64 keys and values at each site."""
     return sum(
         2 * 2 * ROWS * queries(pixels, width) * EASYREF.num_tokens * width for width in sites().values()
     )
 
 
 def lora_by_hand(pixels: int) -> int:
-    """Two products more at q, k, v and out of each attention, with all its tokens; k and v of attn2 have the text's."""
+    """Cost of the LoRA from shapes: two products at q, k, v and out of each attention."""
     found = sites()
     shapes = lora_shapes(EASYREF, tuple(found), tuple(found.values()))
     operations = 0
@@ -109,12 +109,12 @@ def lora_by_hand(pixels: int) -> int:
 
 
 def queries(pixels: int, width: int) -> int:
-    """Tokens of a picture in an attention of SDXL: those 640 wide see the latents halved, those 1280 wide quartered."""
+    """Image tokens of an SDXL attention: the latents are halved at width 640, quartered at 1280."""
     return (pixels // PIXELS_PER_LATENT // {640: 2, 1280: 4}[width]) ** 2
 
 
 def copied_bytes(itemsize: int, images: int) -> int:
-    """Bytes that IPAdapter_plus writes in a step by repeating K and V over the rows of a batch of `images`, with CFG."""
+    """Bytes that IPAdapter_plus writes per step by repeating K and V over `images` rows, with CFG."""
     return 2 * ROWS * images * EASYREF.num_tokens * sum(sites().values()) * itemsize
 
 
