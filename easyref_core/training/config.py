@@ -205,9 +205,9 @@ def _value(annotation: Any, value: Any, name: str) -> Any:
             pass
     kinds = {int: int, float: int | float, str: str, bool: bool, Path: str}.get(annotation, Mapping)
     if isinstance(value, kinds) and (annotation is bool or not isinstance(value, bool)):
-        return (
-            Path(value).expanduser() if annotation is Path else float(value) if annotation is float else value
-        )
+        if annotation is Path:
+            return Path(value).expanduser()
+        return float(value) if annotation is float else value
     expected = NAMES.get(annotation, "a section of keys")
     raise ValueError(f"{name} is {value!r} ({_kind(value)}), expected {expected}.")
 

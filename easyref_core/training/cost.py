@@ -186,7 +186,7 @@ def flops_table() -> str:
 def cost_table() -> str:
     rows = []
     for plan, gpus in ((plan, gpus) for plan in PLANS for gpus in GPUS):
-        plain, recomputing = both = [Estimate(plan, gpus, checkpointing) for checkpointing in (False, True)]
+        plain, _ = both = [Estimate(plan, gpus, checkpointing) for checkpointing in (False, True)]
         rows.append(
             (
                 label(plan),
@@ -194,10 +194,10 @@ def cost_table() -> str:
                 f"{plan.batch} x {plain.accumulation}",
                 _gigabytes(plain.frozen_bytes),
                 _gigabytes(plain.trained_bytes),
-                *(_gigabytes(estimate.activation_bytes) for estimate in both),
-                *(_total(estimate) for estimate in both),
-                *(f"{estimate.seconds:.1f}" for estimate in both),
-                *(_days(estimate) for estimate in both),
+                *(_gigabytes(e.activation_bytes) for e in both),
+                *(_total(e) for e in both),
+                *(f"{e.seconds:.1f}" for e in both),
+                *(f"{e.days:.{0 if e.days >= 10 else 1}f}" for e in both),
             )
         )
     return table(
@@ -213,12 +213,8 @@ def _gigabytes(size: float) -> str:
 
 def _total(estimate: Estimate) -> str:
     """Total memory, bold if it exceeds the GPU's."""
-    text = _gigabytes(estimate.total_bytes)
-    return text if estimate.total_bytes <= estimate.machine.memory_bytes else f"**{text}**"
-
-
-def _days(estimate: Estimate) -> str:
-    return f"{estimate.days:.0f}" if estimate.days >= 10 else f"{estimate.days:.1f}"
+    bold = "**" if estimate.total_bytes > estimate.machine.memory_bytes else ""
+    return f"{bold}{_gigabytes(estimate.total_bytes)}{bold}"
 
 
 def saving_table() -> str:

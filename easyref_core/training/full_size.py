@@ -130,6 +130,7 @@ def weights(stage: Stage) -> Weights:
     return Weights(EASYREF, tuple(sites()), tuple(sites().values()), tensors, body_is_base=True)
 
 
+@cache
 def parameters() -> dict[str, int]:
     """Number of parameters by parameter group of EasyRef and by model of SDXL."""
     numbers: Counter[str] = Counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
@@ -30,18 +31,6 @@ if TYPE_CHECKING:
 
 # All references encoded together, or each alone and then averaged or concatenated (paper, table 5).
 AGGREGATIONS = ("easyref", "average", "concatenation")
-
-
-class LowRank(nn.Module):
-    """LoRA of one layer: up(down(x))."""
-
-    def __init__(self, width: int, out: int, rank: int, **factory: object) -> None:
-        super().__init__()
-        self.down = nn.Linear(width, rank, bias=False, **factory)
-        self.up = nn.Linear(rank, out, bias=False, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))
 
 
 class TrainableEasyRef(nn.Module):
@@ -187,11 +176,13 @@ def _layer_path(key: str) -> str:
 
 
 def _lora_layers(tensors: Mapping[str, Tensor]) -> nn.ModuleDict:
+    """Linear layers up(down(x)) by `_layer_path` key."""
     lora = nn.ModuleDict()
     for name, down in tensors.items():
         if match := re.fullmatch(r"unet\.(.+)\.processor\.(to_\w+)_lora\.down\.weight", name):
-            up = tensors[_lora_name(match[1], match[2], "up")]
-            layer = LowRank(down.shape[1], up.shape[0], down.shape[0], device="meta")
-            layer.load_state_dict({"down.weight": down, "up.weight": up}, assign=True)
+            sides = {"down": down, "up": tensors[_lora_name(match[1], match[2], "up")]}
+            linears = {side: nn.Linear(*w.T.shape, bias=False, device="meta") for side, w in sides.items()}
+            layer = nn.Sequential(OrderedDict(linears))
+            layer.load_state_dict({f"{side}.weight": w for side, w in sides.items()}, assign=True)
             lora[f"{match[1]}.{match[2]}".replace(".", "/")] = layer
     return lora

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from easyref_core.training.base_model import BaseModel
-from easyref_core.training.config import Settings
+from easyref_core.training.loop import train
 
 from . import tiny
 
@@ -33,6 +32,12 @@ def examples() -> tiny.TinyExamples:
 
 
 @pytest.fixture
-def settings(base_folder: Path, tmp_path: Path) -> Callable[..., Settings]:
+def settings(base_folder: Path, tmp_path: Path) -> tiny.MakeSettings:
     """Factory of settings of a tiny run in tmp_path."""
     return lambda **changes: tiny.settings(base_folder, **{"output": tmp_path} | changes)
+
+
+@pytest.fixture
+def train_tiny(settings: tiny.MakeSettings, examples: tiny.TinyExamples) -> tiny.Train:
+    """Train with `settings` and return the checkpoint."""
+    return lambda **changes: train(settings(**changes), examples)

@@ -20,7 +20,7 @@ import easyref_core.training
 from easyref_core.mllm.preprocess import preprocess
 from easyref_core.training.base_model import BaseModel
 from easyref_core.training.batches import MicroBatches, loader
-from easyref_core.training.config import Samples, Settings, load
+from easyref_core.training.config import Samples, load
 from easyref_core.training.initial import from_checkpoint
 from easyref_core.training.loop import make_accelerator, train
 from easyref_core.training.run import DATASETS, Run, learning_rate, randomness
@@ -29,12 +29,14 @@ from easyref_core.training.sampling import generate_images, references_of
 from easyref_core.training.stages import STAGES
 
 from . import tiny
+from .tiny import MakeSettings, TinyExamples, Train
 
 CONFIGS = Path(easyref_core.training.__file__).parent / "configs"
+MakeRun = Callable[..., Run]
 
 
 @pytest.fixture
-def make_run(settings: Callable[..., Settings], examples: tiny.TinyExamples) -> Callable[..., Run]:
+def make_run(settings: MakeSettings, examples: TinyExamples) -> MakeRun:
     def make(**changes: Any) -> Run:
         made = settings(**changes)
         return Run(made, make_accelerator(made.accumulation), examples)
@@ -47,7 +49,7 @@ def trained(run: Run) -> dict[str, torch.nn.Parameter]:
 
 
 class TestUpdate:
-    def test_update_is_adamw_by_hand(self, make_run: Callable[..., Run], examples: tiny.TinyExamples) -> None:
+    def test_update_is_adamw_by_hand(self, make_run: MakeRun, examples: TinyExamples) -> None:
         """m and v of the first step are the gradient and its square: the step is rate * g / (|g| + eps)."""
         run, batch = make_run(learning_rate=1e-3), examples.batch(range(2))
         before = {name: parameter.detach().clone() for name, parameter in trained(run).items()}
@@ -69,7 +71,7 @@ class TestUpdate:
             assert torch.allclose(after, expected, atol=1e-7, rtol=1e-5), name
 
     def test_accumulated_micro_batches_equal_one_batch(
-        self, make_run: Callable[..., Run], examples: tiny.TinyExamples
+        self, make_run: MakeRun, examples: TinyExamples
     ) -> None:
         gradients = []
         for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
@@ -83,7 +85,7 @@ class TestUpdate:
             assert all((g[name] - expected).norm() <= limit for g in gradients), name
 
     def test_noise_and_timestep_follow_from_the_sample_seed(
-        self, base: BaseModel, examples: tiny.TinyExamples
+        self, base: BaseModel, examples: TinyExamples
     ) -> None:
         together = randomness(examples.batch(range(4)), base)
         alone = [randomness(examples.batch(range(i, i + 1)), base) for i in range(4)]
@@ -91,17 +93,13 @@ class TestUpdate:
             assert torch.equal(batch, torch.cat(rows))
         assert len(set(together[0].tolist())) > 1
 
-    def test_precomputed_latents_are_used(
-        self, make_run: Callable[..., Run], examples: tiny.TinyExamples
-    ) -> None:
+    def test_precomputed_latents_are_used(self, make_run: MakeRun, examples: TinyExamples) -> None:
         run, batch = make_run(), examples.batch(range(2))
         latents = run.latents(batch, randomness(batch, run.base)[2])
         precomputed = dataclasses.replace(batch, pixels=None, latents=latents)
         assert torch.equal(run.loss(batch), run.loss(precomputed))
 
-    def test_loss_falls_on_a_fixed_set(
-        self, make_run: Callable[..., Run], examples: tiny.TinyExamples
-    ) -> None:
+    def test_loss_falls_on_a_fixed_set(self, make_run: MakeRun, examples: TinyExamples) -> None:
         run = make_run(**tiny.GOLDEN_START, learning_rate=1e-2, batch_size=4)
         batch = examples.batch(range(4))
         losses = [run.update(iter([batch]), number, measure=False)[0].item() for number in range(30)]
@@ -110,7 +108,7 @@ class TestUpdate:
 
 @pytest.fixture(scope="module")
 def chain(
-    base_folder: Path, tmp_path_factory: pytest.TempPathFactory, examples: tiny.TinyExamples
+    base_folder: Path, tmp_path_factory: pytest.TempPathFactory, examples: TinyExamples
 ) -> dict[str, Path]:
     """Checkpoints of one update of each stage, each started from the previous one."""
     folder, results = tmp_path_factory.mktemp("chain"), {}
@@ -144,9 +142,9 @@ class TestStages:
             assert 0.5e-2 < max(steps.values()) <= 1.001e-2
 
     def test_first_stage_after_others_keeps_their_body_and_lora(
-        self, settings: Callable[..., Settings], chain: dict[str, Path], examples: tiny.TinyExamples
+        self, train_tiny: Train, chain: dict[str, Path]
     ) -> None:
-        result = train(settings(start=chain["multi_reference"]), examples)
+        result = train_tiny(start=chain["multi_reference"])
         before, after = load_file(chain["multi_reference"]), load_file(result)
         assert before.keys() == after.keys()
         same = {name for name in before if torch.equal(before[name], after[name])}
@@ -160,23 +158,21 @@ class TestStages:
         ],
     )
     def test_sizes_other_than_the_checkpoints_are_refused(
-        self, make_run: Callable[..., Run], chain: dict[str, Path], size: dict[str, int], message: str
+        self, make_run: MakeRun, chain: dict[str, Path], size: dict[str, int], message: str
     ) -> None:
         with pytest.raises(ValueError, match=message):
             make_run(stage="multi_reference", start=chain["single_reference"], **size)
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-    def test_checkpoint_in_half_precision(
-        self, settings: Callable[..., Settings], examples: tiny.TinyExamples, dtype: str
-    ) -> None:
-        result = train(settings(save_dtype=dtype), examples)
+    def test_checkpoint_in_half_precision(self, train_tiny: Train, dtype: str) -> None:
+        result = train_tiny(save_dtype=dtype)
         assert {tensor.dtype for tensor in load_file(result).values()} == {getattr(torch, dtype)}
         er.load(result, tiny.MLLM)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.name)
 def test_every_yaml_runs_a_tiny_update(
-    base_folder: Path, tmp_path: Path, examples: tiny.TinyExamples, file: Path
+    base_folder: Path, tmp_path: Path, examples: TinyExamples, file: Path
 ) -> None:
     for settings in load(file):
         augmentation = dataclasses.replace(settings.data.augmentation, size=tiny.REFERENCE)
@@ -194,10 +190,10 @@ def test_every_yaml_runs_a_tiny_update(
         assert len(list((settings.output / "samples").iterdir())) == 1
 
 
-def test_run_log(settings: Callable[..., Settings], tmp_path: Path, examples: tiny.TinyExamples) -> None:
+def test_run_log(train_tiny: Train, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(settings(updates=3, samples=Samples(every=2, count=2, steps=2)), examples)
+    train_tiny(updates=3, samples=Samples(every=2, count=2, steps=2))
     rows = read_metrics(tmp_path / "metrics.csv")
     assert [row["update"] for row in rows] == [1, 2, 3]
     assert all(math.isfinite(value) and value > 0 for row in rows for value in row.values())
@@ -225,7 +221,7 @@ def bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("bfloat16")
 @pytest.mark.parametrize(("stage", "cached"), [("alignment", True), *((stage, False) for stage in STAGES)])
 def test_frozen_weights_are_bfloat16_and_trained_ones_float32(
-    make_run: Callable[..., Run], tmp_path: Path, examples: tiny.TinyExamples, stage: str, cached: bool
+    make_run: MakeRun, tmp_path: Path, examples: TinyExamples, stage: str, cached: bool
 ) -> None:
     start = {} if stage == "alignment" else {**tiny.GOLDEN_START, "stage": stage}
     cache = {"cache": tmp_path / "cache"} if cached else {}
@@ -241,19 +237,15 @@ def test_frozen_weights_are_bfloat16_and_trained_ones_float32(
 
 
 @pytest.mark.parametrize("aggregation", ["average", "concatenation"])
-def test_other_aggregations_train_and_generate(
-    settings: Callable[..., Settings], tmp_path: Path, examples: tiny.TinyExamples, aggregation: str
-) -> None:
-    train(settings(aggregation=aggregation, samples=Samples(every=1, count=2, steps=2)), examples)
+def test_other_aggregations_train_and_generate(train_tiny: Train, tmp_path: Path, aggregation: str) -> None:
+    train_tiny(aggregation=aggregation, samples=Samples(every=1, count=2, steps=2))
     assert (tmp_path / "samples" / "0000001.png").is_file()
 
 
-def test_cache_does_not_change_the_result(
-    settings: Callable[..., Settings], tmp_path: Path, examples: tiny.TinyExamples
-) -> None:
+def test_cache_does_not_change_the_result(train_tiny: Train, tmp_path: Path, examples: TinyExamples) -> None:
     """Two epochs; in the second, latents and context states come from the cache."""
     plain, cached = (
-        load_file(train(settings(output=tmp_path / name, updates=8, cache=cache), examples))
+        load_file(train_tiny(output=tmp_path / name, updates=8, cache=cache))
         for name, cache in (("plain", None), ("cached", tmp_path / "cache"))
     )
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(examples)
@@ -270,7 +262,7 @@ def test_cache_does_not_change_the_result(
         ("cosine", [1, 0.853553, 0.5, 0.146447]),
     ],
 )
-def test_learning_rate(settings: Callable[..., Settings], schedule: str, expected: list[float]) -> None:
+def test_learning_rate(settings: MakeSettings, schedule: str, expected: list[float]) -> None:
     run = settings(schedule=schedule, updates=6, warmup=2, learning_rate=2.0)
     rates = [learning_rate(run, 2 + number) / 2 for number in range(len(expected))]
     assert rates == pytest.approx(expected, abs=1e-6)

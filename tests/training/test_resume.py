@@ -6,19 +6,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from easyref_core.training.config import Settings
 from easyref_core.training.loop import train
 from easyref_core.training.resume import saved_states
 from easyref_core.training.run_log import read_metrics
 
 from . import tiny
+from .tiny import TinyExamples, Train
 
 WORKER = Path(__file__).with_name("worker.py")
 SAMPLES_PER_UPDATE = 4  # a batch of 2, twice
@@ -30,9 +29,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def complete(
-    base_folder: Path, tmp_path_factory: pytest.TempPathFactory, examples: tiny.TinyExamples
-) -> Path:
+def complete(base_folder: Path, tmp_path_factory: pytest.TempPathFactory, examples: TinyExamples) -> Path:
     """Output folder of an uninterrupted run."""
     output = tmp_path_factory.mktemp("complete")
     train(tiny.resumable(base_folder, output), examples)
@@ -40,7 +37,7 @@ def complete(
 
 
 @pytest.fixture(scope="module")
-def resumed(base_folder: Path, tmp_path_factory: pytest.TempPathFactory, examples: tiny.TinyExamples) -> Path:
+def resumed(base_folder: Path, tmp_path_factory: pytest.TempPathFactory, examples: TinyExamples) -> Path:
     """Output folder of a run that was killed in its sixth update, after saving the fourth, and resumed."""
     output = tmp_path_factory.mktemp("resumed")
     last = 5 * SAMPLES_PER_UPDATE + 1  # in the first micro-batch
@@ -76,30 +73,24 @@ def test_finished_stage_is_not_trained_again(base_folder: Path, resumed: Path) -
     assert result.stat().st_mtime_ns == before
 
 
-def test_other_settings_are_refused(
-    settings: Callable[..., Settings], complete: Path, examples: tiny.TinyExamples
-) -> None:
+def test_other_settings_are_refused(train_tiny: Train, complete: Path) -> None:
     message = r"other settings .*learning_rate was 0.01 and is 1.0.*another output"
     with pytest.raises(ValueError, match=message):
-        train(settings(output=complete, updates=9, learning_rate=1.0), examples)
+        train_tiny(output=complete, updates=9, learning_rate=1.0)
 
 
-def test_another_start_under_the_same_name_is_refused(
-    settings: Callable[..., Settings], tmp_path: Path, examples: tiny.TinyExamples
-) -> None:
+def test_another_start_under_the_same_name_is_refused(train_tiny: Train, tmp_path: Path) -> None:
     start = tmp_path / "start.safetensors"
     shutil.copy(tiny.GOLDEN_START["start"], start)
-    run = settings(output=tmp_path / "run", **tiny.GOLDEN_START | {"start": start})
-    result = train(run, examples)
-    assert train(run, examples) == result
+    run = tiny.GOLDEN_START | {"start": start, "output": tmp_path / "run"}
+    result = train_tiny(**run)
+    assert train_tiny(**run) == result
     shutil.copy(result, start)
     with pytest.raises(ValueError, match="other settings .*contents of start was"):
-        train(run, examples)
+        train_tiny(**run)
 
 
-def test_run_with_constant_rate_can_be_extended(
-    settings: Callable[..., Settings], tmp_path: Path, examples: tiny.TinyExamples
-) -> None:
+def test_run_with_constant_rate_can_be_extended(train_tiny: Train, tmp_path: Path) -> None:
     for name, updates in (("two", 2), ("one", 1), ("one", 2)):
-        train(settings(output=tmp_path / name, updates=updates), examples)
+        train_tiny(output=tmp_path / name, updates=updates)
     assert same_weights(tmp_path / "two", tmp_path / "one")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ from easyref_core.training.examples import Augmentation
 
 if TYPE_CHECKING:
     from easyref_core.mllm.config import EasyRefConfig
+
+MakeSettings = Callable[..., Settings]  # type of the fixture `settings`
+Train = Callable[..., Path]  # type of the fixture `train_tiny`
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 MLLM = GOLDEN / "mllm"
