@@ -77,7 +77,7 @@ class Estimate:
     machine: Machine = A100
 
     @cached_property
-    def trained(self) -> int:
+    def num_trained(self) -> int:
         """Number of parameters with gradients."""
         shapes = {n: s for n, s in released_shapes().items() if group_of(n) in self.plan.stage.trains}
         return sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -95,7 +95,7 @@ class Estimate:
 
         ZeRO-2 shards the 16 over the GPUs.
         """
-        return self.trained * (2 + 16 / (self.gpus if self.plan.zero2 else 1))
+        return self.num_trained * (2 + 16 / (self.gpus if self.plan.zero2 else 1))
 
     @property
     def cost(self) -> MicroBatchCost:

@@ -77,18 +77,18 @@ def from_checkpoint(
     """
     checkpoint = open_checkpoint(path, mllm)
     require_fit("The base model's UNet", cross_attention_widths(unet), checkpoint.widths)
-    config, found = checkpoint.config, checkpoint.config.lora_rank
-    if found and lora_rank not in (0, found):
+    config, rank = checkpoint.config, checkpoint.config.lora_rank
+    if rank and lora_rank not in (0, rank):
         raise ValueError(
-            f"{path} has a LoRA of rank {found}, but the settings have lora_rank {lora_rank}. "
-            f"Set lora_rank: {found}."
+            f"{path} has a LoRA of rank {rank}, but the settings have lora_rank {lora_rank}. "
+            f"Set lora_rank: {rank}."
         )
     tensors = {
         prefix + name: tensor
         for prefix in ("encoder.", "aggregator.", "kv.", "unet.")
         for name, tensor in checkpoint.state(prefix, _float32_copy).items()
     }
-    if lora_rank and not found:
+    if lora_rank and not rank:
         config = dataclasses.replace(config, lora_rank=lora_rank)
         tensors |= fresh_lora(config, checkpoint.sites, checkpoint.inner, torch.Generator().manual_seed(seed))
     body = checkpoint.sources["encoder.embed_tokens.weight"].file.path

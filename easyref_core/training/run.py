@@ -128,8 +128,8 @@ class Run:
                 loss = self.loss(next(batches))
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and (settings.clip or measure):
-                    found = accelerator.clip_grad_norm_(self.prepared.parameters(), settings.clip or math.inf)
-                    norm = math.nan if found is None else found
+                    norm = accelerator.clip_grad_norm_(self.prepared.parameters(), settings.clip or math.inf)
+                    norm = math.nan if norm is None else norm
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 total += loss.detach() / settings.accumulation
@@ -229,10 +229,10 @@ def load_weights(settings: Settings, base: BaseModel) -> Weights:
         return from_base(settings.mllm, base.unet, lora_rank=rank, seed=settings.seed, **sizes)
     weights = from_checkpoint(settings.start, settings.mllm, base.unet, lora_rank=rank, seed=settings.seed)
     for name, expected in sizes.items():
-        if (found := getattr(weights.config, name)) != expected:
+        if (actual := getattr(weights.config, name)) != expected:
             raise ValueError(
-                f"{settings.start} has {name} {found}, but the settings have {expected}. "
-                f"Set {name}: {str(found).lower()}, or start from a checkpoint with {name} {expected}."
+                f"{settings.start} has {name} {actual}, but the settings have {expected}. "
+                f"Set {name}: {str(actual).lower()}, or start from a checkpoint with {name} {expected}."
             )
     return weights
 

@@ -49,9 +49,9 @@ def test_put_and_get(cache: TensorCache) -> None:
     assert cache.get(KEY) is None
     tensors = {"x": torch.randn(2, 3).T, "y": torch.ones(4, dtype=torch.bfloat16)}
     cache.put(KEY, tensors)
-    found = TensorCache(cache.folder).get(KEY)
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    actual = TensorCache(cache.folder).get(KEY)
+    assert actual.keys() == tensors.keys()
+    assert all(torch.equal(actual[name], tensors[name]) for name in tensors)
 
 
 def test_interrupted_put_leaves_no_file(cache: TensorCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +82,8 @@ def test_concurrent_writers_leave_one_valid_file(tmp_path: Path) -> None:
         cache = TensorCache(tmp_path)
         for _ in range(20):
             cache.put(KEY, {"x": torch.full((1000,), float(number))})
-            found = cache.get(KEY)
-            if found is None or found["x"].unique().numel() != 1:
+            actual = cache.get(KEY)
+            if actual is None or actual["x"].unique().numel() != 1:
                 wrong.append(number)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
@@ -141,7 +141,7 @@ def test_cached_contexts_are_the_bodys_for_any_padding(
     unpadded = collate([examples.sample(2)], [0])
     cached_contexts(cache, "body", encode, unpadded)
     for _ in range(2):
-        found = cached_contexts(cache, "body", encode, batch)
-        torch.testing.assert_close(found[mask], expected[mask], rtol=1e-5, atol=1e-5)
-        assert not found[~mask].any()
+        actual = cached_contexts(cache, "body", encode, batch)
+        torch.testing.assert_close(actual[mask], expected[mask], rtol=1e-5, atol=1e-5)
+        assert not actual[~mask].any()
     assert calls == [6, 3, 1, 2]  # references: all together, row 2 alone, then rows 0 and 1

@@ -54,8 +54,8 @@ def test_every_yaml_parses_and_opens_with_its_command(file: Path) -> None:
 def test_published_values(name: str, rate: float, batch: int, accumulation: int, updates: int) -> None:
     [settings] = config.load(CONFIGS / f"{name}.yaml")
     assert settings.stage == name[2:]
-    found = (settings.learning_rate, settings.batch_size, settings.accumulation, settings.updates)
-    assert found == (rate, batch, accumulation, updates)
+    actual = (settings.learning_rate, settings.batch_size, settings.accumulation, settings.updates)
+    assert actual == (rate, batch, accumulation, updates)
     optimizer = (settings.weight_decay, settings.warmup, settings.schedule, settings.clip)
     assert optimizer == (0.0, 0, "constant", None)
     assert (settings.num_tokens, settings.final_layers, settings.lora_rank) == (64, 1, 128)

@@ -35,10 +35,10 @@ def noise(width: int, height: int) -> Image.Image:
 )
 def test_short_side_becomes_the_resolution(size: tuple[int, int], resized: tuple[int, int]) -> None:
     image = noise(*size)
-    found = resize_short_side(image, 64)
-    assert found.size == resized
-    assert found.tobytes() == image.resize(resized, Image.Resampling.BILINEAR).tobytes()
-    assert (found is image) == (size == resized)
+    actual = resize_short_side(image, 64)
+    assert actual.size == resized
+    assert actual.tobytes() == image.resize(resized, Image.Resampling.BILINEAR).tobytes()
+    assert (actual is image) == (size == resized)
 
 
 def test_center_crop() -> None:

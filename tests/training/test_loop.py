@@ -38,8 +38,8 @@ MakeRun = Callable[..., Run]
 @pytest.fixture
 def make_run(settings: MakeSettings, examples: TinyExamples) -> MakeRun:
     def make(**changes: Any) -> Run:
-        made = settings(**changes)
-        return Run(made, make_accelerator(made.accumulation), examples)
+        run_settings = settings(**changes)
+        return Run(run_settings, make_accelerator(run_settings.accumulation), examples)
 
     return make
 
@@ -62,8 +62,8 @@ class TestUpdate:
         loss.backward()
         gradients = {name: parameter.grad.clone() for name, parameter in trained(run).items()}
         run.model.zero_grad()
-        found, norm = run.update(iter([batch]), 0, measure=True)
-        assert math.isclose(found.item(), loss.item(), rel_tol=1e-6)
+        actual, norm = run.update(iter([batch]), 0, measure=True)
+        assert math.isclose(actual.item(), loss.item(), rel_tol=1e-6)
         squares = sum(gradient.square().sum() for gradient in gradients.values())
         assert math.isclose(float(norm), float(squares.sqrt()), rel_tol=1e-5)
         for name, after in trained(run).items():

@@ -55,12 +55,12 @@ def resumed(base_folder: Path, tmp_path_factory: pytest.TempPathFactory, example
 
 def test_weights_and_losses_are_the_same_bit_for_bit(complete: Path, resumed: Path) -> None:
     assert same_weights(complete, resumed)
-    expected, found = (
+    expected, actual = (
         [(row["update"], row["loss"], row["gradient_norm"]) for row in read_metrics(folder / "metrics.csv")]
         for folder in (complete, resumed)
     )
     assert [update for update, *_ in expected] == [1, 2, 3, 4, 5, 6]
-    assert found == expected
+    assert actual == expected
 
 
 def test_only_the_newest_states_are_retained(complete: Path, resumed: Path) -> None:

@@ -61,9 +61,9 @@ def predict(model: TrainableEasyRef, base: BaseModel, batch: Batch) -> torch.Ten
     return model(*noisy(), base.encode_text(batch.prompts), batch)
 
 
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert found.shape == expected.shape
-    assert (found - expected).norm() <= 1e-5 * expected.norm()
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.shape == expected.shape
+    assert (actual - expected).norm() <= 1e-5 * expected.norm()
 
 
 class TestStages:
@@ -148,13 +148,13 @@ class TestEqualityWithTheLoadedModel:
         save(tmp_path / "model.safetensors", model.config, model.sites, tensors)
         loaded = er.load(tmp_path / "model.safetensors", tiny.MLLM)
         with torch.no_grad():
-            (tokens, mask), found = model.tokens_and_mask(batch), predict(model, base, batch)
+            (tokens, mask), actual = model.tokens_and_mask(batch), predict(model, base, batch)
         model.attachment.remove()
         assert (mask is not None) == (aggregation == "concatenation")
         for row, (images, prompt) in enumerate(groups):
             expected = self.tokens(loaded, images, prompt, aggregation)
             assert_close(tokens[row] if mask is None else tokens[row][mask[row]], expected[0])
-            assert_close(found[row : row + 1], self.noise(base, loaded, batch, row, tokens=expected))
+            assert_close(actual[row : row + 1], self.noise(base, loaded, batch, row, tokens=expected))
 
     @staticmethod
     def tokens(loaded: er.EasyRef, images: list, prompt: str, aggregation: str) -> torch.Tensor:

@@ -57,13 +57,13 @@ def inputs(pixels: int, dtype: torch.dtype, device: str) -> tuple[tuple[Tensor, 
         return torch.randn(*shape, device=device).to(dtype)
 
     text = random(ROWS, PROMPT_TOKENS, EASYREF.token_width)
-    given = random(ROWS, 4, side, side), torch.full((ROWS,), 500.0, device=device), text
-    return given, {"text_embeds": random(ROWS, POOLED), "time_ids": random(ROWS, 6)}
+    arguments = random(ROWS, 4, side, side), torch.full((ROWS,), 500.0, device=device), text
+    return arguments, {"text_embeds": random(ROWS, POOLED), "time_ids": random(ROWS, 6)}
 
 
-def step(unet: UNet2DConditionModel, given: tuple[tuple[Tensor, ...], Mapping[str, Tensor]]) -> Tensor:
+def step(unet: UNet2DConditionModel, arguments: tuple[tuple[Tensor, ...], Mapping[str, Tensor]]) -> Tensor:
     """One call of the UNet on `inputs`."""
-    (latents, timesteps, text), added = given
+    (latents, timesteps, text), added = arguments
     return unet(latents, timesteps, encoder_hidden_states=text, added_cond_kwargs=added).sample
 
 
@@ -77,13 +77,13 @@ def added(unet: UNet2DConditionModel, pixels: int) -> Added:
 
 def counted(unet: UNet2DConditionModel, pixels: int, weight: float | None) -> Cost:
     """One step with references of this weight (0: outside their window); None attaches nothing."""
-    given = inputs(pixels, DTYPE, "meta")
+    arguments = inputs(pixels, DTYPE, "meta")
     if weight is None:
-        return count(lambda: step(unet, given))
+        return count(lambda: step(unet, arguments))
     attachment = attach(unet, weight=weight)
     attachment.condition([(empty(ROWS, EASYREF.num_tokens, width),) * 2 for width in sites().values()])
     try:
-        return count(lambda: step(unet, given))
+        return count(lambda: step(unet, arguments))
     finally:
         attachment.remove()
 
@@ -97,11 +97,11 @@ def term_by_hand(pixels: int) -> int:
 
 def lora_by_hand(pixels: int) -> int:
     """Cost of the LoRA from shapes: two products at q, k, v and out of each attention."""
-    found = sites()
-    shapes = lora_shapes(EASYREF, tuple(found), tuple(found.values()))
+    widths = sites()
+    shapes = lora_shapes(EASYREF, tuple(widths), tuple(widths.values()))
     operations = 0
     for name, shape in shapes.items():
-        width = found[parse_diffusers(name.removeprefix("unet."))]
+        width = widths[parse_diffusers(name.removeprefix("unet."))]
         reads_text = ".attn2." in name and ("to_k" in name or "to_v" in name)
         tokens = PROMPT_TOKENS if reads_text else queries(pixels, width)
         operations += 2 * ROWS * tokens * shape[0] * shape[1]
