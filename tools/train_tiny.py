@@ -1,8 +1,8 @@
-"""Makes the tiny model that ships with the pack, from nothing: `make tiny`, at most two hours on two cores.
+"""Trains the tiny model that ships with the pack, from scratch: `make tiny`, at most two hours on two cores.
 
-First what stands for SDXL and Qwen2-VL (easyref_core/tiny/recipe.py), then the project's own three stages
-(easyref_core/training/configs/tiny.yaml), then the accuracy on held-out groups. What is there already is kept, so a run
-that was stopped goes on. `--ship` puts the result in the place of the shipped weights.
+Trains the stand-ins for SDXL and Qwen2-VL (easyref_core/tiny/recipe.py), then EasyRef in three stages
+(easyref_core/training/configs/tiny.yaml), and prints the accuracy on held-out groups. Existing results are
+reused, so an interrupted run continues. `--ship` replaces the shipped weights by the result.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from devkit.hosts import ROOT
 
 TINY = ROOT / "easyref_core" / "tiny"
 CONFIG = ROOT / "easyref_core" / "training" / "configs" / "tiny.yaml"
-GROUPS, SEED = 250, 1000  # held-out groups that are painted, and where their draw starts
+GROUPS, SEED = 250, 1000  # number of held-out groups, and their seed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "tiny", help="where everything goes")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "tiny", help="output folder")
     parser.add_argument("--only-base", action="store_true", help="stop before EasyRef's three stages")
     parser.add_argument("--ship", action="store_true", help="replace the shipped weights by the result")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     complete_cpu_torch()
-    make(arguments.folder, arguments.only_base)
+    train_all(arguments.folder, arguments.only_base)
     if arguments.only_base:
         return
     report(arguments.folder)
@@ -40,8 +40,8 @@ def main() -> None:
         ship(arguments.folder, TINY / "weights")
 
 
-def make(folder: Path, only_base: bool = False) -> None:
-    """The base models and the three stages; the last stage's checkpoint is copied beside the base."""
+def train_all(folder: Path, only_base: bool = False) -> None:
+    """Train the base models and the three stages, and copy the last checkpoint beside the base."""
     from easyref_core.tiny.recipe import BASE, EASYREF, MLLM, make_base
     from easyref_core.training.config import load
     from easyref_core.training.loop import train
@@ -50,8 +50,8 @@ def make(folder: Path, only_base: bool = False) -> None:
     make_base(folder, log.info)
     if only_base:
         return
-    places = [f"base={folder / BASE}", f"mllm={folder / MLLM}", f"output={folder}"]
-    for settings in load(CONFIG, places):
+    overrides = [f"base={folder / BASE}", f"mllm={folder / MLLM}", f"output={folder}"]
+    for settings in load(CONFIG, overrides):
         result = train(settings)
     shutil.copy(result, folder / EASYREF)
 
@@ -68,12 +68,12 @@ def report(folder: Path) -> None:
 
 
 def ship(folder: Path, weights: Path) -> None:
-    """Copy what users need, and nothing of the training."""
+    """Copy the files that inference needs."""
     from easyref_core.tiny.recipe import BASE, CLASSIFIER, EASYREF, MLLM
 
     shutil.rmtree(weights, ignore_errors=True)
     shutil.copytree(folder / BASE, weights / BASE)
-    # the fine-tuned MLLM is in the checkpoint
+    # without weights, because the checkpoint contains the fine-tuned MLLM
     shutil.copytree(folder / MLLM, weights / MLLM, ignore=shutil.ignore_patterns("*.safetensors"))
     for file in (CLASSIFIER, EASYREF):
         shutil.copy(folder / file, weights / file)

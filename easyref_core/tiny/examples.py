@@ -12,6 +12,7 @@ import torch
 from ..mllm.instructions import INSTRUCTION, load_tokenizer, tokenize
 from ..mllm.preprocess import patchify, preprocess
 from ..training.batches import Batch, generator, new_seed, pad_left
+from ..training.config import build
 from ..training.examples import Augmentation, check_rates, choose, drops
 from ..utils.images import black_image
 from .dataset import draw_pool
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ..mllm.config import EasyRefConfig
     from ..training.base_model import BaseModel
+    from ..training.config import Settings
 
 SMALLEST_GROUP = 2
 
@@ -45,6 +48,12 @@ class ProceduralSettings:
         check_rates(self.truncation, self.drop_image, self.drop_text, self.drop_both)
         if self.copies < 1:
             raise ValueError(f"copies is {self.copies}; wanted 1 or more.")
+
+
+def load_procedural(settings: Settings, base: BaseModel, config: EasyRefConfig) -> ProceduralExamples:
+    """The data set of `data.procedural`; training finds it by name (run.DATASETS)."""
+    procedural = build(ProceduralSettings, settings.data.procedural, "data.procedural.")
+    return ProceduralExamples(base, settings.mllm, procedural, settings.seed)
 
 
 class ProceduralExamples:
@@ -80,7 +89,7 @@ class ProceduralExamples:
             references.append([] if without_image else shown)
             ids.append(tokenize(self.tokenizer, INSTRUCTION + prompt, counts)[0])
             seeds.append(new_seed(rng))
-        input_ids, real = pad_left(ids)
+        input_ids, padding_mask = pad_left(ids)
         patches, grid = self.read(references)
         return Batch(
             pixels=None,
@@ -93,7 +102,7 @@ class ProceduralExamples:
             grid=grid,
             references=tuple(max(1, len(group)) for group in references),
             input_ids=input_ids,
-            real=real,
+            padding_mask=padding_mask,
             seeds=torch.tensor(seeds),
         )
 

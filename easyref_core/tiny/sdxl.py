@@ -138,7 +138,7 @@ def _prefix(file: Path) -> None:
 def pool_latents(base: BaseModel, pool: Pool) -> Tensor:
     """The pool's latents (M, 4, 8, 8), scaled."""
     pixels = torch.from_numpy(pool.pictures).movedim(-1, 1)
-    return torch.cat([base.encode_pictures(part / 127.5 - 1) for part in pixels.split(256)])
+    return torch.cat([base.encode_images(part / 127.5 - 1) for part in pixels.split(256)])
 
 
 def _caption(attributes: np.ndarray, rng: np.random.Generator) -> str:

@@ -1,25 +1,25 @@
 """Progressive training: alignment pretraining, single-reference finetuning, multi-reference finetuning.
 
-The flow, in reading order (B groups, K references in each, T reference tokens):
+Modules in reading order (B groups, K references in each, T reference tokens):
 
-    stages.py        the three stages as data: what each trains and what it starts from
-    config.py        YAML and key=value -> Settings, one for each stage of a run
-    rows.py          the authors' JSON rows, checked before the run
-    framing.py       crops, face boxes, native aspect
+    stages.py        the three stages as data: trained parameters and starting point
+    config.py        YAML and key=value -> Settings, one per stage
+    rows.py          reader and validator of the authors' JSON rows
+    crops.py         crops, face boxes, native aspect
     examples.py      a row and a random generator -> one Sample
-    batches.py       Samples -> a Batch; the endless shuffled stream they are taken from
+    batches.py       Samples -> a Batch; the endless shuffled stream of positions
 
-    base_model.py    the frozen half: UNet, VAE, text encoders, noise schedule, from a diffusers SDXL folder
-    initial.py       the weights a run starts from
+    base_model.py    the frozen UNet, VAE, text encoders and noise schedule of a diffusers SDXL folder
+    initial.py       initial weights of a run
     trainable.py     Batch -> reference tokens (B, T, C) -> predicted noise (B, 4, h, w), with gradients
-    run.py           a stage being trained: one update, and the checkpoint it leaves
+    run.py           one stage in training: one update, and the checkpoint
     loop.py          all updates
-    cache.py         latents and context states that need not be computed twice
-    resuming.py      saved states; a killed run continues exactly
-    records.py       progress bar, metrics.csv, TensorBoard, sheets of sample pictures
-    painting.py      pictures from the base model, with guidance
+    cache.py         disk cache of VAE moments and context states
+    resume.py        saved states; a killed run resumes bit for bit
+    run_log.py       progress bar, metrics.csv, TensorBoard, sheets of sample images
+    sampling.py      image generation with guidance
 
-    cost.py          memory and time of each stage at full size, counted
+    cost.py          memory and time of each stage at full size, counted on the meta device
 
-Nothing is imported here: the nodes never need any of it.
+Nothing is imported here, because the nodes need none of it.
 """

@@ -1,4 +1,4 @@
-"""accelerate launch -m easyref_core.training CONFIG.yaml [key=value ...]: train the stages a YAML asks for."""
+"""accelerate launch -m easyref_core.training CONFIG.yaml [key=value ...]: train the stages of a YAML."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from . import config
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m easyref_core.training", description=__doc__)
     parser.add_argument("config", help="the YAML file, see easyref_core/training/configs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the YAML's")
-    parser.add_argument("--only", metavar="STAGE", help="of the YAML's stages this one alone; set its start")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the YAML's")
+    parser.add_argument("--only", metavar="STAGE", help="train only this stage of the YAML; set its start")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(format="%(message)s")
     log = logging.getLogger("easyref_core")
     log.setLevel(logging.INFO)
     try:
-        stages = only(config.load(arguments.config, arguments.overrides), arguments.only)
+        stages = select(config.load(arguments.config, arguments.overrides), arguments.only)
         for number, settings in enumerate(stages):
-            made = [earlier.result for earlier in stages[:number]]
-            settings.require_files(made)
+            settings.require_files([earlier.result for earlier in stages[:number]])
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
-    from .loop import train  # here, because a mistake in the settings should not wait for torch
+    # imported after the settings are validated, because it loads torch
+    from .loop import train
 
     try:
         for settings in stages:
             log.info("%s -> %s", settings.stage, train(settings))
-    except FileNotFoundError as error:  # an MLLM folder without weights, a base without its parts
+    except FileNotFoundError as error:  # an MLLM folder without weights, or an incomplete base
         sys.exit(str(error))
 
 
-def only(stages: list[config.Settings], name: str | None) -> list[config.Settings]:
-    """The stages of that name, all of them for None. Raises ValueError where there is none."""
+def select(stages: list[config.Settings], name: str | None) -> list[config.Settings]:
+    """Return the stages of that name, or all for None. Raises ValueError if there are none."""
     chosen = [settings for settings in stages if name in (None, settings.stage)]
     if not chosen:
         known = ", ".join(settings.stage for settings in stages)

@@ -1,4 +1,4 @@
-"""The frozen half: a diffusers SDXL folder's UNet, VAE, text encoders and noise schedule."""
+"""The frozen base model: a diffusers SDXL folder's UNet, VAE, text encoders and noise schedule."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+Size = tuple[int, int]
+
 
 class Text(NamedTuple):
-    """What SDXL's text encoders say of a batch of prompts."""
+    """Text conditioning of a batch of prompts."""
 
-    states: Tensor  # (B, N, C), the last but one hidden states of both, side by side
-    pooled: Tensor  # (B, P), the second encoder's projection
+    states: Tensor  # (B, N, C): penultimate hidden states of both text encoders, concatenated
+    pooled: Tensor  # (B, P): projection of the second encoder
 
     @classmethod
     def cat(cls, texts: Sequence[Text]) -> Text:
@@ -28,10 +30,10 @@ class Text(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """An SDXL model as training and painting use it. Nothing in it has gradients of its own."""
+    """An SDXL model for training and sampling. None of its parameters requires a gradient."""
 
     unet: UNet2DConditionModel
-    vae: AutoencoderKL  # float32 always: SDXL's overflows in float16
+    vae: AutoencoderKL  # float32 always, because SDXL's overflows in float16
     text_encoder: CLIPTextModel
     text_encoder_2: CLIPTextModelWithProjection
     tokenizer: CLIPTokenizer
@@ -43,48 +45,45 @@ class BaseModel:
     def load(
         cls, folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> BaseModel:
-        """Load the folder of a diffusers StableDiffusionXLPipeline."""
+        """Load the folder of a diffusers StableDiffusionXLPipeline; all but the VAE in `dtype`."""
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
         folder, device = Path(folder), torch.device(device)
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(
-                f"{folder} has no model_index.json: it is not a diffusers SDXL folder. Wanted one with unet/, vae/, "
-                "text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/ and scheduler/, as "
-                "stabilityai/stable-diffusion-xl-base-1.0 has them."
+                f"{folder} has no model_index.json, so it is not a diffusers SDXL folder. Expected one with "
+                "unet/, vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/ and scheduler/, "
+                "such as stabilityai/stable-diffusion-xl-base-1.0."
             )
 
-        def frozen(kind: type, part: str, dtype: torch.dtype) -> torch.nn.Module:
-            model = kind.from_pretrained(
-                str(folder), subfolder=part, torch_dtype=dtype, local_files_only=True
-            )
-            return model.to(device).requires_grad_(False).eval()
+        def local(kind: type, name: str, **options: object) -> object:
+            return kind.from_pretrained(str(folder), subfolder=name, local_files_only=True, **options)
 
-        def offline(kind: type, part: str) -> object:
-            return kind.from_pretrained(str(folder), subfolder=part, local_files_only=True)
+        def frozen(kind: type, name: str, dtype: torch.dtype) -> torch.nn.Module:
+            return local(kind, name, torch_dtype=dtype).to(device).requires_grad_(False).eval()
 
-        unet = frozen(UNet2DConditionModel, "unet", dtype)
         return cls(
-            unet=unet.to(memory_format=torch.channels_last),
+            unet=frozen(UNet2DConditionModel, "unet", dtype).to(memory_format=torch.channels_last),
             vae=frozen(AutoencoderKL, "vae", torch.float32),
             text_encoder=frozen(CLIPTextModel, "text_encoder", dtype),
             text_encoder_2=frozen(CLIPTextModelWithProjection, "text_encoder_2", dtype),
-            # Auto: the class its config names. CLIPTokenizer would read the tiny model's words as bytes and unknowns.
-            tokenizer=offline(AutoTokenizer, "tokenizer"),
-            tokenizer_2=offline(AutoTokenizer, "tokenizer_2"),
-            schedule=offline(DDPMScheduler, "scheduler"),
+            # AutoTokenizer takes the class that the config names; CLIPTokenizer would split the tiny model's
+            # words into bytes and unknowns.
+            tokenizer=local(AutoTokenizer, "tokenizer"),
+            tokenizer_2=local(AutoTokenizer, "tokenizer_2"),
+            schedule=local(DDPMScheduler, "scheduler"),
             device=device,
         )
 
     @property
-    def factor(self) -> int:
+    def vae_scale_factor(self) -> int:
         """Pixels along one side of a latent: 8."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:
-        """What the UNet reads of the prompts; each is cut to what the text encoders have room for."""
+        """Text conditioning of the prompts, each truncated to the length of the text encoders."""
         states = []
         for tokenizer, encoder in (
             (self.tokenizer, self.text_encoder),
@@ -103,32 +102,27 @@ class BaseModel:
 
     @torch.no_grad()
     def latent_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (B, 3, H, W) in -1..1 -> mean and deviation of their latents (B, 4, H / 8, W / 8), scaled, float32."""
+        """Mean and standard deviation of the scaled latents, both (B, 4, H / 8, W / 8) float32.
+
+        pixels: (B, 3, H, W) in -1..1.
+        """
         with torch.autocast(self.device.type, enabled=False):
             distribution = self.vae.encode(pixels.to(self.device, torch.float32)).latent_dist
         factor = self.vae.config.scaling_factor
         return distribution.mean * factor, distribution.std * factor
 
-    def encode_pictures(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """pixels (B, 3, H, W) in -1..1 -> latents (B, 4, H / 8, W / 8), scaled, float32.
-
-        noise: a standard normal draw of the latents' shape gives a draw from the VAE's distribution, as training takes
-        it; None its mean.
-        """
-        mean, deviation = self.latent_moments(pixels)
-        return mean if noise is None else mean + deviation * noise.to(mean.device)
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Mean of the scaled latents, (B, 4, H / 8, W / 8) float32, of pixels (B, 3, H, W) in -1..1."""
+        return self.latent_moments(pixels)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (B, 4, h, w) -> pictures (B, 3, 8 h, 8 w) in 0..1, float32."""
+        """Decode latents (B, 4, h, w) into images (B, 3, 8 h, 8 w) in 0..1, float32."""
         with torch.autocast(self.device.type, enabled=False):
             latents = latents.to(self.device, torch.float32) / self.vae.config.scaling_factor
             return (self.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
-    def time_ids(
-        self, original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int], batch: int = 1
-    ) -> Tensor:
-        """SDXL's conditioning on sizes (batch, 6): original height, width, crop top, left, target height, width."""
-        return torch.tensor([[*original, *crop, *target]], dtype=torch.float32, device=self.device).expand(
-            batch, -1
-        )
+    def time_ids(self, original: Size, crop: Size, target: Size, batch: int = 1) -> Tensor:
+        """SDXL's conditioning (batch, 6): original height, width, crop top, left, target height, width."""
+        sizes = torch.tensor([[*original, *crop, *target]], dtype=torch.float32, device=self.device)
+        return sizes.expand(batch, -1)

@@ -1,4 +1,4 @@
-"""A run's settings: YAML and `key=value` overrides -> frozen dataclasses, every mistake named with its remedy."""
+"""Settings of a run: parses YAML and `key=value` overrides into frozen dataclasses and validates them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Any, Literal
 from .examples import Augmentation
 from .stages import STAGES, Stage
 
-OUTPUT_NAME = "easyref.safetensors"  # what a stage leaves in its output folder
+OUTPUT_NAME = "easyref.safetensors"  # checkpoint in the output folder of a stage
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where examples come from: JSON rows and their pictures, or the tiny model's procedural pictures."""
+    """Source of the examples: JSON rows and image files, or the procedural images of the tiny model."""
 
-    rows: Path | None = None  # the authors' JSON file, see rows.py
+    rows: Path | None = None  # JSON file in the authors' format, see rows.py
     root: Path | None = None  # folder that the file's names are relative to
-    skip_rows: int = 0  # how many broken rows a run may leave out
-    thorough: bool = False  # decode every picture before the run
+    skip_rows: int = 0  # maximum number of broken rows to skip
+    thorough: bool = False  # decode every image before the run
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
-    procedural: Mapping[str, Any] | None = None  # ProceduralSettings of easyref_core.tiny.examples
+    procedural: Mapping[str, Any] | None = None  # see ProceduralSettings of easyref_core.tiny.examples
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Pictures painted during the run, from the first examples of the stream."""
+    """Sample images generated during the run from the first examples of the stream."""
 
     every: int = 0  # updates; 0: none
     count: int = 4
@@ -50,127 +50,122 @@ class Settings:
     data: Data
     updates: int  # optimizer updates; the authors count micro-batches
     learning_rate: float
-    batch_size: int  # of each process
-    accumulation: int = 1  # micro-batches an update
-    start: Path | None = None  # checkpoint of an earlier stage; None: the base MLLM and the UNet
+    batch_size: int  # per process
+    accumulation: int = 1  # micro-batches per update
+    start: Path | None = None  # checkpoint of an earlier stage; None: base MLLM and UNet
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warmup, down to 0 at the end
     warmup: int = 0  # updates
     weight_decay: float = 0.0
-    clip: float | None = None  # largest norm of the gradients
+    clip: float | None = None  # maximum norm of the gradients
     seed: int = 0
     num_tokens: int = 64
-    final_layers: int = 1  # layers that see the reference tokens; 2, 3: the paper's insertion layer -2, -3
+    final_layers: int = 1  # layers with reference tokens; 2, 3: the paper's insertion layer -2, -3
     lora_rank: int = 128  # of the stages that train a LoRA
     causal: bool = True
     aggregation: Literal["easyref", "average", "concatenation"] = "easyref"
     gradient_checkpointing: bool = False
-    workers: int = 0  # processes that make examples
-    cache: Path | None = None  # folder that keeps latents and, in stage 1, context states
+    workers: int = 0  # data loading processes
+    cache: Path | None = None  # folder of cached latents and, in stage 1, context states
     save_every: int = 1000  # updates between saved states
-    keep: int = 2  # saved states that stay
+    keep: int = 2  # newest saved states that are retained
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     log_every: int = 10
     samples: Samples = dataclasses.field(default_factory=Samples)
 
     @property
-    def what(self) -> Stage:
+    def stage_spec(self) -> Stage:
         """The stage as data."""
         return STAGES[self.stage]
 
     @property
     def result(self) -> Path:
-        """The checkpoint this run leaves."""
+        """Path of the checkpoint that the run writes."""
         return self.output / OUTPUT_NAME
 
     def __post_init__(self) -> None:
         positive = ("updates", "batch_size", "accumulation", "num_tokens", "final_layers", "lora_rank")
-        least = dict.fromkeys((*positive, "save_every", "keep", "log_every"), 1) | {"warmup": 0, "seed": 0}
-        for name, low in least.items():
+        minimum = dict.fromkeys((*positive, "save_every", "keep", "log_every"), 1) | {"warmup": 0, "seed": 0}
+        for name, low in minimum.items():
             if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted {low} or more.")
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {low} or more.")
         for name in ("learning_rate", "clip"):
             if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; wanted a positive number (clip: or null for none).")
+                raise ValueError(f"{name} is {value}, expected a positive number (clip: or null for none).")
         if (self.data.rows is None) == (self.data.procedural is None):
-            found = "both" if self.data.rows else "neither"
+            number = "both" if self.data.rows else "neither"
             raise ValueError(
-                f"data holds {found} of rows and procedural; wanted one: set data.rows and data.root."
+                f"data has {number} of rows and procedural, expected one. Set data.rows and data.root."
             )
         if self.data.rows and self.data.root is None:
+            raise ValueError("data.rows is set without data.root. Set data.root to the folder of the images.")
+        if self.stage_spec.starts_from and self.start is None:
             raise ValueError(
-                "data.rows is set without data.root; set data.root to the folder of the pictures."
-            )
-        if self.what.starts_from and self.start is None:
-            raise ValueError(
-                f"Stage {self.stage!r} starts from stage {self.what.starts_from!r}, and start is not set. "
-                f"Set start to that stage's {OUTPUT_NAME} (or to the released checkpoint)."
+                f"Stage {self.stage!r} starts from stage {self.stage_spec.starts_from!r}, but start is not "
+                f"set. Set start to that stage's {OUTPUT_NAME} (or to the released checkpoint)."
             )
 
-    def require_files(self, made: Sequence[Path] = ()) -> None:
-        """Raise FileNotFoundError for the first of the run's inputs that is not there.
-
-        made: files that the stages before will have made.
-        """
+    def require_files(self, outputs: Sequence[Path] = ()) -> None:
+        """Raise FileNotFoundError for the first missing input; `outputs` of earlier stages may be missing."""
         inputs = {"base": self.base, "mllm": self.mllm, "start": self.start}
         inputs |= {"data.rows": self.data.rows, "data.root": self.data.root}
         for key, path in inputs.items():
-            if path is not None and path not in made and not path.exists():
+            if path is not None and path not in outputs and not path.exists():
                 raise FileNotFoundError(
-                    f"{key} is {path}, which does not exist (seen from {Path.cwd()}). "
-                    f"Set it in the YAML, or put {key}=PATH behind the YAML's name on the command line."
+                    f"{key} is {path}, which does not exist (relative to {Path.cwd()}). "
+                    f"Set it in the YAML, or put {key}=PATH after the YAML's name on the command line."
                 )
 
 
 def load(file: Path | str, overrides: Sequence[str] = ()) -> list[Settings]:
-    """The stages that a YAML asks for, in order.
+    """Load the settings of a YAML's stages, in order.
 
-    A YAML with `stages:`, a list, holds what they share beside it. Each then writes to <output>/<number>_<stage> and
-    starts from the one before, unless it says otherwise. overrides: key=value, for every stage, or
-    stages.<name>.key=value for one; dots reach into sections.
+    In a YAML with a list `stages:`, the other keys apply to every stage. Each stage then writes to
+    <output>/<number>_<stage> and starts from the previous one, unless it sets output or start itself.
+    overrides: key=value for every stage, or stages.<name>.key=value for one; dots address sections.
+    Raises FileNotFoundError or ValueError, naming the file, the key and the remedy.
     """
-    shared, parts = read(Path(file))
-    pairs = [_override(text) for text in overrides]
-    names = [part.get("stage", shared.get("stage")) for part in parts]
+    shared, sections = parse_yaml(Path(file))
+    pairs = [_parse_override(text) for text in overrides]
+    names = [section.get("stage", shared.get("stage")) for section in sections]
     for keys, _ in pairs:
         if keys[0] == "stages" and (len(keys) < 3 or keys[1] not in names):
-            raise ValueError(
-                f"{'.'.join(keys)} reaches no stage; wanted stages.<{'|'.join(map(str, names))}>.<key>=<value>."
-            )
+            known = "|".join(map(str, names))
+            raise ValueError(f"{'.'.join(keys)} matches no stage, expected stages.<{known}>.<key>=<value>.")
     loaded: list[Settings] = []
-    for number, (name, part) in enumerate(zip(names, parts, strict=True), start=1):
-        merged = _overridden(merge(shared, part), [(k, v) for k, v in pairs if k[0] != "stages"])
-        if len(parts) > 1 and "output" not in part and "output" in merged:
+    for number, (name, section) in enumerate(zip(names, sections, strict=True), start=1):
+        merged = _override(merge(shared, section), [(k, v) for k, v in pairs if k[0] != "stages"])
+        if len(sections) > 1 and "output" not in section and "output" in merged:
             merged["output"] = str(Path(str(merged["output"])) / f"{number}_{name}")
         if loaded:
             merged = {"start": str(loaded[-1].result)} | merged
-        merged = _overridden(merged, [(k[2:], v) for k, v in pairs if k[:2] == ["stages", name]])
+        merged = _override(merged, [(k[2:], v) for k, v in pairs if k[:2] == ["stages", name]])
         try:
             loaded.append(build(Settings, merged))
         except ValueError as error:
-            raise ValueError(f"{file}{f', stage {name!r}' if len(parts) > 1 else ''}: {error}") from error
+            raise ValueError(f"{file}{f', stage {name!r}' if len(sections) > 1 else ''}: {error}") from error
     return loaded
 
 
-def read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a YAML's stages share, and what each has of its own; without `stages:` it is one, and all is shared."""
+def parse_yaml(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Parse a YAML into the shared keys and one section per stage; without `stages:`, one empty section."""
     import yaml
 
     if not file.is_file():
-        raise FileNotFoundError(f"The configuration {file} does not exist (seen from {Path.cwd()}).")
+        raise FileNotFoundError(f"The configuration {file} does not exist (relative to {Path.cwd()}).")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is no YAML: {error}") from error
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {_kind(content)}; wanted keys and values.")
-    parts = content.pop("stages", [{}])
-    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
-        raise ValueError(f"{file}: stages is {parts!r}; wanted a list of sections, each with its stage.")
-    return content, parts
+        raise ValueError(f"{file} contains {_kind(content)}, expected keys and values.")
+    sections = content.pop("stages", [{}])
+    if not isinstance(sections, list) or not sections or not all(isinstance(s, dict) for s in sections):
+        raise ValueError(f"{file}: stages is {sections!r}, expected a list of sections, each with its stage.")
+    return content, sections
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `under`, section by section."""
+    """Merge `over` into a copy of `under`, section by section."""
     merged = dict(under)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -179,13 +174,13 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(kind: type, content: Mapping[str, Any], where: str = "") -> Any:
-    """The dataclass `kind` of a section; raises ValueError for a key it does not have, lacks, or of a wrong type."""
+    """Build the dataclass `kind` from a section. Raises ValueError for unknown, missing and mistyped keys."""
     hints, fields = typing.get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
     for key in content:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {where}{near[0]}?" if near else f"there are {', '.join(fields)}."
-            raise ValueError(f"{where}{key} is no setting; {hint}")
+            hint = f"did you mean {where}{near[0]}?" if near else f"the settings are {', '.join(fields)}."
+            raise ValueError(f"{where}{key} is not a setting; {hint}")
     absent = (dataclasses.MISSING, dataclasses.MISSING)
     for name, field in fields.items():
         if name not in content and (field.default, field.default_factory) == absent:
@@ -193,25 +188,28 @@ def build(kind: type, content: Mapping[str, Any], where: str = "") -> Any:
     return kind(**{key: _value(hints[key], value, where + key) for key, value in content.items()})
 
 
-def _value(wanted: Any, value: Any, name: str) -> Any:
-    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+def _value(annotation: Any, value: Any, name: str) -> Any:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):  # X | None
         return None if value is None else _value(inner[0], value, name)
-    if dataclasses.is_dataclass(wanted) and isinstance(value, Mapping):
-        return build(wanted, value, f"{name}.")
+    if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
+        return build(annotation, value, f"{name}.")
     if origin is Literal:
         if value in inner:
             return value
-        raise ValueError(f"{name} is {value!r}; wanted one of {', '.join(map(str, inner))}.")
-    if wanted is float and isinstance(value, str):  # YAML reads 1e-4 as text, 1.0e-4 as a number
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, inner))}.")
+    if annotation is float and isinstance(value, str):  # YAML parses 1e-4 as text, 1.0e-4 as a number
         try:
             return float(value)
         except ValueError:
             pass
-    kinds = {int: int, float: int | float, str: str, bool: bool, Path: str}.get(wanted, Mapping)
-    if isinstance(value, kinds) and (wanted is bool or not isinstance(value, bool)):
-        return Path(value).expanduser() if wanted is Path else float(value) if wanted is float else value
-    raise ValueError(f"{name} is {value!r}, {_kind(value)}; wanted {NAMES.get(wanted, 'a section of keys')}.")
+    kinds = {int: int, float: int | float, str: str, bool: bool, Path: str}.get(annotation, Mapping)
+    if isinstance(value, kinds) and (annotation is bool or not isinstance(value, bool)):
+        if annotation is Path:
+            return Path(value).expanduser()
+        return float(value) if annotation is float else value
+    expected = NAMES.get(annotation, "a section of keys")
+    raise ValueError(f"{name} is {value!r} ({_kind(value)}), expected {expected}.")
 
 
 NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
@@ -222,16 +220,16 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _override(text: str) -> tuple[list[str], Any]:
+def _parse_override(text: str) -> tuple[list[str], Any]:
     import yaml
 
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise ValueError(f"{text!r} is no override; wanted key=value, for example learning_rate=1e-4.")
+        raise ValueError(f"{text!r} is not an override, expected key=value, for example learning_rate=1e-4.")
     return key.split("."), yaml.safe_load(value)
 
 
-def _overridden(content: Mapping[str, Any], pairs: Sequence[tuple[list[str], Any]]) -> dict[str, Any]:
+def _override(content: Mapping[str, Any], pairs: Sequence[tuple[list[str], Any]]) -> dict[str, Any]:
     for keys, value in pairs:
         for key in reversed(keys):
             value = {key: value}

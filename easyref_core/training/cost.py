@@ -1,9 +1,10 @@
-"""What the three stages take at full size: memory and time, from counted parameters and counted operations.
+"""Cost model of the three stages at full size: memory and time from counted parameters and FLOPs.
 
     python -m easyref_core.training.cost [docs/training_cost.md]
 
-prints the tables, and writes them where a file is given. Nothing is downloaded and no weight is made: the very modules
-that are trained run forward and backward on the meta device, in the batch of each stage, and counting.py counts.
+prints the tables, and writes them to the file if one is given. Nothing is downloaded and no weight is
+allocated: the trained modules run forward and backward on the meta device with the batch of each stage, and
+counting.py counts.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from ..files.atomic_write import atomic_write_text
 from .full_size import (
     EASYREF,
     IMAGE_TOKENS,
-    LATENT,
+    LATENT_SIDE,
     OTHER_TOKENS,
-    Counts,
+    MicroBatchCost,
     context_length,
-    counts,
+    micro_batch_cost,
     parameters,
     released_shapes,
 )
@@ -32,43 +33,43 @@ from .stages import STAGES, Stage, group_of
 
 
 class Machine(NamedTuple):
-    """A GPU. Rates are in operations a second."""
+    """A GPU."""
 
     name: str
-    memory: float  # bytes
-    bf16: float
-    tf32: float
-    utilisation: float  # assumed share of the rates that is reached
-    reserve: float  # assumed bytes of CUDA context, NCCL buffers, workspaces and fragmentation
+    memory_bytes: float
+    bf16_flops: float  # per second
+    tf32_flops: float  # per second
+    utilisation: float  # assumption: fraction of the peak rates that is reached
+    reserve_bytes: float  # assumption: CUDA context, NCCL buffers, workspaces and fragmentation
 
 
-A100 = Machine("A100 80GB", memory=80e9, bf16=312e12, tf32=156e12, utilisation=0.4, reserve=4e9)
+A100 = Machine("A100 80GB", 80e9, bf16_flops=312e12, tf32_flops=156e12, utilisation=0.4, reserve_bytes=4e9)
 GPUS = (1, 8, 32)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage as its YAML runs it on 32 GPUs; on fewer, more micro-batches are accumulated for the same batch."""
+    """A stage as in its YAML for 32 GPUs; fewer GPUs accumulate more for the same global batch."""
 
     stage: Stage
-    batch: int  # of each GPU
+    batch: int  # per GPU
     global_batch: int
     updates: int
     references: int
-    zero2: bool  # DeepSpeed ZeRO-2, or every GPU keeps everything
+    zero2: bool  # DeepSpeed ZeRO-2 instead of replicas
 
 
 PLANS = (
-    Plan(STAGES["alignment"], 8, 256, 300_000, 1, zero2=False),
-    Plan(STAGES["single_reference"], 4, 256, 125_000, 1, zero2=True),
-    Plan(STAGES["multi_reference"], 1, 128, 50_000, 10, zero2=True),
-    Plan(STAGES["multi_reference"], 1, 128, 50_000, 28, zero2=True),
+    Plan(STAGES["alignment"], 8, 256, updates=300_000, references=1, zero2=False),
+    Plan(STAGES["single_reference"], 4, 256, updates=125_000, references=1, zero2=True),
+    Plan(STAGES["multi_reference"], 1, 128, updates=50_000, references=10, zero2=True),
+    Plan(STAGES["multi_reference"], 1, 128, updates=50_000, references=28, zero2=True),
 )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A plan on a number of GPUs."""
+    """Memory and time of a plan on a number of GPUs."""
 
     plan: Plan
     gpus: int
@@ -76,88 +77,91 @@ class Estimate:
     machine: Machine = A100
 
     @cached_property
-    def trained(self) -> int:
-        """Parameters with gradients."""
+    def num_trained(self) -> int:
+        """Number of parameters with gradients."""
         shapes = {n: s for n, s in released_shapes().items() if group_of(n) in self.plan.stage.trains}
         return sum(torch.Size(shape).numel() for shape in shapes.values())
 
     @property
     def frozen_bytes(self) -> int:
         """UNet, text encoders and, in stage 1, the MLLM body in bfloat16; the VAE in float32."""
-        parts = parameters()
-        body = parts["body"] + parts["vision tower"] if self.plan.stage.body_frozen else 0
-        return 2 * (parts["unet"] + parts["text encoders"] + body) + 4 * parts["vae"]
+        numbers = parameters()
+        body = numbers["body"] + numbers["vision tower"] if self.plan.stage.body_frozen else 0
+        return 2 * (numbers["unet"] + numbers["text encoders"] + body) + 4 * numbers["vae"]
 
     @property
     def trained_bytes(self) -> float:
-        """A bfloat16 copy to compute with, 2 bytes a parameter; float32 weights, gradients and both moments, 16.
+        """2 bytes per parameter for the bfloat16 copy, and 16 for float32 weight, gradient and both moments.
 
-        ZeRO-2 spreads the 16 over the GPUs.
+        ZeRO-2 shards the 16 over the GPUs.
         """
-        return self.trained * (2 + 16 / (self.gpus if self.plan.zero2 else 1))
+        return self.num_trained * (2 + 16 / (self.gpus if self.plan.zero2 else 1))
 
     @property
-    def counts(self) -> Counts:
+    def cost(self) -> MicroBatchCost:
         plan = self.plan
-        return counts(plan.stage, plan.batch, plan.references, self.checkpointing)
+        return micro_batch_cost(plan.stage, plan.batch, plan.references, self.checkpointing)
 
     @property
     def activation_bytes(self) -> int:
-        """The VAE is done before the step begins, so the larger of the two counts."""
-        return max(self.counts.step.peak, self.counts.vae.peak)
+        """The larger of two peaks, because the VAE finishes before the step begins."""
+        return max(self.cost.step.peak_bytes, self.cost.vae.peak_bytes)
 
     @property
-    def memory(self) -> float:
-        """Bytes on each GPU."""
-        return self.frozen_bytes + self.trained_bytes + self.activation_bytes + self.machine.reserve
+    def total_bytes(self) -> float:
+        """Memory per GPU."""
+        return self.frozen_bytes + self.trained_bytes + self.activation_bytes + self.machine.reserve_bytes
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of each GPU in an update."""
+        """Micro-batches per GPU and update."""
         return self.plan.global_batch // (self.plan.batch * self.gpus)
 
     @property
     def seconds(self) -> float:
-        """Of one update: the matrix products at the assumed utilisation, nothing else."""
-        found = self.counts
-        bf16 = (found.step.operations + found.text.operations) / self.machine.bf16
-        return self.accumulation * (bf16 + self.vae_share) / self.machine.utilisation
+        """Time of one update: the counted FLOPs at the assumed utilisation."""
+        return self.accumulation * self.peak_seconds / self.machine.utilisation
 
     @property
-    def vae_share(self) -> float:
-        """Seconds of the VAE in a micro-batch, at the full rate of TF32."""
-        return self.counts.vae.operations / self.machine.tf32
+    def peak_seconds(self) -> float:
+        """Time of a micro-batch at the peak rates."""
+        return (self.cost.step.flops + self.cost.text.flops) / self.machine.bf16_flops + self.vae_seconds
+
+    @property
+    def vae_seconds(self) -> float:
+        """Time of the VAE in a micro-batch at the peak rate."""
+        return self.cost.vae.flops / self.machine.tf32_flops
 
     @property
     def days(self) -> float:
-        """Of all updates."""
+        """Time of all updates."""
         return self.seconds * self.plan.updates / 86400
 
 
 def table(header: str, rows: list[tuple[object, ...]]) -> str:
-    """A Markdown table; header cells are separated by |."""
+    """Format a Markdown table; header cells are separated by |."""
     names = header.split("|")
     lines = [names, ["---"] + ["---:"] * (len(names) - 1), *([str(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines)
 
 
+PARTS = {  # name in `parameters`: title, stages that train it
+    "vision tower": ("MLLM: vision tower", "2, 3"),
+    "body": ("MLLM: embedding, 27 layers, norm", "2, 3"),
+    "last_layer": ("last MLLM layer and its norm", "1, 2, 3"),
+    "reference_tokens": ("64 reference tokens", "1, 2, 3"),
+    "projector": ("projector", "1, 2, 3"),
+    "kv": ("K/V adapters, 70 sites", "1, 2, 3"),
+    "lora": ("LoRA of rank 128, 140 attentions", "2, 3"),
+    "unet": ("SDXL's UNet", "never"),
+    "text encoders": ("SDXL's text encoders", "never"),
+    "vae": ("SDXL's VAE", "never"),
+}
+
+
 def parameter_table() -> str:
-    names = {
-        "vision tower": "MLLM: vision tower",
-        "body": "MLLM: embedding, 27 layers, norm",
-        "last_layer": "last MLLM layer and its norm",
-        "reference_tokens": "64 reference tokens",
-        "projector": "projector",
-        "kv": "K/V adapters, 70 sites",
-        "lora": "LoRA of rank 128, 140 attentions",
-        "unet": "SDXL's UNet",
-        "text encoders": "SDXL's text encoders",
-        "vae": "SDXL's VAE",
-    }
-    trained = {part: "1, 2, 3" for part in ("last_layer", "reference_tokens", "projector", "kv")}
-    trained |= {part: "2, 3" for part in ("vision tower", "body", "lora")}
-    found = parameters()
-    rows = [(names[part], f"{found[part]:,}", trained.get(part, "never")) for part in names]
+    numbers = parameters()
+    rows = [(title, f"{numbers[name]:,}", stages) for name, (title, stages) in PARTS.items()]
     return table("part | parameters | trained in stage", rows)
 
 
@@ -167,13 +171,13 @@ def label(plan: Plan) -> str:
     return f"{number} {plan.stage.name.replace('_', ' ')}, {references}"
 
 
-def operation_table() -> str:
-    """Of one example, in 10^12 operations."""
+def flops_table() -> str:
+    """TFLOP of one example."""
     rows = []
     for plan in PLANS:
-        plain, again = (counts(plan.stage, plan.batch, plan.references, way) for way in (False, True))
-        cells = (plain.step, again.step, plain.body, plain.vae, plain.text)
-        rows.append((label(plan), *(f"{c.operations / plan.batch / 1e12:.2f}" for c in cells)))
+        plain, recomputing = (Estimate(plan, 1, checkpointing).cost for checkpointing in (False, True))
+        cells = (plain.step, recomputing.step, plain.body, plain.vae, plain.text)
+        rows.append((label(plan), *(f"{cell.flops / plan.batch / 1e12:.2f}" for cell in cells)))
     return table(
         "stage | step | step, checkpointing | of it the MLLM body's forward | VAE | text encoders", rows
     )
@@ -181,22 +185,21 @@ def operation_table() -> str:
 
 def cost_table() -> str:
     rows = []
-    for plan in PLANS:
-        for gpus in GPUS:
-            plain, again = (Estimate(plan, gpus, way) for way in (False, True))
-            rows.append(
-                (
-                    label(plan),
-                    gpus,
-                    f"{plan.batch} x {plain.accumulation}",
-                    _gigabytes(plain.frozen_bytes),
-                    _gigabytes(plain.trained_bytes),
-                    *(_gigabytes(estimate.activation_bytes) for estimate in (plain, again)),
-                    *(_total(estimate) for estimate in (plain, again)),
-                    *(f"{estimate.seconds:.1f}" for estimate in (plain, again)),
-                    *(_days(estimate) for estimate in (plain, again)),
-                )
+    for plan, gpus in ((plan, gpus) for plan in PLANS for gpus in GPUS):
+        plain, _ = both = [Estimate(plan, gpus, checkpointing) for checkpointing in (False, True)]
+        rows.append(
+            (
+                label(plan),
+                gpus,
+                f"{plan.batch} x {plain.accumulation}",
+                _gigabytes(plain.frozen_bytes),
+                _gigabytes(plain.trained_bytes),
+                *(_gigabytes(e.activation_bytes) for e in both),
+                *(_total(e) for e in both),
+                *(f"{e.seconds:.1f}" for e in both),
+                *(f"{e.days:.{0 if e.days >= 10 else 1}f}" for e in both),
             )
+        )
     return table(
         "stage | GPUs | batch x accumulation | frozen | trained | activations | with checkpointing "
         "| total | with checkpointing | s/update | with checkpointing | days | with checkpointing",
@@ -209,48 +212,41 @@ def _gigabytes(size: float) -> str:
 
 
 def _total(estimate: Estimate) -> str:
-    """Bold where it does not fit."""
-    text = _gigabytes(estimate.memory)
-    return text if estimate.memory <= estimate.machine.memory else f"**{text}**"
-
-
-def _days(estimate: Estimate) -> str:
-    return f"{estimate.days:.0f}" if estimate.days >= 10 else f"{estimate.days:.1f}"
+    """Total memory, bold if it exceeds the GPU's."""
+    bold = "**" if estimate.total_bytes > estimate.machine.memory_bytes else ""
+    return f"{bold}{_gigabytes(estimate.total_bytes)}{bold}"
 
 
 def saving_table() -> str:
-    """What cache.py saves of an update's time."""
+    """Time that cache.py saves per update."""
     rows = []
     for plan in PLANS[:3]:
         estimate = Estimate(plan, 32, checkpointing=not plan.stage.body_frozen)
-        found, machine = estimate.counts, estimate.machine
-        whole = (found.step.operations + found.text.operations) / machine.bf16 + estimate.vae_share
-        body = found.body.operations / machine.bf16 if plan.stage.body_frozen else 0
+        body = estimate.cost.body.flops / estimate.machine.bf16_flops / estimate.peak_seconds
         context = f"{context_length(plan.references) * EASYREF.hidden_size * 2 / 1e6:.2f} MB"
         rows.append(
             (
                 label(plan),
-                f"{estimate.vae_share / whole:.1%}",
-                f"{2 * 4 * LATENT**2 * 4 / 1e6:.2f} MB",
-                f"{body / whole:.1%}" if body else "it is trained",
-                context if body else "-",
+                f"{estimate.vae_seconds / estimate.peak_seconds:.1%}",
+                f"{2 * 4 * LATENT_SIDE**2 * 4 / 1e6:.2f} MB",
+                *((f"{body:.1%}", context) if plan.stage.body_frozen else ("body is trained", "-")),
             )
         )
-    return table("stage | latents save | a picture | context states save | a group and text", rows)
+    return table("stage | latents save | per image | context states save | per group and text", rows)
 
 
 def document(machine: Machine = A100) -> str:
-    """docs/training_cost.md."""
+    """Text of docs/training_cost.md."""
     return TEXT.format(
         parameters=parameter_table(),
-        operations=operation_table(),
+        flops=flops_table(),
         costs=cost_table(),
         savings=saving_table(),
         machine=machine.name,
-        bf16=f"{machine.bf16 / 1e12:.0f}",
-        tf32=f"{machine.tf32 / 1e12:.0f}",
+        bf16=f"{machine.bf16_flops / 1e12:.0f}",
+        tf32=f"{machine.tf32_flops / 1e12:.0f}",
         utilisation=f"{machine.utilisation:.0%}",
-        reserve=f"{machine.reserve / 1e9:.0f}",
+        reserve=f"{machine.reserve_bytes / 1e9:.0f}",
         image_tokens=IMAGE_TOKENS,
         other_tokens=OTHER_TOKENS,
         torch=torch.__version__.partition("+")[0],
@@ -258,60 +254,62 @@ def document(machine: Machine = A100) -> str:
 
 
 TEXT = """\
-# What training takes at full size
+# Cost of training at full size
 
-Made by `python -m easyref_core.training.cost docs/training_cost.md` (torch {torch}); nothing here was measured on a
-GPU. Parameters, operations and activations are counted on the modules that are trained, run forward and backward on the
-meta device; time follows from operations by an assumed utilisation.
+Generated by `python -m easyref_core.training.cost docs/training_cost.md` (torch {torch}). Nothing here was
+measured on a GPU. Parameters, FLOPs and activations are counted on the modules that are trained, run forward
+and backward on the meta device; time follows from FLOPs by an assumed utilisation.
 
 ## Parameters
 
 {parameters}
 
-## Operations
+## FLOPs
 
-10^12 additions and multiplications for one example, forward and backward. Weights that are frozen have no gradient of
-their own, but the UNet is run through backward in every stage, to reach K and V.
+TFLOP of one example, forward and backward. Frozen weights have no gradient, but in every stage the backward
+pass runs through the UNet to reach K and V.
 
-{operations}
+{flops}
 
 ## Memory and time
 
-GB (10^9 bytes) on each GPU; what does not fit into {machine} is bold. The batch of an update is the authors' on any number
-of GPUs (256, 256 and 128), fewer accumulate more.
+GB (10^9 bytes) per GPU; totals that exceed an {machine} are bold. The global batch is the authors' on any
+number of GPUs (256, 256 and 128); fewer GPUs accumulate more micro-batches.
 
 {costs}
 
-Assumed:
+Assumptions:
 
-- {machine}: {bf16} TFLOP/s in bfloat16, {tf32} in TF32 for the float32 VAE, and {utilisation} of either reached. Time is that of
-  matrix products, convolutions and attention alone; optimizer, communication and data are taken to hide behind them.
-- Activations are the most bytes that live at one time, counted in bfloat16, attention without its matrix. In stage 1,
-  under autocast instead of DeepSpeed, the norms work in float32 and take more than is counted.
-- Trained weights take 2 bytes for the bfloat16 they are computed in, and 16 for float32 weights, gradients and AdamW's
-  moments. Stage 1 keeps all 18 on each GPU; stages 2 and 3 divide the 16 by the GPUs (ZeRO-2).
-- {reserve} GB for the CUDA context, NCCL, workspaces and fragmentation are in the total.
-- Pictures of 1024 x 1024, square references of {image_tokens} image tokens, {other_tokens} more tokens for template, instruction and
-  caption. Groups of 10 references are an assumption (the paper's figure 4 is about there), 28 are the most.
-- Updates: 300,000 (the authors' leftover path checkpoint-300000), 125,000 (checkpoint-250000, counted in micro-batches of 2 an
-  update), and 50,000 assumed for stage 3, whose number is not published.
+- {machine}: {bf16} TFLOP/s in bfloat16, {tf32} in TF32 for the float32 VAE, and {utilisation} of either
+  reached. Time covers matrix products, convolutions and attention; optimizer, communication and data loading
+  are assumed to overlap with them.
+- Activations are the peak of the bytes alive at one time, counted in bfloat16, with flash attention. In stage
+  1, under autocast instead of DeepSpeed, the norms run in float32 and take more than is counted.
+- Trained weights take 2 bytes for the bfloat16 copy, and 16 for float32 weights, gradients and AdamW's
+  moments. Stage 1 keeps all 18 on each GPU; stages 2 and 3 shard the 16 over the GPUs (ZeRO-2).
+- The total includes {reserve} GB for the CUDA context, NCCL, workspaces and fragmentation.
+- Images of 1024 x 1024, square references of {image_tokens} image tokens, {other_tokens} more tokens for
+  template, instruction and caption. Groups of 10 references are an assumption (close to the paper's figure
+  4); 28 are the maximum.
+- Updates: 300,000 (the authors' leftover path checkpoint-300000), 125,000 (checkpoint-250000, counted in
+  micro-batches, 2 per update), and an assumed 50,000 for stage 3, whose number is not published.
 
-## What precomputing saves
+## Savings of the cache
 
-With `cache:` set, latents and, in stage 1, context states are computed once and read from then on. Shares of an
-update's time (stage 1 without checkpointing, the others with), and what an entry takes on disk:
+With `cache:` set, latents and, in stage 1, context states are computed once and then read from disk. Shares
+of an update's time (stage 1 without checkpointing, the others with), and size of an entry on disk:
 
 {savings}
 
-Each costs its full price the first time, so it pays only from the second epoch on, and with native aspect or drawn faces
-only as often as the same framing comes round. The VAE's memory peak is saved too.
+The first computation costs its full price, so the cache pays off from the second epoch on, and with native
+aspect or random face crops only when the same crop comes round again. The VAE's memory peak is saved too.
 """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the document, and write it if asked to."""
+    """Print the document, and write it to a file if one is given."""
     parser = argparse.ArgumentParser(prog="python -m easyref_core.training.cost", description=__doc__)
-    parser.add_argument("file", nargs="?", type=Path, help="where to write it too")
+    parser.add_argument("file", nargs="?", type=Path, help="file to write the tables to")
     file = parser.parse_args(arguments).file
     text = document()
     print(text)  # noqa: T201

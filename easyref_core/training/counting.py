@@ -1,4 +1,8 @@
-"""Counting what a computation would take: it runs on the meta device, where tensors have shapes and no values."""
+"""Counters of FLOPs and peak memory on the meta device, where tensors have shapes and no values.
+
+FLOPs are counted by torch's FlopCounterMode. It cannot count memory, and it runs the meta device's attention,
+which materializes the attention matrix; LiveBytes and flash_attention are for these.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +21,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Counted(NamedTuple):
-    """What one call takes."""
+class Cost(NamedTuple):
+    """Compute and memory of one call."""
 
-    operations: int  # additions and multiplications of matrix products, convolutions and attention
-    peak: int  # bytes of all tensors it makes that live at one time
+    flops: int  # of matrix products, convolutions and attention; a multiply-add is 2
+    peak_bytes: int  # maximum of the bytes of all tensors created by the call that are alive at one time
 
 
-def count(call: Callable[[], Any]) -> Counted:
-    """Operations and peak memory of a call on meta tensors, its backward pass included where it runs one.
+def count(call: Callable[[], Any]) -> Cost:
+    """Count FLOPs and peak memory of a call on meta tensors, including the backward pass if it runs one.
 
-    Weights and inputs, made before, are not in the peak; gradients of weights are unless the call lets go of them.
+    Existing weights and inputs are not part of the peak. Gradients of weights are, unless the call frees
+    them.
     """
-    with flash_attention(), FlopCounterMode(display=False) as operations, LiveBytes() as live:
+    with flash_attention(), FlopCounterMode(display=False) as counter, LiveBytes() as live:
         call()
-    return Counted(operations.get_total_flops(), live.peak)
+    return Cost(counter.get_total_flops(), live.peak)
 
 
 @contextmanager
 def flash_attention() -> Iterator[None]:
-    """Take every attention for one that keeps no attention matrix, as on a GPU; the meta device's own keeps them.
+    """Replace attention on the meta device by flash attention, which stores no attention matrix, as on a GPU.
 
-    Registered with the dispatcher, because a TorchFunctionMode is not on in what backward recomputes.
+    It is registered with the dispatcher, because a TorchFunctionMode is off in recomputation during backward.
     """
     library = Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", _flash, "AutogradMeta")
@@ -52,7 +57,7 @@ def _flash(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attn_mask: Tensor | None = None,  # costs no more
+    attn_mask: Tensor | None = None,  # does not change the cost
     dropout_p: float = 0.0,
     is_causal: bool = False,
     **_: object,
@@ -61,7 +66,7 @@ def _flash(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that are made while it is on and still live, and remembers the most there were."""
+    """Tracks the total and the peak size of living storages that were created while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +79,7 @@ class LiveBytes(TorchDispatchMode):
         before = _storages((args, kwargs))
         out = func(*args, **kwargs)
         for name, storage in _storages(out).items():
-            if name not in before:  # a view, and an operation in place, make nothing new
+            if name not in before:  # views and in-place operations reuse a storage
                 self._add(storage)
         return out
 

@@ -1,7 +1,8 @@
-"""The full-size models without their weights: sizes as data, modules on the meta device, and what a micro-batch takes."""
+"""Full-size models without weights: sizes as data, modules on the meta device, cost of a micro-batch."""
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ from ..mllm.preprocess import SIZE
 from ..unet.diffusers_unet import cross_attention_widths
 from .base_model import Text
 from .batches import Batch
-from .counting import Counted, count
+from .counting import Cost, count
 from .initial import Weights
 from .stages import Stage, group_of
 from .trainable import TrainableEasyRef
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..unet.layout import Site
 
-# Qwen/Qwen2-VL-2B-Instruct, config.json, with the aggregation of the released EasyRef
+# config.json of Qwen/Qwen2-VL-2B-Instruct, with the aggregation of the released EasyRef
 EASYREF = EasyRefConfig(
     vocab_size=151936,
     hidden_size=1536,
@@ -78,11 +79,11 @@ TEXT_ENCODERS: tuple[dict[str, int], ...] = (
 )
 PROMPT_TOKENS = 77
 POOLED = 1280  # channels of the second text encoder's projection
-PIXELS, LATENT = 1024, 128  # sides of a picture and of its latents
+IMAGE_SIDE, LATENT_SIDE = 1024, 128  # pixels
 
-IMAGE_TOKENS = (SIZE // (EASYREF.patch_size * EASYREF.merge_size)) ** 2  # 144, of a square reference
-OTHER_TOKENS = 60  # assumed: template, instruction and a caption of about ten words
-MARKS = 2  # tokens around each image
+IMAGE_TOKENS = (SIZE // (EASYREF.patch_size * EASYREF.merge_size)) ** 2  # 144 for a square reference
+OTHER_TOKENS = 60  # assumption: template, instruction and a caption of about ten words
+MARKER_TOKENS = 2  # around each image
 
 DTYPE = torch.bfloat16
 
@@ -99,18 +100,18 @@ def unet() -> UNet2DConditionModel:
 
     with torch.device("meta"):
         model = UNet2DConditionModel(**UNET)
-    torch.nn.Module.to(model, DTYPE)  # diffusers' own warns of layers to keep in float32, and names none
+    torch.nn.Module.to(model, DTYPE)  # diffusers' own `to` warns of float32 layers, and this model has none
     return model.requires_grad_(False).eval()
 
 
 @cache
 def sites() -> dict[Site, int]:
-    """The UNet's cross-attentions and their widths."""
+    """Cross-attention sites of the UNet and their widths."""
     return cross_attention_widths(unet())
 
 
 def weights(stage: Stage) -> Weights:
-    """A full-size EasyRef on the meta device, with a LoRA where the stage trains one."""
+    """A full-size EasyRef on the meta device, with a LoRA if the stage trains one."""
     shapes = released_shapes()
     if "lora" not in stage.trains:
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith("unet.")}
@@ -118,14 +119,15 @@ def weights(stage: Stage) -> Weights:
     return Weights(EASYREF, tuple(sites()), tuple(sites().values()), tensors, body_is_base=True)
 
 
+@cache
 def parameters() -> dict[str, int]:
-    """How many parameters each part has; those of EasyRef by the groups that stages train."""
-    parts: dict[str, int] = {}
+    """Number of parameters by parameter group of EasyRef and by model of SDXL."""
+    numbers: Counter[str] = Counter()
     for name, shape in released_shapes().items():
-        vision = name.startswith("encoder.visual.")
-        part = "vision tower" if vision else group_of(name)
-        parts[part] = parts.get(part, 0) + torch.Size(shape).numel()
-    return parts | {
+        group = "vision tower" if name.startswith("encoder.visual.") else group_of(name)
+        numbers[group] += torch.Size(shape).numel()
+    return {
+        **numbers,
         "unet": _size(unet()),
         "vae": _size(vae()),
         "text encoders": sum(map(_size, text_encoders())),
@@ -157,7 +159,7 @@ def text_encoders() -> list[torch.nn.Module]:
 
 
 def inputs(batch: int, references: int) -> tuple[Tensor, Tensor, Text, Batch]:
-    """What TrainableEasyRef reads, on the meta device: square references and a square picture."""
+    """Inputs of TrainableEasyRef on the meta device, with square references and a square target."""
 
     def empty(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -173,60 +175,60 @@ def inputs(batch: int, references: int) -> tuple[Tensor, Tensor, Text, Batch]:
         grid=torch.tensor([[1, side, side]] * batch * references),
         references=(references,) * batch,
         input_ids=empty(batch, length, dtype=torch.int64),
-        real=torch.ones(batch, length, dtype=torch.bool),
+        padding_mask=torch.ones(batch, length, dtype=torch.bool),
         seeds=torch.zeros(batch, dtype=torch.int64),
     )
     text = Text(empty(batch, PROMPT_TOKENS, EASYREF.token_width), empty(batch, POOLED))
-    return empty(batch, 4, LATENT, LATENT), empty(batch, dtype=torch.int64), text, examples
+    return empty(batch, 4, LATENT_SIDE, LATENT_SIDE), empty(batch, dtype=torch.int64), text, examples
 
 
 def context_length(references: int) -> int:
-    """Tokens the MLLM reads of a group."""
-    return references * (IMAGE_TOKENS + MARKS) + OTHER_TOKENS
+    """Number of MLLM tokens of a group."""
+    return references * (IMAGE_TOKENS + MARKER_TOKENS) + OTHER_TOKENS
 
 
-class Counts(NamedTuple):
-    """One micro-batch of one GPU."""
+class MicroBatchCost(NamedTuple):
+    """Cost of one micro-batch on one GPU."""
 
-    step: Counted  # forward and backward of what is trained and of the UNet
-    vae: Counted
-    text: Counted
-    body: Counted  # the MLLM body's forward alone: part of `step`
+    step: Cost  # forward and backward of the trained modules and of the UNet
+    vae: Cost
+    text: Cost
+    body: Cost  # forward of the MLLM body alone: part of `step`
 
 
 @cache
-def counts(stage: Stage, batch: int, references: int, checkpointing: bool) -> Counts:
-    """Operations and peak memory of one micro-batch of a stage."""
+def micro_batch_cost(stage: Stage, batch: int, references: int, checkpointing: bool) -> MicroBatchCost:
+    """FLOPs and peak memory of one micro-batch of a stage."""
     model = TrainableEasyRef(
         unet(), weights(stage), stage, 0, gradient_checkpointing=checkpointing, frozen_dtype=DTYPE
     )
     for parameter in model.parameters():
-        if parameter.requires_grad:  # gradients of weights are no activations
-            parameter.register_post_accumulate_grad_hook(_let_go)
+        if parameter.requires_grad:  # gradients of weights are not activations
+            parameter.register_post_accumulate_grad_hook(_free_gradient)
     noisy, timesteps, text, examples = inputs(batch, references)
-    read = examples.patches, examples.grid, examples.input_ids, examples.real
+    group = examples.patches, examples.grid, examples.input_ids, examples.padding_mask
 
     step = count(lambda: model(noisy, timesteps, text, examples).float().pow(2).mean().backward())
     with torch.no_grad():
-        body = count(lambda: model.context(*read))
-    return Counts(step, _vae_counts(batch), _text_counts(batch), body)
+        body = count(lambda: model.context(*group))
+    return MicroBatchCost(step, _vae_cost(batch), _text_cost(batch), body)
 
 
-def _let_go(parameter: Tensor) -> None:
+def _free_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
 @cache
-def _vae_counts(batch: int) -> Counted:
-    model, pixels = vae(), torch.empty(batch, 3, PIXELS, PIXELS, device="meta")
+def _vae_cost(batch: int) -> Cost:
+    model, pixels = vae(), torch.empty(batch, 3, IMAGE_SIDE, IMAGE_SIDE, device="meta")
     with torch.no_grad():
         return count(lambda: model.encode(pixels))
 
 
 @cache
-def _text_counts(batch: int) -> Counted:
+def _text_cost(batch: int) -> Cost:
     models = text_encoders()
     ids = torch.empty(batch, PROMPT_TOKENS, dtype=torch.int64, device="meta")
     with torch.no_grad():
-        found = [count(lambda model=model: model(ids, output_hidden_states=True)) for model in models]
-    return Counted(sum(c.operations for c in found), max(c.peak for c in found))
+        costs = [count(lambda model=model: model(ids, output_hidden_states=True)) for model in models]
+    return Cost(sum(cost.flops for cost in costs), max(cost.peak_bytes for cost in costs))

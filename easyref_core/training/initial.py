@@ -1,4 +1,4 @@
-"""The weights a run starts from: the base MLLM and the UNet, or the checkpoint of an earlier stage. All seeded."""
+"""Initial weights of a run: from the base MLLM and the UNet, or from a checkpoint of an earlier stage."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ REFERENCE_TOKENS_STD = 0.1  # the authors' 0.1 * randn
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A whole model: its sizes, the UNet's sites, and every tensor under the names of easyref_core's modules."""
+    """Complete weights: sizes, UNet sites, and every tensor under the names of easyref_core's modules."""
 
     config: EasyRefConfig
     sites: tuple[Site, ...]
     inner: tuple[int, ...]  # width of each site's attention
     tensors: dict[str, Tensor]  # encoder.*, aggregator.*, kv.*, unet.<path>.processor.to_q_lora.down.weight
-    body_is_base: bool  # encoder.* is the base MLLM's own, so that a checkpoint may leave it out
+    body_is_base: bool  # True if encoder.* is the base MLLM's, so a checkpoint may omit it
 
 
 def from_base(
@@ -45,10 +45,10 @@ def from_base(
     causal: bool = True,
     seed: int = 0,
 ) -> Weights:
-    """Weights of a model that has learned nothing yet.
+    """Weights of an untrained model.
 
-    The MLLM's last `final_layers` layers become the final layer(s), with a copy of its norm; K and V are copies of the
-    UNet's own text K and V; the reference tokens, the projector and the LoRA are drawn from `seed`.
+    The MLLM's last `final_layers` layers become the final layers, with a copy of its norm. K and V are copies
+    of the UNet's text K and V. The reference tokens, the projector and the LoRA are drawn from `seed`.
     """
     settings = read_config(mllm)
     widths = cross_attention_widths(unet)
@@ -71,20 +71,21 @@ def from_base(
 def from_checkpoint(
     path: Path, mllm: Path, unet: UNet2DConditionModel, *, lora_rank: int = 0, seed: int = 0
 ) -> Weights:
-    """Weights of an earlier stage. Where the checkpoint has no MLLM body, `mllm` gives it; a LoRA is added if missing.
+    """Weights of an earlier stage. A missing body comes from `mllm`, a missing LoRA is initialized.
 
-    Raises ValueError for a checkpoint of another UNet, and where its LoRA has another rank.
+    Raises ValueError for a checkpoint of another UNet or with another LoRA rank.
     """
     checkpoint = open_checkpoint(path, mllm)
     require_fit("The base model's UNet", cross_attention_widths(unet), checkpoint.widths)
-    config, found = checkpoint.config, checkpoint.config.lora_rank
-    if found and lora_rank not in (0, found):
+    config, rank = checkpoint.config, checkpoint.config.lora_rank
+    if rank and lora_rank not in (0, rank):
         raise ValueError(
-            f"{path} has a LoRA of rank {found}, the run asks for lora_rank {lora_rank}. Set lora_rank: {found}."
+            f"{path} has a LoRA of rank {rank}, but the settings have lora_rank {lora_rank}. "
+            f"Set lora_rank: {rank}."
         )
-    lora = {LORA_PREFIX + name: _own(name, tensor) for name, tensor in checkpoint.lora().items()}
-    tensors, inner = checkpoint.state(_own) | lora, tuple(checkpoint.widths.values())
-    if lora_rank and not found:
+    lora = {LORA_PREFIX + name: _float32_copy(name, tensor) for name, tensor in checkpoint.lora().items()}
+    tensors, inner = checkpoint.state(_float32_copy) | lora, tuple(checkpoint.widths.values())
+    if lora_rank and not rank:
         config = dataclasses.replace(config, lora_rank=lora_rank)
         tensors |= fresh_lora(config, checkpoint.sites, inner, torch.Generator().manual_seed(seed))
     body = checkpoint.sources["encoder.embed_tokens.weight"].file.path
@@ -94,7 +95,7 @@ def from_checkpoint(
 def fresh_lora(
     config: EasyRefConfig, sites: tuple[Site, ...], inner: tuple[int, ...], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """A LoRA that changes nothing yet: down drawn with deviation 1 / rank, up zero."""
+    """LoRA without effect: down is drawn with standard deviation 1 / rank, up is zero."""
     return {
         name: torch.randn(shape, generator=generator) / config.lora_rank
         if ".down." in name
@@ -103,26 +104,27 @@ def fresh_lora(
     }
 
 
-def _own(_: str, tensor: Tensor) -> Tensor:
-    """A float32 copy: training writes into it, and the file's mapping stays as it is."""
+def _float32_copy(_: str, tensor: Tensor) -> Tensor:
+    """Copy, because training writes into the tensor and must not touch the memory-mapped file."""
     return tensor.to(torch.float32, copy=True)
 
 
 def _mllm_tensors(mllm: Path) -> dict[str, Tensor]:
     file = open_mllm(mllm)
     sources = {new: Source(file, name) for name, new in translate(file.shapes, MLLM_NAMES).items()}
-    tensors = {name: _own(name, tensor) for name, tensor in read_sources(sources)}
+    tensors = {name: _float32_copy(name, tensor) for name, tensor in read_sources(sources)}
     patches = "encoder.visual.patch_embed.weight"
     return tensors | {patches: tensors[patches].flatten(1)}  # stored as a Conv3d of stride = kernel
 
 
 def _split(tensors: dict[str, Tensor], final_layers: int) -> dict[str, Tensor]:
-    """The MLLM's last layers and a copy of its norm move from the encoder to the aggregator."""
+    """Move the MLLM's last layers and a copy of its norm from the encoder to the aggregator."""
     layer = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
     count = 1 + max(int(match[1]) for name in tensors if (match := layer.match(name)))
     if not 0 < final_layers < count:
         raise ValueError(
-            f"final_layers is {final_layers}; the MLLM has {count} layers, wanted 1 to {count - 1} of them as final ones."
+            f"final_layers is {final_layers}, but the MLLM has {count} layers. "
+            f"Set final_layers to 1 to {count - 1}."
         )
     body = count - final_layers
     new = {"aggregator.norm.weight": tensors["encoder.norm.weight"].clone()}
@@ -135,7 +137,7 @@ def _split(tensors: dict[str, Tensor], final_layers: int) -> dict[str, Tensor]:
 
 
 def _projector(hidden: int, token_width: int, seed: int) -> dict[str, Tensor]:
-    """Linear, GELU, Linear, LayerNorm as torch fills them."""
+    """Projector (Linear, GELU, Linear, LayerNorm) with torch's default initialization."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = {
@@ -151,11 +153,11 @@ def _projector(hidden: int, token_width: int, seed: int) -> dict[str, Tensor]:
 
 
 def _text_kv(unet: UNet2DConditionModel, sites: tuple[Site, ...]) -> dict[str, Tensor]:
-    """The UNet's own text K and V: attention to the reference tokens starts where attention to text is."""
+    """Copy the UNet's text K and V as initial K and V of the reference tokens."""
     tensors = {}
     for number, site in enumerate(sites):
         attn2 = unet.get_submodule(f"{site.diffusers}.attn2")
-        for part in "kv":
-            weight = attn2.get_submodule(f"to_{part}").weight.detach()
-            tensors[f"kv.to_{part}_ip.{number}.weight"] = weight.to("cpu", torch.float32, copy=True)
+        for side in "kv":
+            weight = attn2.get_submodule(f"to_{side}").weight.detach()
+            tensors[f"kv.to_{side}_ip.{number}.weight"] = weight.to("cpu", torch.float32, copy=True)
     return tensors

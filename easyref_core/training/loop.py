@@ -1,4 +1,4 @@
-"""The one loop: every stage's updates, from a stream of examples to a checkpoint the nodes read."""
+"""Training loop: runs all updates of a stage, from a stream of examples to a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .batches import Examples, loader
+from .batches import Examples, MicroBatches, loader
 from .resume import require_same_run, resume, save_state, saved_states
 from .run import Run, learning_rate
-from .run_log import Records
+from .run_log import RunLog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -20,15 +20,11 @@ if TYPE_CHECKING:
 
 
 def train(settings: Settings, examples: Examples | None = None) -> Path:
-    """Train one stage, continuing where a killed run was; the checkpoint's path comes back.
+    """Train one stage, resuming from its newest saved state. Returns the path of the checkpoint.
 
-    examples: others than those of settings.data.
+    examples: the data set; None loads the one of settings.data.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin
-
-    accumulation = GradientAccumulationPlugin(num_steps=settings.accumulation, sync_with_dataloader=False)
-    accelerator = Accelerator(gradient_accumulation_plugin=accumulation)
+    accelerator = make_accelerator(settings.accumulation)
     if accelerator.is_main_process:
         settings.output.mkdir(parents=True, exist_ok=True)
         require_same_run(settings, accelerator.num_processes)
@@ -37,53 +33,57 @@ def train(settings: Settings, examples: Examples | None = None) -> Path:
         return settings.result
     run = Run(settings, accelerator, examples)
     start = resume(accelerator, settings.output)
-    records = Records(settings.output, start, settings.updates, accelerator.is_main_process)
+    run_log = RunLog(settings.output, start, settings.updates, accelerator.is_main_process)
     try:
-        _run_updates(run, records, start)
+        _run_updates(run, run_log, start)
         run.save(settings.result)
     finally:
-        records.close()
+        run_log.close()
         run.model.attachment.remove()
         accelerator.free_memory()
     return settings.result
 
 
-def _run_updates(run: Run, records: Records, start: int) -> None:
-    settings, accelerator = run.settings, run.accelerator
-    end = settings.updates
-    batches = loader(
-        run.examples,
-        start,
-        end,
-        settings.batch_size,
-        settings.accumulation,
-        accelerator.process_index,
-        accelerator.num_processes,
-        settings.workers,
-    )
+def make_accelerator(accumulation: int) -> Accelerator:
+    """Accelerator that accumulates gradients over a fixed number of micro-batches."""
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
+
+    plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
+    return Accelerator(gradient_accumulation_plugin=plugin)
+
+
+def _run_updates(run: Run, run_log: RunLog, start: int) -> None:
+    settings, accelerator, end = run.settings, run.accelerator, run.settings.updates
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    micro_batches = MicroBatches(run.examples, settings.batch_size, rank, world_size)
+    steps = range(start * settings.accumulation, end * settings.accumulation)
+    batches = loader(micro_batches, steps, settings.workers)
     losses, since = [], time.perf_counter()
     for number in range(start, end):
         done = number + 1
         logs = done % settings.log_every == 0 or done == end
         loss, norm = run.update(batches, number, measure=logs)
         losses.append(loss)
-        records.advance()
+        run_log.advance()
         if logs:
             mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            samples = len(losses) * settings.accumulation * settings.batch_size * accelerator.num_processes
+            samples = len(losses) * settings.accumulation * settings.batch_size * world_size
             now = time.perf_counter()
-            records.add(
-                done,
-                {
-                    "loss": mean,
-                    "learning_rate": learning_rate(settings, number),
-                    "gradient_norm": float(norm),
-                    "samples_per_second": samples / (now - since),
-                },
-            )
+            values = {
+                "loss": mean,
+                "learning_rate": learning_rate(settings, number),
+                "gradient_norm": float(norm),
+                "samples_per_second": samples / (now - since),
+            }
+            run_log.log(done, values)
             losses, since = [], now
-        if _due(done, settings.samples.every, end) and accelerator.is_main_process and _whole(accelerator):
-            records.add_sheet(done, run.sheet())
+        if (
+            _due(done, settings.samples.every, end)
+            and accelerator.is_main_process
+            and not _is_sharded(accelerator)
+        ):
+            run_log.log_samples(done, run.sample_sheet())
         if _due(done, settings.save_every, end):
             save_state(accelerator, settings.output, done, settings.keep)
 
@@ -92,8 +92,8 @@ def _due(done: int, every: int, end: int) -> bool:
     return bool(every) and (done % every == 0 or done == end)
 
 
-def _whole(accelerator: Accelerator) -> bool:
-    """Whether every process holds the whole model: where it is sharded, no single one can paint."""
+def _is_sharded(accelerator: Accelerator) -> bool:
+    """Return True if no process holds the full model, so that none can generate sample images."""
     from accelerate.utils import DistributedType
 
-    return accelerator.distributed_type != DistributedType.FSDP
+    return accelerator.distributed_type == DistributedType.FSDP

@@ -1,4 +1,8 @@
-"""Saved states of a run: written whole or not at all, the newest few kept, continued only under the same settings."""
+"""Saved states of a run: atomic, the newest few retained, resumed only under the same settings.
+
+accelerate's own rotation (ProjectConfiguration.total_limit) is not used: it deletes the oldest state before
+it writes the new one, writes in place, and would resume from a state that a killed run left incomplete.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,14 @@ if TYPE_CHECKING:
 
     from .config import Settings
 
-# Settings that decide nothing about the weights: a run may continue with others.
+# Settings that do not affect the weights, so a resumed run may change them.
 FREE = frozenset(
     {"output", "workers", "cache", "save_every", "keep", "save_dtype", "log_every", "samples", "thorough"}
 )
 
 
 def saved_states(output: Path) -> dict[int, Path]:
-    """{update: folder} of the complete states of a run, oldest first."""
+    """Return {update: folder} of the complete states of a run, oldest first."""
     folders = {
         int(match[1]): path
         for path in output.glob("state-*")
@@ -35,7 +39,7 @@ def saved_states(output: Path) -> dict[int, Path]:
 
 
 def save_state(accelerator: Accelerator, output: Path, update: int, keep: int) -> None:
-    """Save everything that is needed to continue after `update`, and remove all but the newest `keep` states."""
+    """Save weights, optimizer and random states of `update`, then delete all but the newest `keep` states."""
     partial, folder = output / "state.partial", output / f"state-{update}"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -51,7 +55,7 @@ def save_state(accelerator: Accelerator, output: Path, update: int, keep: int) -
 
 
 def resume(accelerator: Accelerator, output: Path) -> int:
-    """Load the newest state into what the accelerator prepared; the number of updates done comes back, 0 at first."""
+    """Load the newest state into the prepared objects and return its update, 0 without a state."""
     states = saved_states(output)
     if not states:
         return 0
@@ -61,46 +65,44 @@ def resume(accelerator: Accelerator, output: Path) -> int:
 
 
 def require_same_run(settings: Settings, processes: int) -> None:
-    """Write down what this run is; raise ValueError where the output folder holds another one."""
+    """Write settings.json. Raises ValueError if the output folder has states of a run with others."""
     file = settings.output / "settings.json"
-    mine = {**as_plain(settings), "processes": processes, **contents(settings)}
+    current = {**flatten(settings), "processes": processes, **input_hashes(settings)}
     if file.is_file() and saved_states(settings.output):
-        found = json.loads(file.read_text(encoding="utf-8"))
+        previous = json.loads(file.read_text(encoding="utf-8"))
         ignored = FREE | ({"updates"} if settings.schedule == "constant" else set())
-        differ = [
-            f"{name} was {found.get(name)!r} and is {mine.get(name)!r}"
-            for name in sorted(found.keys() | mine.keys())
+        differences = [
+            f"{name} was {previous.get(name)!r} and is {current.get(name)!r}"
+            for name in sorted(previous.keys() | current.keys())
             if name.rpartition(".")[2] not in ignored
             and name.partition(".")[0] not in ignored
-            and found.get(name) != mine.get(name)
+            and previous.get(name) != current.get(name)
         ]
-        if differ:
+        if differences:
             raise ValueError(
-                f"{settings.output} holds a run with other settings ({'; '.join(differ)}). "
+                f"{settings.output} contains a run with other settings ({'; '.join(differences)}). "
                 "Set them back to continue it, or set another output."
             )
-    atomic_write_text(file, json.dumps(mine, indent=1))
+    atomic_write_text(file, json.dumps(current, indent=1))
 
 
-def contents(settings: Settings) -> dict[str, str]:
-    """What is in the files a run starts from: under the same names there may be others by now."""
-    found = {}
+def input_hashes(settings: Settings) -> dict[str, str]:
+    """Hashes of the input files, because a file may have been replaced under the same name."""
+    hashes = {}
     if settings.start is not None:
-        found["contents of start"] = open_checkpoint(settings.start, settings.mllm).fingerprint()
+        hashes["contents of start"] = open_checkpoint(settings.start, settings.mllm).fingerprint()
     rows = settings.data.rows
-    if rows is not None and rows.is_file():  # a run that is handed its examples reads no rows
-        found["contents of rows"] = hashlib.sha256(rows.read_bytes()).hexdigest()
-    return found
+    if rows is not None and rows.is_file():  # a run with examples passed in needs no rows
+        hashes["contents of rows"] = hashlib.sha256(rows.read_bytes()).hexdigest()
+    return hashes
 
 
-def as_plain(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON holds them, sections flattened to dotted names."""
+def flatten(settings: Settings) -> dict[str, Any]:
+    """Settings as a flat dict of JSON values, with dotted names for sections."""
 
     def flat(value: Any, name: str) -> dict[str, Any]:
         if isinstance(value, dict):
-            return {
-                key: v for part, inner in value.items() for key, v in flat(inner, f"{name}{part}.").items()
-            }
+            return {key: v for k, inner in value.items() for key, v in flat(inner, f"{name}{k}.").items()}
         return {name[:-1]: value if isinstance(value, int | float | str | list | None) else str(value)}
 
     return flat(dataclasses.asdict(settings), "")

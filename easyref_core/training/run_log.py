@@ -1,4 +1,8 @@
-"""What a run writes down for people: a progress bar, metrics.csv, TensorBoard, and sheets of sample pictures."""
+"""Log of a run: progress bar, metrics.csv, TensorBoard, and sheets of sample images.
+
+TensorBoard is written directly, because the API of accelerate's trackers differs between its versions and
+they write neither a CSV nor atomically.
+"""
 
 from __future__ import annotations
 
@@ -17,33 +21,33 @@ if TYPE_CHECKING:
 COLUMNS = ("update", "loss", "learning_rate", "gradient_norm", "samples_per_second")
 
 
-class Records:
-    """The main process's records in the run's folder, continued at update `start`; the other processes' are empty."""
+class RunLog:
+    """Log in the run's output folder, resumed after update `start`. Only the main process writes."""
 
     def __init__(self, output: Path, start: int, updates: int, main: bool) -> None:
         from tqdm import tqdm
 
-        self.main, self.folder, self.board = main, output, None
+        self.folder, self.metrics, self.board = output, output / "metrics.csv", None
         self.bar = tqdm(total=updates, initial=start, disable=not main, desc=output.name, dynamic_ncols=True)
         if not main:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        # what a killed run recorded beyond its last saved state is recorded again
+        # entries of a killed run after its last saved state are purged, because those updates run again
         self.board = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
-        self.metrics = output / "metrics.csv"
-        kept = [row for row in read_metrics(self.metrics) if row["update"] <= start]
+        retained = [row for row in read_metrics(self.metrics) if row["update"] <= start]
         with atomic_write(self.metrics) as partial, partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(kept)
+            writer.writerows(retained)
 
     def advance(self) -> None:
+        """Advance the progress bar by one update."""
         self.bar.update()
 
-    def add(self, update: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.csv, one point of every TensorBoard curve."""
-        if not self.main:
+    def log(self, update: int, values: Mapping[str, float]) -> None:
+        """Append a line to metrics.csv and a point to every TensorBoard curve."""
+        if not self.board:
             return
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         with self.metrics.open("a", encoding="utf-8", newline="") as file:
@@ -51,8 +55,8 @@ class Records:
         for name, value in values.items():
             self.board.add_scalar(name, value, update)
 
-    def add_sheet(self, update: int, sheet: Image.Image) -> None:
-        """A picture under samples/ and in TensorBoard."""
+    def log_samples(self, update: int, sheet: Image.Image) -> None:
+        """Write a sheet to samples/ and to TensorBoard."""
         (self.folder / "samples").mkdir(exist_ok=True)
         with atomic_write(self.folder / "samples" / f"{update:07}.png") as partial:
             sheet.save(partial, format="PNG")
@@ -65,7 +69,7 @@ class Records:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.csv as numbers; none where there is no file."""
+    """Rows of a metrics.csv as numbers; empty if the file does not exist."""
     if not file.is_file():
         return []
     with file.open(encoding="utf-8", newline="") as lines:

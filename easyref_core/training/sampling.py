@@ -1,4 +1,4 @@
-"""Pictures from a base model: classifier-free guidance over a batch of prompts, and sheets of what came out."""
+"""Image generation with a base model: Euler sampling with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ def generate_images(
     steps: int = 30,
     size: tuple[int, int] | None = None,
 ) -> list[Image.Image]:
-    """One picture from each noise (B, 4, h, w) and prompt, by Euler steps.
+    """Generate one image from each noise (B, 4, h, w) and prompt.
 
-    Every batch the UNet sees is [unconditional rows, conditional rows]; whoever wants references attaches them to
-    base.unet first (easyref_core.unet.diffusers_unet). size: the height and width SDXL is told, the noise's own by default.
+    Every UNet batch is [unconditional rows, conditional rows]. To condition on references, attach them to
+    base.unet first (easyref_core.unet.diffusers_unet). size: height and width of SDXL's size conditioning;
+    None takes the noise's own.
     """
     from diffusers import EulerDiscreteScheduler
 
     schedule = EulerDiscreteScheduler.from_config(base.schedule.config)
     schedule.set_timesteps(steps, device=base.device)
     text = Text.cat([base.encode_text([negative] * len(prompts)), base.encode_text(prompts)])
-    size = size or tuple(side * base.factor for side in noise.shape[-2:])
+    size = size or tuple(side * base.vae_scale_factor for side in noise.shape[-2:])
     sizes = {
         "text_embeds": text.pooled.to(base.unet.dtype),
         "time_ids": base.time_ids(size, (0, 0), size, batch=2 * len(prompts)),
@@ -56,21 +57,20 @@ def generate_images(
     return to_images(base.decode(latents))
 
 
-def to_images(pictures: Tensor) -> list[Image.Image]:
-    """Pictures (B, 3, H, W) in 0..1 -> PIL images."""
-    pixels = (pictures.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+def to_images(images: Tensor) -> list[Image.Image]:
+    """Convert images (B, 3, H, W) in 0..1 to PIL images."""
+    pixels = (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
     return [Image.fromarray(image) for image in rearrange(pixels, "b c h w -> b h w c").numpy()]
 
 
 def references_of(patches: Tensor, grid: Tensor, config: EasyRefConfig) -> list[Image.Image]:
-    """The references as the MLLM reads them: preprocess.patchify turned back. patches (sum, 1176), grid (K, 3)."""
-    images = []
-    for part, (_, rows, columns) in zip(
+    """Invert preprocess.patchify: patches (sum, 1176) and grid (K, 3) -> references at the MLLM's size."""
+    images, m = [], config.merge_size
+    for reference, (_, rows, columns) in zip(
         patches.cpu().split(grid.prod(dim=1).tolist()), grid.tolist(), strict=True
     ):
-        m = config.merge_size
         frames = rearrange(
-            part,
+            reference,
             "(h w mh mw) (c t ph pw) -> t (h mh ph) (w mw pw) c",
             h=rows // m,
             w=columns // m,

@@ -1,10 +1,10 @@
-"""The three stages as data: what each trains and what it starts from; what it reads is the run's `data`."""
+"""The three training stages as data: trained parameters and starting point."""
 
 from __future__ import annotations
 
 import dataclasses
 
-# What can be trained, by the names of its tensors (the names of easyref_core's modules).
+# Parameter groups, by name prefixes of their tensors in easyref_core's modules.
 GROUPS: dict[str, tuple[str, ...]] = {
     "last_layer": ("aggregator.layers.", "aggregator.norm."),
     "reference_tokens": ("aggregator.reference_tokens.",),
@@ -22,12 +22,12 @@ class Stage:
     """One stage of the progressive training."""
 
     name: str
-    trains: frozenset[str]  # of GROUPS
-    starts_from: str | None  # the stage before; None: the base MLLM and the UNet
+    trains: frozenset[str]  # names of GROUPS
+    starts_from: str | None  # previous stage; None: base MLLM and UNet
 
     @property
     def body_frozen(self) -> bool:
-        """The MLLM's body then runs without gradients, and its weights are left out of what is saved."""
+        """True if the MLLM's body runs without gradients; checkpoints then leave its weights out."""
         return "body" not in self.trains
 
 
@@ -42,5 +42,5 @@ STAGES = {
 
 
 def group_of(name: str) -> str:
-    """The group a tensor belongs to."""
+    """Parameter group of a tensor."""
     return next(group for group, prefixes in GROUPS.items() if name.startswith(prefixes))

@@ -1,8 +1,9 @@
-"""EasyRef as a module with parameters: the group encoder, the aggregator, K and V, and the attention LoRA."""
+"""EasyRef as a trainable module: group encoder, aggregator, K/V projections and attention LoRA."""
 
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,35 +22,21 @@ from .initial import Weights
 from .stages import Stage, group_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from diffusers import UNet2DConditionModel
     from torch import Tensor
 
     from .base_model import Text
     from .batches import Batch
 
-# How the tokens of a group come about: all references read together, or each alone and then joined (paper, table 5).
+# All references encoded together, or each alone and then averaged or concatenated (paper, table 5).
 AGGREGATIONS = ("easyref", "average", "concatenation")
 
 
-class LowRank(nn.Module):
-    """The update of one layer: up(down(x))."""
-
-    def __init__(self, width: int, out: int, rank: int, **factory: object) -> None:
-        super().__init__()
-        self.down = nn.Linear(width, rank, bias=False, **factory)
-        self.up = nn.Linear(rank, out, bias=False, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))
-
-
 class TrainableEasyRef(nn.Module):
-    """What a stage trains, attached to a UNet for good.
+    """The trainable modules of a stage, attached to a UNet until `attachment.remove()`.
 
-    The UNet, and the MLLM's body where it is frozen, are held unregistered: they are in no optimizer, no checkpoint
-    and no bucket of DistributedDataParallel, and stay in the dtype they come in.
+    `unet`, and `encoder` where the body is frozen, are not registered as submodules: they are in no
+    optimizer, no checkpoint and no bucket of DistributedDataParallel, and keep their dtype.
     """
 
     def __init__(
@@ -63,140 +50,139 @@ class TrainableEasyRef(nn.Module):
         gradient_checkpointing: bool = False,
         frozen_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """image_token: id of <|image_pad|>. frozen_dtype: of the MLLM's body where it is frozen."""
+        """image_token: id of <|image_pad|>. frozen_dtype: dtype of a frozen MLLM body."""
         super().__init__()
         if aggregation not in AGGREGATIONS:
-            raise ValueError(f"The aggregation is {aggregation!r}; wanted one of {', '.join(AGGREGATIONS)}.")
+            raise ValueError(f"aggregation is {aggregation!r}, expected one of {', '.join(AGGREGATIONS)}.")
         config = weights.config
         self.config, self.sites, self.stage, self.image_token = config, weights.sites, stage, image_token
         self.aggregation = aggregation
-        self._unregistered = {"unet": unet}
+        self.__dict__["unet"] = unet
         widths = dict(zip(weights.sites, weights.inner, strict=True))
         modules = CheckpointModules(config, widths, SkipInit, device="meta")
-        lora = {n: tensor for n, tensor in weights.tensors.items() if n.startswith(LORA_PREFIX)}
+        lora = {name: t for name, t in weights.tensors.items() if name.startswith(LORA_PREFIX)}
         modules.load_state_dict({n: t for n, t in weights.tensors.items() if n not in lora}, assign=True)
-        encoder = modules.encoder
         if stage.body_frozen:
-            self._unregistered["encoder"] = encoder.requires_grad_(False).to(unet.device, frozen_dtype)
+            encoder = modules.encoder.requires_grad_(False).to(unet.device, frozen_dtype)
+            self.__dict__["encoder"] = encoder
         else:
-            self.encoder = encoder
+            self.encoder = modules.encoder
         self.aggregator, self.kv = modules.aggregator, modules.kv
-        self.lora = _low_ranks(lora)
+        self.lora = _lora_layers(lora)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(group_of(tensor_name(name)) in stage.trains)
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-            blocks = [*encoder.visual.blocks, *encoder.layers] if not stage.body_frozen else []
+            blocks = [] if stage.body_frozen else [*self.encoder.visual.blocks, *self.encoder.layers]
             for block in [*blocks, *self.aggregator.layers]:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        self.store: Callable[[Batch], Tensor] | None = (
-            None  # gives a batch's context states in place of the body
-        )
-        self.attachment = attach(unet, {_layer_path(key): update for key, update in self.lora.items()})
+        self.attachment = attach(unet, {_layer_path(key): layer for key, layer in self.lora.items()})
 
-    def __getattr__(self, name: str) -> object:
-        """The UNet and a frozen encoder, which are no submodules."""
-        beside = self.__dict__.get("_unregistered", {})
-        return beside[name] if name in beside else super().__getattr__(name)
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, text: Text, batch: Batch, context: Tensor | None = None
+    ) -> Tensor:
+        """Predict the noise (B, 4, h, w) in noisy latents (B, 4, h, w) at `timesteps` (B,).
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, text: Text, batch: Batch) -> Tensor:
-        """Noisy latents (B, 4, h, w) at `timesteps` (B,) -> the noise predicted in them (B, 4, h, w)."""
-        tokens, real = self.padded_tokens(batch)
-        self.condition(tokens, real)
+        context: precomputed context states of the batch, see `tokens_and_mask`.
+        """
+        self.condition(*self.tokens_and_mask(batch, context))
         return self.predict(noisy, timesteps, text, batch.time_ids)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, time_ids: Tensor) -> Tensor:
-        """The UNet's prediction under the references of the last `condition`."""
+        """Run the UNet under the last `condition`."""
         dtype = next(self.unet.parameters()).dtype
         sizes = {"text_embeds": text.pooled.to(dtype), "time_ids": time_ids}
         return self.unet(
             noisy.to(dtype), timesteps, text.states.to(dtype), added_cond_kwargs=sizes, return_dict=False
         )[0]
 
-    def condition(self, tokens: Tensor, real: Tensor | None = None) -> None:
-        """Let the UNet attend to reference tokens (rows, T, C), real (rows, T) where rows differ in length."""
-        self.attachment.condition(self.kv(tokens), real)
+    def condition(self, tokens: Tensor, token_mask: Tensor | None = None) -> None:
+        """Condition the UNet on reference tokens (rows, T, C); token_mask (rows, T) is False at padding."""
+        self.attachment.condition(self.kv(tokens), token_mask)
 
-    def tokens(self, batch: Batch) -> Tensor:
-        """Reference tokens of each group: (B, T, C)."""
-        return self.padded_tokens(batch)[0]
+    def tokens(self, batch: Batch, context: Tensor | None = None) -> Tensor:
+        """Reference tokens (B, T, C) of each group."""
+        return self.tokens_and_mask(batch, context)[0]
 
-    def padded_tokens(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Reference tokens (B, T, C), and which of them are real (B, T) where groups have different counts of them."""
+    def tokens_and_mask(self, batch: Batch, context: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Reference tokens (B, T, C) and their mask (B, T), None if no group is padded.
+
+        context: context states (B, S, D) of the batch for aggregation "easyref"; None computes them. The
+        other aggregations encode each reference alone and have no use for them.
+        """
         if self.aggregation == "easyref":
-            read = batch.patches, batch.grid, batch.input_ids, batch.real
-            context = self.context(*read) if self.store is None else self.store(batch)
-            return self._aggregate(context, batch.real), None
-        ids = [
-            alone
-            for row, real, count in zip(batch.input_ids, batch.real, batch.references, strict=True)
-            for alone in one_by_one(row[real], self.image_token, count)
+            if context is None:
+                context = self.context(batch.patches, batch.grid, batch.input_ids, batch.padding_mask)
+            return self._aggregate(context, batch.padding_mask), None
+        rows = [
+            ids
+            for row, mask, count in zip(batch.input_ids, batch.padding_mask, batch.references, strict=True)
+            for ids in split_question(row[mask], self.image_token, count)
         ]
-        ids, real = (part.to(batch.real.device) for part in pad_left(ids))
-        # -> (sum of K, T, C)
-        each = self._aggregate(self.context(batch.patches, batch.grid, ids, real), real)
-        groups = each.split(batch.references)
+        ids, mask = (tensor.to(batch.input_ids.device) for tensor in pad_left(rows))
+        tokens = self._aggregate(self.context(batch.patches, batch.grid, ids, mask), mask)  # (sum of K, T, C)
+        groups = tokens.split(batch.references)
         if self.aggregation == "average":
             return torch.stack([group.mean(dim=0) for group in groups]), None
         rows = [group.flatten(0, 1) for group in groups]
-        real = pad_sequence([row.new_ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
-        return pad_sequence(rows, batch_first=True), None if real.all() else real
+        mask = pad_sequence([row.new_ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
+        return pad_sequence(rows, batch_first=True), _mask_or_none(mask)
 
-    def context(self, patches: Tensor, grid: Tensor, input_ids: Tensor, real: Tensor) -> Tensor:
-        """Context states (B, S, D) of a batch of groups, without gradients where the body is frozen."""
+    def context(self, patches: Tensor, grid: Tensor, input_ids: Tensor, padding_mask: Tensor) -> Tensor:
+        """Context states (B, S, D) of a batch of groups, without gradients if the body is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stage.body_frozen):
             dtype = self.encoder.embed_tokens.weight.dtype
-            return self.encoder(patches, grid, input_ids, self.image_token, dtype, _padding(real))
+            mask = _mask_or_none(padding_mask)
+            return self.encoder(patches, grid, input_ids, self.image_token, dtype, padding_mask=mask)
 
-    def _aggregate(self, context: Tensor, real: Tensor) -> Tensor:
+    def _aggregate(self, context: Tensor, padding_mask: Tensor) -> Tensor:
         weight = self.aggregator.norm.weight
-        return self.aggregator(context.to(weight.device, weight.dtype), _padding(real))
+        return self.aggregator(context.to(weight.device, weight.dtype), _mask_or_none(padding_mask))
 
 
-def _padding(real: Tensor) -> Tensor | None:
-    """None where nothing is padded: attention is faster without a mask."""
-    return None if real.all() else real
+def _mask_or_none(mask: Tensor) -> Tensor | None:
+    """Drop a mask that masks nothing, because attention is faster without one."""
+    return None if mask.all() else mask
 
 
-def one_by_one(input_ids: Tensor, image_token: int, references: int) -> list[Tensor]:
-    """The ids (S,) of a question about a group -> the ids of the same question about each reference alone."""
+def split_question(input_ids: Tensor, image_token: int, references: int) -> list[Tensor]:
+    """Split the ids (S,) of a question about a group into the same question about each reference."""
     image = input_ids == image_token
     edges = torch.diff(image.int(), prepend=image.new_zeros(1).int(), append=image.new_zeros(1).int())
-    # with the marks around it
-    starts, ends = (
-        (edges == 1).nonzero()[:, 0] - 1,
-        (edges == -1).nonzero()[:, 0] + 1,
-    )
+    # each span includes the <|vision_start|> and <|vision_end|> around it
+    starts, ends = (edges == 1).nonzero()[:, 0] - 1, (edges == -1).nonzero()[:, 0] + 1
     if len(starts) != references:
         raise ValueError(
-            f"The question shows {len(starts)} references where the group has {references}: it was cut inside them. "
-            "Raise max_length."
+            f"The question contains {len(starts)} references, but the group has {references}: it was "
+            "truncated inside them. Raise max_length."
         )
     before, after = input_ids[: starts[0]], input_ids[ends[-1] :]
     return [torch.cat([before, input_ids[start:end], after]) for start, end in zip(starts, ends, strict=True)]
 
 
 def tensor_name(parameter: str) -> str:
-    """Name of a parameter of TrainableEasyRef -> name of the tensor as easyref_core.checkpoint.checkpoint.save takes it."""
+    """Translate a parameter name of TrainableEasyRef to the tensor name of checkpoint.save."""
     match = re.fullmatch(r"lora\.(.+)/(to_\w+)\.(down|up)\.weight", parameter)
     return _lora_name(match[1].replace("/", "."), match[2], match[3]) if match else parameter
 
 
-def _lora_name(attention: str, part: str, side: str) -> str:
-    return f"unet.{attention}.processor.{part}_lora.{side}.weight"
+def _lora_name(attention: str, layer: str, side: str) -> str:
+    return f"unet.{attention}.processor.{layer}_lora.{side}.weight"
 
 
 def _layer_path(key: str) -> str:
-    """Key in the LoRA's ModuleDict, whose keys may hold no dots -> path of the layer in the UNet."""
+    """Path of a layer in the UNet from its key in the ModuleDict, whose keys must not contain dots."""
     return key.replace("/", ".")
 
 
-def _low_ranks(tensors: Mapping[str, Tensor]) -> nn.ModuleDict:
+def _lora_layers(tensors: Mapping[str, Tensor]) -> nn.ModuleDict:
+    """Linear layers up(down(x)) by `_layer_path` key."""
     lora = nn.ModuleDict()
     for name, down in tensors.items():
         if match := re.fullmatch(r"unet\.(.+)\.processor\.(to_\w+)_lora\.down\.weight", name):
-            up = tensors[_lora_name(match[1], match[2], "up")]
-            update = LowRank(down.shape[1], up.shape[0], down.shape[0], device="meta")
-            update.load_state_dict({"down.weight": down, "up.weight": up}, assign=True)
-            lora[f"{match[1]}.{match[2]}".replace(".", "/")] = update
+            sides = {"down": down, "up": tensors[_lora_name(match[1], match[2], "up")]}
+            linears = {side: nn.Linear(*w.T.shape, bias=False, device="meta") for side, w in sides.items()}
+            layer = nn.Sequential(OrderedDict(linears))
+            layer.load_state_dict({f"{side}.weight": w for side, w in sides.items()}, assign=True)
+            lora[f"{match[1]}.{match[2]}".replace(".", "/")] = layer
     return lora

@@ -131,7 +131,7 @@ def test_vae_encodes_as_diffusers(vae, diffusers) -> None:
     pictures = drawn(3, 2, 64, 64, 3).sigmoid()
     with torch.inference_mode():
         found = vae.encode(pictures) * diffusers.vae.config.scaling_factor
-        wanted = diffusers.encode_pictures(pictures.movedim(-1, 1) * 2 - 1)
+        wanted = diffusers.encode_images(pictures.movedim(-1, 1) * 2 - 1)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 

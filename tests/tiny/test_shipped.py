@@ -25,7 +25,7 @@ MLLM = WEIGHTS / "tiny-qwen2-vl"
 class MeanColours:
     """In place of the base model, whose VAE takes most of a minute for the pool."""
 
-    def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.avg_pool2d(pixels, 8)[:, [0, 1, 2, 0]]
 
 
@@ -50,7 +50,7 @@ def test_batch_is_decided_by_its_positions(examples):
 def test_position_gives_the_same_sample_in_any_batch(examples):
     alone, among = examples.batch([9]), examples.batch([8, 9])
     assert among.prompts[1] == alone.prompts[0]
-    assert torch.equal(among.input_ids[1][among.real[1]], alone.input_ids[0])
+    assert torch.equal(among.input_ids[1][among.padding_mask[1]], alone.input_ids[0])
     assert torch.equal(among.latents[1], alone.latents[0])
 
 

@@ -1,4 +1,4 @@
-"""The stream of positions, and how samples become a batch."""
+"""The stream of positions, and collating samples into a batch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import easyref_core as er
 from easyref_core.training.batches import (
     Batch,
+    MicroBatches,
     Sample,
     collate,
     generator,
@@ -24,7 +25,7 @@ from . import tiny
 
 
 def sample(number: int = 0, length: int = 3, references: int = 1, size: tuple[int, int] = (8, 8)) -> Sample:
-    """A sample all of whose values are `number`."""
+    """A sample whose values are all `number`."""
     return Sample(
         target=torch.full((3, *size), float(number)),
         prompt=f"prompt {number}",
@@ -47,65 +48,59 @@ class Positions:
         return collate([sample(p) for p in positions], [new_seed(generator(p, 0)) for p in positions])
 
 
+def load(steps: range, workers: int = 0, **ranks: int) -> list[Batch]:
+    return list(loader(MicroBatches(Positions(), 2, **ranks), steps, workers))
+
+
 def positions(batches: Sequence[Batch]) -> list[int]:
     return [int(number) for batch in batches for number in batch.pixels[:, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("length", [1, 7, 100])
-def test_an_epoch_visits_each_row_once(length: int) -> None:
+def test_epoch_visits_each_row_once(length: int) -> None:
     for epoch in range(3):
-        places = range(epoch * length, (epoch + 1) * length)
-        assert sorted(row_at(p, length, seed=3) for p in places) == list(range(length))
+        epoch_positions = range(epoch * length, (epoch + 1) * length)
+        assert sorted(row_at(p, length, seed=3) for p in epoch_positions) == list(range(length))
 
 
-def test_each_epoch_and_each_seed_has_its_own_order() -> None:
+def test_each_epoch_and_seed_has_another_order() -> None:
     orders = [[row_at(p, 50, seed) for p in range(50 * e, 50 * e + 50)] for seed in (0, 1) for e in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_a_position_always_draws_the_same() -> None:
+def test_draws_depend_only_on_position_and_seed() -> None:
     assert new_seed(generator(5, 1)) == new_seed(generator(5, 1))
     assert len({new_seed(generator(p, s)) for p in range(50) for s in range(2)}) == 100
 
 
-def test_ranks_are_disjoint_and_together_one_with_the_whole_batch() -> None:
-    world, batch, accumulation = 2, 3, 2
-    for update in range(4):
-        for micro in range(accumulation):
-            parts = [stream(update, micro, rank, world, batch, accumulation) for rank in range(world)]
-            assert [p for part in parts for p in part] == list(
-                stream(update, micro, 0, 1, world * batch, accumulation)
-            )
+def test_ranks_are_disjoint_and_together_equal_one_rank_with_the_total_batch() -> None:
+    for step in range(8):
+        ranks = [p for rank in range(2) for p in stream(step, 3, rank, 2)]
+        assert ranks == list(stream(step, 6))
 
 
-def test_the_stream_leaves_no_position_out() -> None:
-    taken = [p for u in range(5) for m in range(2) for r in range(3) for p in stream(u, m, r, 3, 4, 2)]
-    assert taken == list(range(5 * 2 * 3 * 4))
+def test_stream_is_contiguous() -> None:
+    assert [p for step in range(10) for r in range(3) for p in stream(step, 4, r, 3)] == list(range(120))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_gives_the_stream_in_order(workers: int) -> None:
-    found = positions(list(loader(Positions(), 2, 6, batch=2, accumulation=3, workers=workers)))
-    assert found == list(range(2 * 3 * 2, 6 * 3 * 2))
+def test_loader_keeps_the_order(workers: int) -> None:
+    batches = load(range(6, 18), workers)
+    assert positions(batches) == list(range(12, 36))
+    assert all(torch.equal(a.seeds, b.seeds) for a, b in zip(batches, load(range(6, 18)), strict=True))
 
 
-def test_the_loader_of_a_rank_gives_its_part() -> None:
-    found = positions(list(loader(Positions(), 0, 3, batch=2, rank=1, world=2)))
-    assert found == [2, 3, 6, 7, 10, 11]
-
-
-def test_workers_change_nothing() -> None:
-    alone, helped = (list(loader(Positions(), 0, 3, 2, workers=workers)) for workers in (0, 2))
-    assert all(torch.equal(a.seeds, b.seeds) for a, b in zip(alone, helped, strict=True))
+def test_loader_of_a_rank() -> None:
+    assert positions(load(range(3), rank=1, world_size=2)) == [2, 3, 6, 7, 10, 11]
 
 
 def test_rows_are_padded_on_the_left() -> None:
-    ids, real = pad_left([torch.tensor([7, 8, 9]), torch.tensor([5]), torch.tensor([6, 4])])
+    ids, mask = pad_left([torch.tensor([7, 8, 9]), torch.tensor([5]), torch.tensor([6, 4])])
     assert ids.tolist() == [[7, 8, 9], [5, 5, 5], [6, 6, 4]]
-    assert real.tolist() == [[True] * 3, [False, False, True], [False, True, True]]
+    assert mask.tolist() == [[True] * 3, [False, False, True], [False, True, True]]
 
 
-def test_a_batch_holds_its_samples() -> None:
+def test_collate() -> None:
     batch = collate([sample(0, 3, references=2), sample(1, 2)], [4, 2**62])
     assert batch.pixels.shape == (2, 3, 8, 8)
     assert batch.latents is None
@@ -115,18 +110,18 @@ def test_a_batch_holds_its_samples() -> None:
     assert batch.grid.shape == (3, 3)
     assert batch.references == (2, 1)
     assert batch.input_ids.tolist() == [[1, 2, 3], [11, 11, 12]]
-    assert batch.real.tolist() == [[True] * 3, [False, True, True]]
+    assert batch.padding_mask.tolist() == [[True] * 3, [False, True, True]]
     assert batch.seeds.tolist() == [4, 2**62]
 
 
-def test_targets_of_unequal_size_are_refused() -> None:
+def test_targets_of_different_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="The targets of one batch have different sizes") as error:
         collate([sample(size=(64, 128)), sample(size=(128, 64))], [0, 0])
     assert "64x128, 128x64" in str(error.value)
-    assert "set the batch to 1 and accumulate instead" in str(error.value)
+    assert "set batch_size to 1 and raise accumulation" in str(error.value)
 
 
-def test_a_batch_moves_as_a_whole() -> None:
+def test_batch_moves_to_a_device() -> None:
     batch = collate([sample()], [0]).to("meta")
     assert {t.device.type for t in vars(batch).values() if isinstance(t, torch.Tensor)} == {"meta"}
     assert batch.prompts == ("prompt 0",)
@@ -134,20 +129,18 @@ def test_a_batch_moves_as_a_whole() -> None:
 
 
 @torch.no_grad()
-def test_a_padded_batch_gives_each_group_the_tokens_it_has_alone() -> None:
+def test_padded_batch_has_the_tokens_of_each_group_alone(examples: tiny.TinyExamples) -> None:
     model = er.load(tiny.GOLDEN / "easyref.safetensors", tiny.MLLM)
-    examples = tiny.TinyExamples(model.config)
     rows = [0, 1, 2, 5]  # groups of 1, 2, 3 and 3 references
     batch = collate([examples.sample(row) for row in rows], rows)
-    assert not batch.real.all()
-    together = read(model, batch)
-    for row, tokens in zip(rows, together, strict=True):
-        alone = read(model, collate([examples.sample(row)], [0]))[0]
+    assert not batch.padding_mask.all()
+    for row, tokens in zip(rows, golden_tokens(model, batch), strict=True):
+        alone = golden_tokens(model, collate([examples.sample(row)], [0]))[0]
         torch.testing.assert_close(tokens, alone, rtol=1e-5, atol=1e-5)
 
 
-def read(model: er.EasyRef, batch: Batch) -> torch.Tensor:
-    """Reference tokens (B, T, C) of a batch, through the golden MLLM."""
+def golden_tokens(model: er.EasyRef, batch: Batch) -> torch.Tensor:
+    """Reference tokens (B, T, C) of a batch from the golden model."""
     encoder, aggregator = model.mllm.encoder, model.mllm.aggregator
     inputs = batch.patches, batch.grid, batch.input_ids, model.image_token, torch.float32
-    return aggregator(encoder(*inputs, padding_mask=batch.real), batch.real)
+    return aggregator(encoder(*inputs, padding_mask=batch.padding_mask), batch.padding_mask)

@@ -1,4 +1,4 @@
-"""The cost table: counts equal what is known, and the document is the one these counts make."""
+"""The cost table: counts equal known numbers, and the document contains them."""
 
 from __future__ import annotations
 
@@ -26,40 +26,27 @@ def meta(*shape: int) -> torch.Tensor:
     return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
 
 
-@pytest.fixture(scope="module")
-def parameters() -> dict[str, int]:
-    return full_size.parameters()
-
-
 @pytest.mark.parametrize(
-    ("prefix", "parts"),
+    ("groups", "number"),
     [
-        ("multimodal_llm.visual", ["vision tower"]),
-        ("multimodal_llm.model", ["body"]),
-        ("mllm_final_layer", ["last_layer", "reference_tokens"]),
-        ("image_proj_model", ["projector"]),
-        ("unet.", ["kv", "lora"]),
+        (["vision tower"], LAYOUT["parameters"]["multimodal_llm.visual"]),
+        (["body"], LAYOUT["parameters"]["multimodal_llm.model"]),
+        (["last_layer", "reference_tokens"], LAYOUT["parameters"]["mllm_final_layer"]),
+        (["projector"], LAYOUT["parameters"]["image_proj_model"]),
+        (["kv", "lora"], LAYOUT["parameters"]["unet."]),
+        (["unet"], 2_567_463_684),
+        (["vae"], 83_653_863),
+        (["text encoders"], 817_720_320),
     ],
 )
-def test_parameters_are_those_of_the_released_layout(
-    parameters: dict[str, int], prefix: str, parts: list[str]
-) -> None:
-    assert sum(parameters[part] for part in parts) == LAYOUT["parameters"][prefix]
+def test_parameters_are_those_of_the_released_layout_and_of_sdxl(groups: list[str], number: int) -> None:
+    parameters = full_size.parameters()
+    assert sum(parameters[group] for group in groups) == number
 
 
-@pytest.mark.parametrize(
-    ("part", "count"), [("unet", 2_567_463_684), ("vae", 83_653_863), ("text encoders", 817_720_320)]
-)
-def test_frozen_parameters_are_sdxls(parameters: dict[str, int], part: str, count: int) -> None:
-    assert parameters[part] == count
-
-
-def test_the_unets_sizes_are_those_of_the_layout() -> None:
+def test_sizes_and_tensors_are_those_of_the_layout() -> None:
     known = {key: list(v) if isinstance(v, tuple) else v for key, v in full_size.UNET.items()}
     assert known.items() <= LAYOUT["sdxl_unet_config"].items()
-
-
-def test_every_tensor_of_the_layout_is_counted() -> None:
     lm_head = 1  # tied, and never used
     assert len(full_size.released_shapes()) == len(LAYOUT["keys"]) - lm_head
 
@@ -72,32 +59,31 @@ def test_every_tensor_of_the_layout_is_counted() -> None:
         ("3_multi_reference.yaml", cost.PLANS[2]),
     ],
 )
-def test_plans_are_the_configs(file: str, plan: cost.Plan) -> None:
+def test_plans_match_the_configs(file: str, plan: cost.Plan) -> None:
     [settings] = load(CONFIGS / file)
-    assert settings.what == plan.stage
+    assert settings.stage_spec == plan.stage
     assert (settings.batch_size, settings.updates) == (plan.batch, plan.updates)
     assert settings.batch_size * settings.accumulation * 32 == plan.global_batch
 
 
-def test_a_matrix_product_is_counted_forward_and_backward() -> None:
+def test_matrix_product_is_counted_forward_and_backward() -> None:
     x, weight = meta(10, 20), meta(20, 30).requires_grad_()
-    assert count(lambda: x @ weight).operations == 2 * 10 * 20 * 30
-    assert count(lambda: (x @ weight).sum().backward()).operations == 2 * 2 * 10 * 20 * 30
-
-
-def test_a_frozen_weight_costs_no_gradient_of_its_own() -> None:
+    forward = 2 * 10 * 20 * 30
+    assert count(lambda: x @ weight).flops == forward
+    assert count(lambda: (x @ weight).sum().backward()).flops == 2 * forward
+    # a frozen weight has no gradient
     x, weight = meta(10, 20).requires_grad_(), meta(20, 30)
-    assert count(lambda: (x @ weight).sum().backward()).operations == 2 * 2 * 10 * 20 * 30
+    assert count(lambda: (x @ weight).sum().backward()).flops == 2 * forward
 
 
-def test_attention_keeps_no_matrix() -> None:
+def test_attention_stores_no_matrix() -> None:
     q = meta(1, 2, 1000, 8)
-    found = count(lambda: scaled_dot_product_attention(q, q, q))
-    assert found.operations == 2 * 2 * 2 * 1000 * 1000 * 8
-    assert found.peak < 1000 * 1000
+    actual = count(lambda: scaled_dot_product_attention(q, q, q))
+    assert actual.flops == 2 * 2 * 2 * 1000 * 1000 * 8
+    assert actual.peak_bytes < 1000 * 1000
 
 
-def test_attention_is_as_it_was_after_counting() -> None:
+def test_counting_restores_attention() -> None:
     q = torch.randn(1, 2, 5, 8)
     before = scaled_dot_product_attention(q, q, q)
     count(lambda: scaled_dot_product_attention(meta(1, 2, 5, 8), meta(1, 2, 5, 8), meta(1, 2, 5, 8)))
@@ -105,72 +91,70 @@ def test_attention_is_as_it_was_after_counting() -> None:
     assert scaled_dot_product_attention(q.to("meta"), q.to("meta"), q.to("meta")).shape == q.shape
 
 
-def chain(x: torch.Tensor, weight: torch.Tensor, steps: int, again: bool) -> torch.Tensor:
-    def step(x: torch.Tensor) -> torch.Tensor:
+def chain(x: torch.Tensor, weight: torch.Tensor, checkpointing: bool = False) -> torch.Tensor:
+    """Ten layers of attention and a matrix product."""
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
         return torch.relu(scaled_dot_product_attention(x, x, x) @ weight)
 
-    for _ in range(steps):
-        x = checkpoint(step, x, use_reentrant=False) if again else step(x)
+    for _ in range(10):
+        x = checkpoint(layer, x, use_reentrant=False) if checkpointing else layer(x)
     return x
 
 
-def test_the_peak_is_what_lives_at_one_time() -> None:
+def test_peak_is_the_memory_alive_at_one_time() -> None:
     x, weight = meta(1, 1, 100, 50), meta(50, 50)
     size = 100 * 50 * 2
     with torch.no_grad():
-        peak = count(lambda: chain(x, weight, 10, again=False)).peak
+        peak = count(lambda: chain(x, weight)).peak_bytes
     assert 2 * size <= peak < 4 * size
 
 
 def test_checkpointing_costs_one_more_forward_and_less_memory() -> None:
     x, weight = meta(1, 1, 100, 50).requires_grad_(), meta(50, 50)
-    forward = count(lambda: chain(x, weight, 10, again=False)).operations
-    plain = count(lambda: chain(x, weight, 10, again=False).sum().backward())
-    again = count(lambda: chain(x, weight, 10, again=True).sum().backward())
-    assert again.operations == plain.operations + forward
-    assert again.peak < 0.6 * plain.peak
+    forward = count(lambda: chain(x, weight)).flops
+    plain = count(lambda: chain(x, weight).sum().backward())
+    recomputing = count(lambda: chain(x, weight, checkpointing=True).sum().backward())
+    assert recomputing.flops == plain.flops + forward
+    assert recomputing.peak_bytes < 0.6 * plain.peak_bytes
 
 
 @pytest.fixture(scope="module")
-def alignment() -> full_size.Counts:
+def alignment() -> full_size.MicroBatchCost:
     """One example of stage 1."""
-    return full_size.counts(STAGES["alignment"], 1, 1, False)
+    return full_size.micro_batch_cost(STAGES["alignment"], 1, 1, False)
 
 
-def test_an_example_of_stage_1_takes_what_the_document_says(alignment: full_size.Counts) -> None:
-    cells = (alignment.step, alignment.body, alignment.vae, alignment.text)
-    step, body, vae, text = (f"{c.operations / 1e12:.2f}" for c in cells)
+def test_document_has_the_counts(alignment: full_size.MicroBatchCost) -> None:
+    assert cost.parameter_table() in DOCUMENT
+    costs = (alignment.step, alignment.body, alignment.vae, alignment.text)
+    step, body, vae, text = (f"{c.flops / 1e12:.2f}" for c in costs)
     [line] = [
         line for line in DOCUMENT.splitlines() if line.startswith("| 1 alignment") and "| 0.11 |" in line
     ]
-    assert [cell.strip() for cell in line.split("|")[2:]][:1] == [step]
+    assert line.split("|")[2].strip() == step
     assert line.endswith(f"| {body} | {vae} | {text} |")
 
 
-def test_the_body_takes_two_operations_a_parameter_and_token(alignment: full_size.Counts) -> None:
+def test_body_takes_two_flops_per_parameter_and_token(alignment: full_size.MicroBatchCost) -> None:
     embedding = full_size.EASYREF.vocab_size * full_size.EASYREF.hidden_size
     layers = full_size.parameters()["body"] - embedding
     vision = full_size.parameters()["vision tower"]
     products = 2 * (layers * full_size.context_length(1) + vision * 4 * full_size.IMAGE_TOKENS)
-    # attention beside; the merger, a small part of the tower, runs on a quarter of the patches
-    assert alignment.body.operations == pytest.approx(products, rel=0.08)
+    # plus attention, minus the merger, a small part of the tower that runs on a quarter of the patches
+    assert alignment.body.flops == pytest.approx(products, rel=0.08)
 
 
-def test_memory_is_the_sum_of_its_parts(alignment: full_size.Counts) -> None:
-    plan = cost.Plan(STAGES["alignment"], 1, 256, 1, 1, zero2=True)
+def test_memory_is_the_sum_of_its_parts(alignment: full_size.MicroBatchCost) -> None:
+    plan = cost.Plan(STAGES["alignment"], 1, 256, updates=1, references=1, zero2=True)
     one, many = (cost.Estimate(plan, gpus, checkpointing=False) for gpus in (1, 32))
     trained = 46_799_360 + 98_304 + 5_512_704 + 340_787_200
-    assert one.trained == trained
+    assert one.num_trained == trained
     assert one.trained_bytes == 18 * trained
     assert many.trained_bytes == 2.5 * trained
-    assert (
-        one.frozen_bytes == 2 * (2_567_463_684 + 817_720_320 + 1_496_916_480 + 665_271_296) + 4 * 83_653_863
-    )
-    assert one.memory - many.memory == 15.5 * trained
-    assert one.activation_bytes == max(alignment.step.peak, alignment.vae.peak)
+    frozen = 2_567_463_684 + 817_720_320 + 1_496_916_480 + 665_271_296
+    assert one.frozen_bytes == 2 * frozen + 4 * 83_653_863
+    assert one.total_bytes - many.total_bytes == 15.5 * trained
+    assert one.activation_bytes == max(alignment.step.peak_bytes, alignment.vae.peak_bytes)
     assert (one.accumulation, many.accumulation) == (256, 8)
     assert one.seconds == pytest.approx(32 * many.seconds)
-
-
-def test_the_document_has_the_counted_parameters() -> None:
-    assert cost.parameter_table() in DOCUMENT

@@ -17,11 +17,11 @@ WORKER = Path(__file__).with_name("worker.py")
 def start(
     base: Path, output: Path, batch: int, rank: int = 0, world: int = 1, port: int = 0
 ) -> subprocess.Popen[str]:
-    """One process, with what torchrun and accelerate launch tell theirs."""
+    """Start one process with the environment variables of torchrun and accelerate launch."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     if world > 1:
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-        environment |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+        environment |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
     command = [sys.executable, WORKER, "gradients", base, output, str(batch)]
     return subprocess.Popen(
         list(map(str, command)), env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -54,5 +54,5 @@ def test_both_processes_have_the_same_gradients(gradients: dict[str, dict]) -> N
 def test_two_processes_have_the_gradients_of_one_with_double_the_batch(gradients: dict[str, dict]) -> None:
     two, one = gradients["gradients-0-of-2"], gradients["gradients-0-of-1"]
     assert len(one) > 100
-    for name, wanted in one.items():
-        assert (two[name] - wanted).norm() <= 1e-4 * wanted.norm() + 1e-9, name
+    for name, expected in one.items():
+        assert (two[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-9, name

@@ -1,17 +1,17 @@
-"""The loop: an update is what it should be, loss falls, stages chain, and what they leave loads."""
+"""The loop: updates are exact, the loss falls, stages chain, and checkpoints load."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+import pkgutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.test_utils.testing import AccelerateTestCase
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,310 +19,284 @@ import easyref_core as er
 import easyref_core.training
 from easyref_core.mllm.preprocess import preprocess
 from easyref_core.training.base_model import BaseModel
-from easyref_core.training.batches import loader
-from easyref_core.training.config import Samples, Settings, load
+from easyref_core.training.batches import MicroBatches, loader
+from easyref_core.training.config import Samples, load
 from easyref_core.training.initial import from_checkpoint
-from easyref_core.training.loop import train
-from easyref_core.training.run import Run, learning_rate, randomness
+from easyref_core.training.loop import make_accelerator, train
+from easyref_core.training.run import DATASETS, Run, learning_rate, randomness
 from easyref_core.training.run_log import read_metrics
 from easyref_core.training.sampling import generate_images, references_of
 from easyref_core.training.stages import STAGES
 
 from . import tiny
+from .tiny import MakeSettings, TinyExamples, Train
 
 CONFIGS = Path(easyref_core.training.__file__).parent / "configs"
+MakeRun = Callable[..., Run]
 
 
-@pytest.fixture(scope="module")
-def examples() -> tiny.TinyExamples:
-    return tiny.TinyExamples(tiny.config())
+@pytest.fixture
+def make_run(settings: MakeSettings, examples: TinyExamples) -> MakeRun:
+    def make(**changes: Any) -> Run:
+        run_settings = settings(**changes)
+        return Run(run_settings, make_accelerator(run_settings.accumulation), examples)
+
+    return make
 
 
-def run_of(settings: Settings, examples: tiny.TinyExamples) -> Run:
-    plugin = GradientAccumulationPlugin(num_steps=settings.accumulation, sync_with_dataloader=False)
-    return Run(settings, Accelerator(gradient_accumulation_plugin=plugin), examples)
-
-
-def trained(run: Run) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+def trained(run: Run) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
 
 
 class TestUpdate:
-    def test_it_is_adamw_by_hand(
-        self, base_folder: Path, tmp_path: Path, examples: tiny.TinyExamples
-    ) -> None:
-        """m and v of the first step are the gradient and its square, so the step is rate * g / (|g| + eps)."""
-        run = run_of(tiny.settings(base_folder, tmp_path, learning_rate=1e-3), examples)
-        batch = examples.batch(range(2))
-        before = trained(run)
+    def test_update_is_adamw_by_hand(self, make_run: MakeRun, examples: TinyExamples) -> None:
+        """m and v of the first step are the gradient and its square: the step is rate * g / (|g| + eps)."""
+        run, batch = make_run(learning_rate=1e-3), examples.batch(range(2))
+        before = {name: parameter.detach().clone() for name, parameter in trained(run).items()}
         timesteps, noise, draw = randomness(batch, run.base)
-        latents = run.base.encode_pictures(batch.pixels, draw)
+        mean, deviation = run.base.latent_moments(batch.pixels)
         signal = run.base.schedule.alphas_cumprod[timesteps][:, None, None, None]
-        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+        noisy = signal.sqrt() * (mean + deviation * draw) + (1 - signal).sqrt() * noise
         predicted = run.model(noisy, timesteps, run.base.encode_text(batch.prompts), batch)
         loss = ((predicted - noise) ** 2).mean()
         loss.backward()
-        gradients = {n: p.grad.clone() for n, p in run.model.named_parameters() if p.requires_grad}
+        gradients = {name: parameter.grad.clone() for name, parameter in trained(run).items()}
         run.model.zero_grad()
-        found, norm = run.update(iter([batch]), 0, measure=True)
-        assert math.isclose(found.item(), loss.item(), rel_tol=1e-6)
+        actual, norm = run.update(iter([batch]), 0, measure=True)
+        assert math.isclose(actual.item(), loss.item(), rel_tol=1e-6)
         squares = sum(gradient.square().sum() for gradient in gradients.values())
         assert math.isclose(float(norm), float(squares.sqrt()), rel_tol=1e-5)
         for name, after in trained(run).items():
-            wanted = before[name] - 1e-3 * gradients[name] / (gradients[name].abs() + 1e-8)
-            assert torch.allclose(after, wanted, atol=1e-7, rtol=1e-5), name
+            expected = before[name] - 1e-3 * gradients[name] / (gradients[name].abs() + 1e-8)
+            assert torch.allclose(after, expected, atol=1e-7, rtol=1e-5), name
 
-    def test_accumulated_micro_batches_are_one_batch(
-        self, base_folder: Path, tmp_path: Path, examples: tiny.TinyExamples
+    def test_accumulated_micro_batches_equal_one_batch(
+        self, make_run: MakeRun, examples: TinyExamples
     ) -> None:
         gradients = []
-        for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
-            settings = tiny.settings(base_folder, tmp_path, batch_size=batch, accumulation=accumulation)
-            run = run_of(settings, examples)
-            batches = loader(examples, 0, 1, batch, accumulation)
-            for _ in range(accumulation):
+        for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+            run = make_run(batch_size=batch_size, accumulation=accumulation)
+            for batch in loader(MicroBatches(examples, batch_size), range(accumulation)):
                 with run.accelerator.accumulate(run.prepared):
-                    run.accelerator.backward(run.loss(next(batches)))
-            gradients.append({n: p.grad for n, p in run.model.named_parameters() if p.requires_grad})
-        for name, wanted in gradients[0].items():
-            assert all((g[name] - wanted).norm() <= 1e-4 * wanted.norm() + 1e-9 for g in gradients), name
+                    run.accelerator.backward(run.loss(batch))
+            gradients.append({name: parameter.grad for name, parameter in trained(run).items()})
+        for name, expected in gradients[0].items():
+            limit = 1e-4 * expected.norm() + 1e-9
+            assert all((g[name] - expected).norm() <= limit for g in gradients), name
 
-    def test_noise_and_timestep_come_from_the_sample_s_seed(
-        self, base: BaseModel, examples: tiny.TinyExamples
+    def test_noise_and_timestep_follow_from_the_sample_seed(
+        self, base: BaseModel, examples: TinyExamples
     ) -> None:
         together = randomness(examples.batch(range(4)), base)
         alone = [randomness(examples.batch(range(i, i + 1)), base) for i in range(4)]
-        for part, parts in zip(together, zip(*alone, strict=True), strict=True):
-            assert torch.equal(part, torch.cat(parts))
+        for batch, rows in zip(together, zip(*alone, strict=True), strict=True):
+            assert torch.equal(batch, torch.cat(rows))
         assert len(set(together[0].tolist())) > 1
 
+    def test_precomputed_latents_are_used(self, make_run: MakeRun, examples: TinyExamples) -> None:
+        run, batch = make_run(), examples.batch(range(2))
+        latents = run.latents(batch, randomness(batch, run.base)[2])
+        precomputed = dataclasses.replace(batch, pixels=None, latents=latents)
+        assert torch.equal(run.loss(batch), run.loss(precomputed))
 
-def test_loss_falls_on_a_fixed_set(base_folder: Path, tmp_path: Path, examples: tiny.TinyExamples) -> None:
-    settings = tiny.settings(base_folder, tmp_path, **tiny.GOLDEN_START, learning_rate=1e-2, batch_size=4)
-    run = run_of(settings, examples)
-    batch = examples.batch(range(4))
-    losses = [run.update(iter([batch]), number, measure=False)[0].item() for number in range(30)]
-    assert losses[-1] < 0.85 * losses[0]
+    def test_loss_falls_on_a_fixed_set(self, make_run: MakeRun, examples: TinyExamples) -> None:
+        run = make_run(**tiny.GOLDEN_START, learning_rate=1e-2, batch_size=4)
+        batch = examples.batch(range(4))
+        losses = [run.update(iter([batch]), number, measure=False)[0].item() for number in range(30)]
+        assert losses[-1] < 0.85 * losses[0]
 
 
 @pytest.fixture(scope="module")
 def chain(
-    base_folder: Path, tmp_path_factory: pytest.TempPathFactory, examples: tiny.TinyExamples
+    base_folder: Path, tmp_path_factory: pytest.TempPathFactory, examples: TinyExamples
 ) -> dict[str, Path]:
-    """One update of each stage, each started from the one before."""
+    """Checkpoints of one update of each stage, each started from the previous one."""
     folder, results = tmp_path_factory.mktemp("chain"), {}
     for name, stage in STAGES.items():
-        settings = tiny.settings(
-            base_folder, folder / name, stage=name, start=results.get(stage.starts_from), learning_rate=1e-2
-        )
-        results[name] = train(settings, examples)
+        changes = {"stage": name, "start": results.get(stage.starts_from), "learning_rate": 1e-2}
+        results[name] = train(tiny.settings(base_folder, output=folder / name, **changes), examples)
     return results
 
 
 class TestStages:
     @pytest.mark.parametrize("name", STAGES)
-    def test_what_it_leaves_loads(self, chain: dict[str, Path], name: str) -> None:
+    def test_checkpoint_loads(self, chain: dict[str, Path], name: str) -> None:
         model = er.load(chain[name], tiny.MLLM)
         assert model.config.num_tokens == tiny.TOKENS
         assert model.config.lora_rank == (4 if "lora" in STAGES[name].trains else 0)
         tokens = model.aggregate(model.encode([tiny.picture(0)], "a", size=tiny.REFERENCE))
         assert tokens.shape == (1, tiny.TOKENS, 32)
 
-    def test_the_first_leaves_the_mllm_s_body_out(self, chain: dict[str, Path]) -> None:
-        parts = {name: {key.split(".")[0] for key in load_file(path)} for name, path in chain.items()}
-        assert parts["alignment"] == {"mllm_final_layer", "image_proj_model", "unet"}
-        assert parts["multi_reference"] == parts["alignment"] | {"multimodal_llm"}
+    def test_first_stage_omits_the_body(self, base: BaseModel, chain: dict[str, Path]) -> None:
+        prefixes = {name: {key.split(".")[0] for key in load_file(path)} for name, path in chain.items()}
+        assert prefixes["alignment"] == {"mllm_final_layer", "image_proj_model", "unet"}
+        assert prefixes["multi_reference"] == prefixes["alignment"] | {"multimodal_llm"}
+        assert from_checkpoint(chain["alignment"], tiny.MLLM, base.unet).body_is_base
+        assert not from_checkpoint(chain["multi_reference"], tiny.MLLM, base.unet).body_is_base
 
-    def test_each_continues_the_one_before(self, base: BaseModel, chain: dict[str, Path]) -> None:
-        """The next stage starts where the last ended: a step of AdamW moves a weight by no more than its rate."""
-        made = [from_checkpoint(path, tiny.MLLM, base.unet).tensors for path in chain.values()]
-        for earlier, later in zip(made, made[1:], strict=False):
+    def test_each_stage_continues_the_previous_one(self, base: BaseModel, chain: dict[str, Path]) -> None:
+        """A step of AdamW moves a weight by at most the learning rate."""
+        stages = [from_checkpoint(path, tiny.MLLM, base.unet).tensors for path in chain.values()]
+        for earlier, later in zip(stages, stages[1:], strict=False):
             steps = {name: (later[name] - tensor).abs().max().item() for name, tensor in earlier.items()}
             assert 0.5e-2 < max(steps.values()) <= 1.001e-2
 
-    def test_the_first_moves_nothing_of_the_body(self, base: BaseModel, chain: dict[str, Path]) -> None:
-        weights = from_checkpoint(chain["alignment"], tiny.MLLM, base.unet)
-        assert weights.body_is_base
-        assert not from_checkpoint(chain["multi_reference"], tiny.MLLM, base.unet).body_is_base
-
-    def test_the_first_after_others_keeps_their_body_and_lora(
-        self, base_folder: Path, tmp_path: Path, chain: dict[str, Path], examples: tiny.TinyExamples
+    def test_first_stage_after_others_keeps_their_body_and_lora(
+        self, train_tiny: Train, chain: dict[str, Path]
     ) -> None:
-        result = train(tiny.settings(base_folder, tmp_path, start=chain["multi_reference"]), examples)
+        result = train_tiny(start=chain["multi_reference"])
         before, after = load_file(chain["multi_reference"]), load_file(result)
         assert before.keys() == after.keys()
         same = {name for name in before if torch.equal(before[name], after[name])}
         assert same == {name for name in before if name.startswith("multimodal_llm.") or "_lora." in name}
 
-    def test_sizes_that_are_not_the_checkpoint_s_are_refused(
-        self, base_folder: Path, tmp_path: Path, chain: dict[str, Path], examples: tiny.TinyExamples
+    @pytest.mark.parametrize(
+        ("size", "message"),
+        [
+            ({"num_tokens": 7}, "has num_tokens 6, but the settings have 7. Set num_tokens: 6"),
+            ({"lora_rank": 8}, "has a LoRA of rank 4, but the settings have lora_rank 8. Set lora_rank: 4"),
+        ],
+    )
+    def test_sizes_other_than_the_checkpoints_are_refused(
+        self, make_run: MakeRun, chain: dict[str, Path], size: dict[str, int], message: str
     ) -> None:
-        common = {"stage": "multi_reference", "start": chain["single_reference"]}
-        with pytest.raises(ValueError, match=r"has num_tokens 6, the run asks for 7. Set num_tokens: 6"):
-            train(tiny.settings(base_folder, tmp_path / "a", **common, num_tokens=7), examples)
-        with pytest.raises(ValueError, match=r"LoRA of rank 4, the run asks for lora_rank 8"):
-            train(tiny.settings(base_folder, tmp_path / "b", **common, lora_rank=8), examples)
+        with pytest.raises(ValueError, match=message):
+            make_run(stage="multi_reference", start=chain["single_reference"], **size)
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-    def test_half_precision(
-        self, base_folder: Path, tmp_path: Path, examples: tiny.TinyExamples, dtype: str
-    ) -> None:
-        result = train(tiny.settings(base_folder, tmp_path, save_dtype=dtype), examples)
+    def test_checkpoint_in_half_precision(self, train_tiny: Train, dtype: str) -> None:
+        result = train_tiny(save_dtype=dtype)
         assert {tensor.dtype for tensor in load_file(result).values()} == {getattr(torch, dtype)}
         er.load(result, tiny.MLLM)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.name)
-def test_every_yaml_takes_a_tiny_step(
-    base_folder: Path, tmp_path: Path, examples: tiny.TinyExamples, file: Path
+def test_every_yaml_runs_a_tiny_update(
+    base_folder: Path, tmp_path: Path, examples: TinyExamples, file: Path
 ) -> None:
     for settings in load(file):
-        tiny_one = {"base": base_folder, "mllm": tiny.MLLM, "output": tmp_path / settings.stage, "updates": 1}
-        sizes = {"num_tokens": 8, "lora_rank": 8, "batch_size": 1, "workers": 0}
-        data = dataclasses.replace(
-            settings.data, augmentation=dataclasses.replace(settings.data.augmentation, size=tiny.REFERENCE)
+        augmentation = dataclasses.replace(settings.data.augmentation, size=tiny.REFERENCE)
+        settings = dataclasses.replace(
+            settings,
+            base=base_folder,
+            mllm=tiny.MLLM,
+            output=tmp_path / settings.stage,
+            data=dataclasses.replace(settings.data, augmentation=augmentation),
+            start=settings.start and tiny.GOLDEN_START["start"],
+            samples=dataclasses.replace(settings.samples, steps=1, count=1),
+            **{"updates": 1, "num_tokens": 8, "lora_rank": 8, "batch_size": 1, "workers": 0},
         )
-        start = settings.start and tiny.GOLDEN_START["start"]
-        samples = dataclasses.replace(settings.samples, steps=1, count=1)
-        settings = dataclasses.replace(settings, **tiny_one, **sizes, data=data, start=start, samples=samples)
         er.load(train(settings, examples), tiny.MLLM)
         assert len(list((settings.output / "samples").iterdir())) == 1
 
 
-@pytest.fixture(scope="module")
-def output(base_folder: Path, tmp_path_factory: pytest.TempPathFactory, examples: tiny.TinyExamples) -> Path:
-    """The output folder of a run of 3 updates."""
-    folder = tmp_path_factory.mktemp("records")
-    samples = Samples(every=2, count=2, steps=2)
-    train(tiny.settings(base_folder, folder, updates=3, samples=samples), examples)
-    return folder
+def test_run_log(train_tiny: Train, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-
-class TestRecords:
-    def test_every_logged_update_has_its_numbers(self, output: Path) -> None:
-        rows = read_metrics(output / "metrics.csv")
-        assert [row["update"] for row in rows] == [1, 2, 3]
-        for row in rows:
-            assert all(math.isfinite(value) and value > 0 for value in row.values())
-
-    def test_tensorboard_has_the_same(self, output: Path) -> None:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        board = EventAccumulator(str(output / "tensorboard"))
-        board.Reload()
-        losses = [(event.step, round(event.value, 4)) for event in board.Scalars("loss")]
-        assert losses == [(r["update"], round(r["loss"], 4)) for r in read_metrics(output / "metrics.csv")]
-        assert set(board.Tags()["scalars"]) == {
-            "loss",
-            "learning_rate",
-            "gradient_norm",
-            "samples_per_second",
-        }
-        assert [event.step for event in board.Images("samples")] == [2, 3]
-
-    def test_sheets_of_samples_are_there(self, output: Path) -> None:
-        sheets = sorted((output / "samples").iterdir())
-        assert [sheet.name for sheet in sheets] == ["0000002.png", "0000003.png"]
-        assert Image.open(sheets[0]).size > (300, 200)
+    train_tiny(updates=3, samples=Samples(every=2, count=2, steps=2))
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["update"] for row in rows] == [1, 2, 3]
+    assert all(math.isfinite(value) and value > 0 for row in rows for value in row.values())
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    losses = [(event.step, round(event.value, 4)) for event in board.Scalars("loss")]
+    assert losses == [(row["update"], round(row["loss"], 4)) for row in rows]
+    assert set(board.Tags()["scalars"]) == rows[0].keys() - {"update"}
+    assert [event.step for event in board.Images("samples")] == [2, 3]
+    sheets = sorted((tmp_path / "samples").iterdir())
+    assert [sheet.name for sheet in sheets] == ["0000002.png", "0000003.png"]
+    assert Image.open(sheets[0]).size > (300, 200)
 
 
 @pytest.fixture
 def bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As under accelerate launch --mixed_precision bf16."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    """The environment of accelerate launch --mixed_precision bf16."""
+    reset_accelerator = AccelerateTestCase().tearDown
+    reset_accelerator()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerator()
 
 
 @pytest.mark.usefixtures("bfloat16")
-@pytest.mark.parametrize("stage", STAGES)
-def test_bfloat16(base_folder: Path, tmp_path: Path, examples: tiny.TinyExamples, stage: str) -> None:
-    """What is frozen is held in bfloat16, what is trained stays float32."""
+@pytest.mark.parametrize(("stage", "cached"), [("alignment", True), *((stage, False) for stage in STAGES)])
+def test_frozen_weights_are_bfloat16_and_trained_ones_float32(
+    make_run: MakeRun, tmp_path: Path, examples: TinyExamples, stage: str, cached: bool
+) -> None:
     start = {} if stage == "alignment" else {**tiny.GOLDEN_START, "stage": stage}
+    cache = {"cache": tmp_path / "cache"} if cached else {}
     samples = Samples(every=1, count=1, steps=1)
-    settings = tiny.settings(base_folder, tmp_path, **start, samples=samples, gradient_checkpointing=True)
-    run = run_of(settings, examples)
+    run = make_run(**start, **cache, samples=samples, gradient_checkpointing=True)
     assert run.base.unet.dtype == torch.bfloat16
-    assert run.model.encoder.norm.weight.dtype == (
-        torch.bfloat16 if STAGES[stage].body_frozen else torch.float32
-    )
+    body_dtype = torch.bfloat16 if STAGES[stage].body_frozen else torch.float32
+    assert run.model.encoder.norm.weight.dtype == body_dtype
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
-    train(settings, examples)
+    train(run.settings, examples)
     [row] = read_metrics(tmp_path / "metrics.csv")
     assert math.isfinite(row["loss"])
 
 
 @pytest.mark.parametrize("aggregation", ["average", "concatenation"])
-def test_the_other_aggregations_train_and_paint(
-    base_folder: Path, tmp_path: Path, examples: tiny.TinyExamples, aggregation: str
-) -> None:
-    samples = Samples(every=1, count=2, steps=2)
-    train(tiny.settings(base_folder, tmp_path, aggregation=aggregation, samples=samples), examples)
+def test_other_aggregations_train_and_generate(train_tiny: Train, tmp_path: Path, aggregation: str) -> None:
+    train_tiny(aggregation=aggregation, samples=Samples(every=1, count=2, steps=2))
     assert (tmp_path / "samples" / "0000001.png").is_file()
 
 
-def test_the_cache_changes_nothing(base_folder: Path, tmp_path: Path, examples: tiny.TinyExamples) -> None:
-    """Twice through the same examples: the second time, latents and context states come from the folder."""
-    common = {"updates": 8, "learning_rate": 1e-3}
-    plain = train(tiny.settings(base_folder, tmp_path / "plain", **common), examples)
-    kept = train(tiny.settings(base_folder, tmp_path / "kept", cache=tmp_path / "cache", **common), examples)
+def test_cache_does_not_change_the_result(train_tiny: Train, tmp_path: Path, examples: TinyExamples) -> None:
+    """Two epochs; in the second, latents and context states come from the cache."""
+    plain, cached = (
+        load_file(train_tiny(output=tmp_path / name, updates=8, cache=cache))
+        for name, cache in (("plain", None), ("cached", tmp_path / "cache"))
+    )
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(examples)
-    wanted, found = load_file(plain), load_file(kept)
-    # By norm: Adam makes a whole step of a gradient that is nothing but rounding, so that on some processors a
-    # few weights of many differ by half a step.
-    assert all((wanted[name] - found[name]).norm() <= 1e-3 * wanted[name].norm() for name in wanted)
+    # Compared by norm, because Adam turns a gradient of pure rounding error into a full step, so that on some
+    # processors a few weights differ by half a step.
+    assert all((plain[name] - cached[name]).norm() <= 1e-3 * plain[name].norm() for name in plain)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "wanted"),
+    ("schedule", "expected"),
     [
         ("constant", [1, 1, 1, 1, 1]),
         ("linear", [1, 0.75, 0.5, 0.25]),
         ("cosine", [1, 0.853553, 0.5, 0.146447]),
     ],
 )
-def test_learning_rate(base_folder: Path, tmp_path: Path, schedule: str, wanted: list[float]) -> None:
-    settings = tiny.settings(base_folder, tmp_path, schedule=schedule, updates=6, warmup=2, learning_rate=2.0)
-    rates = [learning_rate(settings, 2 + number) / 2 for number in range(len(wanted))]
-    assert rates == pytest.approx(wanted, abs=1e-6)
-    assert [learning_rate(settings, number) for number in (0, 1)] == [1.0, 2.0]
+def test_learning_rate(settings: MakeSettings, schedule: str, expected: list[float]) -> None:
+    run = settings(schedule=schedule, updates=6, warmup=2, learning_rate=2.0)
+    rates = [learning_rate(run, 2 + number) / 2 for number in range(len(expected))]
+    assert rates == pytest.approx(expected, abs=1e-6)
+    assert [learning_rate(run, number) for number in (0, 1)] == [1.0, 2.0]
 
 
-class TestPainting:
-    def test_guidance_1_is_the_conditional_half_alone(self, base: BaseModel) -> None:
-        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        first = generate_images(base, noise, ["abc", "de"], negative="x", guidance=1.0, steps=3)
-        other = generate_images(base, noise, ["abc", "de"], negative="fgh", guidance=1.0, steps=3)
+@pytest.mark.parametrize("name", DATASETS.values())
+def test_data_sets_are_found_by_name(name: str) -> None:
+    assert callable(pkgutil.resolve_name(name))
+
+
+class TestSampling:
+    NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def test_guidance_1_ignores_the_negative_prompt(self, base: BaseModel) -> None:
+        first, other = (
+            generate_images(base, self.NOISE, ["abc", "de"], negative=negative, guidance=1.0, steps=3)
+            for negative in ("x", "fgh")
+        )
         assert [image.size for image in first] == [(64, 64)] * 2
         assert [image.tobytes() for image in first] == [image.tobytes() for image in other]
 
-    def test_a_picture_depends_on_nothing_else_in_its_batch(self, base: BaseModel) -> None:
-        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        together = generate_images(base, noise, ["abc", "de"], steps=3)
-        alone = generate_images(base, noise[1:], ["de"], steps=3)
-        differ = (
-            torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).int() for i in (together[1], *alone)
+    def test_image_does_not_depend_on_its_batch(self, base: BaseModel) -> None:
+        _, together = generate_images(base, self.NOISE, ["abc", "de"], steps=3)
+        [alone] = generate_images(base, self.NOISE[1:], ["de"], steps=3)
+        first, second = (
+            torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int()
+            for image in (together, alone)
         )
-        first, second = differ
         assert (first - second).abs().max() <= 1
 
-    def test_references_are_shown_as_the_mllm_sees_them(self, examples: tiny.TinyExamples) -> None:
-        size = 84
-        images = [tiny.picture(1, 84), tiny.picture(2, 84)]
-        patches, grid = preprocess(images, examples.config, size)
-        shown = references_of(patches, grid, examples.config)
-        again, _ = preprocess(shown, examples.config, size)
-        assert len(shown) == 2
-        assert torch.allclose(patches, again, atol=1e-5)
-
-
-def test_precomputed_latents_are_used_as_they_are(
-    base_folder: Path, tmp_path: Path, examples: tiny.TinyExamples
-) -> None:
-    run = run_of(tiny.settings(base_folder, tmp_path), examples)
-    batch = examples.batch(range(2))
-    _, _, draw = randomness(batch, run.base)
-    latents = run.base.encode_pictures(batch.pixels, draw)
-    given = dataclasses.replace(batch, pixels=None, latents=latents)
-    assert torch.equal(run.loss(batch), run.loss(given))
+    def test_references_of_inverts_patchify(self) -> None:
+        config = tiny.config()
+        patches, grid = preprocess([tiny.picture(1, 84), tiny.picture(2, 84)], config, 84)
+        references = references_of(patches, grid, config)
+        assert len(references) == 2
+        assert torch.allclose(patches, preprocess(references, config, 84)[0], atol=1e-5)

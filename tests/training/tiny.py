@@ -1,4 +1,4 @@
-"""Tiny random models for these tests, made in seconds: a diffusers SDXL folder, and the golden MLLM beside it."""
+"""Tiny models and data of the training tests: a random diffusers SDXL folder, and the golden MLLM."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +24,19 @@ from easyref_core.training.examples import Augmentation
 if TYPE_CHECKING:
     from easyref_core.mllm.config import EasyRefConfig
 
+MakeSettings = Callable[..., Settings]  # type of the fixture `settings`
+Train = Callable[..., Path]  # type of the fixture `train_tiny`
+
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 MLLM = GOLDEN / "mllm"
 PICTURE = 64  # pixels; latents are 8 x 8
-REFERENCE = 84  # pixels a reference is shown to the MLLM at
+REFERENCE = 84  # pixels of a reference for the MLLM
 TOKENS = 6  # reference tokens
-TEXT = 16  # width of each text encoder; the UNet reads 2 x 16
+TEXT = 16  # width of each text encoder; the UNet's context is 2 x 16
 
 
 def make_base(folder: Path) -> Path:
-    """A diffusers SDXL folder: the golden UNet, and a random VAE and text encoders that fit it."""
+    """Write a diffusers SDXL folder: the golden UNet with a matching random VAE and text encoders."""
     from diffusers import AutoencoderKL, DDPMScheduler
 
     torch.manual_seed(0)
@@ -48,9 +52,8 @@ def make_base(folder: Path) -> Path:
     )
     vae.save_pretrained(folder / "vae")
     _make_text_encoders(folder)
-    DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
-        folder / "scheduler"
-    )
+    schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    schedule.save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     return folder
 
@@ -79,7 +82,7 @@ def _make_text_encoders(folder: Path) -> None:
 
 
 def _make_tokenizer(folder: Path) -> None:
-    """A CLIP tokenizer of single letters."""
+    """Write a CLIP tokenizer of single letters."""
     folder.mkdir(parents=True)
     letters = "abcdefghijklmnopqrstuvwxyz,"
     words = [*letters, *(f"{letter}</w>" for letter in letters)]
@@ -93,13 +96,13 @@ def _make_tokenizer(folder: Path) -> None:
 
 
 def picture(seed: int, side: int = PICTURE) -> Image.Image:
-    """A picture of coarse random colours."""
+    """An image of coarse random colours."""
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
 
 
 class TinyExamples:
-    """A fixed set of groups of 1 to 3 random pictures: stands in for rows and for the procedural pictures."""
+    """Examples of a fixed set of groups of 1 to 3 random images."""
 
     def __init__(self, config: EasyRefConfig, groups: int = 8, seed: int = 0) -> None:
         self.config, self.groups, self.seed = config, groups, seed
@@ -113,11 +116,12 @@ class TinyExamples:
         seeds = [new_seed(generator(position, self.seed)) for position in positions]
         return collate([self.sample(row) for row in rows], seeds)
 
-    def pictures(self, positions: range) -> list[tuple[list[Image.Image], str]]:
+    def images(self, positions: range) -> list[tuple[list[Image.Image], str]]:
         """The references and the prompt at each position."""
         return [self.group(row_at(position, len(self), self.seed)) for position in positions]
 
     def group(self, row: int) -> tuple[list[Image.Image], str]:
+        """The references and the prompt of a row."""
         references = [picture(10 * row + i, side=48 + 16 * i) for i in range(1 + row % 3)]
         return references, "abcdefgh"[: 1 + row % 5]
 
@@ -139,7 +143,7 @@ class TinyExamples:
         )
 
 
-# Settings of a run that starts from the golden checkpoint, whose LoRA does something.
+# Settings of a run that starts from the golden checkpoint, whose LoRA is not zero.
 GOLDEN_START = {
     "stage": "multi_reference",
     "start": GOLDEN / "easyref.safetensors",
@@ -149,7 +153,7 @@ GOLDEN_START = {
 
 
 class DyingExamples(TinyExamples):
-    """Examples whose process is killed, as by kill -9, when it asks for a position too far."""
+    """Examples that kill their own process with SIGKILL at the first position beyond `last`."""
 
     def __init__(self, config: EasyRefConfig, last: int) -> None:
         super().__init__(config)
@@ -162,17 +166,16 @@ class DyingExamples(TinyExamples):
 
 
 def config() -> EasyRefConfig:
-    """Sizes of the tiny model, as far as examples need them."""
+    """Sizes of the tiny model."""
     return open_checkpoint(GOLDEN / "easyref.safetensors", MLLM).config
 
 
-def settings(base: Path, output: Path, **changes: Any) -> Settings:
-    """A run of a few updates on the tiny model."""
-    usual = {
+def settings(base: Path, **changes: Any) -> Settings:
+    """Settings of a run of one update on the tiny model; `output` is required."""
+    defaults = {
         "stage": "alignment",
         "base": base,
         "mllm": MLLM,
-        "output": output,
         "data": Data(procedural={}, augmentation=Augmentation(size=REFERENCE)),
         "updates": 1,
         "learning_rate": 1e-3,
@@ -181,22 +184,13 @@ def settings(base: Path, output: Path, **changes: Any) -> Settings:
         "lora_rank": 4,
         "log_every": 1,
     }
-    return Settings(**usual | changes)
+    return Settings(**defaults | changes)
 
 
 def resumable(base: Path, output: Path) -> Settings:
-    """The run that is killed and continued: 6 updates, saved after every second."""
-    return settings(
-        base,
-        output,
-        updates=6,
-        save_every=2,
-        accumulation=2,
-        schedule="cosine",
-        warmup=2,
-        clip=0.1,
-        learning_rate=1e-2,
-    )
+    """Settings of a run of 6 updates with a saved state after every second."""
+    schedule = {"schedule": "cosine", "warmup": 2, "clip": 0.1, "learning_rate": 1e-2}
+    return settings(base, output=output, updates=6, save_every=2, accumulation=2, **schedule)
 
 
 def image_token() -> int:

@@ -1,4 +1,4 @@
-"""A process of its own, for tests that kill it or need two: python worker.py <what> <base> <output> [...]."""
+"""Subprocess of tests that kill it or need two: python worker.py <command> <base> <output> <argument>."""
 
 from __future__ import annotations
 
@@ -10,32 +10,30 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
 
 from devkit.cpu_torch import complete_cpu_torch
 from easyref_core.training import run as run_module
-from easyref_core.training.batches import loader
+from easyref_core.training.batches import MicroBatches, loader
 from easyref_core.training.initial import Weights
-from easyref_core.training.loop import train
+from easyref_core.training.loop import make_accelerator, train
 from easyref_core.training.run import Run
 from tests.training import tiny
 
 
 def die(base: Path, output: Path, last: str) -> None:
-    """Train until a position beyond `last` is asked for; the process is killed then."""
+    """Train until the process is killed at a position beyond `last`."""
     train(tiny.resumable(base, output), tiny.DyingExamples(tiny.config(), int(last)))
 
 
 def gradients(base: Path, output: Path, batch_size: str) -> None:
-    """Write the gradients of one update before the optimizer takes them, as every process has them."""
+    """Write each process's gradients of one update, before the optimizer step."""
     _compute_in_float64()
-    settings = tiny.settings(base, output, **tiny.GOLDEN_START, batch_size=int(batch_size), accumulation=2)
-    plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
-    accelerator = Accelerator(gradient_accumulation_plugin=plugin)
+    sizes = {"batch_size": int(batch_size), "accumulation": 2}
+    settings = tiny.settings(base, output=output, **tiny.GOLDEN_START, **sizes)
+    accelerator = make_accelerator(accumulation=2)
     run = Run(settings, accelerator, tiny.TinyExamples(tiny.config()))
     rank, world = accelerator.process_index, accelerator.num_processes
-    batches = loader(run.examples, 0, 1, settings.batch_size, 2, rank, world)
+    batches = loader(MicroBatches(run.examples, settings.batch_size, rank, world), range(2))
     for _ in range(2):
         with accelerator.accumulate(run.prepared):
             accelerator.backward(run.loss(next(batches)))
@@ -46,7 +44,7 @@ def gradients(base: Path, output: Path, batch_size: str) -> None:
 
 
 def _compute_in_float64() -> None:
-    """Less of the rounding, which this tiny UNet's norms enlarge; the rotary embedding stays float32."""
+    """Reduce rounding errors, which the norms of this tiny UNet amplify. RoPE stays float32."""
     run_module.MIXED["no"] = torch.float64
     load = run_module.load_weights
 
@@ -60,5 +58,5 @@ def _compute_in_float64() -> None:
 if __name__ == "__main__":
     complete_cpu_torch()  # before diffusers and transformers are imported
     torch.set_num_threads(1)
-    what, base, output, *rest = sys.argv[1:]
-    {"die": die, "gradients": gradients}[what](Path(base), Path(output), *rest)
+    command, base, output, argument = sys.argv[1:]
+    {"die": die, "gradients": gradients}[command](Path(base), Path(output), argument)

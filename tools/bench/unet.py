@@ -60,7 +60,7 @@ def counted(options: Options, say: Say) -> list[Row]:
     for pixels in COUNTED[:1] if options.quick else COUNTED:
         say(f"  counting at {pixels} x {pixels}")
         added = counts.added(unet, pixels)
-        step = added.bare.operations
+        step = added.bare.flops
         rows.append(Row(f"SDXL step at {pixels} x {pixels}, CFG, counted", step / BILLION, "10^9 operations"))
         for what, operations, wanted in (
             ("references add", added.term, MAX_ADDED),
@@ -70,9 +70,11 @@ def counted(options: Options, say: Say) -> list[Row]:
             name = f"{what}, SDXL step at {pixels} x {pixels}, CFG, counted; to the step's own"
             rows.append(Row(name, operations / BILLION, "10^9 operations", operations / step, wanted=wanted))
         name = f"most activations at one time, same step in {counts.DTYPE}; to unpatched"
-        rows.append(Row(name, added.patched.peak / GIB, "GiB", added.patched.peak / added.bare.peak))
+        rows.append(
+            Row(name, added.patched.peak_bytes / GIB, "GiB", added.patched.peak_bytes / added.bare.peak_bytes)
+        )
     if not options.quick:
-        idle, bare = (counts.counted(unet, COUNTED[0], weight).operations for weight in (0.0, None))
+        idle, bare = (counts.counted(unet, COUNTED[0], weight).flops for weight in (0.0, None))
         name = "references add outside their window, counted"
         rows.append(Row(name, idle - bare, "operations", wanted=NOTHING))
         copied = counts.copied_bytes(counts.DTYPE.itemsize, images=1)

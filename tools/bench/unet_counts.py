@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from easyref_core.checkpoint.checkpoint import lora_shapes
-from easyref_core.training.counting import Counted, count
+from easyref_core.training.counting import Cost, count
 from easyref_core.training.full_size import DTYPE, EASYREF, POOLED, PROMPT_TOKENS, sites
 from easyref_core.unet.diffusers_unet import attach
 from easyref_core.unet.layout import parse_diffusers
@@ -31,14 +31,14 @@ Inputs = tuple[tuple["Tensor", ...], Mapping[str, "Tensor"]]
 class Added(NamedTuple):
     """Operations of a step without references, and those that each way adds to them."""
 
-    bare: Counted
-    patched: Counted  # as this project does it
+    bare: Cost
+    patched: Cost  # with this project's attachment
     projections: int  # K and V of all sites, once
-    lora: int  # the attention LoRA beside the layers, not merged into them
+    lora: int  # the attention LoRA, unmerged
 
     @property
     def term(self) -> int:
-        return self.patched.operations - self.bare.operations
+        return self.patched.flops - self.bare.flops
 
     @property
     def authors(self) -> int:
@@ -47,7 +47,7 @@ class Added(NamedTuple):
 
     @property
     def ip_adapter_plus(self) -> int:
-        """IPAdapter_plus projects K and V in every layer of every step; the host has merged the LoRA."""
+        """Cost in IPAdapter_plus, which projects K and V in every step; the host merges the LoRA."""
         return self.term + self.projections
 
 
@@ -70,14 +70,14 @@ def step(unet: UNet2DConditionModel, tensors: Inputs) -> Tensor:
 
 
 def added(unet: UNet2DConditionModel, pixels: int) -> Added:
-    """Counted on a full-size UNet on the meta device; the LoRA from its shapes."""
+    """Count on a full-size UNet on the meta device; the LoRA's cost follows from its shapes."""
     projections = KVProjections(tuple(sites().values()), EASYREF.token_width, device="meta", dtype=DTYPE)
     tokens = empty(ROWS, EASYREF.num_tokens, EASYREF.token_width)
     bare, patched = counted(unet, pixels, None), counted(unet, pixels, 1.0)
-    return Added(bare, patched, count(lambda: projections(tokens)).operations, lora_by_hand(pixels))
+    return Added(bare, patched, count(lambda: projections(tokens)).flops, lora_by_hand(pixels))
 
 
-def counted(unet: UNet2DConditionModel, pixels: int, weight: float | None) -> Counted:
+def counted(unet: UNet2DConditionModel, pixels: int, weight: float | None) -> Cost:
     """One step with references at this weight (0: outside their window); None attaches nothing."""
     tensors = inputs(pixels, DTYPE, "meta")
     if weight is None:

@@ -184,7 +184,7 @@ def _loss(base: BaseModel, encoder: nn.Module, model: nn.Module, batch: Batch, d
         )
     pixels = batch.pixels.to(base.device)
     with torch.no_grad():
-        latents = base.encode_pictures(pixels) if batch.latents is None else batch.latents.to(base.device)
+        latents = base.encode_images(pixels) if batch.latents is None else batch.latents.to(base.device)
         drawn = Drawn(
             *(
                 t.to(base.device)

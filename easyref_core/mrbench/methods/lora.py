@@ -116,7 +116,7 @@ def train(
 ) -> tuple[LoRA, list[float]]:
     """A LoRA of the references, and the loss of every step: epsilon MSE, AdamW at a constant rate."""
     generator = torch.Generator().manual_seed(seed)
-    latents = base.encode_pictures(square_pixels(references, size).to(base.device))
+    latents = base.encode_images(square_pixels(references, size).to(base.device))
     text = base.encode_text(texts)
     time_ids = base.time_ids((size, size), (0, 0), (size, size), batch)
     losses = []

@@ -101,7 +101,7 @@ def latent_shape(base: BaseModel, sampling: Sampling) -> tuple[int, int, int]:
 
     Raises ValueError for a size that the VAE cannot paint.
     """
-    factor = base.factor
+    factor = base.vae_scale_factor
     height, width = sampling.sides
     if height % factor or width % factor:
         raise ValueError(
