@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..mrbench.methods.ip_adapter import load_image_encoder
-from ..mrbench.methods.ip_adapter_training import train_ip_adapter
+from ..mrbench.methods.ip_adapter_training import IPAdapterTraining, train_ip_adapter
 from ..training.base_model import BaseModel
 from .clip import pretrain_image_encoder
 from .dataset import draw_pool
@@ -26,7 +26,7 @@ from .single_images import SinglePictures
 WEIGHTS = Path(__file__).parent / "weights"
 CLIP, IP_ADAPTER = "clip", "ip_adapter.safetensors"
 CLIP_TRAINING = {"steps": 3000, "batch": 96, "lr": 1e-3, "seed": 5}
-IP_ADAPTER_TRAINING = {"steps": 3800, "batch": 32, "lr": 5e-4, "seed": 6}
+IP_ADAPTER_TRAINING = IPAdapterTraining(steps=3800, batch=32, lr=5e-4, seed=6)
 LOG_EVERY = 100
 
 
@@ -46,7 +46,7 @@ def make_ip_adapter(base: Path, folder: Path, log: Callable[[str], None]) -> Pat
     if file.is_file():
         return file
     model = BaseModel.load(base)
-    source = SinglePictures(model, draw_pool(POOL_SEED, COPIES), IP_ADAPTER_TRAINING["seed"])
+    source = SinglePictures(model, draw_pool(POOL_SEED, COPIES), IP_ADAPTER_TRAINING.seed)
     started = time.monotonic()
     recent: list[float] = []
 
@@ -58,7 +58,7 @@ def make_ip_adapter(base: Path, folder: Path, log: Callable[[str], None]) -> Pat
             )
             recent.clear()
 
-    train_ip_adapter(model, load_image_encoder(folder / CLIP), source, file, log=tell, **IP_ADAPTER_TRAINING)
+    train_ip_adapter(model, load_image_encoder(folder / CLIP), source, file, IP_ADAPTER_TRAINING, tell)
     return file
 
 

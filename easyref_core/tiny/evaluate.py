@@ -82,13 +82,13 @@ def paint_groups(
 ) -> list[Image.Image]:
     """One picture of each group. Groups that a method must not mix in a batch are painted one after the other."""
     pictures: dict[str, Image.Image] = {}
-    kinds = {method.together(group.task) for group in groups}
+    kinds = {method.batch_key(group.task) for group in groups}
     for kind in kinds:
-        alike = [group.task for group in groups if method.together(group.task) == kind]
+        alike = [group.task for group in groups if method.batch_key(group.task) == kind]
         for start in range(0, len(alike), BATCH):
             tasks = alike[start : start + BATCH]
             conditions = [method.prepare(task, Path()) for task in tasks]
-            painted = method.paint(tasks, conditions, [seed], sampling)
+            painted = method.generate(tasks, conditions, [seed], sampling)
             pictures |= {task.id: one for task, (one,) in zip(tasks, painted, strict=True)}
     return [pictures[group.id] for group in groups]
 

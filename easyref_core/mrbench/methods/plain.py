@@ -1,4 +1,4 @@
-"""The base model alone: it reads the prompt and sees no reference."""
+"""The base model alone, conditioned on the prompt and no reference."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from .method import Method
 
 
 class Plain(Method):
-    """Text only: what every other method must beat on the references, and hold its own against on the prompt."""
+    """Text only: the lower bound for similarity to the references, and the upper bound for the prompt."""
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"kind": "plain"}
+    kind = "plain"
 
     def attach(self, conditions: Sequence[Any], seeds: int) -> AbstractContextManager[None]:
         return nullcontext()
