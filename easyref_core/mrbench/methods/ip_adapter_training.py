@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from easyref_core.training.base_model import BaseModel, Text
     from easyref_core.training.batches import Batch
 
+LOG_EVERY = 100  # updates
 TOKENS = 4  # image tokens of the plain IP-Adapter, the only number that diffusers' loader supports
 
 
@@ -96,7 +97,7 @@ def train_ip_adapter(
     images: Images,
     out: Path | str,
     training: IPAdapterTraining,
-    log: Callable[[int, float], None] = lambda step, loss: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[float]:
     """Train, save to `out` (.safetensors for diffusers' load_ip_adapter), and return each update's loss.
 
@@ -129,7 +130,8 @@ def train_ip_adapter(
                 optimizer.zero_grad()
             total += accelerator.reduce(loss.detach(), "mean").item() / training.accumulation
         losses.append(total)
-        log(step, total)
+        if len(losses) % LOG_EVERY == 0:
+            log(f"IP-Adapter {len(losses)}: loss {sum(losses[-LOG_EVERY:]) / LOG_EVERY:.4f}")
     if accelerator.is_main_process:
         save_adapter(adapter_state(adapter), Path(out))
     accelerator.wait_for_everyone()
