@@ -41,30 +41,24 @@ class PaperRow(NamedTuple):
 
 
 IP_ADAPTER = ("ip_adapter_average", "ip_adapter_concatenation")
-ROWS = (
-    PaperRow(3, "held-in", "LoRA", 0.831, 0.715, 0.654, names=("lora",)),
-    PaperRow(3, "held-in", "IP-Adapter-SDXL", 0.768, 0.632, 0.527, names=IP_ADAPTER),
-    PaperRow(3, "held-in", "EasyRef", 0.843, 0.726, 0.672, names=("easyref",)),
-    PaperRow(3, "held-out", "LoRA", None, None, None, "failed: not trained on these groups", ("lora",)),
-    PaperRow(3, "held-out", "IP-Adapter-SDXL", 0.795, 0.645, 0.579, names=IP_ADAPTER),
-    PaperRow(3, "held-out", "EasyRef", 0.833, 0.709, 0.614, names=("easyref",)),
-    PaperRow(4, "held-out", "32 tokens, last layer", 0.813, 0.693, 0.591, names=("easyref_4_tokens",)),
-    PaperRow(4, "held-out", "128 tokens, last layer", 0.827, 0.705, 0.611, names=("easyref_16_tokens",)),
-    PaperRow(4, "held-out", "64 tokens, last layer but one", 0.831, 0.704, 0.616, names=("easyref_layer_2",)),
-    PaperRow(4, "held-out", "64 tokens, last layer but two", 0.828, 0.702, 0.617, names=("easyref_layer_3",)),
-    PaperRow(4, "held-out", "64 tokens, last layer", 0.833, 0.709, 0.614),
-    PaperRow(5, "held-out", "Average, 64 tokens", 0.818, 0.688, 0.584, names=("easyref_average",)),
-    PaperRow(
-        table=5,
-        split="held-out",
-        method="Concatenation, 354 tokens on average",
-        clip_i=0.821,
-        clip_t=0.692,
-        dino_i=0.579,
-        names=("easyref_concatenation",),
-    ),
-    PaperRow(5, "held-out", "EasyRef, 64 tokens", 0.833, 0.709, 0.614),
+CONCATENATION = "Concatenation, 354 tokens on average"
+_ROWS = (
+    (3, "held-in", "LoRA", 0.831, 0.715, 0.654, "", ("lora",)),
+    (3, "held-in", "IP-Adapter-SDXL", 0.768, 0.632, 0.527, "", IP_ADAPTER),
+    (3, "held-in", "EasyRef", 0.843, 0.726, 0.672, "", ("easyref",)),
+    (3, "held-out", "LoRA", None, None, None, "failed: not trained on these groups", ("lora",)),
+    (3, "held-out", "IP-Adapter-SDXL", 0.795, 0.645, 0.579, "", IP_ADAPTER),
+    (3, "held-out", "EasyRef", 0.833, 0.709, 0.614, "", ("easyref",)),
+    (4, "held-out", "32 tokens, last layer", 0.813, 0.693, 0.591, "", ("easyref_4_tokens",)),
+    (4, "held-out", "128 tokens, last layer", 0.827, 0.705, 0.611, "", ("easyref_16_tokens",)),
+    (4, "held-out", "64 tokens, last layer but one", 0.831, 0.704, 0.616, "", ("easyref_layer_2",)),
+    (4, "held-out", "64 tokens, last layer but two", 0.828, 0.702, 0.617, "", ("easyref_layer_3",)),
+    (4, "held-out", "64 tokens, last layer", 0.833, 0.709, 0.614),
+    (5, "held-out", "Average, 64 tokens", 0.818, 0.688, 0.584, "", ("easyref_average",)),
+    (5, "held-out", CONCATENATION, 0.821, 0.692, 0.579, "", ("easyref_concatenation",)),
+    (5, "held-out", "EasyRef, 64 tokens", 0.833, 0.709, 0.614),
 )
+ROWS = tuple(PaperRow(*row) for row in _ROWS)
 
 
 def row_of(method: str, split: str) -> PaperRow | None:

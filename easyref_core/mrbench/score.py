@@ -19,17 +19,7 @@ from .images import Exclusion
 from .manifest import Group, Manifest, read_manifest, usable
 from .processes import Process
 from .record import read_record
-from .rows import (
-    EXCLUDED,
-    Key,
-    PartWriter,
-    Row,
-    read_parts,
-    read_rows,
-    remove_parts,
-    write_csv,
-    write_rows,
-)
+from .rows import EXCLUDED, Key, PartWriter, Row, read_parts, read_rows, remove_parts, write_csv, write_rows
 from .summary import write_summary
 
 RESULTS = "results.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,9 +80,14 @@ def summarise(rows: Sequence[Row], seed: int = 0) -> list[Line]:
         of_split = [row for row in rows if split in (row.split, ALL)]
         for category in (ALL, *sorted({row.category for row in of_split})):
             selected = [row for row in of_split if category in (row.category, ALL)]
-            counts = {method: sum(row.method == method for row in selected) for method in _methods(selected)}
+            counts = Counter(row.method for row in selected)
             lines += [
-                Line(method, split, category, metric, *_interval(means, seed), len(means), counts[method])
+                Line(
+                    *(method, split, category, metric),
+                    *bootstrap(np.array(list(means.values())), seed),
+                    groups=len(means),
+                    pictures=counts[method],
+                )
                 for metric in measured(selected)
                 for method, means in group_means(selected, metric).items()
             ]
@@ -98,11 +104,3 @@ def compare(means: GroupMeans, first: str, second: str, seed: int = 0) -> Compar
 def write_summary(folder: Path, rows: Sequence[Row]) -> None:
     """Write summary.csv beside pictures.csv."""
     write_csv(folder / SUMMARY, tuple(Line.__dataclass_fields__), map(asdict, summarise(rows)))
-
-
-def _methods(rows: Iterable[Row]) -> set[str]:
-    return {row.method for row in rows}
-
-
-def _interval(means: Mapping[str, float], seed: int) -> Interval:
-    return bootstrap(np.array(list(means.values())), seed)

@@ -97,7 +97,7 @@ def _render(attributes: NDArray[np.integer], rng: np.random.Generator) -> NDArra
 
 def _coverage(points: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Fraction of each pixel's samples that are set, (N, side, side) -> (N, 64, 64, 1)."""
-    pixels = points.reshape(len(points), IMAGE_SIZE, SAMPLES, IMAGE_SIZE, SAMPLES, 1)
+    pixels = points.reshape((len(points), IMAGE_SIZE, SAMPLES, IMAGE_SIZE, SAMPLES, 1))
     return pixels.mean(axis=(2, 4), dtype=np.float32)
 
 

@@ -55,10 +55,7 @@ WRONG: list[tuple[Any, str]] = [
     (group(1) | {"references": "a.png"}, "Group 'g1': references is 'a.png'; wanted a list."),
     (group(1) | {"references": [3]}, "Group 'g1': references is 3; wanted a string."),
     (group(1, prompt=None), "Group 'g1': prompt is None; wanted a string."),
-    (
-        group(1, category=""),
-        'Group \'g1\': category is empty; wanted a word, such as "style" or "identity".',
-    ),
+    (group(1, category=""), 'Group \'g1\': category is empty; wanted a word, such as "style" or "identity".'),
     (
         group(1, target="/pictures/a.png"),
         "Group 'g1': target has '/pictures/a.png'; wanted a path relative to the manifest.",
@@ -78,10 +75,7 @@ WRONG: list[tuple[Any, str]] = [
         "Group 'g1', attributes, shared: shape is 1; wanted a string.",
     ),
     (["g1"], f"Group 1 (counted from 0) is ['g1']; wanted an object with the keys {KEYS}"),
-    (
-        group(1, id="G0"),
-        "Manifest manifest.json has more than one group 'g0'. Give every group its own id.",
-    ),
+    (group(1, id="G0"), "Manifest manifest.json has more than one group 'g0'. Give every group its own id."),
 ]
 
 

@@ -18,15 +18,7 @@ from torch import nn
 
 from ...files.atomic_write import atomic_write
 from .clip_pixels import clip_pixels_of
-from .ip_adapter import (
-    Adapter,
-    AdapterState,
-    attached,
-    embedding,
-    flatten,
-    image_processors,
-    load_adapter,
-)
+from .ip_adapter import Adapter, AdapterState, attached, embedding, flatten, image_processors, load_adapter
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
