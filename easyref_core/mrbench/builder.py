@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 
 from ..inspect.duplicates import Fingerprint, find_duplicates, fingerprint, first_of_each
 from .captions import NO_CATEGORY, CaptionedImage, read_folder
 from .images import BrokenImage, Exclusion, load_image, save_image
 from .leaks import leaks
 from .manifest import Attributes, Group, Manifest, write_manifest
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 MANIFEST = "manifest.json"
 MAX_LISTED = 20  # pairs in an error

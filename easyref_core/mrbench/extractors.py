@@ -10,17 +10,15 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from PIL import Image
-    from torch import Tensor
-
-    Floats = NDArray[np.float32]
+Floats = NDArray[np.float32]
 
 CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dino-vits16"

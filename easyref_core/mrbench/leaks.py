@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..inspect.duplicates import Pair, find_duplicates, fingerprint
 from .images import load_image
-
-if TYPE_CHECKING:
-    from .manifest import Manifest
+from .manifest import Manifest
 
 
 class Use(NamedTuple):

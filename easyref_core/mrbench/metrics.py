@@ -6,16 +6,13 @@ CLIP-I and DINO-I are `cosine` of CLIP image features and of DINO's CLS tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.floating]
+Floats = NDArray[np.floating]
 
 CLIP_SCORE_SCALE = 2.5  # CLIPScore (arXiv 2104.08718), equation 1
 RESAMPLES = 10_000

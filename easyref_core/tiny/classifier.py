@@ -5,21 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..files.atomic_write import atomic_write
 from .images import ATTRIBUTES, COUNTS, NAMES, all_combinations, render
 from .optimizer import Log, OneCycleAdamW, Training
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from PIL import Image
-    from torch import Tensor
 
 FILE = Path(__file__).parent / "weights" / "classifier.safetensors"
 COPIES = 4  # images of every combination; one of them is reconstructed by the VAE

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, normalize
 
 from ..files.atomic_write import atomic_write_text
 from ..mllm.preprocess import CLIP_MEAN, CLIP_STD
 from ..mrbench.methods.clip_pixels import clip_pixels_of
 from .classifier import to_tensor
+from .dataset import Dataset
 from .images import COUNTS, IMAGE_SIZE, NAMES, all_combinations, caption, held_out, render
 from .optimizer import Log, OneCycleAdamW, Training
 from .tokenizer import PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from .dataset import Dataset
 
 WIDTH, PROJECTION = 96, 64
 PATCH = 16  # pixels

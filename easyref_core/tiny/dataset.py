@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .images import COUNTS, all_combinations, held_out, render
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+from numpy.typing import NDArray
 
 from .groups import Plan, plan_group
 from .images import ATTRIBUTES, render
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def demo_group(number: int, references: int, outsider: bool) -> tuple[Plan, NDArray[np.uint8]]:

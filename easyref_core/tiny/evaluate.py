@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from ..mrbench.methods.easyref import EasyRefMethod
 from ..mrbench.methods.method import Method, Sampling, Task
@@ -19,9 +19,6 @@ from .groups import Plan
 from .images import ATTRIBUTES, IMAGE_SIZE, render
 from .qwen2_vl import SIZE
 from .recipe import BASE, EASYREF, MLLM
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 SAMPLING = Sampling(size=IMAGE_SIZE, steps=20, guidance=4.0, negative="")
 BATCH = 50  # groups generated together

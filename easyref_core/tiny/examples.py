@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..mllm.instructions import INSTRUCTION, load_tokenizer, tokenize
 from ..mllm.preprocess import black_image, patchify, preprocess
+from ..training.base_model import BaseModel
 from ..training.batches import Batch, generator, new_seed, pad_left
 from ..training.examples import Augmentation, check_rates, choose, drops
 from .classifier import to_tensor
-from .dataset import draw_dataset
+from .dataset import Dataset, draw_dataset
 from .groups import plan_group
 from .images import COUNTS, IMAGE_SIZE, NAMES, caption, held_out
 from .qwen2_vl import IMAGE_GRID, IMAGE_TOKENS, MAX_REFERENCES, SIZE, body_config, resize_all
 from .sdxl import encode_dataset
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from ..training.base_model import BaseModel
-    from .dataset import Dataset
 
 MIN_REFERENCES = 2
 

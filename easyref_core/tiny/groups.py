@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .images import COUNTS, NAMES, caption, held_out
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 MAX_SHARED, MAX_NAMED = 3, 2  # attributes that a group shares, that a prompt names
 OUTSIDER_RATE = 0.2  # probability that one reference does not belong

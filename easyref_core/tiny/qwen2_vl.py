@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..files.atomic_write import atomic_write, atomic_write_text
@@ -24,9 +25,7 @@ from .tokenizer import COMPARE, DESCRIBE, VOCABULARY
 from .vision_pretraining import pretrain_vision
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from tokenizers import Tokenizer
-    from torch import Tensor
 
 SIZE = 84  # pixels, `size` of preprocess: an image of 64 pixels is not resized
 IMAGE_TOKENS = 4  # of such an image, and of the black image

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..files.atomic_write import atomic_write, atomic_write_text
 from ..training.base_model import BaseModel
+from .dataset import Dataset
 from .images import IMAGE_SIZE, NAMES, caption
 from .optimizer import Log, OneCycleAdamW, Training
 from .tokenizer import PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .dataset import Dataset
 
 WIDTH = 64  # channels of each text encoder, and of every stage of the UNet
 UNET = {

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from .optimizer import Log, OneCycleAdamW, Training
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from torch import Tensor
 
 CONFIG = {
     "block_out_channels": (32, 32, 64, 64),

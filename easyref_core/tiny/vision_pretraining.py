@@ -5,24 +5,18 @@ Without it, the answers in text train the tower for thousands of steps before it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..mllm.config import EasyRefConfig
 from ..mllm.preprocess import patchify
 from ..mllm.qwen2_vl import VisionTower
+from .dataset import Dataset
 from .images import COUNTS, NAMES
 from .optimizer import Log, OneCycleAdamW, Training
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from ..mllm.config import EasyRefConfig
-    from .dataset import Dataset
 
 
 class VisionClassifier(nn.Module):

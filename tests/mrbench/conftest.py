@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from easyref_core.mrbench.group_scores import Extractors
 from easyref_core.mrbench.methods import Method, build
@@ -16,9 +17,6 @@ from easyref_core.training.base_model import BaseModel
 
 from . import tiny
 from .benchmarks import write_clip, write_dino
-
-if TYPE_CHECKING:
-    from torch import nn
 
 torch.set_num_threads(1)  # more threads slow down models this small
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +18,12 @@ from easyref_core.mrbench.generate import RunSettings, batches, generate, read_c
 from easyref_core.mrbench.manifest import Group, Manifest, write_manifest
 from easyref_core.mrbench.methods import KINDS, Method, Sampling
 from easyref_core.mrbench.processes import Process
+from easyref_core.training.base_model import BaseModel
 
 from . import tiny
 from .tiny import IMAGE_SIZE, random_image
 
-if TYPE_CHECKING:
-    from easyref_core.training.base_model import BaseModel
-
-    MakeMethod = Callable[..., Method]
+MakeMethod = Callable[..., Method]
 
 SAMPLING = Sampling(size=IMAGE_SIZE, steps=2, guidance=3.0, negative="")
 

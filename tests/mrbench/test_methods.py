@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import easyref_core as er
 from easyref_core.mrbench.methods import Method, Sampling, Task, check
@@ -20,17 +21,13 @@ from easyref_core.mrbench.methods.clip_pixels import clip_pixels, clip_pixels_of
 from easyref_core.mrbench.methods.easyref import reference_tokens
 from easyref_core.mrbench.methods.lora import LoRAMethod
 from easyref_core.mrbench.methods.method import initial_noise
+from easyref_core.training.base_model import BaseModel
 from easyref_core.unet import diffusers_unet
 
 from . import tiny
 from .tiny import IMAGE_SIZE, random_image
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from easyref_core.training.base_model import BaseModel
-
-    MakeMethod = Callable[..., Method]
+MakeMethod = Callable[..., Method]
 
 TOLERANCE = 1e-3  # relative error of another order of computation, in float32 through the untrained UNet
 SAMPLING = Sampling(size=IMAGE_SIZE, steps=2, guidance=3.0, negative="")

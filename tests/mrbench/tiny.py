@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from easyref_core.mrbench.methods.ip_adapter_training import initial_adapter, save_adapter
+from easyref_core.training.base_model import BaseModel
 
 from ..training.tiny import MLLM, REFERENCE, make_base
 from ..training.tiny import PICTURE as IMAGE_SIZE
 from ..training.tiny import picture as random_image
-
-if TYPE_CHECKING:
-    from easyref_core.training.base_model import BaseModel
 
 __all__ = ["CHECKPOINT", "ENTRIES", "IMAGE_SIZE", "MLLM", "REFERENCE", "make_base", "random_image"]
 

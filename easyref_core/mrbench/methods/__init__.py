@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from easyref_core.training.base_model import BaseModel
 
 from ..checks import check_fields
 from .easyref import EasyRefMethod
@@ -12,9 +14,6 @@ from .ip_adapter import IPAdapter
 from .lora import LoRAMethod
 from .method import Method, Sampling, Task
 from .plain import Plain
-
-if TYPE_CHECKING:
-    from easyref_core.training.base_model import BaseModel
 
 KINDS: dict[str, type[Method]] = {cls.kind: cls for cls in (Plain, EasyRefMethod, IPAdapter, LoRAMethod)}
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from easyref_core.mllm.preprocess import CLIP_MEAN, CLIP_STD
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def clip_pixels(images: Sequence[Image.Image], side: int) -> Tensor:

@@ -6,20 +6,16 @@ import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from easyref_core import INSTRUCTION, SIZE, load
+from easyref_core import INSTRUCTION, SIZE, EasyRef, load
 from easyref_core.training.trainable import AGGREGATIONS
 from easyref_core.unet import diffusers_unet
 
 from .method import Method, Task
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from easyref_core import EasyRef
 
 
 @dataclasses.dataclass(eq=False)

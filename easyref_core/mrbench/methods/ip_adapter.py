@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from ..record import fingerprint
 from .clip_pixels import clip_pixels
@@ -17,7 +18,6 @@ from .method import Method, Task
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-    from torch import Tensor, nn
 
 EMBEDDINGS = ("average", "concatenation")
 

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from easyref_core.training.base_model import BaseModel, Text
+from easyref_core.training.batches import Batch
 
 from ...files.atomic_write import atomic_write
 from .clip_pixels import clip_pixels_of
@@ -22,10 +25,6 @@ from .ip_adapter import Adapter, AdapterState, attached, embedding, flatten, ima
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-    from torch import Tensor
-
-    from easyref_core.training.base_model import BaseModel, Text
-    from easyref_core.training.batches import Batch
 
 LOG_EVERY = 100  # updates
 TOKENS = 4  # image tokens of the plain IP-Adapter, the only number that diffusers' loader supports

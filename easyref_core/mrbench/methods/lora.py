@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from ...files.atomic_write import atomic_write
 from .clip_pixels import square_pixels
@@ -21,7 +22,6 @@ from .method import Method, Task, group_seed
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-    from torch import Tensor, nn
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # DreamBooth-LoRA's: all attentions of the UNet
 FILE = "lora.safetensors"

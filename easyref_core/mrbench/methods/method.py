@@ -8,15 +8,13 @@ import hashlib
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
+from PIL import Image
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from easyref_core.training.base_model import BaseModel
+from easyref_core.training.base_model import BaseModel
 
 LATENT_CHANNELS = 4
 
