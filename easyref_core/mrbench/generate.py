@@ -142,7 +142,8 @@ def generate(
     with tqdm(total=total, desc=name, disable=not process.is_main) as bar:
         for tasks, todo in batches(share, method, settings.batch):
             conditions = [method.prepare(task, folder / task.id) for task in tasks]
-            for seeds in chunks(todo, settings.batch):
+            for start in range(0, len(todo), settings.batch):
+                seeds = todo[start : start + settings.batch]
                 images = method.generate(tasks, conditions, seeds, settings.sampling)
                 for task, row in zip(tasks, images, strict=True):
                     for seed, image in zip(seeds, row, strict=True):
@@ -170,24 +171,13 @@ def batches(
     """Collect groups with the same missing seeds into batches that the method can generate together."""
     waiting: dict[Hashable, list[Task]] = {}
     for group, seeds in missing:
-        task = load_task(group)
+        references = tuple(load_image(path) for path in group.references)
+        task = Task(group.id, group.prompt, references, group.captions)
         key = method.batch_key(task), seeds
         waiting.setdefault(key, []).append(task)
         if (len(waiting[key]) + 1) * len(seeds) > batch:
             yield waiting.pop(key), seeds
     yield from ((tasks, seeds) for (_, seeds), tasks in waiting.items())
-
-
-def load_task(group: Group) -> Task:
-    """Load the group's references; a task has no target."""
-    references = tuple(load_image(path) for path in group.references)
-    return Task(group.id, group.prompt, references, group.captions)
-
-
-def chunks(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Split the seeds into runs of at most `size`."""
-    for i in range(0, len(seeds), max(1, size)):
-        yield seeds[i : i + max(1, size)]
 
 
 def _read_method(path: Path, name: str, entry: Any) -> dict[str, Any]:

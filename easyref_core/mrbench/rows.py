@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ..files.atomic_write import atomic_write
 from .images import Exclusion
@@ -82,20 +82,13 @@ def write_rows(folder: Path, rows: Iterable[Row]) -> None:
     write_csv(folder / IMAGES, COLUMNS, map(asdict, sorted(rows, key=lambda row: row.key)))
 
 
-class PartWriter:
-    """Appends the results of one process line by line, so that a killed run loses at most one line."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        path = folder / PARTS / f"{rank}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("w", encoding="utf-8")
-
-    def write(self, item: Row | Exclusion) -> None:
-        self._file.write(json.dumps({type(item).__name__: asdict(item)}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+def write_part(folder: Path, rank: int, items: Iterable[Row | Exclusion]) -> None:
+    """Write the results of one process line by line, so that a killed run loses at most one line."""
+    path = folder / PARTS / f"{rank}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", buffering=1) as part:
+        for item in items:
+            part.write(json.dumps({type(item).__name__: asdict(item)}) + "\n")
 
 
 def read_parts(folder: Path) -> tuple[list[Row], list[Exclusion]]:

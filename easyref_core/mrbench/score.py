@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +18,7 @@ from .images import Exclusion
 from .manifest import Group, Manifest, read_manifest, usable
 from .processes import Process
 from .record import read_record
-from .rows import EXCLUDED, Key, PartWriter, Row, read_parts, read_rows, remove_parts, write_csv, write_rows
+from .rows import EXCLUDED, Key, Row, read_parts, read_rows, remove_parts, write_csv, write_part, write_rows
 from .summary import write_summary
 
 RESULTS = "results.json"
@@ -61,9 +60,7 @@ def score(
     known = {row.key: row for row in read_rows(results)}
     process.wait()  # no process writes while another reads
     share = replace(manifest, groups=process.share(manifest.groups))
-    with closing(PartWriter(results, process.rank)) as part:
-        for item in score_share(share, out, known, extractors, batch):
-            part.write(item)
+    write_part(results, process.rank, score_share(share, out, known, extractors, batch))
     process.wait()
     outcome = None
     if process.is_main:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .optimizer import Log, OneCycleAdamW, Training
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 CONFIG = {
     "block_out_channels": (32, 32, 64, 64),
@@ -27,7 +23,7 @@ CROP = 32  # pixels; training is mostly on crops, four of which cost as much as 
 FULL_IMAGES = 0.15  # last fraction of the training, on images without crops
 
 
-def pretrain_vae(pixels: Tensor, folder: Path, training: Training, log: Log) -> AutoencoderKL:
+def pretrain_vae(pixels: Tensor, folder: Path, training: Training, log: Log) -> None:
     """Train on images (M, 3, 64, 64) in -1..1 and save; `scaling_factor` gives latents of unit deviation."""
     from diffusers import AutoencoderKL
 
@@ -52,7 +48,6 @@ def pretrain_vae(pixels: Tensor, folder: Path, training: Training, log: Log) -> 
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in pixels[:1024].split(128)])
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     vae.half().save_pretrained(folder)
-    return vae
 
 
 @torch.no_grad()

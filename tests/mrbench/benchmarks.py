@@ -79,8 +79,9 @@ def write_clip(folder: Path) -> Path:
 
     special = {"bos_token_id": 512, "eos_token_id": 513}
     text = LAYERS | {"vocab_size": 190, "max_position_embeddings": 77} | special
+    vision = VISION | {"projection_dim": 12}
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=12)).save_pretrained(folder)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
     write_clip_tokenizer(folder)
     settings = {"crop_size": 32, "size": 32, "resample": 3, "do_center_crop": True, "do_resize": True}
     write_processor(folder, "CLIPFeatureExtractor", settings)

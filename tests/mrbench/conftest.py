@@ -27,27 +27,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     return BaseModel.load(tiny.make_base(tmp_path_factory.mktemp("base")))
 
 
-@pytest.fixture(scope="session")
-def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a random image encoder."""
-    return str(tiny.make_image_encoder(tmp_path_factory.mktemp("encoder")))
-
-
 @pytest.fixture
-def image_encoder(encoder_folder: str) -> nn.Module:
-    return load_image_encoder(encoder_folder)
+def image_encoder(clip_folder: Path) -> nn.Module:
+    return load_image_encoder(clip_folder)
 
 
 @pytest.fixture(scope="session")
 def entries(
-    base: BaseModel, encoder_folder: str, tmp_path_factory: pytest.TempPathFactory
+    base: BaseModel, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """A config entry of every method, with its files."""
     folder = tmp_path_factory.mktemp("adapters")
     weights = str(tiny.make_adapter(base, folder / "ip_adapter.safetensors"))
     plus = str(tiny.make_plus_adapter(base, folder / "ip_adapter_plus.safetensors"))
     files = {
-        name: {"weights": plus if name.endswith("plus") else weights, "image_encoder": encoder_folder}
+        name: {"weights": plus if name.endswith("plus") else weights, "image_encoder": str(clip_folder)}
         for name, entry in tiny.ENTRIES.items()
         if entry["kind"] == "ip_adapter"
     }

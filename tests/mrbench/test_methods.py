@@ -241,8 +241,8 @@ class TestIPAdapter:
 
     def test_plus_uses_hidden_states_and_a_zero_image(self, make_method: MakeMethod, tmp_path: Path) -> None:
         uncond, cond = make_method("ip_adapter_plus").prepare(TASKS[1], tmp_path)
-        # 24 pixels in patches of 8, and the class token
-        assert uncond.shape == cond.shape == (1, 1, 1 + 3 * 3, 16)
+        # 32 pixels in patches of 8, and the class token
+        assert uncond.shape == cond.shape == (1, 1, 1 + 4 * 4, tiny.WIDTH)
         assert uncond.any()
 
     def test_average_is_of_the_embeddings_before_the_projection(
@@ -270,7 +270,7 @@ class TestIPAdapter:
         assert error(predict_with(method, method.prepare(TASKS[0], tmp_path)), predict(base)) < TOLERANCE
 
     def test_it_starts_from_the_keys_and_values_of_the_text(self, base: BaseModel) -> None:
-        state = training.initial_adapter(base.unet, 16)
+        state = training.initial_adapter(base.unet, tiny.PROJECTION)
         first = next(m for name, m in base.unet.named_modules() if name.endswith("attn2"))
         assert torch.equal(state["ip_adapter"]["1.to_k_ip.weight"], first.to_k.weight)
         assert len(state["ip_adapter"]) == 2 * len(base.unet.attn_processors) // 2
@@ -284,7 +284,7 @@ class TestIPAdapter:
             losses = training.train_ip_adapter(base, image_encoder, tiny.OneImage(), file, settings)
         assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
         assert all(torch.equal(encoder[name], t) for name, t in image_encoder.state_dict().items())
-        trained, new = ip.load_state(file), training.initial_adapter(base.unet, 16)
+        trained, new = ip.load_state(file), training.initial_adapter(base.unet, tiny.PROJECTION)
         assert trained["ip_adapter"].keys() == new["ip_adapter"].keys()
         assert all(not torch.equal(t, new["ip_adapter"][name]) for name, t in trained["ip_adapter"].items())
 

@@ -15,10 +15,11 @@ from easyref_core.training.base_model import BaseModel
 from ..training.tiny import MLLM, REFERENCE, make_base
 from ..training.tiny import PICTURE as IMAGE_SIZE
 from ..training.tiny import picture as random_image
+from .benchmarks import LAYERS
 
 __all__ = ["CHECKPOINT", "ENTRIES", "IMAGE_SIZE", "MLLM", "REFERENCE", "make_base", "random_image"]
 
-WIDTH = 16  # of the image encoder
+WIDTH, PROJECTION = LAYERS["hidden_size"], 12  # of the image encoder, that of benchmarks.write_clip
 CHECKPOINT = MLLM.parent / "easyref.safetensors"
 EASYREF = {"kind": "easyref", "checkpoint": str(CHECKPOINT), "mllm": str(MLLM), "size": REFERENCE}
 ENTRIES: dict[str, dict[str, Any]] = {
@@ -33,21 +34,10 @@ ENTRIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_image_encoder(folder: Path) -> Path:
-    """A random CLIP vision tower for images of 24 pixels."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    torch.manual_seed(1)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 32, "projection_dim": WIDTH, "num_hidden_layers": 2}
-    config = CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=24, patch_size=8)
-    CLIPVisionModelWithProjection(config).save_pretrained(folder)
-    return folder
-
-
 def make_adapter(base: BaseModel, file: Path) -> Path:
     """A random IP-Adapter for the base and that encoder."""
     torch.manual_seed(2)
-    save_adapter(initial_adapter(base.unet, WIDTH), file)
+    save_adapter(initial_adapter(base.unet, PROJECTION), file)
     return file
 
 
@@ -70,7 +60,7 @@ def make_plus_adapter(base: BaseModel, file: Path) -> Path:
     projection = {name: torch.randn(size) / 8 for name, size in sizes.items()}
     projection |= {f"{name}.weight": torch.ones(width) for name, width in norms.items()}
     projection |= {f"{name}.bias": torch.zeros(width) for name, width in norms.items()}
-    layers = initial_adapter(base.unet, WIDTH)["ip_adapter"]
+    layers = initial_adapter(base.unet, PROJECTION)["ip_adapter"]
     save_adapter({"image_proj": projection, "ip_adapter": layers}, file)
     return file
 
