@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files.image_files import no_reader_reason, sort_files
+from .checks import check_fields
 from .images import Exclusion
 
 METADATA = "metadata.jsonl"
-METADATA_KEYS = {"file_name", "text", "category"}
 NO_CATEGORY = "uncategorised"
 
 
@@ -79,10 +79,5 @@ def _read_line(where: str, line: str) -> dict[str, str]:
         row = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}.") from error
-    if not isinstance(row, dict) or not {"file_name", "text"} <= row.keys() <= METADATA_KEYS:
-        raise ValueError(
-            f"{where} is {line[:80]}; wanted an object of file_name, text and, optionally, category."
-        )
-    if wrong := [key for key, value in row.items() if not isinstance(value, str)]:
-        raise ValueError(f"{where}: {wrong[0]} is {row[wrong[0]]!r}; wanted a string.")
+    check_fields(where, row, {"file_name": str, "text": str}, optional={"category": str})
     return row

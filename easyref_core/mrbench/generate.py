@@ -23,7 +23,7 @@ PATHS = ("checkpoint", "mllm", "weights", "image_encoder")  # settings of a meth
 DTYPES = ("float32", "float16", "bfloat16")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a method's name is a folder name
 
-Missing = tuple[Group, tuple[int, ...]]  # a group and its seeds without an image
+TaskSeeds = tuple[Task, tuple[int, ...]]  # a task and its seeds without an image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,8 @@ def generate(
     share = process.share(missing)
     total = sum(len(seeds) for _, seeds in share)
     with tqdm(total=total, desc=name, disable=not process.is_main) as bar:
-        for tasks, todo in batches(share, method, settings.batch):
+        loaded = ((load_task(group), seeds) for group, seeds in share)
+        for tasks, todo in batches(loaded, method, settings.batch):
             conditions = [method.prepare(task, folder / task.id) for task in tasks]
             for start in range(0, len(todo), settings.batch):
                 seeds = todo[start : start + settings.batch]
@@ -165,14 +166,18 @@ def absent(folder: Path, seeds: Iterable[int]) -> tuple[int, ...]:
     return tuple(seed for seed in dict.fromkeys(seeds) if not (folder / f"{seed}.png").is_file())
 
 
+def load_task(group: Group) -> Task:
+    """Load the group's references; a task has no target."""
+    references = tuple(load_image(path) for path in group.references)
+    return Task(group.id, group.prompt, references, group.captions)
+
+
 def batches(
-    missing: Iterable[Missing], method: Method, batch: int
+    tasks: Iterable[TaskSeeds], method: Method, batch: int
 ) -> Iterator[tuple[list[Task], tuple[int, ...]]]:
-    """Collect groups with the same missing seeds into batches that the method can generate together."""
+    """Collect tasks with the same seeds into batches that the method can generate together."""
     waiting: dict[Hashable, list[Task]] = {}
-    for group, seeds in missing:
-        references = tuple(load_image(path) for path in group.references)
-        task = Task(group.id, group.prompt, references, group.captions)
+    for task, seeds in tasks:
         key = method.batch_key(task), seeds
         waiting.setdefault(key, []).append(task)
         if (len(waiting[key]) + 1) * len(seeds) > batch:

@@ -21,26 +21,15 @@ from .classifier import to_tensor
 from .dataset import Dataset
 from .images import COUNTS, IMAGE_SIZE, NAMES, all_combinations, caption, held_out, render
 from .optimizer import Log, OneCycleAdamW, Training
-from .tokenizer import PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
+from .tokenizer import CLIP_TOKEN_IDS, PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
 
 WIDTH, PROJECTION = 96, 64
 PATCH = 16  # pixels
-TOWER = {
-    "hidden_size": WIDTH,
-    "intermediate_size": 4 * WIDTH,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "projection_dim": PROJECTION,
-}
-VISION = TOWER | {"image_size": IMAGE_SIZE, "patch_size": PATCH}
-TEXT = TOWER | {
-    "num_hidden_layers": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": PROMPT_TOKENS,
-    "bos_token_id": 0,  # these three: of tokenizer.py
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
+TOWER = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "projection_dim": PROJECTION}
+VISION = TOWER | {"num_attention_heads": 4, "num_hidden_layers": 3}
+VISION |= {"image_size": IMAGE_SIZE, "patch_size": PATCH}
+TEXT = TOWER | {"num_attention_heads": 4, "num_hidden_layers": 2}
+TEXT |= {"vocab_size": VOCABULARY, "max_position_embeddings": PROMPT_TOKENS, **CLIP_TOKEN_IDS}
 NAME_RATE = (0.4, 1.0)  # minimum and maximum probability that a caption names an attribute
 # Probability that all images of a batch share some attributes, so that the captions differ in the others
 # only.

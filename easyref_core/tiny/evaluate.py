@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..mrbench.generate import batches
 from ..mrbench.methods.easyref import EasyRefMethod
-from ..mrbench.methods.method import Method, Sampling, Task
-from ..mrbench.methods.plain import Plain
+from ..mrbench.methods.method import Method, Plain, Sampling, Task
 from ..mrbench.metrics import Interval, bootstrap
 from ..mrbench.report import table
 from ..training.base_model import BaseModel
@@ -79,13 +79,10 @@ def generate_images(
 ) -> list[Image.Image]:
     """Generate one image of each group, in batches of groups that the method can generate together."""
     images: dict[str, Image.Image] = {}
-    for key in {method.batch_key(group.task) for group in groups}:
-        tasks = [group.task for group in groups if method.batch_key(group.task) == key]
-        for start in range(0, len(tasks), BATCH):
-            batch = tasks[start : start + BATCH]
-            conditions = [method.prepare(task, Path()) for task in batch]
-            rows = method.generate(batch, conditions, [seed], sampling)
-            images |= {task.id: image for task, (image,) in zip(batch, rows, strict=True)}
+    for tasks, seeds in batches([(group.task, (seed,)) for group in groups], method, BATCH):
+        conditions = [method.prepare(task, Path()) for task in tasks]
+        rows = method.generate(tasks, conditions, seeds, sampling)
+        images |= {task.id: image for task, (image,) in zip(tasks, rows, strict=True)}
     return [images[group.id] for group in groups]
 
 

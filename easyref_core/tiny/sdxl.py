@@ -14,7 +14,7 @@ from ..training.base_model import BaseModel
 from .dataset import Dataset
 from .images import IMAGE_SIZE, NAMES, caption
 from .optimizer import Log, OneCycleAdamW, Training
-from .tokenizer import PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
+from .tokenizer import CLIP_TOKEN_IDS, PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
 
 WIDTH = 64  # channels of each text encoder, and of every stage of the UNet
 UNET = {
@@ -58,18 +58,18 @@ def create_sdxl(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     for part in ("tokenizer", "tokenizer_2"):
         train_clip_tokenizer(folder / part)
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # the tokenizer's
-    text = CLIPTextConfig(**TEXT, **special)
+    text = CLIPTextConfig(**TEXT, **CLIP_TOKEN_IDS)
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")
     CLIPTextModelWithProjection(text).save_pretrained(folder / "text_encoder_2")
     UNet2DConditionModel(**UNET).save_pretrained(folder / "unet")
     DDPMScheduler(**SCHEDULE).save_pretrained(folder / "scheduler")
+    tokenizer = ("transformers", "PreTrainedTokenizerFast")
     parts = {
         "scheduler": ("diffusers", "DDPMScheduler"),
         "text_encoder": ("transformers", "CLIPTextModel"),
         "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-        "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
-        "tokenizer_2": ("transformers", "PreTrainedTokenizerFast"),
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
         "unet": ("diffusers", "UNet2DConditionModel"),
         "vae": ("diffusers", "AutoencoderKL"),
     }

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from easyref_core.mrbench import generate as generation
-from easyref_core.mrbench.generate import RunSettings, batches, generate, read_config, run
+from easyref_core.mrbench.generate import RunSettings, batches, generate, load_task, read_config, run
 from easyref_core.mrbench.manifest import Group, Manifest, write_manifest
 from easyref_core.mrbench.methods import KINDS, Method, Sampling
 from easyref_core.mrbench.processes import Process
@@ -198,8 +198,8 @@ def test_fewer_references_can_be_used(
 def test_sizes_of_batches(
     name: str, batch: int, sizes: list[int], make_method: MakeMethod, manifest: Manifest
 ) -> None:
-    missing = [(group, (0, 1)) for group in manifest.groups]
-    assert [len(tasks) for tasks, _ in batches(missing, make_method(name), batch)] == sizes
+    tasks = [(load_task(group), (0, 1)) for group in manifest.groups]
+    assert [len(tasks) for tasks, _ in batches(tasks, make_method(name), batch)] == sizes
 
 
 class TestConfig:

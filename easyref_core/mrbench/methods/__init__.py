@@ -12,8 +12,7 @@ from ..checks import check_fields
 from .easyref import EasyRefMethod
 from .ip_adapter import IPAdapter
 from .lora import LoRAMethod
-from .method import Method, Sampling, Task
-from .plain import Plain
+from .method import Method, Plain, Sampling, Task
 
 KINDS: dict[str, type[Method]] = {cls.kind: cls for cls in (Plain, EasyRefMethod, IPAdapter, LoRAMethod)}
 

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import hashlib
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,6 +93,15 @@ class Method(abc.ABC):
                 size=sampling.sides,
             )
         return [images[i : i + len(seeds)] for i in range(0, len(images), len(seeds))]
+
+
+class Plain(Method):
+    """The base model with the prompt only, a lower bound for similarity to the references."""
+
+    kind = "plain"
+
+    def attach(self, conditions: Sequence[Any], seeds: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def latent_shape(base: BaseModel, sampling: Sampling) -> tuple[int, int, int]:
