@@ -47,23 +47,11 @@ class Extractors:
 
 
 @dataclass(frozen=True)
-class GeneratedImage:
-    """The file of a generated image."""
-
-    method: str
-    seed: int
-    file: Path
-    content: str  # hash of the file
-    references: int  # number of references that the method used
-
-
-@dataclass(frozen=True)
 class GroupJob:
-    """Images of one group that need scores."""
+    """Images of one group that need scores: the file of each, and its row without scores."""
 
     group: Group
-    scorer: str
-    images: tuple[GeneratedImage, ...]
+    images: Mapping[Path, Row]
 
     @property
     def total(self) -> int:
@@ -85,18 +73,18 @@ def bundles(jobs: Sequence[GroupJob], batch: int) -> Iterator[list[GroupJob]]:
 
 def score_bundle(bundle: Sequence[GroupJob], extractors: Extractors, batch: int) -> Iterator[Row | Exclusion]:
     """Rows of the images of some groups, and exclusions of those that cannot be loaded."""
-    jobs, generated = [], []
+    jobs: list[GroupJob] = []
+    generated: list[list[Image.Image]] = []
     for job in bundle:
-        loaded, images = [], []
-        for image in job.images:
+        loaded: dict[Path, Image.Image] = {}
+        for file in job.images:
             try:
-                images.append(load_image(image.file))
-                loaded.append(image)
+                loaded[file] = load_image(file)
             except BrokenImage as error:
-                yield Exclusion("picture", str(image.file), str(error))
-        if images:
-            jobs.append(replace(job, images=tuple(loaded)))
-            generated.append(images)
+                yield Exclusion("picture", str(file), str(error))
+        if loaded:
+            jobs.append(GroupJob(job.group, {file: job.images[file] for file in loaded}))
+            generated.append(list(loaded.values()))
     # In this order: a group's target, its references, its generated images.
     flat = [
         image
@@ -118,7 +106,8 @@ def score_bundle(bundle: Sequence[GroupJob], extractors: Extractors, batch: int)
             scores["clip_t_cosine"] = metrics.clip_t_cosine(clip[i][-count:], texts[i])
             scores["clip_score"] = metrics.clip_score(clip[i][-count:], texts[i])
         scores |= _attribute_scores(extractors.attributes, generated[i], job.group.attributes)
-        yield from _rows(job, scores)
+        for n, row in enumerate(job.images.values()):
+            yield replace(row, **{name: float(values[n]) for name, values in scores.items()})
 
 
 def fraction_right(
@@ -159,18 +148,3 @@ def _attribute_scores(
         "shared_right": fraction_right(predicted, expected.shared, len(images)),
         "named_right": fraction_right(predicted, expected.named, len(images)),
     }
-
-
-def _rows(job: GroupJob, scores: Mapping[str, Floats]) -> Iterator[Row]:
-    for i, image in enumerate(job.images):
-        yield Row(
-            method=image.method,
-            group=job.group.id,
-            category=job.group.category,
-            split=job.group.split,
-            seed=image.seed,
-            references=image.references,
-            picture=image.content,
-            scorer=job.scorer,
-            **{name: float(values[i]) for name, values in scores.items()},
-        )

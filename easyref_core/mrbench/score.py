@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from ..files.atomic_write import atomic_write_text
-from .group_scores import Extractors, GeneratedImage, GroupJob, bundles, score_bundle
+from .group_scores import Extractors, GroupJob, bundles, score_bundle
 from .images import Exclusion
 from .manifest import Group, Manifest, read_manifest, usable
 from .processes import Process
@@ -89,20 +89,18 @@ def score_share(
     methods = methods_under(out)
     jobs = []
     for group in manifest.groups:
-        scorer = scorer_hash(group, extractors.identities)
-        images, missing = find_images(group, methods)
+        images, missing = find_images(group, methods, scorer_hash(group, extractors.identities))
         yield from missing
-        todo = []
-        for image in images:
-            row = known.get((image.method, group.id, image.seed))
-            if row and row.version == (image.content, scorer):
-                # The number of references is not part of the version: method.json may have been corrected
-                # since.
+        todo = {}
+        for file, image in images.items():
+            row = known.get(image.key)
+            if row and row.version == image.version:
+                # The version does not cover the number of references, because method.json may be corrected.
                 yield replace(row, references=image.references)
             else:
-                todo.append(image)
+                todo[file] = image
         if todo:
-            jobs.append(GroupJob(group, scorer, tuple(todo)))
+            jobs.append(GroupJob(group, todo))
     for bundle in bundles(jobs, batch):
         yield from score_bundle(bundle, extractors, batch)
 
@@ -112,16 +110,25 @@ def methods_under(out: Path) -> list[Path]:
     return sorted(path for path in out.iterdir() if path.is_dir() and not path.name.startswith((".", "_")))
 
 
-def find_images(group: Group, methods: Iterable[Path]) -> tuple[list[GeneratedImage], list[Exclusion]]:
-    """Images of the group by every method, and exclusions for the methods that have none."""
-    images, missing = [], []
+def find_images(
+    group: Group, methods: Iterable[Path], scorer: str
+) -> tuple[dict[Path, Row], list[Exclusion]]:
+    """Rows without scores of the group's images, by file, and exclusions of the methods that have none."""
+    images, missing = {}, []
     for method in methods:
         files = sorted(path for path in (method / group.id).glob("*.png") if path.stem.isdecimal())
         count = len(group.references)
-        shown = min(count, (read_record(method) or {}).get("references") or count)
         for file in files:
-            content = sha256(file.read_bytes()).hexdigest()
-            images.append(GeneratedImage(method.name, int(file.stem), file, content, shown))
+            images[file] = Row(
+                method=method.name,
+                group=group.id,
+                category=group.category,
+                split=group.split,
+                seed=int(file.stem),
+                references=min(count, (read_record(method) or {}).get("references") or count),
+                picture=sha256(file.read_bytes()).hexdigest(),
+                scorer=scorer,
+            )
         if not files:
             missing.append(Exclusion("group", f"{method.name}/{group.id}", "this method has no image of it"))
     return images, missing

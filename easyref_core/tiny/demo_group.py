@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .groups import Plan, plan_group
-from .images import ATTRIBUTES, render
+from .images import render
 
 
 def demo_group(number: int, references: int, outsider: bool) -> tuple[Plan, NDArray[np.uint8]]:
@@ -19,7 +19,7 @@ def demo_group(number: int, references: int, outsider: bool) -> tuple[Plan, NDAr
 def in_common(plan: Plan) -> str:
     """Describe what the references share, such as "colour red, texture striped"."""
     values = plan.values(plan.shared)
-    words = ", ".join(f"{name} {ATTRIBUTES[name][value]}" for name, value in values.items())
+    words = ", ".join(f"{name} {value}" for name, value in values.items())
     if plan.outsider is None:
         return words
     return f"{words} (but for reference {plan.outsider + 1}, which does not belong)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -45,16 +46,15 @@ class Group:
     @property
     def shared(self) -> dict[str, str]:
         """{attribute: value} common to the references."""
-        return _values(self.plan, self.plan.shared)
+        return self.plan.values(self.plan.shared)
 
     @property
     def named(self) -> dict[str, str]:
         """{attribute: value} named by the prompt."""
-        return _values(self.plan, self.plan.named)
+        return self.plan.values(self.plan.named)
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """The attributes of one generated image: True for those that the classifier predicts as expected."""
 
     group: Group
@@ -145,10 +145,6 @@ def summary(results: Sequence[Result]) -> dict[str, Interval]:
     outsiders = [r for r in results if r.group.plan.outsider is not None]
     values["shared, one does not belong"] = [_fraction(r.shared) for r in outsiders]
     return {name: bootstrap(np.array(accuracies, dtype=float)) for name, accuracies in values.items()}
-
-
-def _values(plan: Plan, names: tuple[str, ...]) -> dict[str, str]:
-    return {name: ATTRIBUTES[name][index] for name, index in plan.values(names).items()}
 
 
 def _cell(value: Interval) -> str:

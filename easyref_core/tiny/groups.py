@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from .images import COUNTS, NAMES, caption, held_out
+from .images import ATTRIBUTES, COUNTS, NAMES, caption, held_out
 
 MAX_SHARED, MAX_NAMED = 3, 2  # attributes that a group shares, that a prompt names
 OUTSIDER_RATE = 0.2  # probability that one reference does not belong
@@ -29,9 +29,9 @@ class Plan:
     def prompt(self) -> str:
         return caption(self.target, self.named)
 
-    def values(self, names: tuple[str, ...]) -> dict[str, int]:
-        """{attribute: index of the target's value} of some attributes."""
-        return {name: int(self.target[NAMES.index(name)]) for name in names}
+    def values(self, names: tuple[str, ...]) -> dict[str, str]:
+        """{attribute: the target's value} of some attributes."""
+        return {name: ATTRIBUTES[name][self.target[NAMES.index(name)]] for name in names}
 
 
 def plan_group(
