@@ -23,7 +23,7 @@ from .recipe import BASE, EASYREF, MLLM
 
 SAMPLING = Sampling(size=IMAGE_SIZE, steps=20, guidance=4.0, negative="")
 BATCH = 50  # groups generated together
-Classify = Callable[[Sequence["Image.Image"]], Mapping[str, Sequence[str]]]
+Classify = Callable[[Sequence[Image.Image]], Mapping[str, Sequence[str]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,6 @@ class Result(NamedTuple):
 
 def render_groups(plans: Sequence[Plan], seed: int) -> list[Group]:
     """Render the images of the plans."""
-    from PIL import Image
-
     rng = np.random.default_rng(seed)
     groups = []
     for number, plan in enumerate(plans):

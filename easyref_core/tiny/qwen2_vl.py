@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -102,8 +103,6 @@ def body_config() -> EasyRefConfig:
 
 def resize_all(images: NDArray[np.uint8], config: EasyRefConfig) -> NDArray[np.uint8]:
     """Resize images (M, 64, 64, 3) for the MLLM, once for the training."""
-    from PIL import Image
-
     return np.stack([np.asarray(resize(Image.fromarray(image), config, SIZE)) for image in images])
 
 
