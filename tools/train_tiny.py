@@ -59,11 +59,11 @@ def train_all(folder: Path, only_base: bool = False) -> None:
 def report(folder: Path) -> None:
     """Print the accuracy without and with the references."""
     from easyref_core.tiny.classifier import load_classifier
-    from easyref_core.tiny.evaluate import accuracy_table, draw, tiny_methods
-    from easyref_core.tiny.groups import groups_to_judge
+    from easyref_core.tiny.evaluate import accuracy_table, render_groups, tiny_methods
+    from easyref_core.tiny.groups import evaluation_groups
     from easyref_core.tiny.recipe import CLASSIFIER
 
-    groups = draw(list(groups_to_judge(SEED, GROUPS)), SEED)
+    groups = render_groups(list(evaluation_groups(SEED, GROUPS)), SEED)
     print(accuracy_table(tiny_methods(folder), groups, load_classifier(folder / CLASSIFIER)))
 
 

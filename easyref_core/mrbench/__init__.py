@@ -1,18 +1,20 @@
-"""MRBench: how well pictures keep what a group of references shares, and follow the prompt (arXiv 2412.09618, section 4).
+"""MRBench: measures how well images keep what a group of references shares and follow the prompt.
 
-The flow, in reading order:
+After arXiv 2412.09618, section 4. The flow, in reading order:
 
-    manifest.py       one JSON file: each group's references, prompt, target, category and split
-    builder.py        makes one from captioned images (captions.py) or from made groups; refuses repeats, leaks.py
-    generate.py       manifest, config    -> <out>/<method>/<group id>/<seed>.png, by the methods in methods/
-    score.py          those pictures      -> pictures.csv (a row each, rows.py), summary.csv (summary.py), excluded.csv
-    group_scores.py   some groups' pictures -> their rows, by way of
-    extractors.py     pictures, prompts   -> features, by models named exactly
-    metrics.py        features            -> CLIP-I, CLIP-T, DINO-I; bootstrap intervals, win rates
-    report.py         those CSVs          -> report.md and plots (plots.py), beside the paper's numbers (paper_numbers.py)
+    manifest.py       a JSON file with each group's references, prompt, target, category and split
+    builder.py        builds one from captioned images (captions.py) or procedural groups; see leaks.py
+    generate.py       manifest, config -> <out>/<method>/<group id>/<seed>.png, by the methods in methods/
+    record.py         method.json, the provenance of those images
+    score.py          those images     -> pictures.csv (rows.py), summary.csv (summary.py), excluded.csv
+    group_scores.py   images of some groups -> their rows, with
+    extractors.py     images, prompts  -> features
+    metrics.py        features         -> CLIP-I, CLIP-T, DINO-I; bootstrap intervals, win rates
+    report.py         those CSVs       -> report.md and plots (plots.py), with paper_numbers.py
 
-    pictures.py       picture files, and naming the broken ones
-    processes.py      this process among those `accelerate launch` started
+    images.py         image files, and exclusions of broken ones
+    checks.py         validation of JSON and YAML objects
+    processes.py      the processes of `accelerate launch`
 
-Generating and scoring know of each other only the layout of the pictures' folder. __main__.py is the command line.
+Generating and scoring share only the layout of the image folder. __main__.py is the command line.
 """

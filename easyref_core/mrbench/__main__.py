@@ -1,12 +1,12 @@
-"""The benchmark's command line: build, check, generate, score, report. `--help` of each says the rest."""
+"""Command line of the benchmark: build, check, generate, score, report. See `--help` of each."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from .captions import NO_CATEGORY
 from .images import describe
@@ -20,95 +20,97 @@ NONE = "none"  # leaves an extractor out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; what is wrong with the input is told in one line, without a traceback."""
+    """Run one command; an input error is printed in one line, without a traceback."""
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.run(parsed) or 0
     except (ValueError, FileNotFoundError) as error:
-        _say(f"mrbench: {error}", sys.stderr)
+        _print(f"mrbench: {error}", sys.stderr)
         return 1
 
 
-def build(parsed: argparse.Namespace) -> int:
-    """A manifest from a folder of captioned images."""
+def build(parsed: argparse.Namespace) -> None:
+    """Build a manifest from a folder of captioned images."""
     from .builder import MANIFEST, from_folder
 
-    made = from_folder(
+    manifest, exclusions = from_folder(
         parsed.folder,
-        parsed.seed,
-        parsed.held_out,
-        tuple(parsed.references),
-        parsed.drop_duplicates,
-        parsed.category,
-        parsed.name,
+        seed=parsed.seed,
+        held_out=parsed.held_out,
+        references=tuple(parsed.references),
+        drop_duplicates=parsed.drop_duplicates,
+        category=parsed.category,
+        name=parsed.name,
     )
     file = parsed.manifest or parsed.folder / MANIFEST
-    write_manifest(made.manifest, file)
-    _say(f"Wrote {file}: {_counts(made.manifest)}")
-    _say(describe(made.exclusions))
-    return 0
+    write_manifest(manifest, file)
+    _print(f"Wrote {file}: {_counts(manifest)}")
+    _print(describe(exclusions))
 
 
 def check(parsed: argparse.Namespace) -> int:
-    """What a manifest's pictures are worth: broken ones, and pictures that give an answer away."""
+    """Check a manifest for broken images and for images that leak an answer."""
     from .leaks import leaks
 
     manifest, exclusions = usable(read_manifest(parsed.manifest))
     found = leaks(manifest, near=not parsed.identical_only)
-    _say(f"{parsed.manifest}: {_counts(manifest)}")
-    _say(describe(exclusions))
-    _say("\n".join([f"{len(found)} leaks:", *(f"  {leak}" for leak in found)]) if found else "No leak.")
+    _print(f"{parsed.manifest}: {_counts(manifest)}")
+    _print(describe(exclusions))
+    _print("\n".join([f"{len(found)} leaks:", *(f"  {leak}" for leak in found)]) if found else "No leak.")
     return int(bool(found or exclusions))
 
 
-def generate(parsed: argparse.Namespace) -> int:
-    """Pictures of the methods of a config."""
+def generate(parsed: argparse.Namespace) -> None:
+    """Generate the images of the methods of a config."""
     from .generate import read_config, run
 
     for name, done in run(read_config(parsed.config), parsed.methods, parsed.references).items():
-        _say(f"{name}: {done.painted} pictures painted, {done.kept} were there")
-        _say(describe(done.exclusions))
-    return 0
+        _print(f"{name}: {done.new} images generated, {done.existing} existed already")
+        _print(describe(done.exclusions))
 
 
-def score(parsed: argparse.Namespace) -> int:
-    """Scores of every picture under a folder, and their summary."""
+def score(parsed: argparse.Namespace) -> None:
+    """Score every image under a folder, and summarise the scores."""
     from .processes import this_process
-    from .score import score as score_pictures
+    from .score import score as score_images
 
     process = this_process()
-    extractors = _extractors(parsed, process.device, read_manifest(parsed.manifest))
-    outcome = score_pictures(parsed.manifest, parsed.out, parsed.results, extractors, parsed.batch, process)
+    outcome = score_images(
+        parsed.manifest,
+        parsed.out,
+        parsed.results,
+        extractors=_extractors(parsed, process.device, read_manifest(parsed.manifest)),
+        batch=parsed.batch,
+        process=process,
+    )
     if outcome:
         old = len(outcome.rows) - outcome.scored
-        _say(f"{outcome.scored} pictures scored, {old} were scored before, into {parsed.results}")
-        _say(describe(outcome.exclusions))
-    return 0
+        _print(f"{outcome.scored} images scored, {old} were scored before, into {parsed.results}")
+        _print(describe(outcome.exclusions))
 
 
-def report(parsed: argparse.Namespace) -> int:
-    """Markdown table and plots of scores."""
+def report(parsed: argparse.Namespace) -> None:
+    """Write a Markdown report and plots of the scores."""
     from .report import write_report
 
-    _say(f"Wrote {write_report(parsed.results, parsed.first, parsed.methods)}")
-    return 0
+    _print(f"Wrote {write_report(parsed.results, parsed.first, parsed.methods)}")
 
 
 def _extractors(parsed: argparse.Namespace, device: str, manifest: Manifest) -> Extractors:
-    """The models that the options name, loaded. The classifier is only there for groups with attributes."""
-    from .extractors import TINY_CLASSIFIER, Clip, Dino, load_attribute_reader
+    """Load the models of the options; the default classifier only if a group has attributes."""
+    from .extractors import TINY_CLASSIFIER, Clip, Dino, load_attribute_classifier
     from .group_scores import Extractors
 
-    def model(kind: type, name: str) -> Clip | Dino | None:
+    def model(kind: type[Clip | Dino], name: str) -> Clip | Dino | None:
         if name == NONE:
             return None
         name, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
         return kind(name, revision or None, parsed.offline, device)
 
-    wants_attributes = any(group.attributes for group in manifest.groups)
-    classifier = parsed.classifier or (TINY_CLASSIFIER if wants_attributes else NONE)
-    reader = None if classifier == NONE else load_attribute_reader(classifier)
-    return Extractors(model(Clip, parsed.clip), model(Dino, parsed.dino), reader, classifier)
+    has_attributes = any(group.attributes for group in manifest.groups)
+    name = parsed.classifier or (TINY_CLASSIFIER if has_attributes else NONE)
+    classifier = None if name == NONE else load_attribute_classifier(name)
+    return Extractors(model(Clip, parsed.clip), model(Dino, parsed.dino), classifier, name)
 
 
 def _counts(manifest: Manifest) -> str:
@@ -118,69 +120,62 @@ def _counts(manifest: Manifest) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .extractors import CLIP, DINO, TINY_CLASSIFIER
-    from .score import BATCH
-
     parser = argparse.ArgumentParser(prog="python -m easyref_core.mrbench", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
-    one = commands.add_parser("build", help=build.__doc__)
-    one.add_argument(
-        "folder", type=Path, help="one subfolder of images a topic; captions in x.txt or metadata.jsonl"
-    )
-    one.add_argument(
-        "--manifest", type=Path, help="the file to write; manifest.json in the folder if not given"
-    )
-    one.add_argument("--name", help="of the benchmark; the folder's if not given")
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--held-out", type=float, default=0.5, help="part of the topics (default 0.5)")
-    one.add_argument(
-        "--references", type=int, nargs=2, default=(2, 6), metavar=("LEAST", "MOST"), help="of a group"
-    )
-    one.add_argument("--category", default=NO_CATEGORY, help="of images whose metadata name none")
-    one.add_argument(
-        "--drop-duplicates", action="store_true", help="leave the later one of a pair out, not refuse"
-    )
-    one.set_defaults(run=build)
+    def add(run: Callable[[argparse.Namespace], int | None]) -> Callable[..., argparse.Action]:
+        command = commands.add_parser(run.__name__, help=run.__doc__)
+        command.set_defaults(run=run)
+        return command.add_argument
 
-    one = commands.add_parser("check", help=check.__doc__)
-    one.add_argument("manifest", type=Path)
-    one.add_argument(
-        "--identical-only", action="store_true", help="near-duplicates are meant (pictures made by code)"
-    )
-    one.set_defaults(run=check)
-
-    one = commands.add_parser("generate", help=generate.__doc__)
-    one.add_argument("config", type=Path, help="YAML, see easyref_core/mrbench/configs")
-    one.add_argument("--methods", nargs="+", default=(), help="only these of the config")
-    one.add_argument(
-        "--references", type=int, help="show every method only so many of each group's references"
-    )
-    one.set_defaults(run=generate)
-
-    one = commands.add_parser("score", help=score.__doc__)
-    one.add_argument("manifest", type=Path)
-    one.add_argument("out", type=Path, help="<method>/<group id>/<seed>.png lie in it")
-    one.add_argument("results", type=Path, help="folder for the CSVs")
-    one.add_argument("--clip", default=CLIP, help=f"name, name@revision, folder or {NONE} (default {CLIP})")
-    one.add_argument("--dino", default=DINO, help=f"name, name@revision, folder or {NONE} (default {DINO})")
-    one.add_argument(
-        "--classifier",
-        help=f"module:function or {NONE}; where the manifest has attributes {TINY_CLASSIFIER} if not given",
-    )
-    one.add_argument("--offline", action="store_true", help="download nothing")
-    one.add_argument("--batch", type=int, default=BATCH, help=f"pictures at a time (default {BATCH})")
-    one.set_defaults(run=score)
-
-    one = commands.add_parser("report", help=report.__doc__)
-    one.add_argument("results", type=Path, help="the folder that score wrote")
-    one.add_argument("--first", help='the method whose win rates are shown ("easyref" where there is one)')
-    one.add_argument("--methods", nargs="+", default=(), help="only these, in this order")
-    one.set_defaults(run=report)
+    _add_building(add)
+    _add_scoring(add)
     return parser
 
 
-def _say(text: str, stream=None) -> None:
+def _add_building(add: Callable[..., Callable[..., argparse.Action]]) -> None:
+    option = add(build)
+    option("folder", type=Path, help="one subfolder of images per topic; captions in x.txt or metadata.jsonl")
+    option("--manifest", type=Path, help="file to write (default: manifest.json in the folder)")
+    option("--name", help="name of the benchmark (default: the folder's)")
+    option("--seed", type=int, default=0)
+    option("--held-out", type=float, default=0.5, help="fraction of the topics (default 0.5)")
+    metavar = ("LEAST", "MOST")
+    option("--references", type=int, nargs=2, default=(2, 6), metavar=metavar, help="references of a group")
+    option("--category", default=NO_CATEGORY, help="category of images whose metadata have none")
+    option(
+        "--drop-duplicates", action="store_true", help="drop the later image of a pair instead of an error"
+    )
+    option = add(check)
+    option("manifest", type=Path)
+    option("--identical-only", action="store_true", help="ignore near-duplicates (for procedural images)")
+    option = add(generate)
+    option("config", type=Path, help="YAML, see easyref_core/mrbench/configs")
+    option("--methods", nargs="+", default=(), help="only these methods of the config")
+    option("--references", type=int, help="use only the first so many references of each group")
+
+
+def _add_scoring(add: Callable[..., Callable[..., argparse.Action]]) -> None:
+    from .extractors import CLIP, DINO, TINY_CLASSIFIER
+    from .score import BATCH
+
+    option = add(score)
+    option("manifest", type=Path)
+    option("out", type=Path, help="folder with <method>/<group id>/<seed>.png")
+    option("results", type=Path, help="folder for the CSVs")
+    option("--clip", default=CLIP, help=f"name, name@revision, folder or {NONE} (default {CLIP})")
+    option("--dino", default=DINO, help=f"name, name@revision, folder or {NONE} (default {DINO})")
+    default = f"default: {TINY_CLASSIFIER} if the manifest has attributes"
+    option("--classifier", help=f"module:function or {NONE} ({default})")
+    option("--offline", action="store_true", help="download nothing")
+    option("--batch", type=int, default=BATCH, help=f"images at a time (default {BATCH})")
+    option = add(report)
+    option("results", type=Path, help="the folder that score wrote")
+    option("--first", help='method whose win rates are reported (default "easyref" if it has scores)')
+    option("--methods", nargs="+", default=(), help="only these methods, in this order")
+
+
+def _print(text: str, stream: TextIO | None = None) -> None:
     if text:
         print(text, file=stream or sys.stdout)  # noqa: T201
 

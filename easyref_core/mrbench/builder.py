@@ -1,35 +1,31 @@
-"""Makes a benchmark: from a folder of captioned images, or from pictures made by code.
+"""Builds a benchmark from a folder of captioned images, or from procedural groups.
 
-A topic's images are shuffled and cut into groups; no image is in two of them, and one image of each is its target, the
-rest are its references. Whole topics go to one split. Pictures that repeat another are refused, or dropped on request.
+The images of a topic are shuffled and cut into groups. No image is in two groups; one image of each group is
+its target and the rest are its references. All groups of a topic are in one split. Duplicate images are an
+error, or are dropped on request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 
-from ..files.atomic_write import atomic_write
 from ..inspect.duplicates import Fingerprint, find_duplicates, fingerprint, first_of_each
 from .captions import NO_CATEGORY, CaptionedImage, read_folder
-from .images import BrokenPicture, Exclusion, open_picture
+from .images import BrokenImage, Exclusion, load_image, save_image
 from .leaks import leaks
 from .manifest import Attributes, Group, Manifest, write_manifest
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    Chunk = tuple[str, Sequence[CaptionedImage]]
-
 MANIFEST = "manifest.json"
-LISTED = 20  # pairs an error names
+MAX_LISTED = 20  # pairs in an error
 
 
-class MadeGroup(Protocol):
-    """A group made by code, as easyref_core.tiny.groups makes them."""
+class ProceduralGroup(Protocol):
+    """A group made by code, such as easyref_core.tiny.evaluate.Group; it may also have `captions`."""
 
     references: Sequence[Image.Image]
     target: Image.Image
@@ -39,7 +35,7 @@ class MadeGroup(Protocol):
 
 
 class Build(NamedTuple):
-    """A benchmark, and what had to be left out of it."""
+    """A benchmark, and the images and topics that were left out of it."""
 
     manifest: Manifest
     exclusions: tuple[Exclusion, ...]
@@ -54,10 +50,14 @@ def from_folder(
     category: str = NO_CATEGORY,
     name: str | None = None,
 ) -> Build:
-    """A benchmark of the captioned images under `folder` (captions.py says how they lie there).
+    """Build a benchmark from the captioned images under `folder` (for its layout see captions.py).
 
-    held_out: part of the topics; references: least and most in one group. Raises ValueError naming the pairs where
-    pictures repeat each other; with `drop_duplicates` the later one of a pair is left out instead.
+    Args:
+        held_out: fraction of the topics in the held-out split.
+        references: minimum and maximum number of references of a group.
+        drop_duplicates: drop the later image of each duplicate pair; otherwise duplicates raise ValueError.
+        category: category of the images whose metadata have none.
+        name: name of the benchmark; the folder's if None.
     """
     folder = Path(folder)
     _check_numbers(held_out, references)
@@ -65,57 +65,61 @@ def from_folder(
     prints, broken = _fingerprints(images)
     exclusions += broken
     images = [image for image in images if image.file in prints]
-    topics = list(dict.fromkeys(image.topic for image in images))
-    splits = split_topics(topics, held_out, seed)
+    splits = split_topics(list(dict.fromkeys(image.topic for image in images)), held_out, seed)
     if drop_duplicates:
         dropped = first_of_each(prints)
         exclusions += [Exclusion("picture", str(a), f"it repeats {b}") for a, b in dropped.items()]
         images = [image for image in images if image.file not in dropped]
     else:
         _refuse_duplicates(images, prints, splits)
-    groups, small = _cut(images, splits, references, seed)
+    groups, leftovers = _cut(images, splits, references, seed)
     if not groups:
         raise ValueError(
-            f"No topic under {folder} has {references[0] + 1} usable images, one target and {references[0]} references."
+            f"No topic under {folder} has {references[0] + 1} usable images, one target and {references[0]} "
+            "references."
         )
-    return Build(Manifest(name or folder.resolve().name, seed, groups), (*exclusions, *small))
+    return Build(Manifest(name or folder.resolve().name, seed, groups), (*exclusions, *leftovers))
 
 
 def from_groups(
-    folder: Path | str, groups: Iterable[tuple[str, str, MadeGroup]], name: str = "procedural", seed: int = 0
+    folder: Path | str,
+    groups: Iterable[tuple[str, str, ProceduralGroup]],
+    name: str = "procedural",
+    seed: int = 0,
 ) -> Manifest:
-    """Write a benchmark of made groups, each with its split and category: PNGs and manifest.json under `folder`.
+    """Write a benchmark of procedural groups: PNGs and, last, manifest.json under `folder`.
 
-    Such pictures resemble each other by design, so only identical ones are refused; the manifest is written last.
+    groups: (split, category, group). Only identical images are an error, because procedural images resemble
+    each other by design.
     """
     folder = Path(folder)
-    made = tuple(
-        _write_group(folder, f"{split}-{i:04d}", split, category, group)
+    written = tuple(
+        _write_group(folder / f"{split}-{i:04d}", split, category, group)
         for i, (split, category, group) in enumerate(groups)
     )
-    manifest = Manifest(name, seed, made)
-    if found := leaks(manifest, near=False):
-        raise ValueError(f"The made groups leak. {_listed(found)}\nDraw them with other seeds.")
+    manifest = Manifest(name, seed, written)
+    if pairs := leaks(manifest, near=False):
+        raise ValueError(f"The procedural groups leak. {_list_pairs(pairs)}\nDraw them with other seeds.")
     write_manifest(manifest, folder / MANIFEST)
     return manifest
 
 
 def split_topics(topics: Sequence[str], held_out: float, seed: int) -> dict[str, str]:
-    """The split of each topic, drawn by the seed; both splits get a topic where there are two and a part is asked of each."""
+    """Draw the split of each topic. With two topics or more and 0 < held_out < 1, no split is empty."""
     count = round(held_out * len(topics))
     if len(topics) > 1 and 0 < held_out < 1:
         count = min(max(count, 1), len(topics) - 1)
     order = np.random.default_rng(seed).permutation(len(topics))
-    away = {topics[i] for i in order[:count]}
-    return {topic: "held-out" if topic in away else "held-in" for topic in topics}
+    drawn = {topics[i] for i in order[:count]}
+    return {topic: "held-out" if topic in drawn else "held-in" for topic in topics}
 
 
 def _fingerprints(images: Iterable[CaptionedImage]) -> tuple[dict[Path, Fingerprint], list[Exclusion]]:
     prints, broken = {}, []
     for image in images:
         try:
-            prints[image.file] = fingerprint(open_picture(image.file))
-        except BrokenPicture as error:
+            prints[image.file] = fingerprint(load_image(image.file))
+        except BrokenImage as error:
             broken.append(Exclusion("picture", str(image.file), str(error)))
     return prints, broken
 
@@ -125,30 +129,29 @@ def _refuse_duplicates(
 ) -> None:
     topics = {image.file: image.topic for image in images}
 
-    def where(first: str, second: str) -> str:
+    def describe(first: str, second: str) -> str:
         if first == second:
             return f"inside topic {first}, where a target could be its own reference"
         if splits[first] == splits[second]:
             return f"in topics {first} and {second}"
         return f"held-in and held-out, topics {first} and {second}"
 
-    pairs = find_duplicates(prints)
-    if pairs:
-        lines = [f"{where(topics[pair.first], topics[pair.second])}: {pair}" for pair in pairs]
+    lines = [f"{describe(topics[a.first], topics[a.second])}: {a}" for a in find_duplicates(prints)]
+    if lines:
         raise ValueError(
-            f"Pictures repeat each other. {_listed(lines)}\n"
-            "Remove one of each pair, or let the later one be left out (--drop-duplicates, drop_duplicates=True)."
+            f"The folder has duplicate images. {_list_pairs(lines)}\nRemove one of each pair, or drop the "
+            "later one with --drop-duplicates (drop_duplicates=True)."
         )
 
 
 def _cut(
     images: Iterable[CaptionedImage], splits: Mapping[str, str], references: tuple[int, int], seed: int
 ) -> tuple[tuple[Group, ...], list[Exclusion]]:
-    """Every topic's images as groups, and what was too little for one."""
+    """Cut every topic's images into groups; leftovers that are too few for a group are excluded."""
     topics: dict[str, list[CaptionedImage]] = {}
     for image in images:
         topics.setdefault(image.topic, []).append(image)
-    groups, small = [], []
+    groups, leftovers = [], []
     for number, (topic, members) in enumerate(topics.items()):
         order = np.random.default_rng([seed, number]).permutation(len(members))
         shuffled = [members[i] for i in order]
@@ -157,43 +160,51 @@ def _cut(
             if len(chunk) > references[0]:
                 groups.append(_group(len(groups), chunk, splits[topic]))
             else:
-                why = f"{len(chunk)} images left over; a group takes at least {references[0] + 1}"
-                small.append(Exclusion("topic", topic, why))
-    return tuple(groups), small
+                reason = f"{len(chunk)} images left over; a group takes at least {references[0] + 1}"
+                leftovers.append(Exclusion("topic", topic, reason))
+    return tuple(groups), leftovers
 
 
 def _group(number: int, chunk: Sequence[CaptionedImage], split: str) -> Group:
     target, *references = chunk
-    files = tuple(image.file for image in references)
-    captions = tuple(image.text for image in references)
-    return Group(f"{split}-{number:04d}", files, target.file, target.text, target.category, split, captions)
-
-
-def _write_group(folder: Path, group_id: str, split: str, category: str, group: MadeGroup) -> Group:
-    place = folder / group_id
-    place.mkdir(parents=True, exist_ok=True)
-    references = tuple(place / f"reference_{i}.png" for i in range(len(group.references)))
-    for picture, file in zip(
-        (*group.references, group.target), (*references, place / "target.png"), strict=True
-    ):
-        with atomic_write(file) as partial:
-            picture.save(partial, format="PNG")
-    captions = tuple(getattr(group, "captions", ()))  # not every maker of groups describes its references
-    attributes = Attributes(dict(group.shared), dict(group.named))
     return Group(
-        group_id, references, place / "target.png", group.prompt, category, split, captions, attributes
+        id=f"{split}-{number:04d}",
+        references=tuple(image.file for image in references),
+        target=target.file,
+        prompt=target.text,
+        category=target.category,
+        split=split,
+        captions=tuple(image.text for image in references),
     )
 
 
-def _listed(lines: Sequence[Any]) -> str:
-    more = [f"... and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
-    return "\n  ".join([f"{len(lines)} pairs:", *map(str, lines[:LISTED]), *more])
+def _write_group(folder: Path, split: str, category: str, group: ProceduralGroup) -> Group:
+    references = tuple(folder / f"reference_{i}.png" for i in range(len(group.references)))
+    files = (*references, folder / "target.png")
+    for image, file in zip((*group.references, group.target), files, strict=True):
+        save_image(image, file)
+    return Group(
+        id=folder.name,
+        references=references,
+        target=files[-1],
+        prompt=group.prompt,
+        category=category,
+        split=split,
+        captions=tuple(getattr(group, "captions", ())),
+        attributes=Attributes(dict(group.shared), dict(group.named)),
+    )
+
+
+def _list_pairs(lines: Sequence[Any]) -> str:
+    more = [f"... and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+    return "\n  ".join([f"{len(lines)} pairs:", *map(str, lines[:MAX_LISTED]), *more])
 
 
 def _check_numbers(held_out: float, references: tuple[int, int]) -> None:
     if not 0 <= held_out <= 1:
-        raise ValueError(f"held_out is {held_out}; wanted a part of the topics, 0 to 1.")
+        raise ValueError(f"held_out is {held_out}; wanted a fraction of the topics, 0 to 1.")
     if not 1 <= references[0] <= references[1]:
         raise ValueError(
-            f"references is {references}; wanted least and most in a group, the least at least 1."
+            f"references is {references}; wanted the minimum and the maximum of a group, 1 <= minimum <= "
+            "maximum."
         )

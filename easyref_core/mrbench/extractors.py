@@ -1,7 +1,7 @@
-"""Features of pictures and prompts, by models named exactly; what is made of them is metrics.py's matter.
+"""Feature extractors of images and prompts, each identified exactly.
 
-A model is a name on huggingface.co or a local folder. Its identity, written beside every result, is the name with the
-commit that was loaded, or with a hash of the folder's weights.
+A model is a name on huggingface.co or a local folder. Its identity, written beside every result, is the name
+and the loaded commit, or a hash of the folder's weights.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from PIL import Image
-    from torch import Tensor
-
-    Floats = NDArray[np.float32]
+Floats = NDArray[np.float32]
 
 CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dino-vits16"
@@ -28,113 +26,123 @@ TINY_CLASSIFIER = "easyref_core.tiny.classifier:load_classifier"
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
-class AttributeReader(Protocol):
-    """Reads the attributes off pictures: {attribute: one value a picture}."""
+class AttributeClassifier(Protocol):
+    """Predicts the attributes of images: {attribute: one value per image}."""
 
-    def __call__(self, pictures: Sequence[Image.Image]) -> Mapping[str, Sequence[str]]: ...
+    def __call__(self, images: Sequence[Image.Image]) -> Mapping[str, Sequence[str]]: ...
 
 
-class Clip:
-    """Image and text features of one CLIP model."""
+class Extractor:
+    """A transformers model with its own image processor.
+
+    Raises FileNotFoundError if the model cannot be loaded, and ValueError if it is of another kind.
+    """
+
+    kind: ClassVar[str]
+    default: ClassVar[str]
 
     def __init__(
         self,
-        name: str = CLIP,
+        name: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
         device: str = "cpu",
     ) -> None:
         import transformers
 
-        where = {"revision": revision, "local_files_only": local_files_only}
-        config = _load("CLIP", name, transformers.AutoConfig.from_pretrained, where)
-        if config.model_type != "clip":
-            raise ValueError(f"{name} is a {config.model_type!r} model; wanted a CLIP, such as {CLIP}.")
-        self.identity = _identity(name, config)
+        self.name = name or self.default
+        self.options = {"revision": revision, "local_files_only": local_files_only}
+        config = self.load(transformers.AutoConfig)
+        self.identity = _identity(self.name, config)
         self.device = torch.device(device)
-        self._model = (
-            _load("CLIP", name, transformers.CLIPModel.from_pretrained, where).eval().float().to(self.device)
-        )
-        self._tokenizer = _load("CLIP", name, transformers.AutoTokenizer.from_pretrained, where)
-        self._processor = _image_processor("CLIP", name, where)
+        self.model = self.load_model(config).eval().float().to(self.device)
+        # PIL and numpy: no torchvision, and the same pixels on every device
+        version = int(transformers.__version__.partition(".")[0])
+        backend = {"backend": "pil"} if version >= 5 else {"use_fast": False}
+        self.processor = self.load(transformers.AutoImageProcessor, **backend)
+
+    def load(self, cls: Any, **options: Any) -> Any:
+        """Call cls.from_pretrained; the error for a missing model says where to get it."""
+        try:
+            return cls.from_pretrained(self.name, **self.options, **options)
+        # transformers and huggingface_hub raise subclasses of OSError for missing files, models and networks
+        except OSError as error:
+            offline = " Downloads are switched off (--offline)." if self.options["local_files_only"] else ""
+            option = f"--{self.kind.lower()}"
+            raise FileNotFoundError(
+                f"The {self.kind} model {self.name!r} could not be loaded.{offline} Get it with `hf download "
+                f"{self.name}` (https://huggingface.co/{self.name}), or name a local folder with {option}, "
+                f"or leave its metrics out with {option} none. The loader says: {str(error).splitlines()[0]}"
+            ) from error
+
+    def load_model(self, config: Any) -> torch.nn.Module:
+        raise NotImplementedError
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Resize, crop and normalise: -> (N, 3, H, W)."""
+        return self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
+
+
+class Clip(Extractor):
+    """Image and text features of a CLIP model."""
+
+    kind, default = "CLIP", CLIP
+
+    def load_model(self, config: Any) -> torch.nn.Module:
+        import transformers
+
+        if config.model_type != "clip":
+            raise ValueError(f"{self.name} is a {config.model_type!r} model; wanted a CLIP, such as {CLIP}.")
+        self.tokenizer = self.load(transformers.AutoTokenizer)
+        return self.load(transformers.CLIPModel)
 
     @torch.inference_mode()
-    def images(self, pictures: Sequence[Image.Image]) -> Floats:
+    def images(self, images: Sequence[Image.Image]) -> Floats:
         """Projected image features (N, D)."""
-        pixels = _pixels(self._processor, pictures).to(self.device)
-        pooled = self._model.vision_model(pixel_values=pixels).pooler_output
-        return self._model.visual_projection(pooled).float().cpu().numpy()
+        pooled = self.model.vision_model(pixel_values=self.pixels(images)).pooler_output
+        return self.model.visual_projection(pooled).float().cpu().numpy()
 
     @torch.inference_mode()
     def texts(self, prompts: Sequence[str]) -> Floats:
-        """Projected text features (N, D); a prompt is cut after the model's own limit of tokens, 77."""
-        limit = self._model.config.text_config.max_position_embeddings
-        tokens = self._tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
+        """Projected text features (N, D); a prompt is truncated to the model's maximum length, 77 tokens."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(self.device)
-        text = self._model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-        return self._model.text_projection(text.pooler_output).float().cpu().numpy()
+        text = self.model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        return self.model.text_projection(text.pooler_output).float().cpu().numpy()
 
 
-class Dino:
-    """CLS tokens of the last hidden state, after its norm, of one DINO (any ViT that transformers loads)."""
+class Dino(Extractor):
+    """Normalised CLS tokens of the last hidden state of a DINO, or of any ViT that transformers loads."""
 
-    def __init__(
-        self,
-        name: str = DINO,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        device: str = "cpu",
-    ) -> None:
+    kind, default = "DINO", DINO
+
+    def load_model(self, config: Any) -> torch.nn.Module:
         import transformers
 
-        where = {"revision": revision, "local_files_only": local_files_only}
-        config = _load("DINO", name, transformers.AutoConfig.from_pretrained, where)
-        self.identity = _identity(name, config)
-        self.device = torch.device(device)
-        if config.model_type == "vit":  # without its pooler, which DINO never trained
-            model = _load(
-                "DINO", name, transformers.ViTModel.from_pretrained, {**where, "add_pooling_layer": False}
-            )
-        else:
-            model = _load("DINO", name, transformers.AutoModel.from_pretrained, where)
-        self._model = model.eval().float().to(self.device)
-        self._processor = _image_processor("DINO", name, where)
+        if config.model_type == "vit":  # without the pooler, which DINO does not train
+            return self.load(transformers.ViTModel, add_pooling_layer=False)
+        return self.load(transformers.AutoModel)
 
     @torch.inference_mode()
-    def images(self, pictures: Sequence[Image.Image]) -> Floats:
+    def images(self, images: Sequence[Image.Image]) -> Floats:
         """CLS tokens (N, D)."""
-        states = self._model(
-            pixel_values=_pixels(self._processor, pictures).to(self.device)
-        ).last_hidden_state
+        states = self.model(pixel_values=self.pixels(images)).last_hidden_state
         return states[:, 0].float().cpu().numpy()
 
 
-def load_attribute_reader(name: str = TINY_CLASSIFIER) -> AttributeReader:
-    """What "module:function" returns when called: a reader of attributes."""
+def load_attribute_classifier(name: str = TINY_CLASSIFIER) -> AttributeClassifier:
+    """Call the function "module:function" and return its result."""
     module, _, function = name.partition(":")
     try:
-        make = getattr(importlib.import_module(module), function)
+        load: Callable[[], AttributeClassifier] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"The attribute classifier {name!r} is not there ({error}); wanted module:function, such as {TINY_CLASSIFIER}."
+            f"There is no attribute classifier {name!r} ({error}); wanted module:function, such as "
+            f"{TINY_CLASSIFIER}."
         ) from error
-    return make()
-
-
-def _load(kind: str, name: str, load: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    """load(name, **options); a model that is not there becomes an error that says where to get it."""
-    try:
-        return load(name, **options)
-    except (
-        OSError
-    ) as error:  # transformers' and huggingface_hub's errors for missing files, models and networks
-        offline = " Downloads are switched off (--offline)." if options["local_files_only"] else ""
-        raise FileNotFoundError(
-            f"The {kind} model {name!r} could not be loaded.{offline} Get it with `hf download {name}` "
-            f"(https://huggingface.co/{name}), or name a local folder with --{kind.lower()}, or leave its metrics out "
-            f"with --{kind.lower()} none. The loader says: {str(error).splitlines()[0]}"
-        ) from error
+    return load()
 
 
 def _identity(name: str, config: Any) -> str:
@@ -143,23 +151,9 @@ def _identity(name: str, config: Any) -> str:
     if not folder.is_dir():
         return f"{name}@{getattr(config, '_commit_hash', None) or 'unknown'}"
     digest = sha256()
-    for file in sorted(
-        [*(file for pattern in WEIGHTS for file in folder.glob(pattern)), folder / "config.json"]
-    ):
+    weights = [file for pattern in WEIGHTS for file in folder.glob(pattern)]
+    for file in sorted([*weights, folder / "config.json"]):
         with file.open("rb") as content:
             while block := content.read(1 << 20):
                 digest.update(block)
     return f"{folder.name}@sha256:{digest.hexdigest()[:16]}"
-
-
-def _image_processor(kind: str, name: str, where: Mapping[str, Any]) -> Any:
-    """The model's own resize, crop and normalisation, done by PIL and numpy: no torchvision, the same on every device."""
-    import transformers
-
-    major = int(transformers.__version__.partition(".")[0])
-    plain = {"backend": "pil"} if major >= 5 else {"use_fast": False}
-    return _load(kind, name, transformers.AutoImageProcessor.from_pretrained, {**where, **plain})
-
-
-def _pixels(processor: Any, pictures: Sequence[Image.Image]) -> Tensor:
-    return processor(images=list(pictures), return_tensors="pt")["pixel_values"]  # -> (N, 3, H, W)

@@ -1,191 +1,150 @@
-"""Scores of some groups' pictures, every model run once over all of them."""
+"""Scores of the images of some groups; every model runs once over all of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
 
 from . import metrics
-from .images import BrokenPicture, Exclusion, open_picture
+from .images import BrokenImage, Exclusion, load_image
 from .manifest import Attributes, Group
 from .rows import Row
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .extractors import AttributeReader, Clip, Dino
+    from .extractors import AttributeClassifier, Clip, Dino
     from .metrics import Floats
 
+RUN_ID = uuid4().hex  # differs in every run
 
-UNNAMED = uuid4().hex  # another one in every run
 
-
-class Extractors(NamedTuple):
-    """What pictures are read with; the metrics of one that is left out are not measured."""
+@dataclass(frozen=True)
+class Extractors:
+    """Models that compute features and attributes; the metrics of one that is None are not measured."""
 
     clip: Clip | None = None
     dino: Dino | None = None
-    attributes: AttributeReader | None = None
+    attributes: AttributeClassifier | None = None
     attributes_name: str | None = None
 
     @property
     def identities(self) -> dict[str, str | None]:
         """The exact models."""
-        # a reader that does not say which it is may be another one each time: nothing it read is used again
-        own = getattr(self.attributes, "identity", f"{self.attributes_name} {UNNAMED}")
+        # A classifier without an identity may change between runs, so its scores must not be reused.
+        identity = getattr(self.attributes, "identity", f"{self.attributes_name} {RUN_ID}")
         return {
             "clip": self.clip and self.clip.identity,
             "dino": self.dino and self.dino.identity,
-            "attributes": own if self.attributes else None,
+            "attributes": identity if self.attributes else None,
         }
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A generated picture's file."""
-
-    method: str
-    seed: int
-    file: Path
-    content: str  # hash of the file
-    references: int  # how many the method saw
-
-
-class Work(NamedTuple):
-    """What is to do for one group."""
+class GroupJob:
+    """Images of one group that need scores: the file of each, and its row without scores."""
 
     group: Group
-    scorer: str
-    pictures: tuple[Picture, ...]
+    images: Mapping[Path, Row]
+
+    @property
+    def total(self) -> int:
+        """Number of images to load: generated, references and target."""
+        return len(self.images) + len(self.group.references) + 1
 
 
-def bundles(works: Sequence[Work], batch: int) -> Iterator[list[Work]]:
-    """Groups taken together until they fill a batch."""
-    bundle, size = [], 0
-    for work in works:
-        bundle.append(work)
-        size += len(work.pictures) + len(work.group.references) + 1
-        if size >= batch:
+def bundles(jobs: Sequence[GroupJob], batch: int) -> Iterator[list[GroupJob]]:
+    """Collect jobs until their images fill a batch."""
+    bundle: list[GroupJob] = []
+    for job in jobs:
+        bundle.append(job)
+        if sum(one.total for one in bundle) >= batch:
             yield bundle
-            bundle, size = [], 0
+            bundle = []
     if bundle:
         yield bundle
 
 
-def score_bundle(bundle: Sequence[Work], extractors: Extractors, batch: int) -> list[Row | Exclusion]:
-    """Rows of some groups' pictures, every model run once over all pictures of the bundle."""
-    opened, found = [], []
-    for work in bundle:
-        good, images = [], []
-        for picture in work.pictures:
+def score_bundle(bundle: Sequence[GroupJob], extractors: Extractors, batch: int) -> Iterator[Row | Exclusion]:
+    """Rows of the images of some groups, and exclusions of those that cannot be loaded."""
+    jobs: list[GroupJob] = []
+    generated: list[list[Image.Image]] = []
+    for job in bundle:
+        loaded: dict[Path, Image.Image] = {}
+        for file in job.images:
             try:
-                images.append(open_picture(picture.file))
-                good.append(picture)
-            except BrokenPicture as error:
-                found.append(Exclusion("picture", str(picture.file), str(error)))
-        opened.append((work._replace(pictures=tuple(good)), images))
-    opened = [(work, images) for work, images in opened if images]
-    # In this order: a group's target, its references, its pictures.
-    images = [image for work, own in opened for image in (*_given(work.group), *own)]
-    clip = _in_batches(extractors.clip and extractors.clip.images, images, batch)
-    texts = _in_batches(
-        extractors.clip and extractors.clip.texts, [work.group.prompt for work, _ in opened], batch
-    )
-    dino = _in_batches(extractors.dino and extractors.dino.images, images, batch)
-    start = 0
-    for i, (work, own) in enumerate(opened):
-        stop = start + 1 + len(work.group.references) + len(own)
-        text = texts[i] if texts is not None and work.group.prompt else None  # no prompt, no CLIP-T
-        scores = {
-            **_clip_scores(clip, slice(start, stop), len(own), text),
-            **_dino_scores(dino, slice(start, stop), len(own)),
-            **_attribute_scores(extractors.attributes, own, work.group.attributes),
-        }
-        found += _rows(work, scores)
-        start = stop
-    return found
+                loaded[file] = load_image(file)
+            except BrokenImage as error:
+                yield Exclusion("picture", str(file), str(error))
+        if loaded:
+            jobs.append(GroupJob(job.group, {file: job.images[file] for file in loaded}))
+            generated.append(list(loaded.values()))
+    # In this order: a group's target, its references, its generated images.
+    flat = [
+        image
+        for job, images in zip(jobs, generated, strict=True)
+        for image in (*map(load_image, (job.group.target, *job.group.references)), *images)
+    ]
+    ends = np.cumsum([job.total for job in jobs])[:-1]
+
+    def features(model: Clip | Dino | None) -> list[Floats | None]:
+        computed = _in_batches(model and model.images, flat, batch)
+        return [None] * len(jobs) if computed is None else np.split(computed, ends)
+
+    clip, dino = features(extractors.clip), features(extractors.dino)
+    texts = _in_batches(extractors.clip and extractors.clip.texts, [job.group.prompt for job in jobs], batch)
+    for i, job in enumerate(jobs):
+        count = len(job.images)
+        scores = _image_scores("clip_i", clip[i], count) | _image_scores("dino_i", dino[i], count)
+        if texts is not None and job.group.prompt:
+            scores["clip_t_cosine"] = metrics.clip_t_cosine(clip[i][-count:], texts[i])
+            scores["clip_score"] = metrics.clip_score(clip[i][-count:], texts[i])
+        scores |= _attribute_scores(extractors.attributes, generated[i], job.group.attributes)
+        for n, row in enumerate(job.images.values()):
+            yield replace(row, **{name: float(values[n]) for name, values in scores.items()})
 
 
-def right(read: Mapping[str, Sequence[str]], expected: Mapping[str, str], pictures: int) -> Floats:
-    """Part of the expected attributes that were read off each picture (N,); NaN where none is expected."""
+def fraction_right(
+    predicted: Mapping[str, Sequence[str]], expected: Mapping[str, str], images: int
+) -> Floats:
+    """Fraction of the expected attributes that were predicted for each image (N,); NaN if there are none."""
     if not expected:
-        return np.full(pictures, math.nan)
-    return np.mean([[value == wanted for value in read[name]] for name, wanted in expected.items()], axis=0)
+        return np.full(images, math.nan)
+    return np.mean(
+        [[value == wanted for value in predicted[name]] for name, wanted in expected.items()], axis=0
+    )
 
 
-def _given(group: Group) -> list[Image.Image]:
-    return [open_picture(file) for file in (group.target, *group.references)]
-
-
-def _in_batches(features: Any, items: Sequence[Any], batch: int) -> Floats | None:
+def _in_batches(features: Callable[..., Floats] | None, items: Sequence[Any], batch: int) -> Floats | None:
     if not features or not items:
         return None
     return np.concatenate([features(items[i : i + batch]) for i in range(0, len(items), batch)])
 
 
-def _parts(features: Floats, where: slice, pictures: int) -> tuple[Floats, Floats, Floats]:
-    """Features of the pictures, of the target and of the references: (N, D), (1, D), (K, D)."""
-    own = features[where]
-    return own[-pictures:], own[:1], own[1:-pictures]
-
-
-def _clip_scores(
-    features: Floats | None, where: slice, pictures: int, text: Floats | None
-) -> dict[str, Floats]:
+def _image_scores(metric: str, features: Floats | None, count: int) -> dict[str, Floats]:
+    """Features of the target, the references and the `count` generated images -> (count,) scores."""
     if features is None:
         return {}
-    own, target, references = _parts(features, where, pictures)
-    scores = {
-        "clip_i_target": metrics.to_target(metrics.clip_i(own, target)),
-        "clip_i_references": metrics.to_references(metrics.clip_i(own, references)),
-    }
-    if text is not None:
-        scores["clip_t_cosine"] = metrics.clip_t_cosine(own, text)
-        scores["clip_score"] = metrics.clip_score(own, text)
-    return scores
-
-
-def _dino_scores(features: Floats | None, where: slice, pictures: int) -> dict[str, Floats]:
-    if features is None:
-        return {}
-    own, target, references = _parts(features, where, pictures)
+    generated, target, references = features[-count:], features[:1], features[1:-count]
     return {
-        "dino_i_target": metrics.to_target(metrics.dino_i(own, target)),
-        "dino_i_references": metrics.to_references(metrics.dino_i(own, references)),
+        f"{metric}_target": metrics.to_target(metrics.cosine(generated, target)),
+        f"{metric}_references": metrics.to_references(metrics.cosine(generated, references)),
     }
 
 
 def _attribute_scores(
-    reader: AttributeReader | None, images: Sequence[Image.Image], expected: Attributes | None
+    classifier: AttributeClassifier | None, images: Sequence[Image.Image], expected: Attributes | None
 ) -> dict[str, Floats]:
-    if reader is None or expected is None:
+    if classifier is None or expected is None:
         return {}
-    read = reader(images)
+    predicted = classifier(images)
     return {
-        "shared_right": right(read, expected.shared, len(images)),
-        "named_right": right(read, expected.named, len(images)),
+        "shared_right": fraction_right(predicted, expected.shared, len(images)),
+        "named_right": fraction_right(predicted, expected.named, len(images)),
     }
-
-
-def _rows(work: Work, scores: Mapping[str, Floats]) -> list[Row]:
-    group = work.group
-    return [
-        Row(
-            picture.method,
-            group.id,
-            group.category,
-            group.split,
-            picture.seed,
-            picture.references,
-            picture.content,
-            work.scorer,
-            **{name: float(values[i]) for name, values in scores.items()},
-        )
-        for i, picture in enumerate(work.pictures)
-    ]

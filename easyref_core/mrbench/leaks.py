@@ -1,36 +1,42 @@
-"""Pictures that give an answer away: a target among its references, one picture in both splits."""
+"""Leak detection: a target among its own references, or an image in both splits."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from ..inspect.duplicates import Pair, find_duplicates, fingerprint
-from .images import open_picture
+from .images import load_image
+from .manifest import Manifest
 
-if TYPE_CHECKING:
-    from .manifest import Manifest
+
+class Use(NamedTuple):
+    """The role of an image in a group."""
+
+    group: str
+    split: str
+    is_target: bool
 
 
 def leaks(manifest: Manifest, near: bool = True) -> list[str]:
-    """Every pair of pictures that gives an answer away: a group's target among its references, one picture in both splits."""
-    owners: dict[Path, list[tuple[str, str, bool]]] = {}  # file -> (group, split, is it the target)
+    """Describe every pair of equal images that leaks an answer; `near` includes near-duplicates."""
+    uses: dict[Path, list[Use]] = {}
     for group in manifest.groups:
         for file in (*group.references, group.target):
-            owners.setdefault(file, []).append((group.id, group.split, file == group.target))
-    prints = {file: fingerprint(open_picture(file)) for file in owners}
-    twice = [Pair(file, file, 0, True) for file, uses in owners.items() if len(uses) > 1]
+            uses.setdefault(file, []).append(Use(group.id, group.split, file == group.target))
+    prints = {file: fingerprint(load_image(file)) for file in uses}
+    repeated = [Pair(file, file, 0, True) for file, users in uses.items() if len(users) > 1]
     found = []
-    for pair in [*twice, *find_duplicates(prints, near)]:
-        uses = {tuple(sorted((a, b))) for a in owners[pair.first] for b in owners[pair.second]}
-        kinds = {kind for a, b in uses if (kind := _leak(a, b))}
+    for pair in [*repeated, *find_duplicates(prints, near)]:
+        both = {tuple(sorted((a, b))) for a in uses[pair.first] for b in uses[pair.second]}
+        kinds = {kind for a, b in both if (kind := _leak(a, b))}
         found += [f"{kind}: {pair}" for kind in sorted(kinds)]
     return found
 
 
-def _leak(a: tuple[str, str, bool], b: tuple[str, str, bool]) -> str:
-    if a[1] != b[1]:
-        return f"held-in and held-out share a picture, groups {a[0]} and {b[0]}"
-    if a[0] == b[0] and a[2] != b[2]:
-        return f"group {a[0]}'s target is among its references"
+def _leak(a: Use, b: Use) -> str:
+    if a.split != b.split:
+        return f"held-in and held-out share an image, groups {a.group} and {b.group}"
+    if a.group == b.group and a.is_target != b.is_target:
+        return f"group {a.group}'s target is among its references"
     return ""

@@ -1,4 +1,4 @@
-"""This process among those that `accelerate launch` started; alone without it."""
+"""The processes that `accelerate launch` started; a single one without it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
-# shares of the work may end far apart; the default, 10 minutes, would end the run
-LONGEST_WAIT = timedelta(days=7)
+# Shares may finish far apart; accelerate's default of 10 minutes would end the run.
+MAX_WAIT = timedelta(days=7)
 
 Item = TypeVar("Item")
 
 
 class Process(NamedTuple):
-    """Which process this is, what it computes on, and how it waits for the others."""
+    """Rank and device of this process, and a barrier for all of them."""
 
     rank: int = 0
     count: int = 1
@@ -25,13 +25,13 @@ class Process(NamedTuple):
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This process's part; the parts of all are all items, each once."""
+        """This process's items; the shares of all processes are disjoint and cover all items."""
         return items[self.rank :: self.count]
 
 
 def this_process() -> Process:
-    """What accelerate's launcher says of this process."""
+    """Return this process according to accelerate's launcher."""
     from accelerate import PartialState
 
-    state = PartialState(timeout=LONGEST_WAIT)
+    state = PartialState(timeout=MAX_WAIT)
     return Process(state.process_index, state.num_processes, str(state.device), state.wait_for_everyone)

@@ -1,4 +1,4 @@
-"""The results in Markdown: every method and metric with its interval, win rates, the paper's numbers, what is missing."""
+"""Markdown report: every method and metric with its interval, win rates, the paper's numbers, exclusions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +19,40 @@ from .score import RESULTS
 from .summary import ALL, LABELS, Line, compare, group_means, measured, summarise
 
 REPORT, BY_REFERENCES, WIN_RATES = "report.md", "score_by_references.png", "win_rates.png"
-LISTED = 20  # exclusions named in the report; excluded.csv has all
+MAX_LISTED = 20  # exclusions in the report; excluded.csv has all
 PAPER_TITLES = {3: "MRBench", 4: "reference tokens and where they are inserted", 5: "aggregation"}
 
 
-def write_report(results: Path, first: str | None = None, methods: Sequence[str] = ()) -> Path:
-    """report.md and its plots in the results folder.
+@dataclass(frozen=True)
+class Selection:
+    """Rows, methods and metrics of a report, in its order."""
 
-    first: the method whose win rates are shown; "easyref" where there is one, else the first. methods: which, in which
-    order; all of them where none is named.
+    rows: Sequence[Row]
+    methods: Sequence[str]
+    metrics: Sequence[str]
+    first: str  # the method whose win rates are reported
+
+
+def write_report(results: Path, first: str | None = None, methods: Sequence[str] = ()) -> Path:
+    """Write report.md and its plots into the results folder, and return its path.
+
+    Args:
+        first: method whose win rates are reported; by default "easyref" if it has scores, else the first
+        method.
+        methods: methods to report, in order; by default all.
     """
-    rows = read_rows(results)
-    if not rows:
-        raise FileNotFoundError(
-            f"{results} has no scored picture. Run `python -m easyref_core.mrbench score` first."
-        )
-    methods = _methods(rows, methods)
-    first = _first(first, methods)
-    rows = [row for row in rows if row.method in methods]
-    names = measured(rows)
+    selected = _select(read_rows(results), results, first, methods)
     sections = [_head(json.loads((results / RESULTS).read_text(encoding="utf-8")))]
-    sections += _tables(summarise(rows), methods, names)
-    if names:
-        plot_references(rows, names, methods, results / BY_REFERENCES)
+    sections += _tables(summarise(selected.rows), selected)
+    if selected.metrics:
+        plot_references(selected.rows, selected.metrics, selected.methods, results / BY_REFERENCES)
         sections.append(
             f"## Score against number of references\n\n![Score against references]({BY_REFERENCES})"
         )
-    if names and len(methods) > 1:
-        plot_win_rates(rows, names, methods, first, results / WIN_RATES)
-        sections.append(_wins(rows, methods, names, first))
+    if selected.metrics and len(selected.methods) > 1:
+        others = [method for method in selected.methods if method != selected.first]
+        plot_win_rates(selected.rows, selected.metrics, selected.first, others, results / WIN_RATES)
+        sections.append(_wins(selected, others))
     sections += [_paper(), _excluded(results / EXCLUDED)]
     atomic_write_text(results / REPORT, "\n\n".join(sections) + "\n")
     return results / REPORT
@@ -54,12 +60,11 @@ def write_report(results: Path, first: str | None = None, methods: Sequence[str]
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    cells = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
 def cell(interval: Interval) -> str:
-    """A mean and its interval; the mean alone where one group gives no interval."""
+    """A mean with its interval; the mean alone if one group gives no interval, "-" if there is no mean."""
     if math.isnan(interval.mean):
         return "-"
     if math.isnan(interval.low):
@@ -67,62 +72,63 @@ def cell(interval: Interval) -> str:
     return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
-def _methods(rows: Iterable[Row], wanted: Sequence[str]) -> list[str]:
-    found = sorted({row.method for row in rows})
-    if unknown := [method for method in wanted if method not in found]:
-        raise ValueError(f"No scores of {', '.join(unknown)}; there are {', '.join(found)}.")
-    return list(wanted) or found
-
-
-def _first(wanted: str | None, methods: Sequence[str]) -> str:
-    if wanted is not None and wanted not in methods:
-        raise ValueError(f"No scores of {wanted}; there are {', '.join(methods)}.")
-    return wanted or ("easyref" if "easyref" in methods else methods[0])
+def _select(rows: Sequence[Row], results: Path, first: str | None, methods: Sequence[str]) -> Selection:
+    if not rows:
+        raise FileNotFoundError(
+            f"{results} has no scored image. Run `python -m easyref_core.mrbench score` first."
+        )
+    known = sorted({row.method for row in rows})
+    if unknown := [method for method in methods if method not in known]:
+        raise ValueError(f"No scores of {', '.join(unknown)}; there are {', '.join(known)}.")
+    methods = list(methods) or known
+    if first is not None and first not in methods:
+        raise ValueError(f"No scores of {first}; there are {', '.join(methods)}.")
+    rows = [row for row in rows if row.method in methods]
+    first = first or ("easyref" if "easyref" in methods else methods[0])
+    return Selection(rows, methods, measured(rows), first)
 
 
 def _head(facts: dict[str, Any]) -> str:
     models = [f"- {kind}: {identity or 'none'}" for kind, identity in facts["extractors"].items()]
-    counts = (
-        f"{facts['pictures']} pictures scored, {facts['groups']} groups, {facts['excluded']} things excluded."
-    )
-    explained = (
-        "Means over a group's seeds, then over groups, with 95 % percentile bootstrap intervals over groups. "
-        "CLIP-I and DINO-I are cosines; CLIP-T is given as cosine and as CLIPScore, 2.5 times that."
-    )
-    title = f"# {facts['benchmark']} (drawn with seed {facts['seed']})"
     return "\n\n".join(
-        [title, counts, "Models the pictures were read with:\n\n" + "\n".join(models), explained]
+        [
+            f"# {facts['benchmark']} (drawn with seed {facts['seed']})",
+            f"{facts['pictures']} images scored, {facts['groups']} groups, {facts['excluded']} exclusions.",
+            "Models that the images were scored with:\n\n" + "\n".join(models),
+            "Means over a group's seeds, then over groups, with 95 % percentile bootstrap intervals over "
+            "groups. CLIP-I and DINO-I are cosines; CLIP-T is given as cosine and as CLIPScore, 2.5 times "
+            "that.",
+        ]
     )
 
 
-def _tables(lines: Sequence[Line], methods: Sequence[str], names: Sequence[str]) -> list[str]:
-    """A table for each split, then one for each category where there are several."""
+def _tables(lines: Sequence[Line], selected: Selection) -> list[str]:
+    """A table for each split, then one for each category if there are several."""
     sections = []
     for split in dict.fromkeys(line.split for line in lines if line.split != ALL):
-        of_split = [line for line in lines if line.split == split]
-        sections.append(
-            f"## {split}\n\n" + _table([x for x in of_split if x.category == ALL], methods, names, split)
-        )
-        categories = [category for category in dict.fromkeys(x.category for x in of_split) if category != ALL]
-        if len(categories) > 1:
-            for category in categories:
-                own = [line for line in of_split if line.category == category]
-                sections.append(f"### {split}, {category}\n\n" + _table(own, methods, names))
+        by_category: dict[str, list[Line]] = {}
+        for line in lines:
+            if line.split == split:
+                by_category.setdefault(line.category, []).append(line)
+        sections.append(f"## {split}\n\n" + _table(by_category.pop(ALL), selected, split))
+        if len(by_category) > 1:
+            sections += [
+                f"### {split}, {category}\n\n" + _table(lines_of, selected)
+                for category, lines_of in by_category.items()
+            ]
     return sections
 
 
-def _table(
-    lines: Iterable[Line], methods: Sequence[str], names: Sequence[str], split: str | None = None
-) -> str:
+def _table(lines: Iterable[Line], selected: Selection, split: str | None = None) -> str:
     """Methods x metrics; with a split, the paper's row beside each method that has one."""
     known = {(line.method, line.metric): line for line in lines}
-    head = ["method", "groups", *(LABELS[name] for name in names)]
+    head = ["method", "groups", *(LABELS[name] for name in selected.metrics)]
     head += [f"paper ({SOURCE}): CLIP-I, CLIP-T, DINO-I"] if split else []
     body = []
-    for method in methods:
-        own = [known.get((method, name)) for name in names]
-        groups = max((line.groups for line in own if line), default=0)
-        cells = [cell(Interval(line.mean, line.low, line.high)) if line else "-" for line in own]
+    for method in selected.methods:
+        lines_of = [known.get((method, name)) for name in selected.metrics]
+        groups = max((line.groups for line in lines_of if line), default=0)
+        cells = [cell(line.interval) if line else "-" for line in lines_of]
         paper = [_paper_cell(row_of(method, split))] if split else []
         body.append([method, str(groups), *cells, *paper])
     return table(head, body)
@@ -131,30 +137,34 @@ def _table(
 def _paper_cell(row: PaperRow | None) -> str:
     if row is None:
         return "-"
-    numbers = ", ".join(f"{number:.3f}" for number in row[3:6] if number is not None)
+    numbers = ", ".join(f"{number:.3f}" for number in row.scores if number is not None)
     return f"{numbers or row.note} (Table {row.table}, {row.method}; not comparable)"
 
 
-def _wins(rows: Sequence[Row], methods: Sequence[str], names: Sequence[str], first: str) -> str:
+def _wins(selected: Selection, others: Sequence[str]) -> str:
     """Win rates and differences of one method against every other, over the groups that both have."""
     body = []
-    for name in names:
-        means = group_means(rows, name)
-        for other in (method for method in methods if method != first):
-            rate, difference, groups = compare(means, first, other)
-            body.append([LABELS[name], other, str(groups), cell(rate), cell(difference)])
+    for name in selected.metrics:
+        means = group_means(selected.rows, name)
+        for other in others:
+            result = compare(means, selected.first, other)
+            cells = cell(result.win_rate), cell(result.difference)
+            body.append([LABELS[name], other, str(result.groups), *cells])
     head = ["metric", "against", "common groups", "win rate", "mean difference"]
-    text = f"Part of the groups on which {first} is above the other method (a tie counts one half), and by how much."
-    return f"## Win rates of {first}\n\n{text}\n\n![Win rates]({WIN_RATES})\n\n{table(head, body)}"
+    text = (
+        f"Fraction of the groups in which {selected.first} scores higher than the other method (a tie counts "
+        "one half), and the mean difference."
+    )
+    return f"## Win rates of {selected.first}\n\n{text}\n\n![Win rates]({WIN_RATES})\n\n{table(head, body)}"
 
 
 def _paper() -> str:
-    """The paper's tables, and why they are not comparable."""
+    """The paper's tables, and the reasons why they are not comparable."""
     parts = [f"## The paper's numbers ({SOURCE})", "Not comparable with the numbers above:"]
     parts.append("\n".join(f"- {caveat}" for caveat in CAVEATS))
     for number, title in PAPER_TITLES.items():
-        own = [row for row in ROWS if row.table == number]
-        body = [[row.split, row.method, *map(_number, row[3:6]), row.note] for row in own]
+        rows = [row for row in ROWS if row.table == number]
+        body = [[row.split, row.method, *map(_number, row.scores), row.note] for row in rows]
         parts.append(f"Table {number}, {title}:")
         parts.append(table(["split", "method", "CLIP-I", "CLIP-T", "DINO-I", "note"], body))
     return "\n\n".join(parts)
@@ -167,5 +177,5 @@ def _number(value: float | None) -> str:
 def _excluded(file: Path) -> str:
     with file.open(newline="", encoding="utf-8") as content:
         lines = [f"- {line['what']} {line['name']}: {line['reason']}" for line in csv.DictReader(content)]
-    more = [f"- ... and {len(lines) - LISTED} more, in {EXCLUDED}"] if len(lines) > LISTED else []
-    return "\n".join([f"## Excluded: {len(lines)}", "", *(lines[:LISTED] or ["Nothing."]), *more])
+    more = [f"- ... and {len(lines) - MAX_LISTED} more, in {EXCLUDED}"] if len(lines) > MAX_LISTED else []
+    return "\n".join([f"## Excluded: {len(lines)}", "", *(lines[:MAX_LISTED] or ["Nothing."]), *more])

@@ -1,36 +1,37 @@
-"""Scores pictures, whoever painted them: <out>/<method>/<group id>/<seed>.png -> one row of scores a picture.
+"""Scores the images in <out>/<method>/<group id>/<seed>.png, one row each.
 
-Every process takes its share of the groups. A picture already scored, told by its file's content, the extractors and
-the group's own files, is not scored again. What cannot be read is named and counted.
+Every process scores a share of the groups. An image is scored again only if its file, an extractor or a file
+of its group has changed. Images that cannot be loaded are listed and counted.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
 
 from ..files.atomic_write import atomic_write_text
-from .group_scores import Extractors, Picture, Work, bundles, score_bundle
+from .group_scores import Extractors, GroupJob, bundles, score_bundle
 from .images import Exclusion
 from .manifest import Group, Manifest, read_manifest, usable
 from .processes import Process
-from .rows import EXCLUDED, Part, Row, read_rows, remove_parts, take_parts, write_csv, write_rows
+from .record import read_record
+from .rows import EXCLUDED, Key, Row, read_parts, read_rows, remove_parts, write_csv, write_part, write_rows
 from .summary import write_summary
 
-RESULTS, METHOD = "results.json", "method.json"
-BATCH = 32  # pictures at a time
+RESULTS = "results.json"
+BATCH = 32  # images
 
 
-class Outcome(NamedTuple):
-    """What a run came to."""
+@dataclass(frozen=True)
+class Outcome:
+    """Results of a run."""
 
     rows: list[Row]
     exclusions: list[Exclusion]
-    scored: int  # the rest was already there
+    scored: int  # rows that are new
 
 
 def score(
@@ -41,126 +42,119 @@ def score(
     batch: int = BATCH,
     process: Process | None = None,
 ) -> Outcome | None:
-    """Score every picture under `out` into the folder `results`; None in all processes but the main one."""
+    """Score every image under `out` and write the CSVs into the folder `results`.
+
+    Returns the outcome in the main process and None in the others.
+    """
     process = process or Process()
     manifest = read_manifest(manifest_file)
     if not out.is_dir():
         raise FileNotFoundError(
-            f"There is no folder of pictures at {out}; wanted <method>/<group id>/<seed>.png in it."
+            f"There is no folder of images at {out}; wanted <method>/<group id>/<seed>.png in it."
         )
-    if process.is_main:  # what an earlier run left, finished or killed
-        rows, _ = take_parts(results)
-        write_rows(results, {row.place: row for row in (*read_rows(results), *rows)}.values())
+    if process.is_main:  # collect the parts of an earlier run, finished or killed
+        rows, _ = read_parts(results)
+        write_rows(results, {row.key: row for row in (*read_rows(results), *rows)}.values())
         remove_parts(results)
     process.wait()
-    known = {row.place: row for row in read_rows(results)}
-    process.wait()  # nobody writes while another reads
-    part = Part(results, process.rank)
-    try:
-        score_share(
-            replace(manifest, groups=process.share(manifest.groups)), out, extractors, batch, known, part
-        )
-    finally:
-        part.close()
+    known = {row.key: row for row in read_rows(results)}
+    process.wait()  # no process writes while another reads
+    share = replace(manifest, groups=process.share(manifest.groups))
+    write_part(results, process.rank, score_share(share, out, known, extractors, batch))
     process.wait()
-    outcome = _gather(manifest, manifest_file, out, results, extractors, known) if process.is_main else None
+    outcome = None
+    if process.is_main:
+        outcome = _gather(results, known, _unknown_groups(manifest, out))
+        facts = {
+            "benchmark": manifest.name,
+            "seed": manifest.seed,
+            "manifest": sha256(manifest_file.read_bytes()).hexdigest(),
+            "extractors": extractors.identities,
+            "groups": len(manifest.groups),
+            "pictures": len(outcome.rows),
+            "excluded": len(outcome.exclusions),
+        }
+        atomic_write_text(results / RESULTS, json.dumps(facts, indent=1) + "\n")
+        remove_parts(results)
     process.wait()
     return outcome
 
 
 def score_share(
-    manifest: Manifest, out: Path, extractors: Extractors, batch: int, known: Mapping[tuple, Row], part: Part
-) -> None:
-    """Score the pictures of some groups; what is known is taken over."""
+    manifest: Manifest, out: Path, known: Mapping[Key, Row], extractors: Extractors, batch: int
+) -> Iterator[Row | Exclusion]:
+    """Rows and exclusions of some groups; rows in `known` are reused while their version is the same."""
     manifest, exclusions = usable(manifest)
-    part.write(*exclusions)
+    yield from exclusions
     methods = methods_under(out)
-    works = []
+    jobs = []
     for group in manifest.groups:
-        scorer = scorer_of(group, extractors.identities)
-        pictures, missing = find_pictures(group, methods)
-        part.write(*missing)
-        done = {p: known[place] for p in pictures if (place := (p.method, group.id, p.seed)) in known}
-        done = {p: row for p, row in done.items() if (row.picture, row.scorer) == (p.content, scorer)}
-        # how many references were shown is no part of the picture: it may have been set right since
-        done = {p: replace(row, references=p.references) for p, row in done.items()}
-        part.write(*done.values())
-        if left := tuple(picture for picture in pictures if picture not in done):
-            works.append(Work(group, scorer, left))
-    for bundle in bundles(works, batch):
-        part.write(*score_bundle(bundle, extractors, batch))
+        images, missing = find_images(group, methods, scorer_hash(group, extractors.identities))
+        yield from missing
+        todo = {}
+        for file, image in images.items():
+            row = known.get(image.key)
+            if row and row.version == image.version:
+                # The version does not cover the number of references, because method.json may be corrected.
+                yield replace(row, references=image.references)
+            else:
+                todo[file] = image
+        if todo:
+            jobs.append(GroupJob(group, todo))
+    for bundle in bundles(jobs, batch):
+        yield from score_bundle(bundle, extractors, batch)
 
 
 def methods_under(out: Path) -> list[Path]:
-    """The methods' folders."""
+    """Folders of the methods."""
     return sorted(path for path in out.iterdir() if path.is_dir() and not path.name.startswith((".", "_")))
 
 
-def find_pictures(group: Group, methods: Iterable[Path]) -> tuple[list[Picture], list[Exclusion]]:
-    """The group's pictures of every method, and the methods that have none."""
-    pictures, missing = [], []
+def find_images(
+    group: Group, methods: Iterable[Path], scorer: str
+) -> tuple[dict[Path, Row], list[Exclusion]]:
+    """Rows without scores of the group's images, by file, and exclusions of the methods that have none."""
+    images, missing = {}, []
     for method in methods:
         files = sorted(path for path in (method / group.id).glob("*.png") if path.stem.isdecimal())
-        seen = min(len(group.references), references_shown(method) or len(group.references))
-        pictures += [
-            Picture(method.name, int(file.stem), file, sha256(file.read_bytes()).hexdigest(), seen)
-            for file in files
-        ]
-        if not files:
-            missing.append(
-                Exclusion("group", f"{method.name}/{group.id}", "this method has no picture of it")
+        count = len(group.references)
+        for file in files:
+            images[file] = Row(
+                method=method.name,
+                group=group.id,
+                category=group.category,
+                split=group.split,
+                seed=int(file.stem),
+                references=min(count, (read_record(method) or {}).get("references") or count),
+                picture=sha256(file.read_bytes()).hexdigest(),
+                scorer=scorer,
             )
-    return pictures, missing
+        if not files:
+            missing.append(Exclusion("group", f"{method.name}/{group.id}", "this method has no image of it"))
+    return images, missing
 
 
-def references_shown(method: Path) -> int | None:
-    """How many of a group's references the method was limited to, by its method.json; None where it saw all."""
-    file = method / METHOD
-    facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return facts.get("references")
-
-
-def scorer_of(group: Group, identities: Mapping[str, str | None]) -> str:
-    """Hash of everything but the picture that its scores depend on."""
+def scorer_hash(group: Group, identities: Mapping[str, str | None]) -> str:
+    """Hash of everything but the image that its scores depend on."""
     files = [sha256(file.read_bytes()).hexdigest() for file in (*group.references, group.target)]
-    expected = group.attributes and [
-        sorted(group.attributes.shared.items()),
-        sorted(group.attributes.named.items()),
-    ]
+    attributes = group.attributes
+    expected = attributes and [sorted(attributes.shared.items()), sorted(attributes.named.items())]
     facts = [dict(identities), group.prompt, group.category, group.split, expected, files]
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _gather(
-    manifest: Manifest,
-    manifest_file: Path,
-    out: Path,
-    results: Path,
-    extractors: Extractors,
-    known: Mapping[tuple, Row],
-) -> Outcome:
-    rows, exclusions = take_parts(results)
-    exclusions += _strangers(manifest, out)
+def _gather(results: Path, known: Mapping[Key, Row], unknown: Iterable[Exclusion]) -> Outcome:
+    """Write the CSVs from the parts of all processes."""
+    rows, exclusions = read_parts(results)
+    exclusions += unknown
     write_rows(results, rows)
     write_csv(results / EXCLUDED, ("what", "name", "reason"), map(asdict, exclusions))
     write_summary(results, rows)
-    facts = {
-        "benchmark": manifest.name,
-        "seed": manifest.seed,
-        "manifest": sha256(manifest_file.read_bytes()).hexdigest(),
-        "extractors": extractors.identities,
-        "groups": len(manifest.groups),
-        "pictures": len(rows),
-        "excluded": len(exclusions),
-    }
-    atomic_write_text(results / RESULTS, json.dumps(facts, indent=1) + "\n")
-    remove_parts(results)
-    old = {(*row.place, row.picture, row.scorer) for row in known.values()}
-    return Outcome(rows, exclusions, sum((*row.place, row.picture, row.scorer) not in old for row in rows))
+    old = {(row.key, row.version) for row in known.values()}
+    return Outcome(rows, exclusions, sum((row.key, row.version) not in old for row in rows))
 
 
-def _strangers(manifest: Manifest, out: Path) -> list[Exclusion]:
-    """Pictures of groups that the manifest does not have."""
+def _unknown_groups(manifest: Manifest, out: Path) -> list[Exclusion]:
     ids = {group.id for group in manifest.groups}
     folders = [path for method in methods_under(out) for path in sorted(method.iterdir()) if path.is_dir()]
     return [

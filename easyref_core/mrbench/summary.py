@@ -1,8 +1,9 @@
-"""From scores of pictures to scores of methods: the mean over a group's seeds, then over the groups of a split."""
+"""Scores of methods: the mean over a group's seeds, then over the groups of a split."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ GroupMeans = Mapping[str, Mapping[str, float]]  # method -> group -> mean over s
 
 @dataclass(frozen=True)
 class Line:
-    """One number of the summary."""
+    """One number of the summary; the fields are the columns of summary.csv."""
 
     method: str
     split: str
@@ -42,55 +43,64 @@ class Line:
     groups: int
     pictures: int
 
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.mean, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two methods over the groups that both have."""
+
+    win_rate: Interval
+    difference: Interval  # of the means
+    groups: int
+
 
 def group_means(rows: Iterable[Row], metric: str) -> dict[str, dict[str, float]]:
-    """{method: {group: mean over its seeds}}, without what was not measured; methods and groups in sorted order."""
+    """{method: {group: mean over its seeds}} of what was measured; methods and groups in sorted order."""
     values: dict[str, dict[str, list[float]]] = {}
-    for row in sorted(rows, key=lambda row: row.place):
+    for row in sorted(rows, key=lambda row: row.key):
         if not math.isnan(value := getattr(row, metric)):
             values.setdefault(row.method, {}).setdefault(row.group, []).append(value)
-    return {method: {group: float(np.mean(v)) for group, v in own.items()} for method, own in values.items()}
+    return {
+        method: {group: float(np.mean(v)) for group, v in groups.items()} for method, groups in values.items()
+    }
 
 
 def measured(rows: Sequence[Row]) -> list[str]:
-    """The metrics that some picture has."""
+    """Metrics that at least one image has."""
     return [metric for metric in METRICS if any(not math.isnan(getattr(row, metric)) for row in rows)]
 
 
 def summarise(rows: Sequence[Row], seed: int = 0) -> list[Line]:
-    """Every method, split (and both), category (and all) and metric, with its 95 % interval over groups."""
+    """Summarise every method, split (and both), category (and all) and metric, with its 95 % interval."""
     lines = []
     for split in (*sorted({row.split for row in rows}), ALL):
         of_split = [row for row in rows if split in (row.split, ALL)]
         for category in (ALL, *sorted({row.category for row in of_split})):
-            lines += _lines(
-                [row for row in of_split if category in (row.category, ALL)], split, category, seed
-            )
+            selected = [row for row in of_split if category in (row.category, ALL)]
+            counts = Counter(row.method for row in selected)
+            lines += [
+                Line(
+                    *(method, split, category, metric),
+                    *bootstrap(np.array(list(means.values())), seed),
+                    groups=len(means),
+                    pictures=counts[method],
+                )
+                for metric in measured(selected)
+                for method, means in group_means(selected, metric).items()
+            ]
     return lines
 
 
-def compare(means: GroupMeans, first: str, second: str, seed: int = 0) -> tuple[Interval, Interval, int]:
-    """Win rate and mean difference of two methods over the groups both have, and how many groups those are."""
+def compare(means: GroupMeans, first: str, second: str, seed: int = 0) -> Comparison:
+    """Compare two methods over the groups that both have; pairs stay together."""
     common = [group for group in means.get(first, {}) if group in means.get(second, {})]
     a, b = (np.array([means[method][group] for group in common]) for method in (first, second))
-    return win_rate(a, b, seed), paired_difference(a, b, seed), len(common)
+    return Comparison(win_rate(a, b, seed), paired_difference(a, b, seed), len(common))
 
 
 def write_summary(folder: Path, rows: Sequence[Row]) -> None:
-    """summary.csv beside pictures.csv."""
+    """Write summary.csv beside pictures.csv."""
     write_csv(folder / SUMMARY, tuple(Line.__dataclass_fields__), map(asdict, summarise(rows)))
-
-
-def _lines(rows: Sequence[Row], split: str, category: str, seed: int) -> list[Line]:
-    pictures = {method: sum(row.method == method for row in rows) for method in {row.method for row in rows}}
-    return [
-        Line(
-            method, split, category, metric, *bootstrap(_values(groups), seed), len(groups), pictures[method]
-        )
-        for metric in measured(rows)
-        for method, groups in group_means(rows, metric).items()
-    ]
-
-
-def _values(groups: Mapping[str, float]) -> np.ndarray:
-    return np.array(list(groups.values()))

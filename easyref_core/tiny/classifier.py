@@ -1,33 +1,30 @@
-"""Reads the attributes off a picture: a small CNN trained on the same procedural pictures, the judge of what is painted."""
+"""A small CNN that classifies the attributes of an image."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..files.atomic_write import atomic_write
-from .images import ATTRIBUTES, COUNTS, NAMES, every_picture, render
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from PIL import Image
-    from torch import Tensor
+from .images import ATTRIBUTES, COUNTS, NAMES, all_combinations, render
+from .optimizer import Log, OneCycleAdamW, Training
 
 FILE = Path(__file__).parent / "weights" / "classifier.safetensors"
-COPIES = 4  # pictures of every combination, of which one goes through the codec
+COPIES = 4  # images of every combination; one of them is reconstructed by the VAE
 CHANNELS = (3, 16, 32, 32, 48)
-NARROW, FEATURES = 16, 96  # channels of the last grid, 4 x 4, and what is made of it
+NARROW, FEATURES = 16, 96  # channels of the last 4 x 4 grid, and features computed from it
 
 
 class Classifier(nn.Module):
-    """Pictures (N, 3, 64, 64) in -1..1 -> for each attribute the scores of its values."""
+    """Images (N, 3, 64, 64) in -1..1 -> for each attribute the logits of its values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,78 +36,75 @@ class Classifier(nn.Module):
         self.features = nn.Sequential(*layers, nn.Linear(16 * NARROW, FEATURES), nn.ReLU())
         self.heads = nn.ModuleList(nn.Linear(FEATURES, count) for count in COUNTS)
 
-    def forward(self, pictures: Tensor) -> list[Tensor]:
-        features = self.features(pictures)
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = self.features(images)
         return [head(features) for head in self.heads]
 
     @torch.no_grad()
-    def indices(self, pictures: Tensor) -> Tensor:
-        """The likeliest value of every attribute, (N, 5)."""
-        return torch.stack([scores.argmax(-1) for scores in self(pictures)], dim=1)
+    def predict(self, images: Tensor) -> Tensor:
+        """The most likely value of every attribute, (N, 5)."""
+        return torch.stack([logits.argmax(-1) for logits in self(images)], dim=1)
 
 
-def load_classifier(file: Path = FILE) -> Callable[[Sequence[Image.Image]], dict[str, list[str]]]:
-    """A judge: pictures -> {attribute: the value it sees in each}."""
-    from safetensors.torch import load_file
+class AttributeClassifier:
+    """Images -> {attribute: the predicted value of each image}; `identity` names the weights."""
 
-    model = Classifier()
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
-    model.eval()
+    def __init__(self, file: Path) -> None:
+        from safetensors.torch import load_file
 
-    def judge(pictures: Sequence[Image.Image]) -> dict[str, list[str]]:
-        seen = model.indices(to_tensor(np.stack([np.asarray(p.convert("RGB")) for p in pictures])))
-        return {name: [ATTRIBUTES[name][i] for i in seen[:, n].tolist()] for n, name in enumerate(NAMES)}
+        self.model = Classifier()
+        self.model.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
+        self.model.eval()
+        self.identity = f"{Path(__file__).stem} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
 
-    judge.identity = f"{Path(__file__).stem} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
-    return judge
+    def __call__(self, images: Sequence[Image.Image]) -> dict[str, list[str]]:
+        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        columns = self.model.predict(to_tensor(pixels)).T.tolist()
+        return {
+            name: [ATTRIBUTES[name][i] for i in column] for name, column in zip(NAMES, columns, strict=True)
+        }
 
 
-def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
+def load_classifier(file: Path = FILE) -> AttributeClassifier:
+    """Load the shipped classifier, or that in a file."""
+    return AttributeClassifier(file)
+
+
+def to_tensor(images: NDArray[np.uint8]) -> Tensor:
     """Bytes (N, 64, 64, 3) -> (N, 3, 64, 64) in -1..1."""
-    return torch.from_numpy(pictures).movedim(-1, 1).float() / 127.5 - 1
+    return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1
 
 
 def train_classifier(
-    file: Path,
-    seed: int,
-    steps: int,
-    batch: int,
-    lr: float,
-    through_codec: Callable[[Tensor], Tensor],
-    log: Callable[[str], None],
+    file: Path, training: Training, reconstruct: Callable[[Tensor], Tensor], log: Log
 ) -> dict[str, float]:
-    """Train on pictures of all combinations, held-out ones too, and save. -> accuracy on pictures it has not seen.
+    """Train on all combinations, held-out ones too, save, and return the accuracy by attribute on new images.
 
-    through_codec: what the latent codec makes of pictures. A part of those shown went through it, so that the judge
-    does not stumble over the codec's own marks.
+    reconstruct: applies the VAE to images; some of the training images are reconstructed, so that the
+    artefacts of the VAE do not change the predictions.
     """
     from safetensors.torch import save_file
 
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    every = every_picture()
-    attributes = np.repeat(every, COPIES, axis=0)
-    pictures = to_tensor(render(attributes, rng))
-    pictures[::COPIES] = torch.cat([through_codec(part) for part in pictures[::COPIES].split(256)])
-    wanted = torch.from_numpy(attributes)
+    torch.manual_seed(training.seed)
+    rng = np.random.default_rng(training.seed)
+    combinations = all_combinations()
+    attributes = np.repeat(combinations, COPIES, axis=0)
+    images = to_tensor(render(attributes, rng))
+    images[::COPIES] = reconstruct(images[::COPIES])
+    labels = torch.from_numpy(attributes)
     model = Classifier()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
-        picked = torch.randint(len(pictures), (batch,))
-        shown = (pictures[picked] + 0.05 * torch.randn(1)).clamp(-1, 1)
-        loss = sum(cross_entropy(s, wanted[picked, i]) for i, s in enumerate(model(shown)))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rates.step()
-        if step % 100 == 0 or step == steps - 1:
+    optimizer = OneCycleAdamW(model.parameters(), training, weight_decay=1e-4, max_norm=None)
+    for step in range(training.steps):
+        picked = torch.randint(len(images), (training.batch,))
+        inputs = (images[picked] + 0.05 * torch.randn(1)).clamp(-1, 1)
+        loss = sum(cross_entropy(logits, labels[picked, i]) for i, logits in enumerate(model(inputs)))
+        optimizer.step(loss)
+        if training.logs(step):
             log(f"classifier {step}: loss {loss.item():.4f}")
     model.eval()
+    state = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
     with atomic_write(file) as partial:
-        save_file(
-            {n: t.half() if t.is_floating_point() else t for n, t in model.state_dict().items()}, partial
-        )
-    attributes = every[rng.integers(len(every), size=4096)]
-    right = model.indices(to_tensor(render(attributes, rng))) == torch.from_numpy(attributes)
-    return dict(zip(NAMES, right.float().mean(dim=0).tolist(), strict=True))
+        save_file(state, partial)
+    attributes = combinations[rng.integers(len(combinations), size=4096)]
+    correct = model.predict(to_tensor(render(attributes, rng))) == torch.from_numpy(attributes)
+    return dict(zip(NAMES, correct.float().mean(dim=0).tolist(), strict=True))

@@ -1,42 +1,39 @@
-"""The pictures of a training, drawn once: every allowed combination of attributes, several times over."""
+"""The images of a training, rendered once: every allowed combination of attributes, several times."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .images import COUNTS, every_picture, held_out, render
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from .images import COUNTS, all_combinations, held_out, render
 
 
 @dataclasses.dataclass(frozen=True)
-class Pool:
-    """Pictures (M, 64, 64, 3) and their attributes (M, 5); `where` (combinations,) -> the first of `copies` in a row."""
+class Dataset:
+    """Images (M, 64, 64, 3) and their attributes (M, 5)."""
 
-    pictures: NDArray[np.uint8]
+    images: NDArray[np.uint8]
     attributes: NDArray[np.integer]
-    copies: int
-    where: NDArray[np.integer]
+    copies: int  # consecutive images of each combination
+    first: NDArray[np.integer]  # combination number -> index of its first image
 
-    def find(self, attributes: NDArray[np.integer], rng: np.random.Generator) -> NDArray[np.integer]:
-        """Index of one picture for each row of attributes (N, 5)."""
-        return self.where[combination(attributes)] + rng.integers(self.copies, size=len(attributes))
+    def sample(self, attributes: NDArray[np.integer], rng: np.random.Generator) -> NDArray[np.integer]:
+        """Draw the index of an image for each row of attributes (N, 5)."""
+        return self.first[combination(attributes)] + rng.integers(self.copies, size=len(attributes))
 
 
 def combination(attributes: NDArray[np.integer]) -> NDArray[np.integer]:
-    """Attributes (N, 5) -> the number of their combination."""
+    """Attributes (N, 5) -> the number of their combination (N,)."""
     return np.ravel_multi_index(attributes.T, COUNTS)
 
 
-def draw_pool(seed: int, copies: int) -> Pool:
-    """`copies` pictures of every combination that trainings may see."""
-    every = every_picture()
-    kept = every[~held_out(every)]
-    attributes = np.repeat(kept, copies, axis=0)
-    where = np.full(len(every), -1)
-    where[combination(kept)] = np.arange(len(kept)) * copies
-    return Pool(render(attributes, np.random.default_rng(seed)), attributes, copies, where)
+def draw_dataset(seed: int, copies: int) -> Dataset:
+    """Render `copies` images of every combination that is not held out."""
+    combinations = all_combinations()
+    allowed = combinations[~held_out(combinations)]
+    attributes = np.repeat(allowed, copies, axis=0)
+    first = np.full(len(combinations), -1)
+    first[combination(allowed)] = np.arange(len(allowed)) * copies
+    return Dataset(render(attributes, np.random.default_rng(seed)), attributes, copies, first)

@@ -1,45 +1,41 @@
-"""The procedural pictures as training examples: groups drawn from a pool whose latents are made once."""
+"""Training examples from the procedural dataset, whose latents are encoded once."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ..mllm.config import EasyRefConfig
 from ..mllm.instructions import INSTRUCTION, load_tokenizer, tokenize
 from ..mllm.preprocess import patchify, preprocess
+from ..training.base_model import BaseModel
 from ..training.batches import Batch, generator, new_seed, pad_left
-from ..training.config import build
+from ..training.config import Settings, build
 from ..training.examples import Augmentation, check_rates, choose, drops
 from ..utils.images import black_image
-from .dataset import draw_pool
+from .classifier import to_tensor
+from .dataset import Dataset, draw_dataset
 from .groups import plan_group
-from .images import COUNTS, NAMES, PICTURE, caption, held_out
-from .qwen2_vl import IMAGE_GRID, IMAGE_TOKENS, LARGEST_GROUP, SIZE, body_config, prepared
-from .sdxl import pool_latents
+from .images import COUNTS, IMAGE_SIZE, NAMES, caption, held_out
+from .qwen2_vl import IMAGE_GRID, IMAGE_TOKENS, MAX_REFERENCES, SIZE, body_config, resize_all
+from .sdxl import encode_dataset
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from ..mllm.config import EasyRefConfig
-    from ..training.base_model import BaseModel
-    from ..training.config import Settings
-
-SMALLEST_GROUP = 2
+MIN_REFERENCES = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class ProceduralSettings:
-    """What a YAML says of the procedural data."""
+    """Settings of the procedural data in a training's YAML."""
 
-    groups: bool  # groups with a held-out target (stage 3), or single pictures that are their own reference
-    copies: int = 3  # pictures of each combination of attributes
-    truncation: float = 0.0  # as of JSON rows
+    groups: bool  # groups with a held-out target (stage 3), or single images that are their own reference
+    copies: int = 3  # images of each combination of attributes
+    truncation: float = 0.0  # these four: as for rows of JSON
     drop_image: float = 0.05
     drop_text: float = 0.05
     drop_both: float = 0.05
@@ -57,14 +53,14 @@ def load_procedural(settings: Settings, base: BaseModel, config: EasyRefConfig) 
 
 
 class ProceduralExamples:
-    """An endless stream of pictures or groups; every position is a new draw, so an epoch has no end to speak of."""
+    """An endless stream of images or groups; each position is a new draw."""
 
     def __init__(self, base: BaseModel, mllm: Path, settings: ProceduralSettings, seed: int) -> None:
         self.settings, self.seed = settings, seed
         self.tokenizer, self.config = load_tokenizer(mllm), body_config()
-        self.pool = draw_pool(seed, settings.copies)
-        self.latents = pool_latents(base, self.pool)
-        self.seen = prepared(self.pool.pictures, self.config)
+        self.dataset = draw_dataset(seed, settings.copies)
+        self.latents = encode_dataset(base, self.dataset)
+        self.resized = resize_all(self.dataset.images, self.config)
         self.black, self.black_grid = preprocess([black_image()], self.config, SIZE)
         self.rules = Augmentation(
             truncation=settings.truncation,
@@ -74,43 +70,41 @@ class ProceduralExamples:
         )
 
     def __len__(self) -> int:
-        return len(self.pool.pictures)
+        return len(self.dataset.images)
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        targets, prompts, references, ids, seeds = [], [], [], [], []
+        targets, prompts, groups, ids, seeds = [], [], [], [], []
         for position in positions:
             rng = generator(position, self.seed)
-            target, shown, prompt = self._group(rng) if self.settings.groups else self._single(rng)
-            without_image, without_text = drops(self.rules, rng)
-            prompt = "" if without_text else prompt
-            counts = [IMAGE_TOKENS] * (1 if without_image else len(shown))
+            target, references, prompt = self._group(rng) if self.settings.groups else self._single(rng)
+            drop_image, drop_text = drops(self.rules, rng)
+            prompt = "" if drop_text else prompt
+            counts = [IMAGE_TOKENS] * (1 if drop_image else len(references))
             targets.append(target)
             prompts.append(prompt)
-            references.append([] if without_image else shown)
+            groups.append([] if drop_image else references)
             ids.append(tokenize(self.tokenizer, INSTRUCTION + prompt, counts)[0])
             seeds.append(new_seed(rng))
         input_ids, padding_mask = pad_left(ids)
-        patches, grid = self.read(references)
+        patches, grid = self.patchify(groups)
         return Batch(
             pixels=None,
             latents=self.latents[targets],
             prompts=tuple(prompts),
-            time_ids=torch.tensor(
-                [[PICTURE, PICTURE, 0, 0, PICTURE, PICTURE]] * len(ids), dtype=torch.float32
-            ),
+            time_ids=time_ids(len(ids)),
             patches=patches,
             grid=grid,
-            references=tuple(max(1, len(group)) for group in references),
+            references=tuple(max(1, len(group)) for group in groups),
             input_ids=input_ids,
             padding_mask=padding_mask,
             seeds=torch.tensor(seeds),
         )
 
-    def read(self, groups: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Patches and grid of groups of pictures; an empty group is the one black image."""
-        shown = [picture for group in groups for picture in group]
+    def patchify(self, groups: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Patches and grid of groups of images; an empty group becomes one black image."""
+        images = [image for group in groups for image in group]
         count = IMAGE_GRID.prod().item()
-        patches = patchify(self.seen[shown], self.config).split([count * len(group) for group in groups])
+        patches = patchify(self.resized[images], self.config).split([count * len(group) for group in groups])
         parts = [
             (part, IMAGE_GRID.expand(len(group), -1)) if group else (self.black, self.black_grid)
             for group, part in zip(groups, patches, strict=True)
@@ -119,17 +113,58 @@ class ProceduralExamples:
         return torch.cat(patches), torch.cat(grids)
 
     def _single(self, rng: np.random.Generator) -> tuple[int, list[int], str]:
-        """A picture that is its own reference, and a caption that names none to all of its attributes."""
+        """An image that is its own reference."""
         while True:
             attributes = rng.integers(COUNTS)
             if not held_out(attributes):
                 break
-        named = rng.permutation(NAMES)[: rng.integers(len(NAMES) + 1)]
-        (picture,) = self.pool.find(attributes[None], rng).tolist()
-        return picture, [picture], caption(attributes, named)
+        named = _draw_names(rng)
+        (image,) = self.dataset.sample(attributes[None], rng).tolist()
+        return image, [image], caption(attributes, named)
 
     def _group(self, rng: np.random.Generator) -> tuple[int, list[int], str]:
-        plan = plan_group(rng, int(rng.integers(SMALLEST_GROUP, LARGEST_GROUP + 1)))
-        (target,) = self.pool.find(plan.target[None], rng).tolist()
-        references = self.pool.find(plan.references, rng).tolist()
-        return target, choose(references, LARGEST_GROUP, self.settings.truncation, rng), plan.prompt
+        plan = plan_group(rng, int(rng.integers(MIN_REFERENCES, MAX_REFERENCES + 1)))
+        (target,) = self.dataset.sample(plan.target[None], rng).tolist()
+        references = self.dataset.sample(plan.references, rng).tolist()
+        return target, choose(references, MAX_REFERENCES, self.settings.truncation, rng), plan.prompt
+
+
+class SingleBatch(NamedTuple):
+    """Images without references, each with a caption of some or all of its attributes."""
+
+    pixels: Tensor  # (B, 3, 64, 64) in -1..1
+    latents: Tensor  # (B, 4, 8, 8)
+    prompts: tuple[str, ...]
+    time_ids: Tensor  # (B, 6)
+    seeds: Tensor  # (B,)
+
+
+class SingleImages:
+    """Training data of the IP-Adapter: the dataset in endless random order; each position is a new draw."""
+
+    def __init__(self, base: BaseModel, dataset: Dataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.latents = encode_dataset(base, dataset)
+
+    def batch(self, positions: Sequence[int]) -> SingleBatch:
+        rngs = [generator(position, self.seed) for position in positions]
+        picked = [int(rng.integers(len(self.dataset.images))) for rng in rngs]
+        named = [_draw_names(rng) for rng in rngs]
+        attributes = self.dataset.attributes[picked]
+        return SingleBatch(
+            to_tensor(self.dataset.images[picked]),
+            self.latents[picked],
+            tuple(caption(row, names) for row, names in zip(attributes, named, strict=True)),
+            time_ids(len(picked)),
+            torch.tensor([new_seed(rng) for rng in rngs]),
+        )
+
+
+def time_ids(count: int) -> Tensor:
+    """SDXL's size conditioning (count, 6): original size, no crop, target size."""
+    return torch.tensor([[IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE]] * count, dtype=torch.float32)
+
+
+def _draw_names(rng: np.random.Generator) -> np.ndarray:
+    """Draw none to all of the attributes' names."""
+    return rng.permutation(NAMES)[: rng.integers(len(NAMES) + 1)]

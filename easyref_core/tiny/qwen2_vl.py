@@ -1,15 +1,16 @@
-"""The tiny Qwen2-VL: a tower that has learnt to see, then all of it: to describe pictures and say what they share."""
+"""The tiny Qwen2-VL, pretrained to describe and compare images after its vision tower."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..files.atomic_write import atomic_write, atomic_write_text
@@ -17,23 +18,22 @@ from ..mllm.config import EasyRefConfig
 from ..mllm.group_encoder import GroupEncoder
 from ..mllm.instructions import image_token_id, load_tokenizer, tokenize
 from ..mllm.preprocess import patchify, resize
-from .dataset import Pool
+from .dataset import Dataset
 from .groups import plan_group
 from .images import caption
+from .optimizer import Log, OneCycleAdamW, Training
 from .tokenizer import COMPARE, DESCRIBE, VOCABULARY
-from .vision_pretraining import pretrain_sight
+from .vision_pretraining import pretrain_vision
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from tokenizers import Tokenizer
-    from torch import Tensor
 
-SIZE = 84  # pixels, preprocess's `size`: a picture of 64 pixels stays as it is, four image tokens
-IMAGE_TOKENS = 4  # the black picture's too
-IMAGE_GRID = torch.tensor([(1, 4, 4)])  # of such a picture: frames, rows, columns in patches
-LARGEST_GROUP = 6
+SIZE = 84  # pixels, `size` of preprocess: an image of 64 pixels is not resized
+IMAGE_TOKENS = 4  # of such an image, and of the black image
+IMAGE_GRID = torch.tensor([(1, 4, 4)])  # frames, rows and columns of its patches
+MAX_REFERENCES = 6
 
-# Sizes of the MLLM's config.json. `layers` there are all decoder layers; EasyRef takes the last one as its own.
+# Sizes of the MLLM's config.json, with all decoder layers; the last one becomes EasyRef's final layer.
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -50,13 +50,13 @@ VISION = {
     "embed_dim": 64,
     "mlp_ratio": 2,
     "num_heads": 4,
-    "patch_size": 16,  # four by four patches of a picture: with smaller ones a shape is learnt more slowly
+    "patch_size": 16,  # 4 x 4 patches of an image; with smaller ones, shapes are learnt more slowly
     "spatial_merge_size": 2,
 }
 
 
 def config_json() -> dict:
-    """config.json of the MLLM folder."""
+    """The contents of the MLLM's config.json."""
     quarter = SIZES["hidden_size"] // SIZES["num_attention_heads"] // 8
     rope = {"type": "mrope", "mrope_section": [2 * quarter, quarter, quarter]}
     vision = VISION | {"hidden_size": SIZES["hidden_size"], "in_chans": 3, "model_type": "qwen2_vl"}
@@ -65,7 +65,7 @@ def config_json() -> dict:
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
         "tie_word_embeddings": True,
-        "bos_token_id": None,  # transformers' defaults are the large vocabulary's
+        "bos_token_id": None,  # because transformers' defaults are of the large vocabulary
         "eos_token_id": None,
         "hidden_act": "silu",
         "rope_scaling": rope,
@@ -75,7 +75,7 @@ def config_json() -> dict:
 
 
 def body_config() -> EasyRefConfig:
-    """All layers of the MLLM as one GroupEncoder; what EasyRef adds has no size yet."""
+    """Sizes of the MLLM with all its layers in the GroupEncoder; the sizes of EasyRef's own parts are 0."""
     return EasyRefConfig(
         vocab_size=SIZES["vocab_size"],
         hidden_size=SIZES["hidden_size"],
@@ -101,59 +101,43 @@ def body_config() -> EasyRefConfig:
     )
 
 
-def prepared(pictures: NDArray[np.uint8], config: EasyRefConfig) -> NDArray[np.uint8]:
-    """Pictures (M, 64, 64, 3) as the MLLM sees them, in bytes: preprocess.resize, done once."""
-    from PIL import Image
-
-    return np.stack([np.asarray(resize(Image.fromarray(picture), config, SIZE)) for picture in pictures])
+def resize_all(images: NDArray[np.uint8], config: EasyRefConfig) -> NDArray[np.uint8]:
+    """Resize images (M, 64, 64, 3) for the MLLM, once for the training."""
+    return np.stack([np.asarray(resize(Image.fromarray(image), config, SIZE)) for image in images])
 
 
-def pretrain_reader(
-    pool: Pool,
-    folder: Path,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    sight: Mapping[str, Any],
-    log: Callable[[str], None],
-) -> None:
-    """Train on answers about groups of the pool, next token by next token, and save; the tokenizer must be there.
+def pretrain_qwen2_vl(dataset: Dataset, folder: Path, training: Training, vision: Training, log: Log) -> None:
+    """Pretrain the vision tower, then train on answers about groups of the dataset, and save.
 
-    sight: what pretrain_sight is called with, before.
+    The loss is that of next-token prediction. The tokenizer must be in the folder.
     """
     config, tokenizer = body_config(), load_tokenizer(folder)
-    rng = np.random.default_rng(seed)
-    seen = prepared(pool.pictures, config)
-    tower = pretrain_sight(pool, seen, config, log=log, **sight)
-    torch.manual_seed(seed)
-    model = _initialised(config)
+    rng = np.random.default_rng(training.seed)
+    images = resize_all(dataset.images, config)
+    tower = pretrain_vision(dataset, images, config, vision, log)
+    torch.manual_seed(training.seed)
+    model = _initialize(config)
     model.visual = tower
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    optimizer = OneCycleAdamW(model.parameters(), training)
     image_token = image_token_id(tokenizer)
-    for step in range(steps):
-        count = int(rng.integers(1, LARGEST_GROUP + 1))
-        picked, ids, real, answers = _questions(pool, tokenizer, rng, batch, count)
-        patches = patchify(seen[picked.reshape(-1)], config)
+    for step in range(training.steps):
+        count = int(rng.integers(1, MAX_REFERENCES + 1))
+        picked, ids, padding_mask, answers = _questions(dataset, tokenizer, rng, training.batch, count)
+        patches = patchify(images[picked.reshape(-1)], config)
         grid = IMAGE_GRID.expand(picked.size, -1)
-        states = model(patches, grid, ids, image_token, torch.float32, padding_mask=real)
+        states = model(patches, grid, ids, image_token, torch.float32, padding_mask=padding_mask)
         logits = states[:, :-1][answers[:, 1:]] @ model.embed_tokens.weight.T
-        wanted = ids[:, 1:][answers[:, 1:]]
-        loss = cross_entropy(logits, wanted)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            right = (logits.argmax(-1) == wanted).float().mean().item()
-            log(f"reader {step}: loss {loss.item():.4f}, tokens right {right:.4f} ({count} pictures)")
+        labels = ids[:, 1:][answers[:, 1:]]
+        loss = cross_entropy(logits, labels)
+        optimizer.step(loss)
+        if training.logs(step):
+            accuracy = (logits.argmax(-1) == labels).float().mean().item()
+            log(f"Qwen2-VL {step}: loss {loss.item():.4f}, accuracy {accuracy:.4f} ({count} images)")
     save_mllm(folder, model)
 
 
 def save_mllm(folder: Path, model: GroupEncoder) -> None:
-    """Write config.json and weights under transformers' names."""
+    """Write config.json, and the weights under transformers' names."""
     from safetensors.torch import save_file
 
     patch, tensors = model.config.patch_size, {}
@@ -162,13 +146,12 @@ def save_mllm(folder: Path, model: GroupEncoder) -> None:
             name, tensor = "visual.patch_embed.proj.weight", tensor.unflatten(1, (3, 2, patch, patch))
         tensors[name if name.startswith("visual.") else f"model.{name}"] = tensor.half().contiguous()
     atomic_write_text(folder / "config.json", json.dumps(config_json(), indent=1) + "\n")
-    with atomic_write(
-        folder / "model.safetensors"
-    ) as partial:  # last: by it the folder is known to be complete
+    # Written last: the folder is complete if it has this file.
+    with atomic_write(folder / "model.safetensors") as partial:
         save_file(tensors, partial, {"format": "pt"})
 
 
-def _initialised(config: EasyRefConfig) -> GroupEncoder:
+def _initialize(config: EasyRefConfig) -> GroupEncoder:
     model = GroupEncoder(config)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -178,23 +161,32 @@ def _initialised(config: EasyRefConfig) -> GroupEncoder:
     return model
 
 
+class Questions(NamedTuple):
+    """A batch of questions about groups of K images, with their answers."""
+
+    images: NDArray[np.integer]  # (B, K), indices in the dataset
+    ids: Tensor  # (B, S), padded on the right
+    padding_mask: Tensor  # (B, S), False for padding
+    answers: Tensor  # (B, S), True for the tokens of the answer
+
+
 def _questions(
-    pool: Pool, tokenizer: Tokenizer, rng: np.random.Generator, batch: int, count: int
-) -> tuple[NDArray[np.integer], Tensor, Tensor, Tensor]:
-    """Pictures (B, K) of the pool, ids (B, S) padded on the right, which are real, and which are the answer."""
-    picked, questions, lengths = [], [], []
+    dataset: Dataset, tokenizer: Tokenizer, rng: np.random.Generator, batch: int, count: int
+) -> Questions:
+    images, texts, ends = [], [], []
     for _ in range(batch):
         plan = plan_group(rng, count)
-        picked.append(pool.find(plan.references, rng))
+        images.append(dataset.sample(plan.references, rng))
         if count > 1 and rng.random() < 0.5:
             question, answer = COMPARE, caption(plan.target, plan.shared)
         else:
-            question, answer = DESCRIBE, ". ".join(caption(picture) for picture in plan.references)
-        asked = tokenize(tokenizer, question, [IMAGE_TOKENS] * count)[0]
-        told = tokenizer.encode(answer, add_special_tokens=False).ids + [tokenizer.token_to_id("<|im_end|>")]
-        questions.append(torch.cat([asked, torch.tensor(told)]))
-        lengths.append((len(asked), len(questions[-1])))
-    ids = nn.utils.rnn.pad_sequence(questions, batch_first=True)
-    place = torch.arange(ids.shape[1])
-    start, end = torch.tensor(lengths).T[..., None]
-    return np.stack(picked), ids, place < end, (place >= start) & (place < end)
+            question, answer = DESCRIBE, ". ".join(caption(image) for image in plan.references)
+        question_ids = tokenize(tokenizer, question, [IMAGE_TOKENS] * count)[0]
+        answer_ids = tokenizer.encode(answer, add_special_tokens=False).ids
+        answer_ids.append(tokenizer.token_to_id("<|im_end|>"))
+        texts.append(torch.cat([question_ids, torch.tensor(answer_ids)]))
+        ends.append((len(question_ids), len(texts[-1])))
+    ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    position = torch.arange(ids.shape[1])
+    start, end = torch.tensor(ends).T[..., None]
+    return Questions(np.stack(images), ids, position < end, (position >= start) & (position < end))

@@ -1,26 +1,22 @@
-"""The tiny SDXL: a UNet of SDXL's shape and two CLIP text encoders, pretrained to paint what captions name."""
+"""The tiny SDXL: a UNet of SDXL's shape and two CLIP text encoders, pretrained on captions."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..files.atomic_write import atomic_write, atomic_write_text
 from ..training.base_model import BaseModel
-from .images import NAMES, PICTURE, caption
-from .tokenizer import PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
+from .dataset import Dataset
+from .images import IMAGE_SIZE, NAMES, caption
+from .optimizer import Log, OneCycleAdamW, Training
+from .tokenizer import CLIP_TOKEN_IDS, PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .dataset import Pool
-
-WIDTH = 64  # channels of either text encoder, and of every stage of the UNet
+WIDTH = 64  # channels of each text encoder, and of every stage of the UNet
 UNET = {
     "sample_size": 8,
     "in_channels": 4,
@@ -47,33 +43,33 @@ TEXT = {
     "max_position_embeddings": PROMPT_TOKENS,
 }
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-NAMING, SILENCE = 0.7, 0.1  # how often a caption names an attribute; how often it is empty
-MOST_SNR = (
-    5.0  # of the loss's weights, as in Min-SNR (arXiv 2303.09556): the small grid learns its colours sooner
-)
-AVERAGE = 0.999  # of the weights over the steps; the average is what is kept
+NAME_RATE, EMPTY_RATE = 0.7, 0.1  # probability that a caption names an attribute; that it is empty
+# Maximum of the loss weights, as in Min-SNR (arXiv 2303.09556), because the small grid then learns colours
+# sooner.
+MAX_SNR = 5.0
+EMA_DECAY = 0.999  # the averaged weights are saved
 
 
-def make_painter(folder: Path, seed: int) -> None:
-    """Write a base folder with random weights beside the codec that is there already."""
+def create_sdxl(folder: Path, seed: int) -> None:
+    """Write a base folder with random weights; the VAE must be in it already."""
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(seed)
     for part in ("tokenizer", "tokenizer_2"):
         train_clip_tokenizer(folder / part)
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # the tokenizer's
-    text = CLIPTextConfig(**TEXT, **special)
+    text = CLIPTextConfig(**TEXT, **CLIP_TOKEN_IDS)
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")
     CLIPTextModelWithProjection(text).save_pretrained(folder / "text_encoder_2")
     UNet2DConditionModel(**UNET).save_pretrained(folder / "unet")
     DDPMScheduler(**SCHEDULE).save_pretrained(folder / "scheduler")
+    tokenizer = ("transformers", "PreTrainedTokenizerFast")
     parts = {
         "scheduler": ("diffusers", "DDPMScheduler"),
         "text_encoder": ("transformers", "CLIPTextModel"),
         "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-        "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
-        "tokenizer_2": ("transformers", "PreTrainedTokenizerFast"),
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
         "unet": ("diffusers", "UNet2DConditionModel"),
         "vae": ("diffusers", "AutoencoderKL"),
     }
@@ -81,43 +77,36 @@ def make_painter(folder: Path, seed: int) -> None:
     atomic_write_text(folder / "model_index.json", json.dumps(index, indent=1) + "\n")
 
 
-def pretrain_painter(
-    pool: Pool, folder: Path, steps: int, batch: int, lr: float, seed: int, log: Callable[[str], None]
-) -> None:
-    """Train UNet and text encoders together on the pool and its captions, and save the average of their weights."""
+def pretrain_sdxl(dataset: Dataset, folder: Path, training: Training, log: Log) -> None:
+    """Train UNet and text encoders on the dataset and its captions, and save the average of their weights."""
     from diffusers.training_utils import EMAModel
 
     base = BaseModel.load(folder)
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
+    torch.manual_seed(training.seed)
+    rng, batch = np.random.default_rng(training.seed), training.batch
     trained = {part: getattr(base, part).train() for part in ("unet", "text_encoder", "text_encoder_2")}
     parameters = [p.requires_grad_() for module in trained.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    average = EMAModel(parameters, decay=AVERAGE, use_ema_warmup=True, power=0.75)
-    latents = pool_latents(base, pool)
+    optimizer = OneCycleAdamW(parameters, training, weight_decay=0.0, warmup=0.05)
+    average = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
+    latents = encode_dataset(base, dataset)
     signal = base.schedule.alphas_cumprod
-    weights = (MOST_SNR * (1 - signal) / signal).clamp(max=1)  # min(snr, most) / snr
-    for step in range(steps):
+    weights = (MAX_SNR * (1 - signal) / signal).clamp(max=1)  # min(snr, MAX_SNR) / snr
+    for step in range(training.steps):
         picked = torch.randint(len(latents), (batch,))
-        prompts = [_caption(pool.attributes[i], rng) for i in picked.tolist()]
+        prompts = [_caption(dataset.attributes[i], rng) for i in picked.tolist()]
         noise = torch.randn(batch, *latents.shape[1:])
         timesteps = torch.randint(len(signal), (batch,))
         noisy = base.schedule.add_noise(latents[picked], noise, timesteps)
         text = base.encode_text.__wrapped__(base, prompts)  # with gradients
-        sizes = base.time_ids((PICTURE, PICTURE), (0, 0), (PICTURE, PICTURE), batch)
+        sizes = base.time_ids((IMAGE_SIZE, IMAGE_SIZE), (0, 0), (IMAGE_SIZE, IMAGE_SIZE), batch)
         conditions = {"text_embeds": text.pooled, "time_ids": sizes}
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         predicted = base.unet(noisy, timesteps, text.states, added_cond_kwargs=conditions).sample
         errors = (predicted - noise).square().mean(dim=(1, 2, 3))
-        optimizer.zero_grad()
-        (errors * weights[timesteps]).mean().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        rates.step()
+        optimizer.step((errors * weights[timesteps]).mean())
         average.step(parameters)
-        if step % 100 == 0 or step == steps - 1:
-            log(f"painter {step}: noise error {errors.mean().item():.4f}")
+        if training.logs(step):
+            log(f"SDXL {step}: noise error {errors.mean().item():.4f}")
     average.copy_to(parameters)
     for part, module in trained.items():
         module.eval().half().save_pretrained(folder / part)
@@ -125,7 +114,7 @@ def pretrain_painter(
 
 
 def _prefix(file: Path) -> None:
-    """Give CLIPTextModel's tensors the names transformers 4 reads as well; 5 leaves out their prefix."""
+    """Add the prefix that transformers 4 needs to CLIPTextModel's tensors; version 5 leaves it out."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(file)
@@ -135,12 +124,12 @@ def _prefix(file: Path) -> None:
 
 
 @torch.no_grad()
-def pool_latents(base: BaseModel, pool: Pool) -> Tensor:
-    """The pool's latents (M, 4, 8, 8), scaled."""
-    pixels = torch.from_numpy(pool.pictures).movedim(-1, 1)
+def encode_dataset(base: BaseModel, dataset: Dataset) -> Tensor:
+    """Scaled latents of the dataset (M, 4, 8, 8)."""
+    pixels = torch.from_numpy(dataset.images).movedim(-1, 1)
     return torch.cat([base.encode_images(part / 127.5 - 1) for part in pixels.split(256)])
 
 
 def _caption(attributes: np.ndarray, rng: np.random.Generator) -> str:
-    named = [name for name in NAMES if rng.random() < NAMING]
-    return "" if rng.random() < SILENCE else caption(attributes, named)
+    named = [name for name in NAMES if rng.random() < NAME_RATE]
+    return "" if rng.random() < EMPTY_RATE else caption(attributes, named)

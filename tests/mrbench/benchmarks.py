@@ -1,4 +1,4 @@
-"""Small benchmarks for the tests: pictures, manifests, and tiny random models to read pictures with."""
+"""Small benchmarks for the tests: images, manifests, and tiny random feature extractors."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = LAYERS | {"image_size": 32, "patch_size": 8}
 
-def picture(seed: int, side: int = 32) -> Image.Image:
-    """A picture like no other: random blocks of colour, so that resizing keeps what it is."""
+
+def image(seed: int, side: int = 32) -> Image.Image:
+    """A unique image of random colour blocks, which survive resizing."""
     blocks = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize((side, side), Image.Resampling.BICUBIC)
 
 
 def save(image: Image.Image, file: Path) -> Path:
-    """Write the picture, and the folders it needs."""
+    """Write the image, and the folders above it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     image.save(file)
     return file
 
 
 def group(number: int, references: int = 2, split: str = "held-out", **changes: Any) -> dict[str, Any]:
-    """A group as the manifest's JSON has it."""
+    """A group as in the manifest's JSON."""
     return {
         "id": f"g{number}",
         "references": [f"g{number}/{i}.png" for i in range(references)],
@@ -38,27 +42,27 @@ def group(number: int, references: int = 2, split: str = "held-out", **changes: 
 
 
 def write(folder: Path, groups: Sequence[Mapping[str, Any]], /, **changes: Any) -> Path:
-    """A manifest of these groups; no picture is written."""
+    """Write a manifest of these groups, without their images."""
     file = folder / "manifest.json"
     file.write_text(json.dumps({"name": "small", "seed": 7, "groups": groups} | changes))
     return file
 
 
 def benchmark(folder: Path, groups: Sequence[Mapping[str, Any]]) -> Path:
-    """A manifest and its pictures, all different."""
+    """Write a manifest and its images, all different."""
     files = [file for one in groups for file in (*one["references"], one["target"])]
     for seed, file in enumerate(files):
-        save(picture(seed), folder / file)
+        save(image(seed), folder / file)
     return write(folder, groups)
 
 
 def generated(
     out: Path, methods: Sequence[str], groups: Sequence[str], seeds: Sequence[int] = (0, 1)
 ) -> Path:
-    """Pictures of some methods, all different."""
-    places = [(method, group, seed) for method in methods for group in groups for seed in seeds]
-    for number, (method, name, seed) in enumerate(places):
-        save(picture(1000 + number), out / method / name / f"{seed}.png")
+    """Write images of some methods, all different."""
+    files = [f"{method}/{name}/{seed}.png" for method in methods for name in groups for seed in seeds]
+    for number, file in enumerate(files):
+        save(image(1000 + number), out / file)
     return out
 
 
@@ -71,21 +75,13 @@ def error_of(call: Callable[[], object], kind: type[Exception] = ValueError) -> 
 
 def write_clip(folder: Path) -> Path:
     """A CLIP of two small layers with random weights, its tokenizer and its image processor's settings."""
-    import torch
     from transformers import CLIPConfig, CLIPModel
 
-    text = {"vocab_size": 190, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    text |= {
-        "num_attention_heads": 2,
-        "max_position_embeddings": 77,
-        "bos_token_id": 512,
-        "eos_token_id": 513,
-    }
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"image_size": 32, "patch_size": 8}
+    special = {"bos_token_id": 512, "eos_token_id": 513}
+    text = LAYERS | {"vocab_size": 190, "max_position_embeddings": 77} | special
+    vision = VISION | {"projection_dim": 12}
     torch.manual_seed(0)
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
-    CLIPModel(config).save_pretrained(folder)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
     write_clip_tokenizer(folder)
     settings = {"crop_size": 32, "size": 32, "resample": 3, "do_center_crop": True, "do_resize": True}
     write_processor(folder, "CLIPFeatureExtractor", settings)
@@ -94,25 +90,16 @@ def write_clip(folder: Path) -> Path:
 
 def write_dino(folder: Path) -> Path:
     """A ViT of two small layers with random weights, and its image processor's settings."""
-    import torch
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(1)
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=32,
-        patch_size=8,
-    )
-    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTModel(ViTConfig(**VISION), add_pooling_layer=False).save_pretrained(folder)
     write_processor(folder, "ViTFeatureExtractor", {"size": 32, "resample": 2, "do_resize": True})
     return folder
 
 
 def write_processor(folder: Path, kind: str, settings: Mapping[str, Any]) -> None:
-    """preprocessor_config.json, in the old wording of the published models."""
+    """preprocessor_config.json in the old format of the published models."""
     statistics = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]}
     data = {"feature_extractor_type": kind, **settings, **statistics}
     (folder / "preprocessor_config.json").write_text(json.dumps(data))

@@ -1,9 +1,10 @@
-"""Benchmarks made from folders and from groups; what repeats or leaks is refused."""
+"""Benchmarks from folders and from procedural groups; duplicates and leaks are refused."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,61 +14,72 @@ from PIL import Image, ImageEnhance
 from easyref_core.inspect.duplicates import fingerprint, first_of_each, perceptual_hash
 from easyref_core.mrbench.builder import from_folder, from_groups, split_topics
 from easyref_core.mrbench.leaks import leaks
-from easyref_core.mrbench.manifest import Attributes, read_manifest, usable, write_manifest
+from easyref_core.mrbench.manifest import Attributes, Group, read_manifest, usable, write_manifest
 
-from .benchmarks import benchmark, error_of, group, picture, save
+from .benchmarks import benchmark, error_of, group, image, save
 
 
 def topics(folder: Path, *sizes: int) -> Path:
-    """A folder of topics a, b, ... with so many captioned pictures."""
-    for number, size in enumerate(sizes):
-        topic = "abcdefgh"[number]
+    """A folder of topics a, b, ... with captioned images, as many as `sizes` says."""
+    for number, (topic, size) in enumerate(zip("abcdefgh", sizes, strict=False)):
         for i in range(size):
-            save(picture(100 * number + i), folder / topic / f"{i}.png")
+            save(image(100 * number + i), folder / topic / f"{i}.png")
             (folder / topic / f"{i}.txt").write_text(f"picture {i} of {topic}\n")
     return folder
 
 
-def test_every_picture_is_used_once(tmp_path: Path) -> None:
+def files_of(group: Group) -> list[Path]:
+    return [*group.references, group.target]
+
+
+def test_every_image_is_used_once(tmp_path: Path) -> None:
     manifest, exclusions = from_folder(topics(tmp_path, 7, 5), references=(2, 3))
-    files = [file for one in manifest.groups for file in (*one.references, one.target)]
+    files = [file for one in manifest.groups for file in files_of(one)]
     assert len(files) == len(set(files)) == 7 + 4
     assert [len(one.references) for one in manifest.groups] == [3, 2, 3]
     assert [str(e) for e in exclusions] == ["topic b: 1 images left over; a group takes at least 3"]
 
 
-def test_a_group_is_of_one_topic_and_its_prompt_is_the_targets(tmp_path: Path) -> None:
+def test_a_group_has_one_topic_and_the_targets_caption(tmp_path: Path) -> None:
     for one in from_folder(topics(tmp_path, 4, 4)).manifest.groups:
         assert {file.parent for file in one.references} == {one.target.parent}
-        assert one.prompt == one.target.with_suffix(".txt").read_text().strip()
-        assert one.captions == tuple(file.with_suffix(".txt").read_text().strip() for file in one.references)
+        *captions, prompt = (file.with_suffix(".txt").read_text().strip() for file in files_of(one))
+        assert (one.captions, one.prompt) == (tuple(captions), prompt)
 
 
 def test_a_topic_is_in_one_split(tmp_path: Path) -> None:
     groups = from_folder(topics(tmp_path, 6, 6, 6, 6), references=(2, 2)).manifest.groups
-    splits: dict[str, set[str]] = {}
-    for one in groups:
-        splits.setdefault(one.target.parent.name, set()).add(one.split)
-    assert sorted(map(len, splits.values())) == [1, 1, 1, 1]
-    assert sorted(split for own in splits.values() for split in own) == ["held-in"] * 2 + ["held-out"] * 2
+    pairs = {(one.target.parent.name, one.split) for one in groups}
+    assert sorted(split for _, split in pairs) == ["held-in"] * 2 + ["held-out"] * 2
 
 
-def test_the_seed_decides(tmp_path: Path) -> None:
+def test_the_build_depends_on_the_seed(tmp_path: Path) -> None:
     topics(tmp_path, 6, 6, 6)
     first, again, other = (from_folder(tmp_path, seed=seed).manifest for seed in (1, 1, 2))
     assert first == again
     assert first.groups != other.groups
 
 
-@pytest.mark.parametrize(("part", "away"), [(0.0, 0), (0.01, 1), (0.5, 2), (0.99, 3), (1.0, 4)])
-def test_both_splits_get_a_topic_where_both_are_asked_for(part: float, away: int) -> None:
-    assert list(split_topics("abcd", part, seed=0).values()).count("held-out") == away
+@pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.01, 1), (0.5, 2), (0.99, 3), (1.0, 4)])
+def test_no_split_is_empty_between_0_and_1(fraction: float, count: int) -> None:
+    assert list(split_topics("abcd", fraction, seed=0).values()).count("held-out") == count
 
 
-def test_the_manifest_reads_back(tmp_path: Path) -> None:
-    made = from_folder(topics(tmp_path, 4, 4)).manifest
-    write_manifest(made, tmp_path / "manifest.json")
-    assert read_manifest(tmp_path / "manifest.json") == made
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"held_out": 1.5}, "held_out is 1.5; wanted a fraction of the topics, 0 to 1."),
+        ({"references": (3, 2)}, "references is (3, 2); wanted the minimum and the maximum"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict, message: str, tmp_path: Path) -> None:
+    assert message in error_of(lambda: from_folder(tmp_path, **options))
+
+
+def test_a_built_manifest_can_be_read(tmp_path: Path) -> None:
+    manifest = from_folder(topics(tmp_path, 4, 4)).manifest
+    write_manifest(manifest, tmp_path / "manifest.json")
+    assert read_manifest(tmp_path / "manifest.json") == manifest
 
 
 def test_captions_and_categories_from_metadata(tmp_path: Path) -> None:
@@ -79,8 +91,8 @@ def test_captions_and_categories_from_metadata(tmp_path: Path) -> None:
     assert only.prompt == f"caption {only.target.stem}"
 
 
-def test_captions_that_windows_wrote(tmp_path: Path) -> None:
-    """A mark before the text, and line ends of two characters; U+2028 is no line end of JSON lines."""
+def test_captions_written_on_windows(tmp_path: Path) -> None:
+    """With a byte order mark and CRLF; U+2028 does not end a JSON line."""
     folder, mark = topics(tmp_path, 3, 3), b"\xef\xbb\xbf"
     lines = [f'{{"file_name": "a/{i}.png", "text": "one\u2028two {i}"}}\r\n'.encode() for i in range(3)]
     (folder / "metadata.jsonl").write_bytes(mark + b"".join(lines))
@@ -90,19 +102,26 @@ def test_captions_that_windows_wrote(tmp_path: Path) -> None:
     assert prompts == {"one\u2028two", "Größe"}
 
 
-def test_a_wrong_line_of_metadata_is_named(tmp_path: Path) -> None:
-    folder = topics(tmp_path, 3)
-    (folder / "a" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}\n{"file": "1.png"}\n')
-    text = error_of(lambda: from_folder(folder))
-    assert text == (
-        f"{folder / 'a' / 'metadata.jsonl'} line 2 is "
-        '{"file": "1.png"}; wanted an object of file_name, text and, if wanted, category.'
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"file": "1.png", "text": "x"}', "lacks file_name."),
+        ('{"file_name": "1.png", "text": 3}', ": text is 3; wanted a string."),
+        ("[1]", "is [1]; wanted an object with the keys category, file_name, text."),
+        ("x", "is not JSON: "),
+    ],
+)
+def test_the_error_for_metadata_names_the_line(line: str, message: str, tmp_path: Path) -> None:
+    file = topics(tmp_path, 3) / "a" / "metadata.jsonl"
+    file.write_text('{"file_name": "0.png", "text": "x"}\n' + line)
+    assert re.match(
+        re.escape(f"{file} line 2") + " ?" + re.escape(message), error_of(lambda: from_folder(tmp_path))
     )
 
 
-def test_broken_and_uncaptioned_pictures_are_named_and_left_out(tmp_path: Path) -> None:
+def test_broken_and_uncaptioned_images_are_excluded(tmp_path: Path) -> None:
     folder = topics(tmp_path, 5)
-    (folder / "a" / "0.png").write_text("no picture")
+    (folder / "a" / "0.png").write_text("not an image")
     (folder / "a" / "1.txt").unlink()
     manifest, exclusions = from_folder(folder)
     assert len(manifest.groups[0].references) == 2
@@ -112,78 +131,68 @@ def test_broken_and_uncaptioned_pictures_are_named_and_left_out(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("suffix", "kind"), [("jfif", "JPEG"), ("gif", "GIF"), ("tga", "TGA"), ("jp2", "JPEG2000")]
 )
-def test_every_format_that_pillow_reads_is_taken(tmp_path: Path, suffix: str, kind: str) -> None:
+def test_every_format_with_a_pillow_reader_is_used(tmp_path: Path, suffix: str, kind: str) -> None:
     folder = topics(tmp_path, 3)
-    picture(7).save(folder / "a" / f"more.{suffix}", format=kind)
+    image(7).save(folder / "a" / f"more.{suffix}", format=kind)
     (folder / "a" / "more.txt").write_text("one more")
     (only,) = from_folder(folder).manifest.groups
-    assert {f"more.{suffix}", "0.png", "1.png", "2.png"} == {
-        file.name for file in (*only.references, only.target)
-    }
+    assert {file.name for file in files_of(only)} == {f"more.{suffix}", "0.png", "1.png", "2.png"}
 
 
-def test_images_that_pillow_cannot_read_are_named(tmp_path: Path) -> None:
+def test_formats_without_a_pillow_reader_are_excluded(tmp_path: Path) -> None:
     folder = topics(tmp_path, 3)
-    (folder / "a" / "more.jxl").write_bytes(b"of another kind")
+    (folder / "a" / "more.jxl").write_bytes(b"another format")
     (folder / "a" / "more.txt").write_text("one more")
-    _, (left_out,) = from_folder(folder)
-    assert Path(left_out.name).name == "more.jxl"
-    assert left_out.reason == "Pillow has no reader for .jxl files here"
+    _, (exclusion,) = from_folder(folder)
+    assert Path(exclusion.name).name == "more.jxl"
+    assert exclusion.reason == "Pillow has no reader for .jxl files here"
 
 
-def test_too_few_pictures(tmp_path: Path) -> None:
+def test_too_few_images_and_missing_folders_are_named(tmp_path: Path) -> None:
     assert "has 3 usable images" in error_of(lambda: from_folder(topics(tmp_path, 2)))
-
-
-def test_no_such_folder(tmp_path: Path) -> None:
     assert "There is no folder" in error_of(lambda: from_folder(tmp_path / "none"), FileNotFoundError)
 
 
 # Duplicates
 
 
-def saved_again(image: Image.Image) -> Image.Image:
+def jpeg(image: Image.Image) -> Image.Image:
     content = io.BytesIO()
     image.save(content, "JPEG", quality=70)
     return Image.open(content).convert("RGB")
 
 
 NEAR = {
-    "saved again": saved_again,
+    "saved again": jpeg,
     "larger": lambda image: image.resize((48, 48), Image.Resampling.BICUBIC),
     "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.05),
 }
 FAR = {
-    "another": lambda _: picture(99),
+    "another": lambda _: image(99),
     "in other colours": lambda image: Image.merge("RGB", image.split()[::-1]),
 }
 
 
-@pytest.mark.parametrize("change", NEAR.values(), ids=NEAR)
-def test_near_duplicates_are_found(change, tmp_path: Path) -> None:
-    prints = {Path("a"): fingerprint(picture(0)), Path("b"): fingerprint(change(picture(0)))}
-    assert first_of_each(prints) == {Path("b"): Path("a")}
+@pytest.mark.parametrize("name", [*NEAR, *FAR])
+def test_near_duplicates(name: str) -> None:
+    change = (NEAR | FAR)[name]
+    prints = {Path("a"): fingerprint(image(0)), Path("b"): fingerprint(change(image(0)))}
+    assert first_of_each(prints) == ({Path("b"): Path("a")} if name in NEAR else {})
     assert first_of_each(prints, near=False) == {}
 
 
-@pytest.mark.parametrize("change", FAR.values(), ids=FAR)
-def test_other_pictures_are_no_duplicates(change) -> None:
-    prints = {Path("a"): fingerprint(picture(0)), Path("b"): fingerprint(change(picture(0)))}
-    assert first_of_each(prints) == {}
-
-
-def test_hashes_of_unrelated_pictures_lie_far_apart() -> None:
-    hashes = [perceptual_hash(picture(seed)) for seed in range(40)]
+def test_hashes_of_unrelated_images_differ() -> None:
+    hashes = [perceptual_hash(image(seed)) for seed in range(40)]
     distances = [int((a ^ b).sum()) for i, a in enumerate(hashes) for b in hashes[:i]]
     assert min(distances) > 12
 
 
 def test_duplicates_are_refused_by_name(tmp_path: Path) -> None:
     folder = topics(tmp_path, 4, 4)
-    save(picture(0), folder / "a" / "3.png")  # the same as a/0.png
-    save(saved_again(picture(1)), folder / "b" / "2.png")  # nearly a/1.png
+    save(image(0), folder / "a" / "3.png")  # the same as a/0.png
+    save(jpeg(image(1)), folder / "b" / "2.png")  # nearly a/1.png
     text = error_of(lambda: from_folder(folder))
-    assert text.startswith("Pictures repeat each other. 2 pairs:\n  inside topic a")
+    assert text.startswith("The folder has duplicate images. 2 pairs:\n  inside topic a")
     assert f"{folder / 'a/0.png'} and {folder / 'a/3.png'} (the same pixels)" in text
     assert "held-in and held-out, topics a and b: " in text
     assert f"{folder / 'a/1.png'} and {folder / 'b/2.png'} (near-duplicates, " in text
@@ -192,42 +201,41 @@ def test_duplicates_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_duplicates_are_dropped_on_request(tmp_path: Path) -> None:
     folder = topics(tmp_path, 4, 4)
-    save(picture(0), folder / "b" / "3.png")
+    save(image(0), folder / "b" / "3.png")
     manifest, exclusions = from_folder(folder, drop_duplicates=True)
     assert [str(e) for e in exclusions] == [f"picture {folder / 'b/3.png'}: it repeats {folder / 'a/0.png'}"]
     assert leaks(manifest) == []
 
 
-def test_a_target_among_its_references_leaks(tmp_path: Path) -> None:
-    file = benchmark(tmp_path, [group(0), group(1)])
-    save(saved_again(picture(0)), tmp_path / "g0/target.png")
-    (leak,) = leaks(read_manifest(file))
-    assert leak.startswith("group g0's target is among its references: ")
+# Leaks
+
+BOTH_SPLITS = "held-in and held-out share an image, groups g0 and g1: "
+SHARED = {"references": ["g0/0.png"]}
 
 
-def test_one_picture_in_both_splits_leaks(tmp_path: Path) -> None:
-    file = benchmark(tmp_path, [group(0), group(1, split="held-in")])
-    save(picture(0), tmp_path / "g1/0.png")
-    (leak,) = leaks(read_manifest(file))
-    assert leak.startswith("held-in and held-out share a picture, groups g0 and g1: ")
+@pytest.mark.parametrize(
+    ("second", "replaced", "expected"),
+    [
+        (group(1), "g0/target.png", "group g0's target is among its references: "),
+        (group(1, split="held-in"), "g1/0.png", BOTH_SPLITS),
+        (group(1, split="held-in") | SHARED, None, BOTH_SPLITS),
+        (group(1) | SHARED, None, None),  # a reference in two groups of a split
+    ],
+)
+def test_leaks(second: dict, replaced: str | None, expected: str | None, tmp_path: Path) -> None:
+    file = benchmark(tmp_path, [group(0), second])
+    if replaced:
+        save(jpeg(image(0)), tmp_path / replaced)
+    found = leaks(read_manifest(file))
+    assert len(found) == (expected is not None)
+    assert all(leak.startswith(expected) for leak in found)
 
 
-def test_one_file_in_both_splits_leaks(tmp_path: Path) -> None:
-    shared = group(1, split="held-in") | {"references": ["g0/0.png"]}
-    (leak,) = leaks(read_manifest(benchmark(tmp_path, [group(0), shared])))
-    assert leak.startswith("held-in and held-out share a picture, groups g0 and g1: ")
-
-
-def test_one_reference_in_two_groups_of_a_split_is_no_leak(tmp_path: Path) -> None:
-    shared = group(1) | {"references": ["g0/0.png"]}
-    assert leaks(read_manifest(benchmark(tmp_path, [group(0), shared]))) == []
-
-
-# Groups made by code
+# Procedural groups
 
 
 @dataclass
-class Made:
+class Procedural:
     references: list[Image.Image]
     target: Image.Image
     prompt: str = "a red thing"
@@ -235,13 +243,13 @@ class Made:
     named: dict[str, str] = field(default_factory=lambda: {"colour": "red"})
 
 
-def made(*seeds: int) -> Made:
-    target, *references = map(picture, seeds)
-    return Made(references, target)
+def procedural(*seeds: int) -> Procedural:
+    target, *references = map(image, seeds)
+    return Procedural(references, target)
 
 
-def test_made_groups_become_a_benchmark(tmp_path: Path) -> None:
-    groups = [("held-in", "plain", made(0, 1, 2)), ("held-out", "outsider", made(3, 4, 5, 6))]
+def test_procedural_groups_become_a_benchmark(tmp_path: Path) -> None:
+    groups = [("held-in", "plain", procedural(0, 1, 2)), ("held-out", "outsider", procedural(3, 4, 5, 6))]
     from_groups(tmp_path, groups, "made", seed=5)
     manifest = read_manifest(tmp_path / "manifest.json")
     assert (manifest.name, manifest.seed) == ("made", 5)
@@ -250,17 +258,16 @@ def test_made_groups_become_a_benchmark(tmp_path: Path) -> None:
     assert (first.id, first.split, first.category) == ("held-in-0000", "held-in", "plain")
     assert len(second.references) == 3
     assert first.attributes == Attributes({"shape": "circle"}, {"colour": "red"})
-    assert Image.open(second.target).tobytes() == picture(3).tobytes()
+    assert Image.open(second.target).tobytes() == image(3).tobytes()
 
 
-def test_made_groups_that_leak_are_refused(tmp_path: Path) -> None:
-    groups = [("held-in", "plain", made(0, 1, 2)), ("held-out", "plain", made(3, 1, 4))]
+def test_procedural_groups_that_leak_are_refused(tmp_path: Path) -> None:
+    groups = [("held-in", "plain", procedural(0, 1, 2)), ("held-out", "plain", procedural(3, 1, 4))]
     text = error_of(lambda: from_groups(tmp_path, groups))
-    assert text.startswith("The made groups leak. 1 pairs:\n  held-in and held-out share a picture")
+    assert text.startswith("The procedural groups leak. 1 pairs:\n  held-in and held-out share an image")
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_made_pictures_may_resemble_each_other(tmp_path: Path) -> None:
-    near = Made([saved_again(picture(0)), picture(2)], picture(0))
-    from_groups(tmp_path, [("held-out", "plain", near)])
+def test_procedural_images_may_be_near_duplicates(tmp_path: Path) -> None:
+    from_groups(tmp_path, [("held-out", "plain", Procedural([jpeg(image(0)), image(2)], image(0)))])
     assert read_manifest(tmp_path / "manifest.json").groups

@@ -1,4 +1,4 @@
-"""A manifest is read strictly: what is wrong is named by group and reason; broken pictures are named and left out."""
+"""A manifest is validated strictly: errors name group and reason; broken images are excluded."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from easyref_core.mrbench.images import describe
-from easyref_core.mrbench.manifest import Attributes, read_manifest, usable, write_manifest
+from easyref_core.mrbench.manifest import Attributes, Manifest, read_manifest, usable, write_manifest
 
 from .benchmarks import benchmark, error_of, group, write
 
 ATTRIBUTES = {"shared": {"shape": "circle"}, "named": {"background": "sand"}}
 
 
-def test_reads_what_it_says(tmp_path: Path) -> None:
+def test_fields_and_paths(tmp_path: Path) -> None:
     manifest = read_manifest(write(tmp_path, [group(0, attributes=ATTRIBUTES, captions=["one", "two"])]))
     (only,) = manifest.groups
     assert (manifest.name, manifest.seed) == ("small", 7)
@@ -26,14 +26,15 @@ def test_reads_what_it_says(tmp_path: Path) -> None:
     assert only.captions == ("one", "two")
 
 
-def test_written_and_read_again_is_the_same(tmp_path: Path) -> None:
+def test_writing_and_reading_changes_nothing(tmp_path: Path) -> None:
     path = write(tmp_path, [group(0, attributes=ATTRIBUTES), group(1, split="held-in", captions=["a", "b"])])
-    manifest = read_manifest(path)
+    manifest, data = read_manifest(path), json.loads(path.read_text())
     write_manifest(manifest, path)
     assert read_manifest(path) == manifest
+    assert json.loads(path.read_text()) == data
 
 
-def test_may_lie_beside_its_pictures_folder(tmp_path: Path) -> None:
+def test_a_manifest_can_be_outside_its_images_folder(tmp_path: Path) -> None:
     manifest = read_manifest(write(tmp_path, [group(0)]))
     write_manifest(manifest, tmp_path / "elsewhere" / "manifest.json")
     written = json.loads((tmp_path / "elsewhere" / "manifest.json").read_text())
@@ -44,62 +45,42 @@ def without(data: dict[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in data.items() if k != key}
 
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "missing key": (without(group(1), "prompt"), "Group 'g1' lacks prompt."),
-    "no id": (without(group(1), "id"), "Group 1 (counted from 0) lacks id."),
-    "unknown key": (
-        group(1, weight=2),
-        "Group 'g1' has unknown keys: weight. Known are attributes, captions, category, id, prompt, references, "
-        "split, target.",
-    ),
-    "bad split": (group(1, split="test"), "Group 'g1': split is 'test'; wanted 'held-in' or 'held-out'."),
-    "no reference": (group(1, references=0), "Group 'g1': references is empty; wanted at least one picture."),
-    "references no list": (
-        group(1) | {"references": "a.png"},
-        "Group 'g1': references is 'a.png'; wanted a list.",
-    ),
-    "reference no string": (group(1) | {"references": [3]}, "Group 'g1': references is 3; wanted a string."),
-    "prompt no string": (group(1, prompt=None), "Group 'g1': prompt is None; wanted a string."),
-    "empty category": (
-        group(1, category=""),
-        'Group \'g1\': category is empty; wanted a word, such as "style" or "identity".',
-    ),
-    "absolute path": (
+KEYS = "attributes, captions, category, id, prompt, references, split, target."
+WRONG: list[tuple[Any, str]] = [
+    (without(group(1), "prompt"), "Group 'g1' lacks prompt."),
+    (without(group(1), "id"), "Group 1 (counted from 0) lacks id."),
+    (group(1, weight=2), f"Group 'g1' has unknown keys: weight. Known are {KEYS}"),
+    (group(1, split="test"), "Group 'g1': split is 'test'; wanted 'held-in' or 'held-out'."),
+    (group(1, references=0), "Group 'g1': references is empty; wanted at least one image."),
+    (group(1) | {"references": "a.png"}, "Group 'g1': references is 'a.png'; wanted a list."),
+    (group(1) | {"references": [3]}, "Group 'g1': references is 3; wanted a string."),
+    (group(1, prompt=None), "Group 'g1': prompt is None; wanted a string."),
+    (group(1, category=""), 'Group \'g1\': category is empty; wanted a word, such as "style" or "identity".'),
+    (
         group(1, target="/pictures/a.png"),
         "Group 'g1': target has '/pictures/a.png'; wanted a path relative to the manifest.",
     ),
-    "target among references": (
-        group(1, target="g1/0.png"),
-        "Group 'g1': its target g1/0.png is also one of its references.",
-    ),
-    "a reference twice": (
-        group(1) | {"references": ["a.png", "a.png"]},
-        "Group 'g1': it names one reference twice.",
-    ),
-    "id no folder": (
+    (group(1, target="g1/0.png"), "Group 'g1': its target g1/0.png is also one of its references."),
+    (group(1) | {"references": ["a.png", "a.png"]}, "Group 'g1': it names one reference twice."),
+    (
         group(1, id="../g"),
-        "Group '../g': its id names a folder; wanted letters, digits, '.', '_' and '-', the first a letter or digit.",
+        "Group '../g': its id is a folder name; wanted letters, digits, '.', '_' and '-', the first of them "
+        "a letter or digit.",
     ),
-    "captions too few": (
-        group(1, captions=["one"]),
-        "Group 'g1' has 1 captions for 2 references; wanted one of each.",
-    ),
-    "half the attributes": (group(1, attributes={"shared": {}}), "Group 'g1', attributes lacks named."),
-    "attribute no string": (
+    (group(1, captions=["one"]), "Group 'g1' has 1 captions for 2 references; wanted one for each."),
+    (group(1, captions=["one", 2]), "Group 'g1', captions: one of them is 2; wanted a string."),
+    (group(1, attributes={"shared": {}}), "Group 'g1', attributes lacks named."),
+    (
         group(1, attributes={"shared": {"shape": 1}, "named": {}}),
         "Group 'g1', attributes, shared: shape is 1; wanted a string.",
     ),
-    "no object": (["g1"], "Group 1 (counted from 0) is ['g1']; wanted an object."),
-    "id twice": (
-        group(1, id="G0"),
-        "Manifest manifest.json has more than one group 'g0'. Give every group an id of its own.",
-    ),
-}
+    (["g1"], f"Group 1 (counted from 0) is ['g1']; wanted an object with the keys {KEYS}"),
+    (group(1, id="G0"), "Manifest manifest.json has more than one group 'g0'. Give every group its own id."),
+]
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_group_is_named_with_the_reason(wrong: str, tmp_path: Path) -> None:
-    data, message = WRONG[wrong]
+@pytest.mark.parametrize(("data", "message"), WRONG)
+def test_the_error_names_the_group_and_the_reason(data: Any, message: str, tmp_path: Path) -> None:
     assert error_of(lambda: read_manifest(write(tmp_path, [group(0), data]))) == message
 
 
@@ -108,7 +89,7 @@ def test_a_wrong_group_is_named_with_the_reason(wrong: str, tmp_path: Path) -> N
     [
         ({"seed": "7"}, "Manifest manifest.json: seed is '7'; wanted a whole number."),
         ({"seed": True}, "Manifest manifest.json: seed is True; wanted a whole number."),
-        ({"groups": []}, "Manifest manifest.json holds no group."),
+        ({"groups": []}, "Manifest manifest.json has no groups; wanted at least one."),
         ({"version": 1}, "Manifest manifest.json has unknown keys: version. Known are groups, name, seed."),
     ],
 )
@@ -116,36 +97,40 @@ def test_a_wrong_manifest_is_refused(changes: dict[str, Any], message: str, tmp_
     assert error_of(lambda: read_manifest(write(tmp_path, [group(0)], **changes))) == message
 
 
-def test_no_json(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{")
     assert "manifest.json is not JSON" in error_of(lambda: read_manifest(tmp_path / "manifest.json"))
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_the_command(tmp_path: Path) -> None:
     text = error_of(lambda: read_manifest(tmp_path / "none.json"), FileNotFoundError)
     assert "none.json" in text
     assert "mrbench build" in text
 
 
-def test_whole_pictures_are_all_usable(tmp_path: Path) -> None:
-    manifest = read_manifest(benchmark(tmp_path, [group(0), group(1)]))
+def read_benchmark(folder: Path, *groups: dict[str, Any]) -> Manifest:
+    return read_manifest(benchmark(folder, groups))
+
+
+def test_intact_images_are_all_usable(tmp_path: Path) -> None:
+    manifest = read_benchmark(tmp_path, group(0), group(1))
     assert usable(manifest) == (manifest, ())
     assert describe(()) == ""
 
 
-def test_a_broken_reference_leaves_its_group(tmp_path: Path) -> None:
-    manifest = read_manifest(benchmark(tmp_path, [group(0, references=3, captions=["a", "b", "c"])]))
-    whole = (tmp_path / "g0/1.png").read_bytes()
-    (tmp_path / "g0/1.png").write_bytes(whole[: len(whole) // 2])
-    left, exclusions = usable(manifest)
+def test_a_broken_reference_is_dropped_from_its_group(tmp_path: Path) -> None:
+    manifest = read_benchmark(tmp_path, group(0, references=3, captions=["a", "b", "c"]))
+    file = tmp_path / "g0/1.png"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    left, (exclusion,) = usable(manifest)
     assert [file.name for file in left.groups[0].references] == ["0.png", "2.png"]
     assert left.groups[0].captions == ("a", "c")
-    assert [(e.what, e.name) for e in exclusions] == [("reference", f"{tmp_path / 'g0/1.png'} of group g0")]
-    assert exclusions[0].reason.startswith("it cannot be read as a picture (")
+    assert (exclusion.what, exclusion.name) == ("reference", f"{file} of group g0")
+    assert exclusion.reason.startswith("it cannot be decoded as an image (")
 
 
-def test_a_group_without_its_target_leaves(tmp_path: Path) -> None:
-    manifest = read_manifest(benchmark(tmp_path, [group(0), group(1)]))
+def test_a_group_without_its_target_is_dropped(tmp_path: Path) -> None:
+    manifest = read_benchmark(tmp_path, group(0), group(1))
     (tmp_path / "g0/target.png").unlink()
     left, exclusions = usable(manifest)
     assert [one.id for one in left.groups] == ["g1"]
@@ -156,10 +141,10 @@ def test_a_group_without_its_target_leaves(tmp_path: Path) -> None:
     )
 
 
-def test_a_group_without_any_reference_leaves(tmp_path: Path) -> None:
-    manifest = read_manifest(benchmark(tmp_path, [group(0)]))
+def test_a_group_without_any_reference_is_dropped(tmp_path: Path) -> None:
+    manifest = read_benchmark(tmp_path, group(0))
     for i in range(2):
-        (tmp_path / f"g0/{i}.png").write_text("no picture")
+        (tmp_path / f"g0/{i}.png").write_text("not an image")
     left, exclusions = usable(manifest)
     assert left.groups == ()
-    assert str(exclusions[-1]) == "group g0: none of its references can be read"
+    assert str(exclusions[-1]) == "group g0: none of its references can be loaded"

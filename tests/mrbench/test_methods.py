@@ -1,412 +1,367 @@
-"""Every method on tiny random models: what it paints, and that it leaves the base model as it was."""
+"""Every method on tiny random models: its images, and that it restores the base model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import easyref_core as er
-from easyref_core.mrbench.methods import Method, Sampling, Task, build, check
+from easyref_core.mrbench.methods import Method, Sampling, Task, check
 from easyref_core.mrbench.methods import ip_adapter as ip
 from easyref_core.mrbench.methods import ip_adapter_training as training
-from easyref_core.mrbench.methods import lora as lora_file
 from easyref_core.mrbench.methods.clip_pixels import clip_pixels, clip_pixels_of
 from easyref_core.mrbench.methods.easyref import reference_tokens
-from easyref_core.mrbench.methods.method import starting_noise
+from easyref_core.mrbench.methods.lora import LoRAMethod
+from easyref_core.mrbench.methods.method import initial_noise
 from easyref_core.training.base_model import BaseModel
+from easyref_core.unet import diffusers_unet
 
 from . import tiny
-from .tiny import PICTURE, picture
+from .tiny import IMAGE_SIZE, random_image
 
-if TYPE_CHECKING:
-    from torch import Tensor
+MakeMethod = Callable[..., Method]
 
-CLOSE = 1e-3  # relative error of one computation in another order, in float32 through the untrained UNet
-SAMPLING = Sampling(size=PICTURE, steps=2, guidance=3.0, negative="")
+TOLERANCE = 1e-3  # relative error of another order of computation, in float32 through the untrained UNet
+SAMPLING = Sampling(size=IMAGE_SIZE, steps=2, guidance=3.0, negative="")
 TASKS = (
-    Task("first", "a cat", tuple(picture(i) for i in range(2)), ("a", "b")),
-    Task("second", "a dog", tuple(picture(i) for i in range(2, 5)), ("c", "d", "e")),
+    Task("first", "a cat", tuple(random_image(i) for i in range(2)), ("a", "b")),
+    Task("second", "a dog", tuple(random_image(i) for i in range(2, 5)), ("c", "d", "e")),
 )
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
-    """Relative error, ||found - wanted|| / ||wanted||."""
-    return ((found - wanted).norm() / wanted.norm()).item()
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative error, ||actual - expected|| / ||expected||."""
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
-def bits(base: BaseModel) -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in base.unet.state_dict().items()}
+def predict(base: BaseModel, **added: Any) -> Tensor:
+    """The UNet's prediction for fixed noise and text."""
+    text = base.encode_text(["a", "b"])
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    added |= {"text_embeds": text.pooled, "time_ids": base.time_ids((32, 32), (0, 0), (32, 32), 2)}
+    with torch.inference_mode():
+        return base.unet(noise, 500, text.states, added_cond_kwargs=added).sample
+
+
+def predict_with(method: Method, condition: Any) -> Tensor:
+    """The same for one unconditional and one conditional row of a method."""
+    with torch.inference_mode(), method.attach([condition], 1):
+        return predict(method.base)
 
 
 @contextmanager
-def left_as_it_was(base: BaseModel) -> Iterator[None]:
-    """Fails unless the UNet has the same weights, modules, processors, hooks and switches afterwards."""
+def restored(base: BaseModel) -> Iterator[None]:
+    """Fails unless the UNet has the same weights, modules, processors, inputs and prediction afterwards."""
 
-    def modules() -> dict[str, int]:
-        return {name: id(module) for name, module in base.unet.named_modules()}
+    def state() -> tuple:
+        unet = base.unet
+        modules = {name: id(module) for name, module in unet.named_modules()}
+        processors = {name: id(processor) for name, processor in unet.attn_processors.items()}
+        gradients = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
+        inputs: list[str] = []  # with those that a leftover hook would add
+        handle = unet.register_forward_hook(
+            lambda _, args, kwargs, out: inputs.extend(kwargs["added_cond_kwargs"]), with_kwargs=True
+        )
+        predict(base)
+        handle.remove()
+        kind = unet.config.encoder_hid_dim_type
+        return modules, processors, gradients, inputs, kind, hasattr(unet, "peft_config")
 
-    def switches() -> tuple:
-        grads = {name: p.requires_grad for name, p in base.unet.named_parameters()}
-        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.unet.modules())
-        return grads, hooks, base.unet.config.encoder_hid_dim_type, hasattr(base.unet, "peft_config")
+    def tensors() -> dict[str, Tensor]:
+        return {name: t.clone() for name, t in base.unet.state_dict().items()} | {"": predict(base)}
 
-    processors = {name: id(p) for name, p in base.unet.attn_processors.items()}
-    before = bits(base), modules(), switches()
+    before, weights = state(), tensors()
     yield
-    after = bits(base)
-    assert before[0].keys() == after.keys()
-    assert all(torch.equal(before[0][name], after[name]) for name in after)
-    assert modules() == before[1]
-    assert switches() == before[2]
-    assert {name: id(p) for name, p in base.unet.attn_processors.items()} == processors
+    assert state() == before
+    after = tensors()
+    assert weights.keys() == after.keys()
+    assert all(torch.equal(weights[name], after[name]) for name in after)
 
 
-def generate_images(
+def generate(
     method: Method, tasks: tuple[Task, ...], folder: Path, seeds: tuple[int, ...] = (0,)
-) -> list:
+) -> list[list[bytes]]:
+    """Pixels of the images of each task."""
     conditions = [method.prepare(task, folder / task.id) for task in tasks]
-    return method.generate_images(tasks, conditions, seeds, SAMPLING)
-
-
-def pixels(image: Image.Image) -> bytes:
-    assert image.size == (PICTURE, PICTURE)
-    return image.tobytes()
+    images = method.generate(tasks, conditions, seeds, SAMPLING)
+    assert {image.size for row in images for image in row} == {(IMAGE_SIZE, IMAGE_SIZE)}
+    return [[image.tobytes() for image in row] for row in images]
 
 
 @pytest.mark.parametrize("name", tiny.ENTRIES)
-def test_every_method_paints_and_leaves_the_base_bit_for_bit(
-    name: str, base: BaseModel, entries: dict[str, dict[str, Any]], tmp_path: Path
+def test_every_method_generates_and_restores_the_base(
+    name: str, base: BaseModel, make_method: MakeMethod, tmp_path: Path
 ) -> None:
-    with left_as_it_was(base):
-        method = build(name, entries[name], base)
+    with restored(base):
+        method = make_method(name)
         for task in TASKS:
-            (painted,) = generate_images(method, (task,), tmp_path, seeds=(0, 1))
-            assert len({pixels(image) for image in painted}) == 2
+            (images,) = generate(method, (task,), tmp_path, seeds=(0, 1))
+            assert len(set(images)) == 2
 
 
 @pytest.mark.parametrize("name", tiny.ENTRIES)
-def test_every_method_but_plain_sees_the_references(
-    name: str, base: BaseModel, entries: dict[str, dict[str, Any]], tmp_path: Path
+def test_every_method_but_plain_uses_the_references(
+    name: str, make_method: MakeMethod, tmp_path: Path
 ) -> None:
-    method = build(name, entries[name], base)
+    method = make_method(name)
     other = Task("first", "a cat", TASKS[1].references[:2], ("a", "b"))
-    ((a,),) = generate_images(method, TASKS[:1], tmp_path / "a")
-    ((b,),) = generate_images(method, (other,), tmp_path / "b")
-    assert (pixels(a) == pixels(b)) == (name == "plain")
+    a, b = generate(method, TASKS[:1], tmp_path / "a"), generate(method, (other,), tmp_path / "b")
+    assert (a == b) == (name == "plain")
 
 
 @pytest.mark.parametrize("name", [name for name in tiny.ENTRIES if name != "lora"])
-def test_groups_painted_together_are_those_painted_alone(
-    name: str, base: BaseModel, entries: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    method = build(name, entries[name], base)
+def test_a_batch_of_groups_equals_single_groups(name: str, make_method: MakeMethod, tmp_path: Path) -> None:
+    method = make_method(name)
     tasks = TASKS[0], Task("third", "a bird", TASKS[1].references[:2])
-    assert method.together(tasks[0]) == method.together(tasks[1])
-    seen = []
-
-    def record(_module: object, _args: tuple, output: tuple) -> None:
-        seen.append(output[0].detach())
-
-    handle = base.unet.register_forward_hook(record)
-    generate_images(method, tasks, tmp_path, seeds=(0, 1))
-    together = seen[0]  # of the first step: unconditional rows, then conditional, each group by group
+    assert method.batch_key(tasks[0]) == method.batch_key(tasks[1])
+    outputs = []
+    handle = method.base.unet.register_forward_hook(lambda _, args, out: outputs.append(out[0].detach()))
+    generate(method, tasks, tmp_path, seeds=(0, 1))
+    batch = outputs[0]  # of the first step: unconditional rows, then conditional, each group by group
     for i, task in enumerate(tasks):
-        seen.clear()
-        generate_images(method, (task,), tmp_path, seeds=(0, 1))
-        mine = torch.cat([half[2 * i : 2 * i + 2] for half in together.chunk(2)])
-        assert error(mine, seen[0]) < CLOSE
+        outputs.clear()
+        generate(method, (task,), tmp_path, seeds=(0, 1))
+        rows = torch.cat([half[2 * i : 2 * i + 2] for half in batch.chunk(2)])
+        assert error(rows, outputs[0]) < TOLERANCE
     handle.remove()
 
 
-def test_the_same_seed_is_the_same_noise_for_every_method_and_another_for_every_group() -> None:
-    noise = starting_noise("first", 3, (4, 4, 4))
-    assert torch.equal(noise, starting_noise("first", 3, (4, 4, 4)))
-    assert not torch.equal(noise, starting_noise("second", 3, (4, 4, 4)))
-    assert not torch.equal(noise, starting_noise("first", 4, (4, 4, 4)))
+def test_noise_depends_on_group_and_seed_only() -> None:
+    noise = initial_noise("first", 3, (4, 4, 4))
+    assert torch.equal(noise, initial_noise("first", 3, (4, 4, 4)))
+    assert not torch.equal(noise, initial_noise("second", 3, (4, 4, 4)))
+    assert not torch.equal(noise, initial_noise("first", 4, (4, 4, 4)))
 
 
 def test_every_method_starts_from_that_noise(
-    base: BaseModel, entries: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_method: MakeMethod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from easyref_core.training import sampling
 
-    given, plain = [], sampling.generate_images
-    monkeypatch.setattr(
-        sampling, "paint", lambda base, noise, *rest: given.append(noise) or plain(base, noise, *rest)
-    )
-    for name, entry in entries.items():
-        generate_images(build(name, entry, base), TASKS[:1], tmp_path / name)
-    assert len(given) == len(entries)
-    assert all(torch.equal(noise, given[0]) for noise in given)
-    assert torch.equal(given[0][0], starting_noise("first", 0, (4, PICTURE // 8, PICTURE // 8)))
+    noises, generate_images = [], sampling.generate_images
+
+    def record(base: BaseModel, noise: Tensor, *args: Any, **options: Any) -> list[Image.Image]:
+        noises.append(noise)
+        return generate_images(base, noise, *args, **options)
+
+    monkeypatch.setattr(sampling, "generate_images", record)
+    for name in tiny.ENTRIES:
+        generate(make_method(name), TASKS[:1], tmp_path / name)
+    assert len(noises) == len(tiny.ENTRIES)
+    expected = initial_noise("first", 0, (4, IMAGE_SIZE // 8, IMAGE_SIZE // 8))
+    assert all(torch.equal(noise[0], expected) for noise in noises)
 
 
-def test_a_size_off_the_latent_grid_is_refused(base: BaseModel) -> None:
+def test_a_size_off_the_latent_grid_is_refused(make_method: MakeMethod) -> None:
     with pytest.raises(ValueError, match="36x36; wanted multiples of 8"):
-        build("plain", {"kind": "plain"}, base).generate_images(TASKS[:1], [None], [0], Sampling(size=36))
+        make_method("plain").generate(TASKS[:1], [None], [0], Sampling(size=36))
 
 
 class TestEasyRef:
-    """One checkpoint, three ways from references to tokens."""
+    """Three ways from references to tokens with one checkpoint."""
 
     @pytest.fixture
     def model(self) -> er.EasyRef:
         return er.load(tiny.CHECKPOINT, tiny.MLLM)
 
-    def alone(self, model: er.EasyRef) -> list[Tensor]:
-        def tokens(reference: Image.Image) -> Tensor:
-            model.group_encoder.caches.clear()
-            context = model.encode([reference], TASKS[1].prompt, size=tiny.REFERENCE)
-            return model.aggregate(context).as_subclass(torch.Tensor)
+    def tokens(self, model: er.EasyRef, task: Task, aggregation: str = "easyref") -> Tensor:
+        return reference_tokens(model, task, aggregation, er.INSTRUCTION, tiny.REFERENCE)
 
-        return [tokens(reference) for reference in TASKS[1].references]
+    @pytest.fixture
+    def single(self, model: er.EasyRef) -> list[Tensor]:
+        """Tokens of each reference alone."""
+        tasks = [Task("", TASKS[1].prompt, (reference,)) for reference in TASKS[1].references]
+        return [self.tokens(model, task) for task in tasks]
 
-    def test_average_is_the_mean_of_single_tokens(self, model: er.EasyRef) -> None:
-        tokens = reference_tokens(model, TASKS[1], "average", er.INSTRUCTION, tiny.REFERENCE)
-        torch.testing.assert_close(tokens, torch.cat(self.alone(model)).mean(dim=0, keepdim=True))
+    def test_average_is_the_mean_of_single_tokens(self, model: er.EasyRef, single: list[Tensor]) -> None:
+        tokens = self.tokens(model, TASKS[1], "average")
+        torch.testing.assert_close(tokens, torch.cat(single).mean(dim=0, keepdim=True))
 
-    def test_concatenation_is_single_tokens_side_by_side(self, model: er.EasyRef) -> None:
-        tokens = reference_tokens(model, TASKS[1], "concatenation", er.INSTRUCTION, tiny.REFERENCE)
-        assert torch.equal(tokens, torch.cat(self.alone(model), dim=1))
+    def test_concatenation_is_of_single_tokens(self, model: er.EasyRef, single: list[Tensor]) -> None:
+        tokens = self.tokens(model, TASKS[1], "concatenation")
+        assert torch.equal(tokens, torch.cat(single, dim=1))
         assert tokens.shape[1] == 3 * model.config.num_tokens
 
-    def test_tokens_of_a_task_do_not_depend_on_the_tasks_before(self, model: er.EasyRef) -> None:
-        def tokens(task: Task) -> Tensor:
-            return reference_tokens(model, task, "easyref", er.INSTRUCTION, tiny.REFERENCE)
+    def test_tokens_do_not_depend_on_earlier_tasks(self, model: er.EasyRef) -> None:
+        first = self.tokens(model, TASKS[0])
+        self.tokens(model, Task("more", "a dog", (*TASKS[0].references, *TASKS[1].references)))
+        assert torch.equal(self.tokens(model, TASKS[0]), first)
 
-        first = tokens(TASKS[0])
-        tokens(Task("more", "a dog", [*TASKS[0].references, *TASKS[1].references]))
-        assert torch.equal(tokens(TASKS[0]), first)
-
-    def test_of_one_reference_all_three_are_the_same(self, model: er.EasyRef) -> None:
+    def test_all_three_are_equal_for_one_reference(self, model: er.EasyRef) -> None:
         task = Task("one", "a cat", TASKS[0].references[:1])
-        made = [
-            reference_tokens(model, task, how, er.INSTRUCTION, tiny.REFERENCE)
-            for how in ("easyref", "average", "concatenation")
-        ]
-        assert torch.equal(made[0], made[1])
-        assert torch.equal(made[0], made[2])
+        first, *others = (self.tokens(model, task, name) for name in ("easyref", "average", "concatenation"))
+        assert all(torch.equal(first, other) for other in others)
 
     def test_repeating_the_unconditional_tokens_changes_nothing(
         self, model: er.EasyRef, base: BaseModel
     ) -> None:
-        from easyref_core.unet import diffusers_unet
-
         black = model.unconditional(size=tiny.REFERENCE).as_subclass(torch.Tensor)
-        once = predicted(base, lambda: diffusers_unet.apply(base.unet, model, black, None))
-        thrice = predicted(base, lambda: diffusers_unet.apply(base.unet, model, black.repeat(1, 3, 1), None))
-        assert error(thrice, once) < CLOSE
+        predictions = []
+        for tokens in (black, black.repeat(1, 3, 1)):
+            attachment = diffusers_unet.apply(base.unet, model, tokens, None)
+            predictions.append(predict(base))
+            attachment.remove()
+        assert error(*predictions) < TOLERANCE
 
-    def test_a_checkpoint_of_other_sizes_than_the_entry_says_is_refused(
-        self, base: BaseModel, entries: dict[str, dict[str, Any]]
-    ) -> None:
+    def test_a_checkpoint_of_another_size_is_refused(self, make_method: MakeMethod) -> None:
         with pytest.raises(ValueError, match="has tokens 8, the config entry says 32.*Name the checkpoint"):
-            build("easyref", {**entries["easyref"], "tokens": 32}, base)
+            make_method("easyref", tokens=32)
         with pytest.raises(ValueError, match="has final_layers 1, the config entry says 2"):
-            build("easyref", {**entries["easyref"], "final_layers": 2}, base)
-
-
-def predicted(base: BaseModel, attach: Any, **extra: Any) -> Tensor:
-    """The UNet's answer to fixed noise and text under what `attach` returns."""
-    text = base.encode_text(["a", "b"])
-    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    known = {"text_embeds": text.pooled, "time_ids": base.time_ids((32, 32), (0, 0), (32, 32), 2), **extra}
-    attachment = attach()
-    with torch.inference_mode():
-        answer = base.unet(noise, 500, text.states, added_cond_kwargs=known).sample
-    if hasattr(attachment, "remove"):
-        attachment.remove()
-    return answer
+            make_method("easyref", final_layers=2)
 
 
 class TestIPAdapter:
     """diffusers' own adapter, and its training."""
 
-    def test_the_file_loads_through_diffusers_own_loader_and_predicts_the_same(
-        self, base: BaseModel, entries: dict[str, dict[str, Any]], tmp_path: Path
+    def test_predicts_the_same_as_diffusers_own_pipeline(
+        self, base: BaseModel, make_method: MakeMethod, tmp_path: Path
     ) -> None:
         from diffusers import StableDiffusionXLPipeline
 
-        entry = entries["ip_adapter_average"]
-        method = build("ip", entry, base)
+        method = make_method("ip_adapter_average")
         uncond, cond = method.prepare(TASKS[0], tmp_path)
-        ours = predicted_with(base, method, [(uncond, cond)])
-        pipeline = StableDiffusionXLPipeline(
-            vae=base.vae,
-            text_encoder=base.text_encoder,
-            text_encoder_2=base.text_encoder_2,
-            tokenizer=base.tokenizer,
-            tokenizer_2=base.tokenizer_2,
-            unet=base.unet,
-            scheduler=base.schedule,
-            add_watermarker=False,
-        )
-        weights = Path(entry["weights"])
-        before = ip.bare(base.unet)
-        pipeline.load_ip_adapter(
-            str(weights.parent), subfolder="", weight_name=weights.name, image_encoder_folder=None
-        )
-        theirs = predicted(base, lambda: None, image_embeds=[torch.cat([uncond, cond])])
-        ip._put(base.unet, before)
-        assert torch.equal(ours, theirs)
+        names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet")
+        parts = {name: getattr(base, name) for name in names}
+        pipeline = StableDiffusionXLPipeline(**parts, scheduler=base.schedule, add_watermarker=False)
+        weights = Path(method.weights)
+        with ip.attached(base.unet, ip.current_adapter(base.unet)):
+            pipeline.load_ip_adapter(
+                str(weights.parent), subfolder="", weight_name=weights.name, image_encoder_folder=None
+            )
+            expected = predict(base, image_embeds=[torch.cat([uncond, cond])])
+        assert torch.equal(predict_with(method, (uncond, cond)), expected)
 
-    def test_the_plus_kind_reads_hidden_states_and_a_picture_of_zeros(
-        self, base: BaseModel, entries: dict[str, dict[str, Any]], tmp_path: Path
-    ) -> None:
-        uncond, cond = build("ip", entries["ip_adapter_plus"], base).prepare(TASKS[1], tmp_path)
-        # 24 pixels in patches of 8, and the class token
-        assert uncond.shape == cond.shape == (1, 1, 1 + 3 * 3, 16)
+    def test_plus_uses_hidden_states_and_a_zero_image(self, make_method: MakeMethod, tmp_path: Path) -> None:
+        uncond, cond = make_method("ip_adapter_plus").prepare(TASKS[1], tmp_path)
+        # 32 pixels in patches of 8, and the class token
+        assert uncond.shape == cond.shape == (1, 1, 1 + 4 * 4, tiny.WIDTH)
         assert uncond.any()
 
     def test_average_is_of_the_embeddings_before_the_projection(
-        self, base: BaseModel, entries: dict[str, dict[str, Any]], tmp_path: Path
+        self, make_method: MakeMethod, tmp_path: Path
     ) -> None:
-        both = build("ip", entries["ip_adapter_concatenation"], base).prepare(TASKS[1], tmp_path)[1]
-        mean = build("ip", entries["ip_adapter_average"], base).prepare(TASKS[1], tmp_path)[1]
-        assert both.shape[:2] == (1, 3)
-        torch.testing.assert_close(mean, both.mean(dim=1, keepdim=True))
+        _, each = make_method("ip_adapter_concatenation").prepare(TASKS[1], tmp_path)
+        _, mean = make_method("ip_adapter_average").prepare(TASKS[1], tmp_path)
+        assert each.shape[:2] == (1, 3)
+        torch.testing.assert_close(mean, each.mean(dim=1, keepdim=True))
 
     def test_concatenation_attends_to_the_tokens_of_all_references(
-        self, base: BaseModel, entries: dict[str, dict[str, Any]], tmp_path: Path
+        self, make_method: MakeMethod, tmp_path: Path
     ) -> None:
-        method = build("ip", entries["ip_adapter_concatenation"], base)
-        conditions = method.prepare(TASKS[1], tmp_path)
+        method = make_method("ip_adapter_concatenation")
         tokens = []
-        layer = method.adapter.processors[
-            "mid_block.attentions.0.transformer_blocks.0.attn2.processor"
-        ].to_k_ip[0]
+        name = "mid_block.attentions.0.transformer_blocks.0.attn2.processor"
+        layer = method.adapter.processors[name].to_k_ip[0]
         handle = layer.register_forward_hook(lambda _, args, out: tokens.append(out))
-        predicted_with(base, method, [conditions])
+        predict_with(method, method.prepare(TASKS[1], tmp_path))
         handle.remove()
         assert tokens[0].flatten(1, 2).shape[:2] == (2, 3 * training.TOKENS)
 
-    def test_at_weight_0_the_base_answers(
-        self, base: BaseModel, entries: dict[str, dict[str, Any]], tmp_path: Path
-    ) -> None:
-        method = build("ip", {**entries["ip_adapter_average"], "weight": 0.0}, base)
-        answer = predicted_with(base, method, [method.prepare(TASKS[0], tmp_path)])
-        assert error(answer, predicted(base, lambda: None)) < CLOSE
+    def test_weight_0_is_the_base(self, base: BaseModel, make_method: MakeMethod, tmp_path: Path) -> None:
+        method = make_method("ip_adapter_average", weight=0.0)
+        assert error(predict_with(method, method.prepare(TASKS[0], tmp_path)), predict(base)) < TOLERANCE
 
-    def test_it_starts_from_the_text_s_keys_and_values(self, base: BaseModel) -> None:
-        state = training.initial_adapter(base.unet, 16)
+    def test_it_starts_from_the_keys_and_values_of_the_text(self, base: BaseModel) -> None:
+        state = training.initial_adapter(base.unet, tiny.PROJECTION)
         first = next(m for name, m in base.unet.named_modules() if name.endswith("attn2"))
         assert torch.equal(state["ip_adapter"]["1.to_k_ip.weight"], first.to_k.weight)
         assert len(state["ip_adapter"]) == 2 * len(base.unet.attn_processors) // 2
 
-    def test_training_lowers_the_loss_and_trains_nothing_else(
+    def test_training_lowers_the_loss_and_changes_nothing_else(
         self, base: BaseModel, image_encoder: torch.nn.Module, tmp_path: Path
     ) -> None:
         encoder = {name: t.clone() for name, t in image_encoder.state_dict().items()}
-        with left_as_it_was(base):
-            losses = training.train_ip_adapter(
-                base, image_encoder, tiny.OnePicture(), tmp_path / "a.safetensors", steps=30, batch=4, lr=3e-3
-            )
+        file, settings = tmp_path / "a.safetensors", training.IPAdapterTraining(steps=30, batch=4, lr=3e-3)
+        with restored(base):
+            losses = training.train_ip_adapter(base, image_encoder, tiny.OneImage(), file, settings)
         assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
         assert all(torch.equal(encoder[name], t) for name, t in image_encoder.state_dict().items())
-        trained, new = ip.read_adapter(tmp_path / "a.safetensors"), training.initial_adapter(base.unet, 16)
+        trained, new = ip.load_state(file), training.initial_adapter(base.unet, tiny.PROJECTION)
         assert trained["ip_adapter"].keys() == new["ip_adapter"].keys()
         assert all(not torch.equal(t, new["ip_adapter"][name]) for name, t in trained["ip_adapter"].items())
 
-    def test_drops_come_at_their_rates_from_each_row_s_seed(self) -> None:
+    def test_drop_rates_and_the_seed_of_each_row(self) -> None:
         drawn = training.draw(torch.arange(4000), (1, 1, 1), 1000, 0.05)
         image, text = drawn.no_image, drawn.no_text
-        for rate in ((image & ~text), (text & ~image), (image & text)):
-            assert abs(rate.float().mean().item() - 0.05) < 0.012
+        for dropped in ((image & ~text), (text & ~image), (image & text)):
+            assert abs(dropped.float().mean().item() - 0.05) < 0.012
         again = training.draw(torch.tensor([7]), (1, 1, 1), 1000, 0.05)
         assert torch.equal(again.noise[0], drawn.noise[7])
 
     def test_latents_alone_are_refused(
         self, base: BaseModel, image_encoder: torch.nn.Module, tmp_path: Path
     ) -> None:
-        source = tiny.OnePicture(latents=True)
+        images, settings = tiny.OneImage(latents=True), training.IPAdapterTraining(steps=1)
         with pytest.raises(ValueError, match="image encoder needs pixels"):
-            training.train_ip_adapter(base, image_encoder, source, tmp_path / "a.safetensors", steps=1)
+            training.train_ip_adapter(base, image_encoder, images, tmp_path / "a.safetensors", settings)
 
-    def test_a_file_that_is_no_ip_adapter_is_refused(self) -> None:
+    def test_a_file_of_another_kind_is_refused(self) -> None:
         with pytest.raises(ValueError, match="wanted image_proj and ip_adapter"):
-            ip.read_adapter(tiny.CHECKPOINT)
+            ip.load_state(tiny.CHECKPOINT)
         with pytest.raises(FileNotFoundError, match="no IP-Adapter at"):
-            ip.read_adapter(Path("nowhere.safetensors"))
-
-
-def predicted_with(base: BaseModel, method: Method, conditions: list) -> Tensor:
-    """The UNet's answer for a batch of one unconditional and one conditional row."""
-    with torch.inference_mode(), method.attach(conditions, 1):
-        return predicted(base, lambda: None)
+            ip.load_state(Path("nowhere.safetensors"))
 
 
 class TestLoRA:
-    """A training of the group's own."""
+    """A LoRA for each group."""
 
-    def test_it_learns(self, base: BaseModel) -> None:
-        with left_as_it_was(base):
-            _, losses = lora_file.train(
-                base, [picture(1)], ["a cat"], PICTURE, rank=8, steps=50, lr=5e-2, batch=8, seed=0
-            )
+    def test_it_learns(self, base: BaseModel, make_method: MakeMethod) -> None:
+        with restored(base):
+            method = make_method("lora", rank=8, steps=50, lr=5e-2, batch=8)
+            _, losses = method.train([random_image(1)], ["a cat"], seed=0)
         assert sum(losses[-10:]) < 0.92 * sum(losses[:10])
 
-    def test_the_same_group_gives_the_same_lora(self, base: BaseModel) -> None:
-        def once() -> dict:
-            return lora_file.train(base, [picture(1)], [""], PICTURE, 2, 2, 1e-3, 2, seed=5)[0]
-
-        first, second = once(), once()
+    def test_the_same_group_gives_the_same_lora(self, make_method: MakeMethod) -> None:
+        method = make_method("lora", lr=1e-3)
+        first, second = (method.train([random_image(1)], [""], seed=5)[0] for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_it_is_trained_once(
-        self,
-        base: BaseModel,
-        entries: dict[str, dict[str, Any]],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        self, make_method: MakeMethod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        method = build("lora", entries["lora"], base)
-        ((first,),) = generate_images(method, TASKS[:1], tmp_path)
-        monkeypatch.setattr(lora_file, "train", None)
-        ((second,),) = generate_images(method, TASKS[:1], tmp_path)
-        assert pixels(first) == pixels(second)
+        method = make_method("lora")
+        first = generate(method, TASKS[:1], tmp_path)
+        monkeypatch.setattr(LoRAMethod, "train", None)
+        assert generate(method, TASKS[:1], tmp_path) == first
 
-    def test_references_without_captions_are_refused_where_captions_are_wanted(
-        self, base: BaseModel, entries: dict[str, dict[str, Any]], tmp_path: Path
-    ) -> None:
-        method = build("lora", {**entries["lora"], "captions": "references"}, base)
+    def test_missing_captions_are_refused(self, make_method: MakeMethod, tmp_path: Path) -> None:
+        method = make_method("lora", captions="references")
         with pytest.raises(ValueError, match="Group x has 0 captions for 2 references"):
             method.prepare(Task("x", "", TASKS[0].references), tmp_path)
 
 
-class TestEntries:
-    """Config entries, checked before anything is loaded."""
-
-    @pytest.mark.parametrize(
-        ("entry", "message"),
-        [
-            ({"kind": "lorra"}, "Method m: kind is 'lorra'; wanted one of plain, easyref, ip_adapter, lora"),
-            ({"kind": "lora", "ranks": 4}, "Method m: unknown ranks. lora knows size, rank, "),
-            ({"kind": "easyref"}, "Method m: checkpoint missing"),
-            ("plain", "Method m: kind is 'plain'"),
-        ],
-    )
-    def test_a_wrong_entry_is_refused(self, entry: Any, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            check("m", entry)
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"kind": "lorra"}, "Method m: kind is 'lorra'; wanted one of plain, easyref, ip_adapter, lora"),
+        ({"kind": "lora", "ranks": 4}, "Method m of kind lora has unknown keys: ranks. Known are batch, "),
+        ({"kind": "easyref"}, "Method m of kind easyref lacks checkpoint"),
+        ("plain", "Method m: kind is 'plain'"),
+    ],
+)
+def test_a_wrong_entry_is_refused_before_anything_is_loaded(entry: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check("m", entry)
 
 
-def test_clip_pixels_of_a_picture_of_the_right_size_are_only_normalised() -> None:
-    made = clip_pixels([picture(3, side=24)], 24)
-    tensor = torch.from_numpy(np.array(picture(3, side=24))).permute(2, 0, 1)[None] / 127.5 - 1
-    torch.testing.assert_close(made, clip_pixels_of(tensor, 24))
+def test_clip_pixels_of_an_image_of_the_right_size_are_only_normalised() -> None:
+    image = random_image(3, side=24)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    torch.testing.assert_close(clip_pixels([image], 24), clip_pixels_of(tensor, 24))
 
 
-def test_clip_pixels_are_those_of_clip_s_own_processor() -> None:
+def test_clip_pixels_equal_those_of_transformers() -> None:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    image = picture(3, side=40).crop((0, 0, 40, 30))
+    image = random_image(3, side=40).crop((0, 0, 40, 30))
     processor = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
-    theirs = torch.as_tensor(processor(image, return_tensors="pt").pixel_values)
-    torch.testing.assert_close(clip_pixels([image], 24), theirs, atol=1e-5, rtol=1e-5)
+    expected = torch.as_tensor(processor(image, return_tensors="pt").pixel_values)
+    torch.testing.assert_close(clip_pixels([image], 24), expected, atol=1e-5, rtol=1e-5)

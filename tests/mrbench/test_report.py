@@ -1,4 +1,4 @@
-"""The report has every method and metric, the paper's numbers, what was left out, and plots that open."""
+"""The report has every method and metric, the paper's numbers, the exclusions, and plots."""
 
 from __future__ import annotations
 
@@ -17,35 +17,28 @@ from easyref_core.mrbench.images import Exclusion
 from easyref_core.mrbench.metrics import Interval
 from easyref_core.mrbench.paper_numbers import ROWS, row_of
 from easyref_core.mrbench.report import cell, write_report
-from easyref_core.mrbench.rows import EXCLUDED, Row, write_csv, write_rows
-from easyref_core.mrbench.summary import LABELS, METRICS, compare, group_means
+from easyref_core.mrbench.rows import EXCLUDED, METRICS, Row, write_csv, write_rows
+from easyref_core.mrbench.summary import LABELS, compare, group_means
 
 from .benchmarks import error_of
 
 METHODS = ("easyref", "easyref-2-references", "ip_adapter_average", "plain")
-FACTS = {
-    "benchmark": "small",
-    "seed": 7,
-    "manifest": "",
-    "extractors": {"clip": "tiny-clip@sha256:0", "dino": None, "attributes": None},
-    "groups": 8,
-    "pictures": 64,
-    "excluded": 1,
-}
+MODELS = {"clip": "tiny-clip@sha256:0", "dino": None, "attributes": None}
+FACTS = {"benchmark": "small", "seed": 7, "extractors": MODELS, "groups": 8, "pictures": 64, "excluded": 1}
 
 
 def rows(methods: Sequence[str] = METHODS) -> list[Row]:
-    """Scores of eight groups; the earlier method is the better one."""
+    """Scores of eight groups; an earlier method scores higher."""
     return [
         Row(
-            method,
-            f"g{i}",
-            "style" if i < 4 else "identity",
-            "held-in" if i % 2 else "held-out",
-            seed,
-            2 if "references" in method else 2 + i % 3,
-            "",
-            "",
+            method=method,
+            group=f"g{i}",
+            category="style" if i < 4 else "identity",
+            split="held-in" if i % 2 else "held-out",
+            seed=seed,
+            references=2 if "references" in method else 2 + i % 3,
+            picture="",
+            scorer="",
             **{name: 0.5 - 0.1 * rank + 0.01 * i + 0.001 * seed for name in METRICS},
         )
         for rank, method in enumerate(methods)
@@ -55,17 +48,17 @@ def rows(methods: Sequence[str] = METHODS) -> list[Row]:
 
 
 def write_results(folder: Path, scores: Sequence[Row]) -> Path:
-    """A folder as `score` leaves it."""
+    """Write a results folder as `score` does."""
     write_rows(folder, scores)
-    gone = Exclusion("target", "g9/target.png of group g9", "there is no such file")
-    write_csv(folder / EXCLUDED, ("what", "name", "reason"), [asdict(gone)])
+    missing = Exclusion("target", "g9/target.png of group g9", "there is no such file")
+    write_csv(folder / EXCLUDED, ("what", "name", "reason"), [asdict(missing)])
     (folder / "results.json").write_text(json.dumps(FACTS))
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole benchmark, with its report. Shared: a test that writes makes its own."""
+    """Results and report of a benchmark. Shared: a test that writes makes its own."""
     folder = write_results(tmp_path_factory.mktemp("results"), rows())
     write_report(folder)
     return folder
@@ -79,11 +72,8 @@ def text(results: Path) -> str:
 def table_lines(text: str, title: str) -> list[list[str]]:
     """Cells of the first table under a heading."""
     section = re.split(r"^#+ ", text.split(title, 1)[1], maxsplit=1, flags=re.M)[0]
-    return [
-        [c.strip() for c in line.strip("|").split("|")]
-        for line in section.splitlines()
-        if line.startswith("|")
-    ]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 @pytest.mark.parametrize("split", ["held-in", "held-out"])
@@ -92,33 +82,36 @@ def test_every_method_and_metric_is_in_the_table(text: str, split: str) -> None:
     assert head[2:-1] == [LABELS[name] for name in METRICS]
     assert tuple(line[0] for line in body) == METHODS
     assert all(line[1] == "4" for line in body)
-    assert all(
-        re.fullmatch(r"0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", value) for line in body for value in line[2:-1]
-    )
+    values = [value for line in body for value in line[2:-1]]
+    assert all(re.fullmatch(r"0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", value) for value in values)
 
 
-def test_categories_have_tables_of_their_own(text: str) -> None:
-    assert "### held-in, identity" in text
-    assert "### held-out, style" in text
-
-
-def test_the_papers_row_stands_beside_its_method(text: str) -> None:
+def test_the_papers_row_is_beside_its_method(text: str) -> None:
     beside = {line[0]: line[-1] for line in table_lines(text, "## held-out\n")[2:]}
     assert beside["easyref"] == "0.833, 0.709, 0.614 (Table 3, EasyRef; not comparable)"
     assert beside["ip_adapter_average"] == "0.795, 0.645, 0.579 (Table 3, IP-Adapter-SDXL; not comparable)"
     assert beside["plain"] == "-"
 
 
-def test_the_papers_tables_are_marked(text: str) -> None:
-    assert "## The paper's numbers (arXiv 2412.09618 v1)\n\nNot comparable with the numbers above:" in text
-    for row in ROWS:
-        assert row.method in text
-    assert "| held-out | LoRA | - | - | - | failed: not trained on these groups |" in text
+@pytest.mark.parametrize(
+    "part",
+    [
+        "### held-in, identity",
+        "### held-out, style",
+        "## The paper's numbers (arXiv 2412.09618 v1)\n\nNot comparable with the numbers above:",
+        "| held-out | LoRA | - | - | - | failed: not trained on these groups |",
+        "## Excluded: 1\n\n- target g9/target.png of group g9: there is no such file",
+        "- clip: tiny-clip@sha256:0\n- dino: none",
+        *dict.fromkeys(row.method for row in ROWS),
+    ],
+)
+def test_parts_of_the_report(part: str, text: str) -> None:
+    assert part in text
 
 
-def test_the_papers_numbers_are_whole() -> None:
+def test_the_papers_numbers_are_complete() -> None:
     assert [sum(row.table == table for row in ROWS) for table in (3, 4, 5)] == [6, 5, 3]
-    same = [row for row in ROWS if (row.clip_i, row.clip_t, row.dino_i) == (0.833, 0.709, 0.614)]
+    same = [row for row in ROWS if row.scores == (0.833, 0.709, 0.614)]
     assert [row.table for row in same] == [3, 4, 5]  # EasyRef with 64 tokens at the last layer, three times
     assert row_of("LoRA", "held-in").clip_i == 0.831
     assert row_of("plain", "held-in") is None
@@ -126,51 +119,40 @@ def test_the_papers_numbers_are_whole() -> None:
 
 def test_win_rates_and_differences(text: str) -> None:
     body = table_lines(text, "## Win rates of easyref\n")[2:]
-    first = body[0]
-    assert first[:3] == ["CLIP-I, target", "easyref-2-references", "8"]
-    assert first[3] == "1.000 [1.000, 1.000]"
-    assert first[4] == "0.100 [0.100, 0.100]"
+    win_rate, difference = "1.000 [1.000, 1.000]", "0.100 [0.100, 0.100]"
+    assert body[0] == ["CLIP-I, target", "easyref-2-references", "8", win_rate, difference]
     assert len(body) == len(METRICS) * (len(METHODS) - 1)
 
 
 def test_comparison_is_over_common_groups() -> None:
     means = group_means([row for row in rows() if (row.method, row.group) != ("plain", "g0")], "clip_score")
-    rate, difference, groups = compare(means, "easyref", "plain")
-    assert (groups, rate.mean) == (7, 1.0)
-    assert difference.mean == pytest.approx(0.3)
+    result = compare(means, "easyref", "plain")
+    assert (result.groups, result.win_rate.mean) == (7, 1.0)
+    assert result.difference.mean == pytest.approx(0.3)
 
 
-def test_nothing_in_common_is_no_number() -> None:
-    rate, _, groups = compare(group_means(rows(["easyref"]), "clip_score"), "easyref", "plain")
-    assert groups == 0
-    assert math.isnan(rate.mean)
-
-
-def test_what_was_excluded_is_named(text: str) -> None:
-    assert "## Excluded: 1\n\n- target g9/target.png of group g9: there is no such file" in text
-
-
-def test_the_models_are_named(text: str) -> None:
-    assert "- clip: tiny-clip@sha256:0\n- dino: none" in text
+def test_without_common_groups_there_is_no_number() -> None:
+    result = compare(group_means(rows(["easyref"]), "clip_score"), "easyref", "plain")
+    assert result.groups == 0
+    assert math.isnan(result.win_rate.mean)
 
 
 @pytest.mark.parametrize("plot", ["score_by_references.png", "win_rates.png"])
-def test_plots_are_pictures(text: str, results: Path, plot: str) -> None:
+def test_plots_are_images(text: str, results: Path, plot: str) -> None:
     assert f"({plot})" in text
     with Image.open(results / plot) as image:
         assert min(image.size) > 300
 
 
-def test_one_method_with_one_metric_will_do(tmp_path: Path) -> None:
-    bare = [
-        replace(row, **dict.fromkeys(METRICS[1:], math.nan)) for row in rows(["plain"]) if row.group == "g0"
-    ]
-    report = write_report(write_results(tmp_path, bare)).read_text(encoding="utf-8")
+def test_one_method_with_one_metric_is_enough(tmp_path: Path) -> None:
+    one = [row for row in rows(["plain"]) if row.group == "g0"]
+    one = [replace(row, **dict.fromkeys(METRICS[1:], math.nan)) for row in one]
+    report = write_report(write_results(tmp_path, one)).read_text(encoding="utf-8")
     assert "| plain | 1 | 0.500 |" in report
     assert "Win rates" not in report
 
 
-def test_methods_may_be_chosen_and_ordered(tmp_path: Path) -> None:
+def test_methods_can_be_chosen_and_ordered(tmp_path: Path) -> None:
     write_results(tmp_path, [row for row in rows() if row.group in ("g0", "g1")])
     report = write_report(tmp_path, "plain", ["plain", "easyref"]).read_text(encoding="utf-8")
     assert [line[0] for line in table_lines(report, "## held-in\n")[2:]] == ["plain", "easyref"]
@@ -183,11 +165,10 @@ def test_a_method_without_scores_is_named(results: Path) -> None:
     assert "No scores of lora" in error_of(lambda: write_report(results, "lora"))
 
 
-def test_the_command_says_that_there_are_no_scores(tmp_path: Path, capsys) -> None:
+def test_the_error_for_missing_scores_names_the_command(tmp_path: Path, capsys) -> None:
     assert main(["report", str(tmp_path)]) == 1
-    assert (
-        "has no scored picture. Run `python -m easyref_core.mrbench score` first." in capsys.readouterr().err
-    )
+    expected = "has no scored image. Run `python -m easyref_core.mrbench score` first."
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

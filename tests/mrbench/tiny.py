@@ -1,23 +1,25 @@
-"""What these tests paint with: the tiny random models of tests/training, and a random image encoder and adapter."""
+"""The tiny random models of tests/training, and a random image encoder and IP-Adapters."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from easyref_core.mrbench.methods import ip_adapter_training
+from easyref_core.mrbench.methods.ip_adapter_training import initial_adapter, save_adapter
+from easyref_core.training.base_model import BaseModel
 
-from ..training.tiny import MLLM, PICTURE, REFERENCE, make_base, picture
+from ..training.tiny import MLLM, REFERENCE, make_base
+from ..training.tiny import PICTURE as IMAGE_SIZE
+from ..training.tiny import picture as random_image
+from .benchmarks import LAYERS
 
-if TYPE_CHECKING:
-    from easyref_core.training.base_model import BaseModel
+__all__ = ["CHECKPOINT", "ENTRIES", "IMAGE_SIZE", "MLLM", "REFERENCE", "make_base", "random_image"]
 
-__all__ = ["CHECKPOINT", "ENTRIES", "MLLM", "PICTURE", "REFERENCE", "make_base", "picture"]
-
+WIDTH, PROJECTION = LAYERS["hidden_size"], 12  # of the image encoder, that of benchmarks.write_clip
 CHECKPOINT = MLLM.parent / "easyref.safetensors"
 EASYREF = {"kind": "easyref", "checkpoint": str(CHECKPOINT), "mllm": str(MLLM), "size": REFERENCE}
 ENTRIES: dict[str, dict[str, Any]] = {
@@ -28,78 +30,46 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "ip_adapter_average": {"kind": "ip_adapter"},
     "ip_adapter_concatenation": {"kind": "ip_adapter", "embeddings": "concatenation"},
     "ip_adapter_plus": {"kind": "ip_adapter"},
-    "lora": {"kind": "lora", "size": PICTURE, "rank": 2, "steps": 2, "lr": 1e-2, "batch": 2},
+    "lora": {"kind": "lora", "size": IMAGE_SIZE, "rank": 2, "steps": 2, "lr": 1e-2, "batch": 2},
 }
-
-
-def make_image_encoder(folder: Path) -> Path:
-    """A random CLIP vision tower, 24 pixels wide."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    torch.manual_seed(1)
-    config = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=24,
-        patch_size=8,
-    )
-    CLIPVisionModelWithProjection(config).save_pretrained(folder)
-    return folder
 
 
 def make_adapter(base: BaseModel, file: Path) -> Path:
     """A random IP-Adapter for the base and that encoder."""
     torch.manual_seed(2)
-    ip_adapter_training.save_adapter(ip_adapter_training.initial_adapter(base.unet, 16), file)
+    save_adapter(initial_adapter(base.unet, PROJECTION), file)
     return file
 
 
 def make_plus_adapter(base: BaseModel, file: Path) -> Path:
-    """A random IP-Adapter of the "plus" kind: a resampler of the encoder's last but one hidden states, two tokens."""
+    """A random "plus" IP-Adapter: a resampler of the encoder's last but one hidden states, two tokens."""
     torch.manual_seed(3)
-    wide, inner, context = 16, 64, base.unet.config.cross_attention_dim
-
-    def tensors(sizes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-        return {name: torch.randn(size) / 8 for name, size in sizes.items()}
-
-    def norm(name: str, width: int) -> dict[str, torch.Tensor]:
-        return {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
-
-    projection = tensors(
-        {
-            "latents": (1, 2, wide),
-            "proj_in.weight": (wide, wide),
-            "proj_in.bias": (wide,),
-            "proj_out.weight": (context, wide),
-            "proj_out.bias": (context,),
+    inner, context = 64, base.unet.config.cross_attention_dim
+    sizes = {"latents": (1, 2, WIDTH), "proj_in.weight": (WIDTH, WIDTH), "proj_in.bias": (WIDTH,)}
+    sizes |= {"proj_out.weight": (context, WIDTH), "proj_out.bias": (context,)}
+    norms = {"norm_out": context}
+    for i in range(4):  # the only number that diffusers' loader supports
+        sizes |= {
+            f"layers.{i}.0.to_q.weight": (inner, WIDTH),
+            f"layers.{i}.0.to_kv.weight": (2 * inner, WIDTH),
+            f"layers.{i}.0.to_out.weight": (WIDTH, inner),
+            f"layers.{i}.1.1.weight": (4 * WIDTH, WIDTH),
+            f"layers.{i}.1.3.weight": (WIDTH, 4 * WIDTH),
         }
-    )
-    for i in range(4):  # diffusers' loader knows no other number
-        projection |= tensors(
-            {
-                f"layers.{i}.0.to_q.weight": (inner, wide),
-                f"layers.{i}.0.to_kv.weight": (2 * inner, wide),
-                f"layers.{i}.0.to_out.weight": (wide, inner),
-                f"layers.{i}.1.1.weight": (4 * wide, wide),
-                f"layers.{i}.1.3.weight": (wide, 4 * wide),
-            }
-        )
-        for name in ("0.norm1", "0.norm2", "1.0"):
-            projection |= norm(f"layers.{i}.{name}", wide)
-    projection |= norm("norm_out", context)
-    layers = ip_adapter_training.initial_adapter(base.unet, 16)["ip_adapter"]
-    ip_adapter_training.save_adapter({"image_proj": projection, "ip_adapter": layers}, file)
+        norms |= {f"layers.{i}.{name}": WIDTH for name in ("0.norm1", "0.norm2", "1.0")}
+    projection = {name: torch.randn(size) / 8 for name, size in sizes.items()}
+    projection |= {f"{name}.weight": torch.ones(width) for name, width in norms.items()}
+    projection |= {f"{name}.bias": torch.zeros(width) for name, width in norms.items()}
+    layers = initial_adapter(base.unet, PROJECTION)["ip_adapter"]
+    save_adapter({"image_proj": projection, "ip_adapter": layers}, file)
     return file
 
 
-class OnePicture:
-    """A source of one picture under one prompt, with another seed in every row."""
+class OneImage:
+    """Training data of one image and one prompt, with another seed in every row."""
 
     def __init__(self, latents: bool = False) -> None:
-        pixels = torch.from_numpy(np.array(picture(1))).permute(2, 0, 1) / 127.5 - 1
+        pixels = torch.from_numpy(np.array(random_image(1))).permute(2, 0, 1) / 127.5 - 1
         self.pixels = None if latents else pixels
 
     def batch(self, positions: range) -> SimpleNamespace:
@@ -108,6 +78,6 @@ class OnePicture:
             pixels=None if self.pixels is None else self.pixels.expand(n, -1, -1, -1),
             latents=torch.zeros(n, 4, 4, 4) if self.pixels is None else None,
             prompts=("a cat",) * n,
-            time_ids=torch.tensor([[PICTURE, PICTURE, 0, 0, PICTURE, PICTURE]]).float().expand(n, -1),
+            time_ids=torch.tensor([[IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE]] * n).float(),
             seeds=torch.tensor([7 + position % 4 for position in positions]),
         )

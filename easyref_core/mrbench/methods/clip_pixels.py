@@ -1,28 +1,24 @@
-"""Pictures as CLIP's image tower reads them: short side resized, centre cropped, normalised."""
+"""CLIP preprocessing: resize the short side, crop the centre, normalise."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from easyref_core.mllm.preprocess import CLIP_MEAN, CLIP_STD
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 def clip_pixels(images: Sequence[Image.Image], side: int) -> Tensor:
-    """RGB images -> (N, 3, side, side), as CLIPImageProcessor makes them (which needs torchvision in transformers 5)."""
-    pixels = np.stack([np.asarray(framed(image, side, side)) for image in images])
-    return normalised(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
+    """RGB images -> (N, 3, side, side), as by CLIPImageProcessor, but without torchvision."""
+    return normalize(torch.from_numpy(square_pixels(images, side)).float() / 255)
 
 
 def clip_pixels_of(pixels: Tensor, side: int) -> Tensor:
-    """The same of targets (B, 3, H, W) in -1..1; tensors are resized without PIL, which differs by rounding."""
+    """The same for tensors (B, 3, H, W) in -1..1, without PIL; the resize differs by rounding."""
     height, width = pixels.shape[-2:]
     if (height, width) != (side, side):
         scale = side / min(height, width)
@@ -32,20 +28,24 @@ def clip_pixels_of(pixels: Tensor, side: int) -> Tensor:
         )
         top, left = (size[0] - side) // 2, (size[1] - side) // 2
         pixels = pixels[..., top : top + side, left : left + side]
-    return normalised((pixels.clamp(-1, 1) + 1) / 2)
+    return normalize((pixels.clamp(-1, 1) + 1) / 2)
 
 
-def normalised(pixels: Tensor) -> Tensor:
-    """(N, 3, H, W) in 0..1 -> CLIP's scale."""
+def normalize(pixels: Tensor) -> Tensor:
+    """(N, 3, H, W) in 0..1 -> CLIP's mean and deviation."""
     mean, std = (torch.from_numpy(t).to(pixels).view(3, 1, 1) for t in (CLIP_MEAN, CLIP_STD))
     return (pixels - mean) / std
 
 
-def framed(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest centred part of the wanted aspect, resized to it."""
-    scale = max(height / image.height, width / image.width)
-    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+def square_pixels(images: Sequence[Image.Image], side: int) -> np.ndarray:
+    """RGB images -> bytes (N, 3, side, side): the largest centred square of each, resized."""
+    return np.stack([np.asarray(_centre_square(image, side)).transpose(2, 0, 1) for image in images])
+
+
+def _centre_square(image: Image.Image, side: int) -> Image.Image:
+    scale = side / min(image.size)
+    size = max(side, round(image.width * scale)), max(side, round(image.height * scale))
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))

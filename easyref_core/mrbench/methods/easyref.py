@@ -1,82 +1,70 @@
-"""EasyRef, and EasyRef without its aggregation: one checkpoint, three ways from references to tokens."""
+"""EasyRef, with and without its aggregation: three ways from references to tokens with one checkpoint."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from easyref_core import INSTRUCTION, SIZE, load
+from easyref_core import INSTRUCTION, SIZE, EasyRef, load
 from easyref_core.training.trainable import AGGREGATIONS
 from easyref_core.unet import diffusers_unet
 
 from .method import Method, Task
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-    from easyref_core import EasyRef
-    from easyref_core.training.base_model import BaseModel
-
-
+@dataclasses.dataclass(eq=False)
 class EasyRefMethod(Method):
-    """References, through the MLLM, as tokens that the UNet attends to.
+    """Reference tokens from the MLLM, which the UNet attends to.
 
-    aggregation: "easyref" reads the group together; "average" and "concatenation" (the paper's Table 5) read every
-    reference alone, with the same prompt, and average their tokens or lay them side by side.
-    tokens, final_layers: what the checkpoint must have (the paper's Table 4: number of tokens, insertion layer counted
-    from the last), so that an entry that names the wrong file is refused.
+    aggregation: "easyref" encodes the group together; "average" and "concatenation" (the paper's Table 5)
+    encode each reference alone with the same prompt, and average or concatenate their tokens.
+    tokens, final_layers: expected sizes of the checkpoint (the paper's Table 4: number of tokens, and
+    insertion layer counted from the last), so that an entry with the wrong file is refused.
     """
 
-    def __init__(
-        self,
-        base: BaseModel,
-        checkpoint: str,
-        mllm: str | None = None,
-        aggregation: str = "easyref",
-        weight: float = 1.0,
-        lora_strength: float = 1.0,
-        size: int = SIZE,
-        instruction: str = INSTRUCTION,
-        tokens: int | None = None,
-        final_layers: int | None = None,
-        dtype: str = "float32",
-    ) -> None:
-        super().__init__(base)
-        if aggregation not in AGGREGATIONS:
-            raise ValueError(f"The aggregation is {aggregation!r}; wanted one of {', '.join(AGGREGATIONS)}.")
-        self.model = load(checkpoint, mllm, device=base.device, dtype=getattr(torch, dtype))
-        for name, wanted, found in (
-            ("tokens", tokens, self.model.config.num_tokens),
-            ("final_layers", final_layers, self.model.config.final_layers),
-        ):
-            if wanted is not None and wanted != found:
+    kind = "easyref"
+
+    checkpoint: str
+    mllm: str | None = None
+    aggregation: str = "easyref"
+    weight: float = 1.0
+    lora_strength: float = 1.0
+    size: int = SIZE
+    instruction: str = INSTRUCTION
+    tokens: int | None = None
+    final_layers: int | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(
+                f"The aggregation is {self.aggregation!r}; wanted one of {', '.join(AGGREGATIONS)}."
+            )
+        dtype = getattr(torch, self.dtype)
+        self.model = load(self.checkpoint, self.mllm, device=self.base.device, dtype=dtype)
+        config = self.model.config
+        for name, size in (("tokens", config.num_tokens), ("final_layers", config.final_layers)):
+            expected = getattr(self, name)
+            if expected is not None and expected != size:
                 raise ValueError(
-                    f"{checkpoint} has {name} {found}, the config entry says {wanted}. Name the checkpoint that was "
-                    f"trained with {name} {wanted}, or correct the entry."
+                    f"{self.checkpoint} has {name} {size}, the config entry says {expected}. Name the "
+                    f"checkpoint that was trained with {name} {expected}, or correct the entry."
                 )
-        self.aggregation, self.weight, self.lora_strength = aggregation, weight, lora_strength
-        self.size, self.instruction, self.dtype = size, instruction, dtype
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {
-            "kind": "easyref",
-            "checkpoint": self.model.fingerprint,
-            "aggregation": self.aggregation,
-            "weight": self.weight,
-            "lora_strength": self.lora_strength,
-            "size": self.size,
-            "instruction": self.instruction,
-            "tokens": self.model.config.num_tokens,
-            "final_layers": self.model.config.final_layers,
-            "dtype": self.dtype,
-        }
+        settings = super().settings | {"checkpoint": self.model.fingerprint}
+        settings |= {"tokens": self.model.config.num_tokens, "final_layers": self.model.config.final_layers}
+        del settings["mllm"]  # part of the checkpoint's fingerprint
+        return settings
 
-    def together(self, task: Task) -> Hashable:
+    def batch_key(self, task: Task) -> Hashable:
         return len(task.references) if self.aggregation == "concatenation" else None
 
     def prepare(self, task: Task, folder: Path) -> Tensor:
@@ -85,12 +73,18 @@ class EasyRefMethod(Method):
     @contextmanager
     def attach(self, conditions: Sequence[Tensor], seeds: int) -> Iterator[None]:
         tokens = torch.cat(list(conditions))
-        black = self.model.unconditional(self.instruction, self.size).as_subclass(torch.Tensor)
-        # Both halves need rows of one length. Attention to k copies of the same tokens is attention to one copy.
-        copies = tokens.shape[1] // black.shape[1]
-        uncond = black.repeat(len(tokens), copies, 1)
-        strengths = {"weight": self.weight, "lora_strength": self.lora_strength}
-        attachment = diffusers_unet.apply(self.base.unet, self.model, tokens, uncond, **strengths)
+        uncond = self.model.unconditional(self.instruction, self.size).as_subclass(torch.Tensor)
+        # Both halves need rows of one length. Attention to k copies of the same tokens is attention to one
+        # copy.
+        copies = tokens.shape[1] // uncond.shape[1]
+        attachment = diffusers_unet.apply(
+            self.base.unet,
+            self.model,
+            tokens,
+            uncond.repeat(len(tokens), copies, 1),
+            weight=self.weight,
+            lora_strength=self.lora_strength,
+        )
         try:
             yield
         finally:
@@ -98,10 +92,11 @@ class EasyRefMethod(Method):
 
 
 def reference_tokens(model: EasyRef, task: Task, aggregation: str, instruction: str, size: int) -> Tensor:
-    """Tokens of a group: (1, T, C), or (1, K T, C) by concatenation."""
+    """Tokens of a group: (1, T, C), or (1, K T, C) for "concatenation"."""
 
     def tokens(references: Sequence) -> Tensor:
-        model.group_encoder.caches.clear()  # to the last bit, a task's tokens do not depend on the tasks before it
+        # Without a cache, a task's tokens do not depend on the tasks before it, to the last bit.
+        model.group_encoder.caches.clear()
         context = model.encode(references, task.prompt, instruction, size)
         return model.aggregate(context).as_subclass(torch.Tensor)
 

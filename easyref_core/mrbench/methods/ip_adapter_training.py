@@ -1,45 +1,60 @@
-"""Trains an IP-Adapter as its authors do, at any size: the baseline's own training, on the pictures EasyRef gets too.
+"""Trains an IP-Adapter of any size as its authors do, as a baseline on the same images as EasyRef.
 
-The recipe (arXiv 2308.06721 and its tutorial_train_sdxl.py): an image projection and K/V adapters learn, the latter from
-the UNet's text K/V on; UNet, VAE, text encoders and image encoder are frozen. A picture is its own condition. Image, text
-or both are dropped, each at 0.05. Loss: plain epsilon MSE, uniform timesteps; AdamW, constant rate.
+The recipe (arXiv 2308.06721 and its tutorial_train_sdxl.py): an image projection and K/V adapters are
+trained, the latter from the UNet's text K/V; UNet, VAE, text encoders and image encoder are frozen. An image
+is its own condition. Image, text, or both are dropped with probability 0.05 each. Loss: epsilon MSE, uniform
+timesteps; AdamW with a constant learning rate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from easyref_core.training.base_model import BaseModel, Text
+from easyref_core.training.batches import Batch
 
 from ...files.atomic_write import atomic_write
 from .clip_pixels import clip_pixels_of
-from .ip_adapter import Adapter, AdapterState, attached, embedding, image_processors, load_adapter
+from .ip_adapter import Adapter, AdapterState, attached, embedding, flatten, image_processors, load_adapter
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-    from torch import Tensor
 
-    from easyref_core.training.base_model import BaseModel, Text
-    from easyref_core.training.batches import Batch
-
-TOKENS = 4  # image tokens of the plain IP-Adapter; diffusers' loader knows no other number
-DROP = 0.05  # each: image alone, text alone, both
+LOG_EVERY = 100  # updates
+TOKENS = 4  # image tokens of the plain IP-Adapter, the only number that diffusers' loader supports
 
 
-class Pictures(Protocol):
-    """What it trains on: any training.batches.Examples whose batches hold pixels. Their references go unread.
+@dataclass(frozen=True)
+class IPAdapterTraining:
+    """Hyperparameters of an IP-Adapter training."""
 
-    Latents beside the pixels are taken as they are, so the VAE need not run.
+    steps: int  # optimizer updates
+    batch: int = 8  # images per process and micro-batch
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    seed: int = 0
+    drop: float = 0.05  # probability of each: image alone, text alone, both
+    accumulation: int = 1
+    mixed_precision: str | None = None
+
+
+class Images(Protocol):
+    """Training data: any training.batches.Examples whose batches have pixels. Their references are not used.
+
+    If a batch has latents too, the VAE is not run.
     """
 
     def batch(self, positions: Sequence[int]) -> Batch: ...
 
 
-class Drawn(NamedTuple):
-    """A batch after everything random was drawn, every row from its own seed."""
+class Draw(NamedTuple):
+    """The random values of a batch; each row is drawn from its own seed."""
 
     noise: Tensor  # (B, 4, h, w)
     timesteps: Tensor  # (B,)
@@ -48,71 +63,66 @@ class Drawn(NamedTuple):
 
 
 class TrainableIPAdapter(nn.Module):
-    """The adapter's parameters, inside a UNet that is held unregistered."""
+    """The adapter's parameters; the UNet around them is not registered."""
 
     def __init__(self, unet: UNet2DConditionModel, adapter: Adapter) -> None:
         super().__init__()
-        self._unregistered = (unet, adapter)
+        self.unregistered = (unet, adapter)
         self.projection = adapter.projection
         self.processors = nn.ModuleList(processor for _, processor in image_processors(adapter))
 
     def forward(
         self, noisy: Tensor, timesteps: Tensor, text: Text, time_ids: Tensor, embeds: Tensor
     ) -> Tensor:
-        """Noisy latents (B, 4, h, w) and image embeddings (B, 1, D) -> the noise predicted in them (B, 4, h, w)."""
-        unet, adapter = self._unregistered
-        dtype = unet.dtype
-        sizes = {"text_embeds": text.pooled.to(dtype), "time_ids": time_ids}
+        """Noisy latents (B, 4, h, w) and image embeddings (B, 1, D) -> predicted noise (B, 4, h, w)."""
+        unet, adapter = self.unregistered
+        sizes = {"text_embeds": text.pooled.to(unet.dtype), "time_ids": time_ids}
+        noisy, states = noisy.to(unet.dtype), text.states.to(unet.dtype)
         with attached(unet, adapter), embedding(unet, embeds):
-            return unet(
-                noisy.to(dtype), timesteps, text.states.to(dtype), added_cond_kwargs=sizes, return_dict=False
-            )[0]
+            return unet(noisy, timesteps, states, added_cond_kwargs=sizes, return_dict=False)[0]
 
 
 def train_ip_adapter(
     base: BaseModel,
     image_encoder: nn.Module,
-    pictures: Pictures,
+    images: Images,
     out: Path | str,
-    steps: int,
-    batch: int = 8,
-    lr: float = 1e-4,
-    weight_decay: float = 0.01,
-    seed: int = 0,
-    drop: float = DROP,
-    accumulation: int = 1,
-    mixed_precision: str | None = None,
-    log: Callable[[int, float], None] = lambda step, loss: None,
+    training: IPAdapterTraining,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[float]:
-    """Train and save as `out` (.safetensors, what diffusers' load_ip_adapter reads). The loss of every update comes back.
+    """Train, save to `out` (.safetensors for diffusers' load_ip_adapter), and return each update's loss.
 
-    image_encoder: a CLIPVisionModelWithProjection, in float32. steps: optimizer updates; batch: pictures a process and micro-batch.
-    pictures: must drop no text of their own, or it is dropped twice.
+    image_encoder: a CLIPVisionModelWithProjection in float32. images: must not drop texts, which are dropped
+    here.
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation, mixed_precision=mixed_precision)
-    torch.manual_seed(seed)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=training.accumulation, mixed_precision=training.mixed_precision
+    )
+    torch.manual_seed(training.seed)
     image_encoder = image_encoder.to(base.device).eval().requires_grad_(False)
     adapter = load_adapter(base.unet, initial_adapter(base.unet, image_encoder.config.projection_dim))
     adapter = Adapter(adapter.processors, adapter.projection.float().requires_grad_(True), adapter.kind)
     model = TrainableIPAdapter(base.unet, adapter).float().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=training.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world, size = accelerator.process_index, accelerator.num_processes, training.batch
     losses = []
-    for step in range(steps):
+    for step in range(training.steps):
         total = 0.0
-        for micro in range(accumulation):
-            start = ((step * accumulation + micro) * world + rank) * batch
+        for micro in range(training.accumulation):
+            start = ((step * training.accumulation + micro) * world + rank) * size
+            batch = images.batch(range(start, start + size))
             with accelerator.accumulate(model):
-                loss = _loss(base, image_encoder, model, pictures.batch(range(start, start + batch)), drop)
+                loss = _loss(base, image_encoder, model, batch, training.drop)
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
-            total += accelerator.reduce(loss.detach(), "mean").item() / accumulation
+            total += accelerator.reduce(loss.detach(), "mean").item() / training.accumulation
         losses.append(total)
-        log(step, total)
+        if len(losses) % LOG_EVERY == 0:
+            log(f"IP-Adapter {len(losses)}: loss {sum(losses[-LOG_EVERY:]) / LOG_EVERY:.4f}")
     if accelerator.is_main_process:
         save_adapter(adapter_state(adapter), Path(out))
     accelerator.wait_for_everyone()
@@ -120,7 +130,7 @@ def train_ip_adapter(
 
 
 def initial_adapter(unet: UNet2DConditionModel, width: int) -> AdapterState:
-    """A new adapter for image embeddings `width` wide: a random projection, K and V those of the text."""
+    """A new adapter for image embeddings of size `width`: a random projection, and the text's K and V."""
     context = unet.config.cross_attention_dim
     project, norm = nn.Linear(width, TOKENS * context), nn.LayerNorm(context)
     projection = {f"proj.{name}": t.detach() for name, t in project.named_parameters()}
@@ -135,13 +145,10 @@ def initial_adapter(unet: UNet2DConditionModel, width: int) -> AdapterState:
 
 
 def adapter_state(adapter: Adapter) -> AdapterState:
-    """The adapter's weights under the names that IP-Adapter files have."""
+    """The adapter's weights under the names of IP-Adapter files."""
     (projection,) = adapter.projection.image_projection_layers
-    names = {"image_embeds": "proj", "norm": "norm"}  # diffusers' name: the file's
-    image_proj = {}
-    for name, tensor in projection.state_dict().items():
-        part, _, rest = name.partition(".")
-        image_proj[f"{names[part]}.{rest}"] = tensor
+    state = projection.state_dict()
+    image_proj = {name.replace("image_embeds.", "proj."): tensor for name, tensor in state.items()}
     layers = {}
     for number, processor in image_processors(adapter):
         layers[f"{number}.to_k_ip.weight"] = processor.to_k_ip[0].weight.detach()
@@ -150,31 +157,26 @@ def adapter_state(adapter: Adapter) -> AdapterState:
 
 
 def save_adapter(state: AdapterState, file: Path) -> None:
-    """Write an IP-Adapter file, whole or not at all."""
+    """Write an IP-Adapter file atomically."""
     from safetensors.torch import save_file
 
-    flat = {
-        f"{part}.{name}": t.cpu().contiguous()
-        for part, tensors in state.items()
-        for name, t in tensors.items()
-    }
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as partial:
-        save_file(flat, partial)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in flatten(state).items()}, partial)
 
 
-def draw(seeds: Tensor, shape: Sequence[int], last: int, drop: float) -> Drawn:
-    """Noise of `shape`, a timestep below `last` and what is dropped, for every row from its seed (B,)."""
+def draw(seeds: Tensor, shape: Sequence[int], num_timesteps: int, drop: float) -> Draw:
+    """Draw each row from its seed (B,): noise of `shape`, a timestep, and whether to drop image and text."""
     noise, timesteps, chances = [], [], []
     for seed in seeds.tolist():
         generator = torch.Generator().manual_seed(seed)
         noise.append(torch.randn(tuple(shape), generator=generator))
-        timesteps.append(torch.randint(last, (), generator=generator))
+        timesteps.append(torch.randint(num_timesteps, (), generator=generator))
         chances.append(torch.rand((), generator=generator))
     chance = torch.stack(chances)
     no_image = (chance < drop) | ((chance >= 2 * drop) & (chance < 3 * drop))
     no_text = (chance >= drop) & (chance < 3 * drop)
-    return Drawn(torch.stack(noise), torch.stack(timesteps), no_image, no_text)
+    return Draw(torch.stack(noise), torch.stack(timesteps), no_image, no_text)
 
 
 def _loss(base: BaseModel, encoder: nn.Module, model: nn.Module, batch: Batch, drop: float) -> Tensor:
@@ -185,18 +187,13 @@ def _loss(base: BaseModel, encoder: nn.Module, model: nn.Module, batch: Batch, d
     pixels = batch.pixels.to(base.device)
     with torch.no_grad():
         latents = base.encode_images(pixels) if batch.latents is None else batch.latents.to(base.device)
-        drawn = Drawn(
-            *(
-                t.to(base.device)
-                for t in draw(batch.seeds, latents.shape[1:], base.schedule.config.num_train_timesteps, drop)
-            )
-        )
+        drawn = draw(batch.seeds, latents.shape[1:], base.schedule.config.num_train_timesteps, drop)
+        drawn = Draw(*(tensor.to(base.device) for tensor in drawn))
         embeds = encoder(clip_pixels_of(pixels, encoder.config.image_size)).image_embeds
         embeds = embeds.masked_fill(drawn.no_image[:, None], 0)[:, None]  # -> (B, 1, D)
-        prompts = [
-            "" if gone else prompt for prompt, gone in zip(batch.prompts, drawn.no_text.tolist(), strict=True)
-        ]
+        dropped = drawn.no_text.tolist()
+        prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped, strict=True)]
         text = base.encode_text(prompts)
         noisy = base.schedule.add_noise(latents, drawn.noise, drawn.timesteps)
-    answer = model(noisy, drawn.timesteps, text, batch.time_ids.to(base.device), embeds)
-    return torch.nn.functional.mse_loss(answer.float(), drawn.noise)
+    predicted = model(noisy, drawn.timesteps, text, batch.time_ids.to(base.device), embeds)
+    return torch.nn.functional.mse_loss(predicted.float(), drawn.noise)

@@ -1,4 +1,4 @@
-"""What a method is: a way to condition the base model on a group, under a painting that is the same for all."""
+"""Base class of the methods: each conditions the base model on a group; sampling is the same for all."""
 
 from __future__ import annotations
 
@@ -6,117 +6,122 @@ import abc
 import dataclasses
 import hashlib
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
+from PIL import Image
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from easyref_core.training.base_model import BaseModel
+from easyref_core.training.base_model import BaseModel
 
 LATENT_CHANNELS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One group as a method sees it: never the target."""
+    """A method's input: a group without its target."""
 
     id: str
     prompt: str
     references: tuple[Image.Image, ...]
-    captions: tuple[str, ...] = ()  # of the references, in their order; () where there are none
+    captions: tuple[str, ...] = ()  # one for each reference, or none
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How every method's pictures are painted; the base model and its schedule are shared too."""
+    """Sampling settings of every method; the defaults are those of the authors' inference script."""
 
-    size: int | tuple[int, int]  # pixels of a picture: side, or height and width
-    steps: int = 30  # these three: the authors' inference script
+    size: int | tuple[int, int]  # pixels: side, or height and width
+    steps: int = 30
     guidance: float = 5.0
     negative: str = "monochrome, lowres, bad anatomy, worst quality, low quality"
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Height and width."""
+        """Height and width in pixels."""
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
 
+@dataclasses.dataclass(eq=False)
 class Method(abc.ABC):
-    """A method of the benchmark, built once per run from a config entry."""
+    """A method of the benchmark; the fields after `base` are the settings of its config entry."""
 
-    def __init__(self, base: BaseModel) -> None:
-        self.base = base
+    kind: ClassVar[str]
+    base: BaseModel
 
     @property
-    @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What decides this method's pictures, as JSON can hold it; weights by fingerprint, not by path."""
+        """Everything that changes the images, as JSON values; weights by fingerprint, not by path."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "base"]
+        return {"kind": self.kind} | {name: getattr(self, name) for name in names}
 
-    def together(self, task: Task) -> Hashable:
-        """Tasks of equal value may be painted in one batch."""
+    def batch_key(self, task: Task) -> Hashable:
+        """Tasks with equal keys may be in one batch."""
         return None
 
     def prepare(self, task: Task, folder: Path) -> Any:
-        """What is computed once per group: the condition that `attach` takes. folder: the group's own, for what is
-        worth keeping beside its pictures."""
+        """Compute the condition of a group for `attach`. folder: the group's own, for files to cache."""
         return None
 
     @abc.abstractmethod
     def attach(self, conditions: Sequence[Any], seeds: int) -> AbstractContextManager[None]:
-        """Condition the base's UNet while the context is open, and leave it bit for bit as it was.
+        """Condition the base's UNet while the context is open, and restore it bit for bit.
 
-        Meanwhile a batch has 2 * len(conditions) * seeds rows: all unconditional rows, then the conditional ones, each
-        half group by group, `seeds` rows a group.
+        Inside, a batch has 2 * len(conditions) * seeds rows: all unconditional rows, then all conditional
+        rows, each half group by group with `seeds` rows a group.
         """
 
-    def generate_images(
+    def generate(
         self, tasks: Sequence[Task], conditions: Sequence[Any], seeds: Sequence[int], sampling: Sampling
     ) -> list[list[Image.Image]]:
-        """Pictures of each task, one for each seed."""
-        from easyref_core.training.sampling import generate_images
+        """Generate the images of each task, one for each seed."""
+        from easyref_core.training import sampling as sampler
 
         shape = latent_shape(self.base, sampling)
-        noise = torch.stack([starting_noise(task.id, seed, shape) for task in tasks for seed in seeds])
+        noise = torch.stack([initial_noise(task.id, seed, shape) for task in tasks for seed in seeds])
         prompts = [task.prompt for task in tasks for _ in seeds]
         with torch.inference_mode(), self.attach(conditions, len(seeds)):
-            pictures = generate_images(
+            images = sampler.generate_images(
                 self.base,
                 noise.to(self.base.device),
                 prompts,
-                sampling.negative,
-                sampling.guidance,
-                sampling.steps,
-                sampling.sides,
+                negative=sampling.negative,
+                guidance=sampling.guidance,
+                steps=sampling.steps,
+                size=sampling.sides,
             )
-        return [pictures[i : i + len(seeds)] for i in range(0, len(pictures), len(seeds))]
+        return [images[i : i + len(seeds)] for i in range(0, len(images), len(seeds))]
+
+
+class Plain(Method):
+    """The base model with the prompt only, a lower bound for similarity to the references."""
+
+    kind = "plain"
+
+    def attach(self, conditions: Sequence[Any], seeds: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def latent_shape(base: BaseModel, sampling: Sampling) -> tuple[int, int, int]:
-    """Shape of one picture's latents (4, h, w).
-
-    Raises ValueError for a size that the VAE cannot paint.
-    """
+    """Shape of one image's latents (4, h, w). Raises ValueError for a size that the VAE cannot decode."""
     factor = base.vae_scale_factor
     height, width = sampling.sides
     if height % factor or width % factor:
         raise ValueError(
-            f"The pictures' size is {height}x{width}; wanted multiples of {factor}, one place of the latent grid. "
+            f"The image size is {height}x{width}; wanted multiples of {factor}, the pixels of one latent. "
             "Change `size` in the config."
         )
     return LATENT_CHANNELS, height // factor, width // factor
 
 
-def starting_noise(group: str, seed: int, shape: tuple[int, ...]) -> Tensor:
-    """Noise of one picture: the same for every method, another for every group, on any device and in any batch."""
+def initial_noise(group: str, seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Noise of one image; it depends on the group and the seed only, not on method, device or batch."""
     number = int.from_bytes(hashlib.sha256(f"{seed} {group}".encode()).digest()[:8], "big") >> 1
     return torch.randn(shape, generator=torch.Generator().manual_seed(number))
 
 
-def number_of(group: str) -> int:
-    """A seed of the group's own, for what is random besides the painting."""
+def group_seed(group: str) -> int:
+    """Seed of everything random in a group but its noise."""
     return int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big")
