@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..mllm.config import EasyRefConfig
+    from ..mllm.qwen2_vl import Rope
 
 LARGEST_WEIGHT = 4  # of one reference
 
@@ -147,17 +148,27 @@ class ReferenceAggregator(nn.Module):
         The attention is causal in the released model: the authors set is_causal = False, but transformers 4.45.2
         never reads that flag under sdpa. Positions continue after the context; they do not start again at 0.
         """
-        count = self.config.num_tokens
-        tokens = self.reference_tokens(torch.arange(count, device=context.device)).to(context.dtype)
-        x = torch.cat([context, tokens.expand(len(context), -1, -1)], dim=1)
+        count, causal = self.config.num_tokens, self.config.causal
         if real is not None:
             real = torch.cat([real, real.new_ones(len(real), count)], dim=1)
-        turn = text_rope(x.shape[1], self.config, x.device)
-        for layer in self.layers[:-1]:
-            x = layer(x, turn, causal=self.config.causal, real=real, bias=bias)
+        x, rope = self.last_layer_input(context, real, bias)
         # Of the last layer only the reference tokens' rows are used, so only those are computed.
-        last = self.layers[-1]
-        return self.norm(last(x, turn, causal=self.config.causal, queries=count, real=real, bias=bias))
+        return self.norm(self.layers[-1](x, rope, causal=causal, queries=count, real=real, bias=bias))
+
+    def last_layer_input(
+        self, context: Tensor, padding_mask: Tensor | None = None, attn_bias: Tensor | None = None
+    ) -> tuple[Tensor, Rope]:
+        """Context states (B, S, D) -> input of the last layer (B, S + T, D) and the RoPE of its positions.
+
+        padding_mask: (B, S + T). attn_bias: (T, S + T).
+        """
+        ids = torch.arange(self.config.num_tokens, device=context.device)
+        tokens = self.reference_tokens(ids).to(context.dtype)
+        x = torch.cat([context, tokens.expand(len(context), -1, -1)], dim=1)
+        rope = text_rope(x.shape[1], self.config, x.device)
+        for layer in self.layers[:-1]:
+            x = layer(x, rope, causal=self.config.causal, real=padding_mask, bias=attn_bias)
+        return x, rope
 
     def project(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, D) -> reference tokens (B, T, C)."""

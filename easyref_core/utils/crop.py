@@ -17,18 +17,19 @@ def middle_square(height: int, width: int) -> Box:
     return left, top, left + side, top + side
 
 
-def square_around(mask: Tensor, height: int, width: int, padding: float) -> Box:
+def square_around(mask: Tensor, height: int, width: int, padding: float, name: str = "The mask") -> Box:
     """The square around what a mask (h, w), of any size, marks (above 0.5) in a picture of height x width pixels.
 
     Its side is the longer one of the marked part's bounding box times `padding`, but no longer than the picture's
-    shorter side; where it would reach over an edge it is moved in. Raises ValueError for a mask that marks nothing.
+    shorter side; where it would reach over an edge it is moved in.
+    Raises ValueError for a mask that marks nothing; the error calls it `name`.
     """
     marked = mask > 0.5
     rows, columns = (marked.any(dim=axis).nonzero().flatten() for axis in (1, 0))
     if not len(rows):
         raise ValueError(
-            "marks nothing (no value above 0.5), so there is nothing to crop around. Paint it in the mask editor, or "
-            "choose another crop."
+            f"{name} marks nothing (no value above 0.5), so there is nothing to crop around. Paint it in the mask "
+            "editor, or choose another crop."
         )
     down, across = height / mask.shape[0], width / mask.shape[1]
     top, bottom = int(rows[0]) * down, (int(rows[-1]) + 1) * down

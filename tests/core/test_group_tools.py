@@ -167,5 +167,7 @@ def test_the_square_around_a_mask(mask: torch.Tensor, padding: float, box: tuple
 
 def test_a_mask_that_marks_nothing() -> None:
     assert_says(
-        error_of(lambda: square_around(torch.zeros(64, 64), 10, 10, 1.0)), "marks nothing", "Paint it"
+        error_of(lambda: square_around(torch.zeros(64, 64), 10, 10, 1.0, "The mask of a")),
+        "The mask of a marks nothing",
+        "Paint it",
     )
