@@ -259,7 +259,7 @@ def test_file_that_is_a_link_out_of_the_input_folder_is_refused(from_folder, inp
 
 def test_missing_and_empty_folders(from_folder, inputs):
     (inputs / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no folder 'absent' in .*Folders there: empty"):
+    with pytest.raises(FileNotFoundError, match=r"Folder 'absent' does not exist in .*Folders there: empty"):
         from_folder.execute("absent", 16, 0)
     with pytest.raises(ValueError, match="No picture was found in 'empty'"):
         from_folder.execute("empty", 16, 0)
