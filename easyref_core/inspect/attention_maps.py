@@ -28,9 +28,9 @@ class AttentionShares:
     """Shares of the reference tokens' attention, in 0..1; together they sum to 1.
 
     maps: one (rows, columns) map in image tokens per reference; its sum is the reference's share.
-    template: chat template up to the last reference, including the image marks and the first tokens, which many
-    heads use as an attention sink. text: everything after the last reference (instruction, prompt, end of the
-    template). tokens: the reference tokens themselves.
+    template: chat template up to the last reference, including the image marks and the first tokens, which
+    many heads use as an attention sink. text: everything after the last reference (instruction, prompt, end
+    of the template). tokens: the reference tokens themselves.
     """
 
     maps: tuple[Tensor, ...]
@@ -46,7 +46,7 @@ class AttentionShares:
 
 @torch.inference_mode()
 def attention_shares(model: EasyRef, context: ContextStates, token: int = -1) -> AttentionShares:
-    """Return the attention shares of one reference token, or of all (token -1), averaged over tokens and heads.
+    """Return the attention shares of one reference token, or of all (token -1), averaged over heads.
 
     Raises ValueError for a context of another checkpoint and for a token that does not exist.
     """
@@ -68,7 +68,7 @@ def attention_shares(model: EasyRef, context: ContextStates, token: int = -1) ->
 def aggregation_attention(
     aggregator: ReferenceAggregator, context: Tensor, attn_bias: Tensor | None = None
 ) -> Tensor:
-    """Return the attention weights (B, heads, T, S + T) of the reference tokens over context states (B, S, D).
+    """Return the attention (B, heads, T, S + T) of the reference tokens over context states (B, S, D).
 
     These are the last layer's softmax(Q K^T) at the reference tokens' rows, in float32; each row sums to 1.
     attn_bias: (T, S + T), see weight_bias.
@@ -94,9 +94,9 @@ def attention_weights(
     num_queries: int,
     attn_bias: Tensor | None = None,
 ) -> Tensor:
-    """Return softmax(Q K^T / sqrt(head_dim)) of the last positions of x (B, S, D): (B, heads, num_queries, S).
+    """Return softmax(Q K^T / sqrt(head_dim)) of the last positions of x (B, S, D).
 
-    attn_bias: (num_queries, S), added to the logits.
+    The result is (B, heads, num_queries, S). attn_bias: (num_queries, S), added to the logits.
     """
     cos, sin = rope
     q = rearrange(attention.q_proj(x[:, -num_queries:]), "b n (h d) -> b n h d", h=attention.heads).float()
@@ -112,7 +112,7 @@ def attention_weights(
 
 
 def split_shares(weights: Tensor, context: ContextStates, config: EasyRefConfig) -> AttentionShares:
-    """Split attention weights (S + T,) into the shares of the references, the text and the reference tokens."""
+    """Split attention weights (S + T,) into shares of the references, the text and the reference tokens."""
     length, last = context.states.shape[1], context.spans[-1][1]
     sizes = (context.grid[:, 1:] // config.merge_size).tolist()
     maps = tuple(
@@ -135,6 +135,7 @@ def require_same_group(
     encoded = [tuple(sides) for sides in context.grid[:, 1:].tolist()]
     if patches != encoded:
         raise ValueError(
-            f"The group is not the one that was encoded: it has {len(patches)} references of {patches} patches, the "
-            f"context {len(encoded)} of {encoded}. Connect the same group to Encode Reference Group and here."
+            f"The group is not the one that was encoded: it has {len(patches)} references of {patches} "
+            f"patches, the context {len(encoded)} of {encoded}. Connect the same group to Encode Reference "
+            "Group and here."
         )

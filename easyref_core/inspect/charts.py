@@ -90,8 +90,8 @@ def matrix_chart(
 ) -> Image.Image:
     """Draw values (rows, columns) as a heat map with labels and a colour bar; NaN is grey.
 
-    images: one above each column's label. highlight: index of the row and column labelled in red. note: meaning of
-    the colours.
+    images: one above each column's label. highlight: index of the row and column labelled in red. note:
+    meaning of the colours.
     """
     cell = int(np.clip(576 / len(columns), 18, 64))
     label_width = int(max(font(TEXT).getlength(row) for row in rows)) + MARGIN

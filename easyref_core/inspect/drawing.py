@@ -80,7 +80,7 @@ def tile(images: Sequence[Image.Image], cell: int) -> Image.Image:
 
 
 def overlay_heatmap(image: Image.Image, heat: np.ndarray, opacity: float = 0.75) -> Image.Image:
-    """Blend a heat map (rows, columns) in 0..1 over the image in grey; the hotter, the less of the image shows."""
+    """Blend a heat map (rows, columns) in 0..1 over the image in grey; hot areas are more opaque."""
     grey = ImageOps.grayscale(image).convert("RGB")
     resized = Image.fromarray(heat.astype(np.float32)).resize(image.size, Image.Resampling.BICUBIC)
     strength = np.asarray(resized).clip(0, 1)
@@ -96,7 +96,7 @@ def apply_colormap(values: np.ndarray) -> np.ndarray:
 
 
 def fit_square(image: Image.Image, cell: int) -> Image.Image:
-    """Resize an image to the largest size that fits into a square of `cell` pixels; upscaling keeps pixels sharp."""
+    """Resize an image to fit into a square of `cell` pixels; upscaling keeps pixels sharp."""
     upscales = max(image.size) <= cell
     resampling = Image.Resampling.NEAREST if upscales else Image.Resampling.LANCZOS
     return ImageOps.contain(image.convert("RGB"), (cell, cell), resampling)

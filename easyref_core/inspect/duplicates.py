@@ -1,8 +1,8 @@
 """Duplicate images: equal pixels, or near-duplicates. In a group they cost tokens without adding information.
 
-Near-duplicate: the 64-bit perceptual hashes (signs of the lowest frequencies) differ in at most 6 bits, and the
-8x8 thumbnails differ by at most 16 of 255 on average. That finds an image that was saved again, resized, or made a
-little brighter. It does not find a crop, a mirrored copy or a recoloured one.
+Near-duplicate: the 64-bit perceptual hashes (signs of the lowest frequencies) differ in at most 6 bits, and
+the 8x8 thumbnails differ by at most 16 of 255 on average. That finds an image that was saved again, resized,
+or made a little brighter. It does not find a crop, a mirrored copy or a recoloured one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def fingerprint(image: Image.Image) -> Fingerprint:
 
 
 def perceptual_hash(image: Image.Image) -> NDArray[np.bool_]:
-    """Return (64,) bits: True where a DCT frequency of the grey 32x32 image, of the lowest 8x8, exceeds their median."""
+    """Return (64,) bits: True where one of the lowest 8x8 DCT frequencies exceeds their median."""
     side = DCT_SIDE
     grey = np.asarray(image.convert("L").resize((side, side), Image.Resampling.BOX), dtype=np.float64)
     k, n = np.arange(DCT_FREQUENCIES)[:, None], np.arange(side)[None]
@@ -78,7 +78,7 @@ def find_duplicates(prints: Mapping[Name, Fingerprint], near: bool = True) -> li
 
 
 def first_of_each(prints: Mapping[Name, Fingerprint], near: bool = True) -> dict[Name, Name]:
-    """Return {duplicate: the first image it repeats} of the images to drop. An image that is itself dropped is not named."""
+    """Return {duplicate to drop: image it repeats}; the repeated image is never dropped itself."""
     return {pair.second: pair.first for pair in repeats(prints, near)}
 
 
@@ -95,7 +95,7 @@ def duplicates(images: Sequence[Image.Image | Tensor]) -> list[Pair]:
 
 
 def thumbnail(image: Image.Image | Tensor, side: int) -> Image.Image:
-    """Return the image as RGB, no side longer than `side` pixels; large tensors are subsampled first, for speed.
+    """Return the image as RGB with no side longer than `side` pixels; large tensors are subsampled first.
 
     Raises ValueError for an image that cannot be converted to RGB.
     """
@@ -108,7 +108,7 @@ def thumbnail(image: Image.Image | Tensor, side: int) -> Image.Image:
 
 
 def repeats(prints: Mapping[Name, Fingerprint], near: bool = True) -> list[Pair]:
-    """Return each image that repeats an earlier one, paired with the first it repeats that is not a repeat itself."""
+    """Return each image that repeats an earlier one, with the first such image that is not a repeat."""
     pairs: dict[Name, Pair] = {}
     for pair in find_duplicates(prints, near):  # in the order of `prints`
         if pair.first not in pairs:
@@ -121,7 +121,7 @@ def _near(a: Fingerprint, b: Fingerprint) -> bool:
 
 
 def _candidates(values: Sequence[Fingerprint]) -> Iterator[tuple[int, int]]:
-    """Yield the pairs (i < j) with close hashes, in order; equal pixels have equal hashes, so they are included."""
+    """Yield the pairs (i < j) with close hashes, in order; they include images with equal pixels."""
     if not values:
         return
     signs = np.stack([value.bits for value in values]).astype(np.float32) * 2 - 1  # (n, 64)

@@ -1,4 +1,4 @@
-"""Influence of each reference on the reference tokens (leave one out), outlier detection, and image similarity."""
+"""Influence of each reference on the reference tokens (leave one out), similarity, and outlier detection."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 Progress = Callable[[float], None]  # called with the finished fraction, up to 1; may raise to stop
 
 MIN_REFERENCES = 4  # an outlier is reported only in groups of at least this size
-# Measured on code-made groups with the shipped model, half of them with an outlier (4 and 6 references, 96 groups):
-# pooled vision features found 23 of 48 outliers at 5 and flagged 2 references of the 48 groups without one; at 3.5,
-# 27 and 5. The tokens of each reference alone found 13 and flagged 4. The leave-one-out change does not help, because
-# the model is trained to ignore outliers.
+# Measured on code-made groups with the shipped model, half of them with an outlier (4 and 6 references, 96
+# groups): pooled vision features found 23 of 48 outliers at 5 and flagged 2 references of the 48 groups
+# without one; at 3.5, 27 and 5. The tokens of each reference alone found 13 and flagged 4. The leave-one-out
+# change does not help, because the model is trained to ignore outliers.
 OUTLIER_Z = 5.0
 
 
@@ -33,9 +33,9 @@ OUTLIER_Z = 5.0
 class Influence:
     """Influence of the K references of a group.
 
-    changes: change of the tokens without each reference, see `change`. similarity: (K, K), cosines of the vision
-    features. outlier: index of the reference that does not belong, or -1. score: robust z-score of the reference
-    that is least similar to the others.
+    changes: change of the tokens without each reference, see `change`. similarity: (K, K), cosines of the
+    vision features. outlier: index of the reference that does not belong, or -1. score: robust z-score of the
+    reference that is least similar to the others.
     """
 
     changes: list[float]
@@ -83,7 +83,7 @@ def leave_one_out(
         )
 
     def step(number: int) -> Progress:
-        """Progress of one of the count + 2 steps: the features, the tokens of all images, and of all but one each."""
+        """Progress of one of count + 2 steps: features, tokens of all images, tokens without each image."""
         return lambda done: progress((number + done) / (count + 2))
 
     similarity = cosine_matrix(features(images, step(0)))
@@ -93,13 +93,13 @@ def leave_one_out(
 
 
 def change(tokens: Tensor, without: Tensor) -> float:
-    """Return 1 - cosine of two sets of tokens (1, T, C), averaged over tokens: 0 if nothing changed, at most 2."""
+    """Return 1 - cosine of two sets of tokens (1, T, C), averaged over tokens: 0 (no change) to 2."""
     return 1 - float(cosine_similarity(tokens.float(), without.float(), dim=-1).mean())
 
 
 @torch.inference_mode()
 def pooled_features(model: EasyRef, group: PreparedGroup, progress: Progress = lambda done: None) -> Tensor:
-    """Return the vision tower's features of each reference, averaged over image tokens: (K, D), float32 on the CPU.
+    """Return each reference's vision features, averaged over image tokens: (K, D), float32 on the CPU.
 
     They depend neither on the text nor on the other references.
     """
@@ -108,7 +108,7 @@ def pooled_features(model: EasyRef, group: PreparedGroup, progress: Progress = l
 
 
 def cosine_matrix(features: Tensor, others: Tensor | None = None) -> Tensor:
-    """Return the cosines (N, K), float32, of features (N, D) with others (K, D), by default with each other."""
+    """Return the cosines (N, K), float32, of features (N, D) with others (K, D), by default themselves."""
     unit = normalize(features.float(), dim=-1)
     return unit @ (unit if others is None else normalize(others.float(), dim=-1)).T
 
@@ -121,8 +121,8 @@ def mean_to_others(similarity: Tensor) -> Tensor:
 def robust_z(values: Sequence[float]) -> list[float]:
     """Return how far each value is below the median, in robust standard deviations.
 
-    One robust standard deviation is the median absolute deviation / 0.6745 (Iglewicz and Hoaglin, How to Detect and
-    Handle Outliers, 1993).
+    One robust standard deviation is the median absolute deviation / 0.6745 (Iglewicz and Hoaglin, How to
+    Detect and Handle Outliers, 1993).
     """
     spread = torch.as_tensor(values, dtype=torch.float64)
     below = spread.quantile(0.5) - spread

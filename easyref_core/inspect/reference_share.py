@@ -1,4 +1,4 @@
-"""Size of the reference term relative to the attention output it is added to, recorded while a model samples."""
+"""Size of the reference term relative to the attention output, recorded while a model samples."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Share(NamedTuple):
 
 
 def squared_norms(tensor: Tensor) -> Tensor:
-    """Return the squared norm of each token (tokens,), over rows and channels of (rows, tokens, inner), in float32."""
+    """Return the squared norm of each token (tokens,), float32, over (rows, tokens, inner)."""
     return tensor.float().square().sum(dim=(0, 2))
 
 
 def term_share(term: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the share () and the share of each token (tokens,) from squared norms (tokens,). 0 where both are 0."""
+    """Return the share () and the share per token (tokens,) from squared norms; 0 where both are 0."""
 
     def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
         return torch.where(numerator > 0, numerator / denominator, 0.0).sqrt()
@@ -57,12 +57,13 @@ def branch_runs(unconditional: Sequence[bool]) -> list[tuple[bool, slice]]:
 class Recorder:
     """Recorder of reference shares; `shares` returns them.
 
-    It records the term as it is added (weight, layer, schedule and mask included), relative to the attention output
-    without it: the text's attention and, in a chain, the terms of the earlier nodes. The rows of one branch are
-    pooled. Nothing is copied from the device before `shares`, because a copy would stall the sampling.
+    It records the term as it is added (weight, layer, schedule and mask included), relative to the attention
+    output without it: the text's attention and, in a chain, the terms of the earlier nodes. The rows of one
+    branch are pooled. Nothing is copied from the device before `shares`, because a copy would stall the
+    sampling.
 
-    Calls at the same sigma add up (split batches, a second evaluation by a guidance node, a second sampling): call
-    `clear` before a sampling that is to be measured alone.
+    Calls at the same sigma add up (split batches, a second evaluation by a guidance node, a second sampling):
+    call `clear` before a sampling that is to be measured alone.
     """
 
     def __init__(self) -> None:
@@ -113,7 +114,7 @@ class Recorder:
 def share_by_block_and_step(
     shares: Mapping[ShareKey, Share],
 ) -> tuple[list[Block], list[float], Tensor]:
-    """Return the blocks in UNet order, the sigmas in falling order, and the mean share (blocks, steps) over sites.
+    """Return the blocks in UNet order, the sigmas in falling order, and the mean share (blocks, steps).
 
     NaN where nothing was added.
     """
@@ -131,7 +132,7 @@ def share_by_block_and_step(
 
 
 def share_map(shares: Mapping[ShareKey, Share]) -> Tensor:
-    """Return the mean share at each position of the image (rows, columns), at the finest grid of the attentions."""
+    """Return the mean share at each position of the image (rows, columns), at the finest recorded grid."""
     grids = [share.grid for share in shares.values()]
     # a single row means that another pack merged tokens, so their positions are unknown
     spatial = [grid for grid in grids if grid.shape[0] > 1] or grids
@@ -141,7 +142,7 @@ def share_map(shares: Mapping[ShareKey, Share]) -> Tensor:
 
 
 def share_masks(recordings: Sequence[Mapping[ShareKey, Share]]) -> Tensor:
-    """Return the share_map of each recording as masks (N, rows, columns) of one size, each scaled to a maximum of 1."""
+    """Return the share_map of each recording as masks (N, rows, columns), each scaled to a maximum of 1."""
     maps = [share_map(shares) for shares in recordings]
     shape = max((tuple(m.shape) for m in maps), key=lambda shape: shape[0] * shape[1])
     resized = [interpolate(m[None, None], shape)[0, 0] for m in maps]

@@ -55,7 +55,8 @@ def attention_report(images: Sequence[AnyImage], shares: AttentionShares, token:
     for i, (share, heat) in enumerate(zip(shares.references, shares.maps, strict=True)):
         relative = share / total * tokens / heat.numel()
         lines.append(
-            f"of that, reference {i + 1}: {percent(share / total)}, {relative:.2f} times its part of the image tokens"
+            f"of that, reference {i + 1}: {percent(share / total)}, {relative:.2f} times its part of the "
+            "image tokens"
         )
     return Report(chart, "\n".join(lines))
 
@@ -67,7 +68,7 @@ def heat_maps(shares: AttentionShares) -> list[Tensor]:
 
 
 def influence_report(images: Sequence[AnyImage], influence: Influence) -> Report:
-    """Report the influence of each reference: a bar for each, and the matrix of similarities; an outlier is red."""
+    """Report the influence of each reference: bars and a matrix of similarities, with an outlier in red."""
     images, outlier = _to_rgb(images), influence.outlier
     names = [f"reference {i + 1}" for i in range(len(images))]
     bars = [
@@ -92,7 +93,8 @@ def influence_report(images: Sequence[AnyImage], influence: Influence) -> Report
 
     means = mean_to_others(influence.similarity).tolist()
     lines = [
-        f"{name}: the tokens change by {value:.4f} without it (1 - cosine); mean similarity to the others {mean:.3f}"
+        f"{name}: the tokens change by {value:.4f} without it (1 - cosine); mean similarity to the others "
+        f"{mean:.3f}"
         for name, value, mean in zip(names, influence.changes, means, strict=True)
     ]
     return Report(chart, "\n".join([*lines, _verdict(influence)]))
@@ -152,8 +154,8 @@ def consistency_report(
 ) -> Report:
     """Report the cosines (N, K) of N images to K references: a bar for each image, the best in green.
 
-    reference_sizes: (height, width) of each reference. center_crop: True if the image encoder crops to the centre
-    square, False if it squeezes; the text names the references that lose something by it.
+    reference_sizes: (height, width) of each reference. center_crop: True if the image encoder crops to the
+    centre square, False if it squeezes; the text names the references that lose something by it.
     """
     means = cosines.mean(dim=1).tolist()
     best = int(cosines.mean(dim=1).argmax())
@@ -184,16 +186,16 @@ def weight_sheet(
     end_percents: Sequence[float],
     cell: int = CELL,
 ) -> Image.Image:
-    """Draw a contact sheet of images made with pairs of weight and end_percent: weights across, ends downwards.
+    """Draw images made with pairs of weight and end_percent: weights from left to right, ends downwards.
 
     batches: the images of each pair; they share one cell of `cell` pixels.
     Raises ValueError unless there is one batch, one weight and one end_percent for each pair.
     """
     if not len(batches) == len(weights) == len(end_percents):
         raise ValueError(
-            f"The sheet was given {len(batches)} pictures, {len(weights)} weights and {len(end_percents)} ends; it "
-            "needs the same number of each. Link weight and end_percent of one Weight Sheet to Apply EasyRef and "
-            "here, and decode every result."
+            f"The sheet was given {len(batches)} pictures, {len(weights)} weights and {len(end_percents)} "
+            "ends; it needs the same number of each. Link weight and end_percent of one Weight Sheet to "
+            "Apply EasyRef and here, and decode every result."
         )
     columns = list(dict.fromkeys(weights))
     rows: dict[str, list[Image.Image | None]] = {

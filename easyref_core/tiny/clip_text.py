@@ -1,7 +1,7 @@
 """CLIP text encoders of a diffusers SDXL folder, of any size, in plain torch.
 
-ComfyUI's own encoders only accept CLIP's vocabulary. Those of transformers rename their weights between releases, and
-initialise the ones they do not find.
+ComfyUI's own encoders only accept CLIP's vocabulary. Those of transformers rename their weights between
+releases, and initialise the ones they do not find.
 """
 
 from __future__ import annotations

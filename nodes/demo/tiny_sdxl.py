@@ -21,7 +21,7 @@ from ...easyref_core.tiny.diffusers_folder import load_config, load_weights
 
 
 class TinyLatents(comfy.latent_formats.LatentFormat):
-    """Latents of the folder's own VAE, without live preview: the host's preview factors are for SDXL's VAE."""
+    """Latents of the folder's own VAE; no live preview, because the host's factors are for SDXL's VAE."""
 
     def __init__(self, scale_factor: float) -> None:
         self.scale_factor = scale_factor
@@ -48,7 +48,8 @@ class TinySDXL(comfy.model_base.SDXL):
 def load_model(base: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """Load the UNet of a diffusers SDXL folder into a ModelPatcher, as the host's own loaders do.
 
-    disable_dynamic: load without the host's paging. Some host features reload the model so, by `cached_patcher_init`.
+    disable_dynamic: load without the host's paging. Some host features reload the model so, by
+    `cached_patcher_init`.
     """
     unet, vae = load_config(base / "unet"), load_config(base / "vae")
     config = TinyConfig(unet_config(unet), vae["scaling_factor"])

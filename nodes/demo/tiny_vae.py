@@ -24,7 +24,7 @@ def load_vae(base: Path) -> comfy.sd.VAE:
 
 
 def host_config(diffusers: dict[str, Any]) -> dict[str, Any]:
-    """Convert diffusers' config.json of a VAE, with widths in multiples of 32, to the host's configuration."""
+    """Convert diffusers' config.json of a VAE (widths in multiples of 32) to the host's configuration."""
     widths = diffusers["block_out_channels"]
     sizes = {
         "double_z": True,

@@ -88,8 +88,8 @@ def memory_line(easyref: HostedEasyRef, budget: Budget) -> str:
     device = easyref.model.device
     return (
         f"Memory: {budget.activation_bytes / GIB:.2f} GiB at most beside the weights "
-        f"({easyref.patcher.model_size() / GIB:.2f} GiB); {device} has {mm.get_total_memory(device) / GIB:.1f} GiB, "
-        f"{mm.get_free_memory(device) / GIB:.1f} free now."
+        f"({easyref.patcher.model_size() / GIB:.2f} GiB); {device} has "
+        f"{mm.get_total_memory(device) / GIB:.1f} GiB, {mm.get_free_memory(device) / GIB:.1f} free now."
     )
 
 

@@ -82,7 +82,8 @@ class EasyRefCropReference(io.ComfyNode):
             for reference, (left, top, right, bottom) in zip(references, boxes, strict=True)
         )
         lines = [
-            f"reference {i + 1}: {old.shape[2]}x{old.shape[1]} -> {new.shape[2]}x{new.shape[1]} at ({box[0]}, {box[1]})"
+            f"reference {i + 1}: {old.shape[2]}x{old.shape[1]} -> {new.shape[2]}x{new.shape[1]} at "
+            f"({box[0]}, {box[1]})"
             for i, (old, new, box) in enumerate(zip(references, crops, boxes, strict=True))
             if old.shape != new.shape
         ]

@@ -21,12 +21,12 @@ def image_sizes(references: Sequence[Tensor]) -> list[tuple[int, int]]:
 
 
 def usable_memory(easyref: HostedEasyRef) -> int:
-    """Return the bytes that one encoding may use: of all the device's memory, because the host frees what it needs."""
+    """Return the bytes one encoding may use. All memory of the device counts, because the host frees some."""
     return int(USABLE_MEMORY * mm.get_total_memory(easyref.model.device))
 
 
 def fitting_size(
     easyref: HostedEasyRef, sizes: Sequence[tuple[int, int]], prompt: str, instruction: str, size: int
 ) -> int:
-    """Return the largest size, at most `size`, at which a group fits; `size` if none does, so that encoding fails."""
+    """Return the largest size up to `size` at which a group fits; `size` if none, so that encoding fails."""
     return easyref.model.largest_size(sizes, prompt, instruction, size, usable_memory(easyref)) or size

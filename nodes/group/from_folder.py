@@ -75,9 +75,10 @@ class EasyRefGroupFromFolder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder: str | None) -> bool | str:
-        """Refuse a path outside the input folder, such as an empty one; folder is None if it comes through a link.
+        """Refuse a path outside the input folder, such as an empty one.
 
-        It is refused here, because an output node that fails while it runs stops the other nodes.
+        folder is None if it comes through a link. The path is refused here, because an output node that fails
+        while it runs stops the other nodes.
         """
         try:
             if folder is not None:
@@ -110,8 +111,8 @@ class EasyRefGroupFromFolder(io.ComfyNode):
         if not images:
             tried = f"{len(window)} files tried, from number {start} on"
             raise ValueError(
-                f"No picture was found in {shorten(repr(folder))} of the input folder ({tried}). Put pictures there, "
-                f"or give another folder. {' '.join(notes)}".rstrip()
+                f"No picture was found in {shorten(repr(folder))} of the input folder ({tried}). Put "
+                f"pictures there, or give another folder. {' '.join(notes)}".rstrip()
             )
         references = (*(group or ()), *images)
         return io.NodeOutput(references, "\n".join(names), ui=group_preview(references, notes))
@@ -127,14 +128,14 @@ def sorted_files(folder: str) -> SortedFiles:
     if not path.is_dir():
         others = sorted(entry.name for entry in base.iterdir() if entry.is_dir())
         raise FileNotFoundError(
-            f"Folder {shorten(repr(folder))} does not exist in {base}. Give the path of an existing one. Folders "
-            f"there: {', '.join(others) or 'none'}."
+            f"Folder {shorten(repr(folder))} does not exist in {base}. Give the path of an existing one. "
+            f"Folders there: {', '.join(others) or 'none'}."
         )
     return sort_files(sorted((entry.name for entry in path.iterdir() if entry.is_file()), key=natural_key))
 
 
 def image_paths(folder: str, names: list[str]) -> list[Path]:
-    """Return the full paths of files in a folder. Raises ValueError for a link that leads out of the input folder."""
+    """Return the full paths of files in a folder. Raises ValueError for a link out of the input folder."""
     base = input_folder()
     return [resolve_inside(base, str(Path(folder, name))) for name in names]
 
@@ -151,7 +152,7 @@ def skipped_notes(files: SortedFiles) -> list[str]:
 
 
 def window_notes(count: int, start: int, limit: int) -> list[str]:
-    """Return a note with the number of images outside the window that start and limit give, if there are any."""
+    """Return a note with the number of images outside the window of start and limit, if any."""
     outside = count - len(range(count)[start : start + limit])
     return [f"{outside} of {count} images were not taken (start {start}, limit {limit})."] if outside else []
 
@@ -163,7 +164,7 @@ def join_names(names: list[str]) -> str:
 
 
 def state_of(folder: str, limit: int, start: int) -> str:
-    """Return names and states of the files to load, and names of those in the notes. Raises as image_paths does."""
+    """Return names and states of the files to load, and the names in the notes. Raises as image_paths."""
     files = sorted_files(folder)
     paths = image_paths(folder, files.readable[start : start + limit])
     return " ".join([*(path.name for path in paths), folders.state_of(paths), *files.no_reader])
@@ -187,8 +188,8 @@ def resolve_inside(base: Path, relative: str) -> Path:
     absolute = Path(relative).is_absolute() or PureWindowsPath(relative).drive
     if path is None or not relative.strip() or absolute or not path.is_relative_to(base):
         raise ValueError(
-            f"{shorten(repr(relative))} is not inside ComfyUI's input folder ({base}). Give a path relative to it; "
-            "links that lead out of it are not followed."
+            f"{shorten(repr(relative))} is not inside ComfyUI's input folder ({base}). Give a path relative "
+            "to it; links that lead out of it are not followed."
         )
     return path
 
@@ -200,7 +201,7 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 
 def load_image(path: Path) -> Tensor:
-    """Load an image file as (1, height, width, 3) in 0..1, oriented by its EXIF data; an animation's first frame."""
+    """Load an image file, or an animation's first frame, as (1, H, W, 3) in 0..1, oriented by EXIF."""
     image: Image.Image = node_helpers.pillow(open_image, path)
     image = node_helpers.pillow(ImageOps.exif_transpose, image)
     return image_of(to_rgb(image))

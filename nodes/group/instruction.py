@@ -66,6 +66,7 @@ def instruction_text(preset: str, language: str, text: str) -> str:
         return text if text.endswith("\n") else text + "\n"
     if preset == CUSTOM:
         raise ValueError(
-            "The preset is custom and the text is empty. Write what the MLLM should look for, or choose a preset."
+            "The preset is custom and the text is empty. Write what the MLLM should look for, or choose a "
+            "preset."
         )
     return PRESETS[preset][language]

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 MAX_SELECTED = 1000  # references of a selection, which may repeat a reference
 EMPTY = (
-    "The reference group is empty. Connect at least one image to images.image0, or a group to extend to group. "
-    "Sockets with other names, as programs may send, are ignored."
+    "The reference group is empty. Connect at least one image to images.image0, or a group to extend to "
+    "group. Sockets with other names, as programs may send, are ignored."
 )
 
 
@@ -55,7 +55,7 @@ class EasyRefGroup(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, **inputs: Any) -> bool:
-        """Refuse a group without links here, because an output node that fails while it runs stops the other nodes.
+        """Refuse a group without links, because an output node that fails while it runs stops the others.
 
         Raises ValueError, because the host reports a returned text only for inputs that are connected.
         """

@@ -19,7 +19,7 @@ MIN_ADVISED = 3  # references, as the authors advise
 
 
 def group_preview(references: Sequence[Tensor], notes: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the ui of a node that made a group: a contact sheet, the number of references, notes and duplicates."""
+    """Return the ui of a node that made a group: contact sheet, number of references, notes, duplicates."""
     doubles = duplicate_notes(duplicates([reference[0] for reference in references]))
     lines = [count_text(len(references)), *notes, *small_group_notes(len(references)), *doubles]
     return {**preview.pictures(references), **preview.text("\n".join(lines))}
@@ -35,7 +35,8 @@ def small_group_notes(references: int) -> list[str]:
     if references >= MIN_ADVISED:
         return []
     return [
-        f"Warning: {count_text(references)}. EasyRef works best with {MIN_ADVISED} or more that share one thing."
+        f"Warning: {count_text(references)}. EasyRef works best with {MIN_ADVISED} or more that share one "
+        "thing."
     ]
 
 

@@ -69,7 +69,8 @@ class EasyRefConsistency(io.ComfyNode):
         pictures, references = split(images), references_of(group)
         if not pictures or not references:
             raise ValueError(
-                f"There are {len(pictures)} pictures and {len(references)} references. Connect at least one of each."
+                f"There are {len(pictures)} pictures and {len(references)} references. Connect at least one "
+                "of each."
             )
         embeddings = embed(clip_vision, [*pictures, *references], crop)
         cosines = cosine_matrix(embeddings[: len(pictures)], embeddings[len(pictures) :])
@@ -87,7 +88,7 @@ class EasyRefConsistency(io.ComfyNode):
 
 
 def embed(clip_vision: Any, images: list[Tensor], crop: str) -> Tensor:
-    """Return the embeddings (N, D) of images, each (1, height, width, channels); can be cancelled between images."""
+    """Return the embeddings (N, D) of images, each (1, height, width, C); can be cancelled between images."""
     progress, rows = counted(len(images)), []
     for i, image in enumerate(images):
         rows.append(clip_vision.encode_image(image[..., :3], crop=crop == CROPS[0])["image_embeds"].flatten())

@@ -104,7 +104,7 @@ class EasyRefSheet(io.ComfyNode):
 
 
 def unique_numbers(text: str, name: str, low: float, high: float) -> list[float]:
-    """Return the distinct numbers of a list, in order. Raises ValueError for anything else, and for an empty list."""
+    """Return the distinct numbers of a list, in order. Raises ValueError for an invalid or empty list."""
     numbers = parse_numbers(text, name, low, high, example="0.4, 0.7, 1.0")
     if not numbers:
         raise ValueError(f'{name} is empty. Write at least one number, such as "1.0".')

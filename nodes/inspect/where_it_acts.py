@@ -1,4 +1,4 @@
-"""Where It Acts."""
+"""Record Where It Acts and Where It Acts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,39 @@ from ...easyref_core.inspect.reference_share import share_by_block_and_step, sha
 from ...easyref_core.inspect.reports import where_it_acts_report
 from ..host.images import image_of, pictures_of
 from ..host.socket_types import EasyRefRecordSocket
+from ..unet_patch.recording import with_record
 
 if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
     from torch import Tensor
 
     from ..unet_patch.recording import Record
 
 SIDES = ("prompt", "negative")
+
+
+class EasyRefRecord(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EasyRefRecord",
+            display_name="Record Where It Acts",
+            category="EasyRef/look",
+            description="Between Apply EasyRef and a sampler: remembers how strongly the references act while it samples. "
+            "The picture stays the same.",
+            search_aliases=["record attention", "debug", "ip adapter", "reference"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Apply EasyRef. What is applied after is not recorded.")
+            ],
+            outputs=[
+                io.Model.Output(tooltip="To one sampler: the record is of the last sampling with it."),
+                EasyRefRecordSocket.Output(display_name="record", tooltip="To Where It Acts."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher) -> io.NodeOutput:
+        return io.NodeOutput(*with_record(model))
 
 
 class EasyRefWhereItActs(io.ComfyNode):
@@ -72,9 +98,9 @@ class EasyRefWhereItActs(io.ComfyNode):
         ]
         if not any(branches):
             raise ValueError(
-                f"Nothing was recorded on the side of the {side}. The sampler must use the MODEL of Record Where It "
-                "Acts and run after it (change its seed if its result came from the cache); without guidance (cfg 1) "
-                "the negative side does not exist."
+                f"Nothing was recorded on the side of the {side}. The sampler must use the MODEL of Record "
+                "Where It Acts and run after it (change its seed if its result came from the cache); "
+                "without guidance (cfg 1) the negative side does not exist."
             )
         images = [] if isinstance(sampled, dict) else pictures_of(sampled)
         names = [f" of Apply EasyRef {i + 1}" if len(branches) > 1 else "" for i in range(len(branches))]

@@ -151,7 +151,7 @@ def parse_weights(text: str, count: int) -> list[float]:
     weights = parse_numbers(text, "weights", example="1, 0.5")
     if len(weights) > count:
         raise ValueError(
-            f"There are {len(weights)} weights ({shorten(text)}) for {count} sets of reference tokens. Remove the "
-            "extra weights, or connect the missing sets."
+            f"There are {len(weights)} weights ({shorten(text)}) for {count} sets of reference tokens. "
+            "Remove the extra weights, or connect the missing sets."
         )
     return weights + [1.0] * (count - len(weights))

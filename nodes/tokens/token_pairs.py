@@ -17,7 +17,7 @@ ABSENT = object()  # an input that the prompt does not have
 
 
 def several_tokens(limit: int, tooltip: str) -> io.Autogrow.Input:
-    """An input of 1 to `limit` sockets, tokens0, tokens1, ...; a new one appears when the last is connected."""
+    """Input of 1 to `limit` sockets tokens0, tokens1, ...; a new one appears when the last is connected."""
     return io.Autogrow.Input(
         PREFIX,
         template=io.Autogrow.TemplatePrefix(
@@ -31,7 +31,7 @@ def several_tokens(limit: int, tooltip: str) -> io.Autogrow.Input:
 
 
 def validate_first_socket(node: type[io.ComfyNode], tokens0: Any) -> bool | str:
-    """Return the result of a node's validate_inputs: an error for tokens0, which programs write for tokens.tokens0.
+    """Return an error for an input tokens0, which programs write for tokens.tokens0; otherwise True.
 
     The host's own error would be misleading, because it calls the missing tokens.tokens0 just tokens0.
     """
@@ -47,7 +47,7 @@ def in_order(tokens: Mapping[str, TokenPair | None]) -> list[TokenPair]:
 def map_pairs(
     pairs: Sequence[TokenPair], combine: Callable[[list[ReferenceTokens]], ReferenceTokens]
 ) -> TokenPair:
-    """Apply a function to the conditional and to the unconditional tokens; an unchanged pair is returned itself.
+    """Apply a function to the conditional and unconditional tokens; an unchanged pair is returned itself.
 
     Equal unconditional rows, as of the black image, become one row, which is used for every image.
     """
