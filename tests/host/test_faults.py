@@ -19,9 +19,9 @@ from devkit.host.faults import (
     SAMPLING,
     VISION,
     Stage,
-    emptied,
-    failed,
-    interrupted_then_whole,
+    check_interruption,
+    empty_caches,
+    run_with_fault,
 )
 from devkit.host.graphs import node
 
@@ -44,13 +44,13 @@ def undisturbed(server) -> bytes:
     [(PREPROCESSING, 1), (VISION, 1), (DECODER, 2), (AGGREGATION, 1), (KEY_VALUES, 1), (SAMPLING, 1)],
 )
 def test_interrupted_and_nothing_left(server, undisturbed, stage: Stage, call: int) -> None:
-    assert interrupted_then_whole(server, graphs.easyref(), undisturbed, stage, call)
+    assert check_interruption(server, graphs.easyref(), undisturbed, stage, call)
 
 
 @pytest.mark.parametrize("stage", [LOADING, AGGREGATION, KEY_VALUES, SAMPLING])
 def test_out_of_memory_is_one_error_and_nothing_left(server, undisturbed, stage: Stage) -> None:
-    emptied(server)
-    error = failed(server, graphs.easyref(), stage, 1, MEMORY)
+    empty_caches(server)
+    error = run_with_fault(server, graphs.easyref(), stage, 1, MEMORY)
     assert error.kind == "execution_error"
     assert error.details["node_id"] == stage.node
     assert error.details["exception_type"].endswith("OutOfMemoryError")
@@ -134,7 +134,7 @@ def test_two_clients_get_what_each_gets_alone(server) -> None:
     other["group"] = graphs.group(["image2", 0], ["image0", 0])
     theirs = [{**other, "sample": node("KSampler", **other["sample"]["inputs"] | {"cfg": c})} for c in (1, 5)]
     alone = [graphs.picture_uncached(server, graph) for graph in (*mine, *theirs)]
-    emptied(server)
+    empty_caches(server)
     second = server.another_client()
     queued = []
     for ours, others in zip(mine, theirs, strict=True):
