@@ -1,4 +1,4 @@
-"""What was read before, in the host: where it lies, what it saves, when it goes."""
+"""The caches of the group encoder in the host: their device, their use, and when they are cleared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def encode(pack, easyref, prompt: str = "a cat", images: slice = slice(None)):
 
 @pytest.fixture
 def seen(easyref):
-    """How many images the vision tower has seen."""
+    """Numbers of images that the vision tower has encoded."""
     counts = []
     easyref.model.mllm.encoder.visual.register_forward_pre_hook(
         lambda _, inputs: counts.append(len(inputs[1]))
@@ -35,7 +35,7 @@ def seen(easyref):
 
 @pytest.fixture
 def room(pack, monkeypatch):
-    """What was asked of the host for the work each time, in bytes, without the constant part of it."""
+    """Bytes requested from the host for each encoding, without the constant part."""
     held_back = golden.part(pack, "easyref_core.mllm.budget").ALLOCATOR_SLACK_BYTES
     asked, load = [], mm.load_models_gpu
 
