@@ -77,7 +77,7 @@ def influence_report(images: Sequence[AnyImage], influence: Influence) -> Report
     ]
     without_self = influence.similarity.clone().fill_diagonal_(float("nan"))
     others = without_self[~without_self.isnan()]
-    note = "cosine of what the vision tower sees"
+    note = "cosine of the vision features"
     matrix = matrix_chart(
         "How alike the references are",
         without_self.numpy(),
@@ -109,7 +109,7 @@ def _verdict(influence: Influence) -> str:
         return f"Reference {influence.outlier + 1} does not belong: {criterion}."
     if len(influence.changes) < MIN_REFERENCES:
         return f"No outlier reported: this needs at least {MIN_REFERENCES} references."
-    return f"No reference stands out. Of the least similar, {criterion}."
+    return f"No outlier found. Of the least similar reference, {criterion}."
 
 
 def where_it_acts_report(

@@ -66,25 +66,19 @@ class EasyRefConsistency(io.ComfyNode):
         group: Tensor | tuple[Tensor, ...],
         crop: str = CROPS[0],
     ) -> io.NodeOutput:
-        pictures, references = split(images), references_of(group)
-        if not pictures or not references:
+        batch, references = split(images), references_of(group)
+        if not batch or not references:
             raise ValueError(
-                f"There are {len(pictures)} pictures and {len(references)} references. Connect at least one "
-                "of each."
+                f"There are {len(batch)} pictures and {len(references)} references. Connect at least one of each."
             )
-        embeddings = embed(clip_vision, [*pictures, *references], crop)
-        cosines = cosine_matrix(embeddings[: len(pictures)], embeddings[len(pictures) :])
+        embeddings = embed(clip_vision, [*batch, *references], crop)
+        cosines = cosine_matrix(embeddings[: len(batch)], embeddings[len(batch) :])
         sizes = [tuple(image.shape[1:3]) for image in references]
-        report = consistency_report(pictures_of(pictures), cosines, sizes, crop == CROPS[0])
-        chart, best = image_of(report.image), int(cosines.mean(dim=1).argmax())
-        return io.NodeOutput(
-            chart,
-            pictures[best],
-            float(cosines.mean(dim=1).mean()),
-            best,
-            report.text,
-            ui=ui.PreviewImage(chart, cls=cls),
-        )
+        report = consistency_report(pictures_of(batch), cosines, sizes, crop == CROPS[0])
+        chart, means = image_of(report.image), cosines.mean(dim=1)
+        best = int(means.argmax())
+        values = chart, batch[best], float(means.mean()), best, report.text
+        return io.NodeOutput(*values, ui=ui.PreviewImage(chart, cls=cls))
 
 
 def embed(clip_vision: Any, images: list[Tensor], crop: str) -> Tensor:

@@ -39,7 +39,7 @@ def test_attention_report_names_every_share(model: er.EasyRef) -> None:
     [
         (1, 2, "Reference 2 does not belong: its mean similarity is 7.00 robust"),
         (-1, MIN_REFERENCES - 1, "this needs at least 4 references"),
-        (-1, MIN_REFERENCES, "No reference stands out"),
+        (-1, MIN_REFERENCES, "No outlier found. Of the least similar reference"),
     ],
 )
 def test_influence_report_ends_with_a_verdict(outlier: int, count: int, verdict: str) -> None:

@@ -164,7 +164,7 @@ def eleven_sockets(order: list[int]) -> graphs.Graph:
     """Eleven images of different sizes; image order[i] at socket i."""
     nodes = {f"n{i}": graphs.tiny_images(size, seed=i) for i, size in enumerate(SIZES)}
     nodes["group"] = graphs.group(*([f"n{i}", 0] for i in order))
-    nodes["group"]["inputs"] = dict(sorted(nodes["group"]["inputs"].items()))  # image10 stands before image2
+    nodes["group"]["inputs"] = dict(sorted(nodes["group"]["inputs"].items()))  # image10 is before image2
     return graphs.of_images(["group", 0], nodes)
 
 

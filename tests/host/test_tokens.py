@@ -49,7 +49,7 @@ def run(pack) -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def save(easy, run) -> Callable[..., str]:
-    """Save tokens, by default the golden ones -> the name by which the loader knows them."""
+    """Save tokens, by default the golden ones -> the name under which the loader lists them."""
 
     def save_as(prefix: str = "tokens", **inputs: Any) -> str:
         saved = run("EasyRefSaveTokens", **{"tokens": easy.tokens, "filename_prefix": prefix, **inputs})
