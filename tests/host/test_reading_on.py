@@ -141,6 +141,7 @@ def test_host_frees_memory_before_a_retry_in_smaller_chunks(easyref, encode, mon
 
     def fail_once(*_: object) -> None:
         hook.remove()
+        freed.clear()  # loading may free memory too
         out_of_memory()
 
     hook = easyref.model.mllm.encoder.layers[0].register_forward_pre_hook(fail_once)
