@@ -29,15 +29,11 @@ from .host.validation import validate_inputs_of
 from .inspect.attention import EasyRefReferenceAttention
 from .inspect.consistency import EasyRefConsistency
 from .inspect.influence import EasyRefReferenceInfluence
-from .inspect.record import EasyRefRecord
 from .inspect.weight_sheet import EasyRefSheet, EasyRefWeightSheet
-from .inspect.where_it_acts import EasyRefWhereItActs
+from .inspect.where_it_acts import EasyRefRecord, EasyRefWhereItActs
 from .load import EasyRefLoader
-from .tokens.batch import EasyRefBatchTokens
-from .tokens.combine import EasyRefCombineTokens
-from .tokens.load import EasyRefLoadTokens
-from .tokens.over_frames import EasyRefTokensOverFrames
-from .tokens.save import EasyRefSaveTokens
+from .tokens.combine import EasyRefBatchTokens, EasyRefCombineTokens, EasyRefTokensOverFrames
+from .tokens.files import EasyRefLoadTokens, EasyRefSaveTokens
 
 NODES = [
     EasyRefLoader,

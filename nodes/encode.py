@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from .group.budget import ERROR, LOWER, lowered, read_as, sides
-from .group.reference_group import advice, count
+from .group.fitting import fitting_size, image_sizes
+from .group.summary import count_text, size_lines, small_group_notes
 from .host import preview
 from .host.images import references_of
 from .host.inputs import group_input, instruction_input, prompt_input, size_input
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .host.hosted_model import HostedEasyRef
+
+ERROR, LOWER = "error", "lower the size"  # choices for a group that is too large
 
 
 class EasyRefEncodeGroup(io.ComfyNode):
@@ -79,17 +81,17 @@ class EasyRefEncodeGroup(io.ComfyNode):
     ) -> io.NodeOutput:
         references, (text, notes) = references_of(group), read_prompt(prompt)
         if when_too_large == LOWER and references:
-            asked, size = size, lowered(easyref, sides(references), text, instruction, size)
+            asked, size = size, fitting_size(easyref, image_sizes(references), text, instruction, size)
             if size < asked:
                 notes.append(f"The size was lowered from {asked} to {size} pixels, so that the group fits.")
         prepared = easyref.model.prepare([image[0] for image in references], text, instruction, size)
         context = easyref.encode_prepared(prepared)
-        took = easyref.model.budget(sides(references), text, instruction, size)
+        took = easyref.model.budget(image_sizes(references), text, instruction, size)
         lines = [
-            f"{count(len(references))}, {took.total:,} of {took.limit:,} tokens.",
+            f"{count_text(len(references))}, {took.total:,} of {took.limit:,} tokens.",
             *notes,
-            *read_as(took),
-            *advice(len(references)),
+            *size_lines(took),
+            *small_group_notes(len(references)),
             empty_prompt_note(text),
             *image_notes(prepared),
         ]

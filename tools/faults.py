@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from devkit.host import graphs
-from devkit.host.faults import STAGES, interrupted_then_whole
+from devkit.host.faults import STAGES, check_interruption
 from devkit.host.server import ComfyServer
 from devkit.hosts import find_hosts, host_version
 
@@ -36,7 +36,7 @@ def main() -> None:
         )
         for stage in STAGES:
             call = 1
-            while call <= largest and interrupted_then_whole(server, graph, expected, stage, call):
+            while call <= largest and check_interruption(server, graph, expected, stage, call):
                 call += 1
             print(f"| {stage.where} | {stage.node} | {call - 1} |", flush=True)
     print(f"\n{time.monotonic() - began:.0f} s; after each, the same bytes as undisturbed")

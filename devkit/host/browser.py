@@ -1,4 +1,4 @@
-"""The real frontend in headless Chromium: opens a workflow as a user would, and queues it from there."""
+"""The real frontend in headless Chromium: opens workflows and queues them as a user would."""
 
 from __future__ import annotations
 
@@ -15,43 +15,40 @@ if TYPE_CHECKING:
     from devkit.host.server import ComfyServer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-sync",
-]
+FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync".split()
 
-# Replaces every loader whose file is not available, and both text encoders, by the tiny models of the tests.
+# Replaces the loaders of files that the tests do not have, and both text encoders, by the tiny models of the
+# tests.
 USE_TINY_MODELS = """() => {
     const of = type => app.graph._nodes.filter(node => node.type === type)
-    const put = (type, place) => {
-        const made = LiteGraph.createNode(type)
-        made.pos = place.pos
-        app.graph.add(made)
-        return made
+    const add = (type, other) => {
+        const node = LiteGraph.createNode(type)
+        node.pos = other.pos
+        app.graph.add(node)
+        return node
     }
-    const move = (node, output, made, madeOutput) => {
+    const move = (node, output, other, otherOutput) => {
         for (const id of [...(node.outputs[output].links ?? [])]) {
             const link = app.graph.links[id] ?? app.graph.links.get(id)
-            made.connect(madeOutput, app.graph.getNodeById(link.target_id), link.target_slot)
+            other.connect(otherOutput, app.graph.getNodeById(link.target_id), link.target_slot)
         }
     }
+    const widget = (node, name) => node.widgets.find(widget => widget.name === name)
     const [checkpoint] = of('CheckpointLoaderSimple'), texts = of('CLIPTextEncode')
-    const tiny = put('TinySDXL', checkpoint)
+    const tiny = add('TinySDXL', checkpoint)
     move(checkpoint, 0, tiny, 0)
     move(checkpoint, 2, tiny, 3)
     for (const text of texts) move(text, 0, tiny, text.title.startsWith('Negative') ? 2 : 1)
-    for (const net of of('ControlNetLoader')) move(net, 0, put('TinyControlNet', net), 0)
+    for (const net of of('ControlNetLoader')) move(net, 0, add('TinyControlNet', net), 0)
     for (const lora of of('LoraLoader')) {
-        const made = put('LoraLoaderModelOnly', lora)
-        tiny.connect(0, made, 0)
-        move(lora, 0, made, 0)
+        const other = add('LoraLoaderModelOnly', lora)
+        tiny.connect(0, other, 0)
+        move(lora, 0, other, 0)
         for (const name of ['lora_name', 'strength_model'])
-            made.widgets.find(widget => widget.name === name).value = lora.widgets.find(widget => widget.name === name).value
+            widget(other, name).value = widget(lora, name).value
     }
-    for (const node of [checkpoint, ...texts, ...of('ControlNetLoader'), ...of('LoraLoader')]) app.graph.remove(node)
+    const replaced = [checkpoint, ...texts, ...of('ControlNetLoader'), ...of('LoraLoader')]
+    for (const node of replaced) app.graph.remove(node)
 }"""
 
 SET_WIDGETS = """values => {
@@ -65,7 +62,7 @@ SET_WIDGETS = """values => {
         })
 }"""
 
-# The frontend opens a first workflow of its own, which would replace one that is opened before it.
+# The frontend first opens a workflow of its own, which would replace one that is opened earlier.
 READY = """() => !!window.LiteGraph?.registered_node_types['EasyRefApply'] && !!window.app?.canvas
     && !!app.extensionManager?.workflow?.activeWorkflow"""
 
@@ -85,7 +82,7 @@ RANDOMIZE_SEEDS = """() => app.graph._nodes.filter(node => node.type === 'KSampl
 
 @contextlib.contextmanager
 def frontend(server: ComfyServer, width: int = 1600, height: int = 900) -> Iterator[Page]:
-    """The frontend's page, once it knows this pack's nodes."""
+    """Open the frontend's page, and wait until this pack's nodes are registered."""
     from playwright.sync_api import sync_playwright
 
     server.post("/api/settings", {"Comfy.TutorialCompleted": True})
@@ -99,7 +96,7 @@ def frontend(server: ComfyServer, width: int = 1600, height: int = 900) -> Itera
 
 
 def open_workflow(page: Page, workflow: Path) -> list[str]:
-    """Load a workflow file; the types of the nodes that the frontend does not know."""
+    """Load a workflow file, and return the node types that the frontend does not know."""
     page.evaluate("workflow => app.loadGraphData(workflow)", json.loads(workflow.read_text(encoding="utf-8")))
     page.wait_for_timeout(500)
     return page.evaluate(
@@ -108,37 +105,37 @@ def open_workflow(page: Page, workflow: Path) -> list[str]:
 
 
 def use_tiny_models(page: Page, side: int = 128, steps: int = 2) -> None:
-    """Run the open workflow with the tiny models and small references of the tests, for pictures of `side` pixels."""
+    """Replace the models and references of the open workflow by tiny ones, for images of `side` pixels."""
     page.evaluate(USE_TINY_MODELS)
-    sides = {"width": side, "height": side}
+    size = {"width": side, "height": side}
     values = {
         "EasyRefLoader": {"mllm": "easyref/golden-qwen2-vl"},
         "EasyRefEncodeGroup": {"size": 84},
         "LoadImage": {"image": ["0.png", "1.png", "2.png"]},
-        "EmptyLatentImage": sides,
-        "SolidMask": {**sides, "width": [side, side // 2]},
+        "EmptyLatentImage": size,
+        "SolidMask": {**size, "width": [side, side // 2]},
         "KSampler": {"steps": steps},
     }
     set_widgets(page, values)
 
 
 def set_widgets(page: Page, values: dict[str, dict[str, Any]]) -> None:
-    """{type of node: {widget: its value, or a list with one for each node of the type in turn}}"""
+    """Set widgets. values: {node type: {widget: value, or one value for each node of the type}}."""
     page.evaluate(SET_WIDGETS, values)
 
 
 def randomize_seeds(page: Page) -> list[str]:
-    """Let the page draw a seed after each Run; the ids of the nodes that hold the samplers' seeds."""
+    """Randomize seeds after each Run, and return the ids of the nodes with the samplers' seeds."""
     return page.evaluate(RANDOMIZE_SEEDS)
 
 
 def queue(server: ComfyServer, page: Page, timeout: float = 120) -> dict[str, Any]:
-    """Press Run; the history entry of the prompt that the page queued."""
+    """Press Run, and return the history entry of the queued prompt."""
     return queued(server, page, lambda: page.evaluate("() => app.queuePrompt(0)"), timeout)
 
 
 def queue_selected(server: ComfyServer, page: Page, node: str) -> dict[str, Any]:
-    """Select a node and press the play button above it; the history entry of the prompt that the page queued."""
+    """Select a node, press the play button above it, and return the history entry of the queued prompt."""
     page.evaluate(SELECT, node)
     return queued(server, page, page.get_by_label("Execute to selected output nodes").click)
 
@@ -146,7 +143,7 @@ def queue_selected(server: ComfyServer, page: Page, node: str) -> dict[str, Any]
 def queued(
     server: ComfyServer, page: Page, press: Callable[[], object], timeout: float = 120
 ) -> dict[str, Any]:
-    """The history entry of the prompt that the page queues once a button is pressed."""
+    """Press a button, and return the history entry of the prompt that the page queues."""
     before = set(json.loads(server.get("/history")))
     press()
     deadline = timeout
@@ -160,7 +157,7 @@ def queued(
 
 
 def executed(history: dict[str, Any]) -> set[str]:
-    """The nodes of a history entry whose outputs did not come from the cache."""
+    """Return the nodes of a history entry whose outputs did not come from the cache."""
     cached = next(
         data["nodes"] for event, data in history["status"]["messages"] if event == "execution_cached"
     )

@@ -1,4 +1,4 @@
-"""Faults at chosen moments of a running server (fault_nodes), and what must then be so: one error, and nothing left."""
+"""Faults at chosen moments of a running server (see fault_nodes), and checks of the server afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INTERRUPT, MEMORY = "interrupt", "memory"
 
 
 class Stage(NamedTuple):
-    """A function of the pack that runs at one stage of the work, and the node that it runs in."""
+    """A function of the pack that runs at one stage of a workflow, and the node that calls it."""
 
     where: str
     node: str
@@ -33,20 +33,22 @@ LOADING = Stage("nodes.host.hosted_model:build", "load")
 STAGES = (PREPROCESSING, VISION, DECODER, AGGREGATION, KEY_VALUES, SAMPLING)
 
 
-def emptied(server: ComfyServer) -> None:
-    """Let the server drop all models and results. It overlooks a request that comes as a run ends, so there are two."""
+def empty_caches(server: ComfyServer) -> None:
+    """Request twice that the server drops its models and results, as it may ignore the first request."""
     for _ in range(2):
         server.free()
         time.sleep(0.08)
 
 
 def arm(server: ComfyServer, stage: Stage, call: int, what: str) -> None:
-    """Let this happen at the given call (1 is the first) of the stage's function."""
+    """Arm a fault at the given call (1 is the first) of the stage's function."""
     server.post("/fault", {"where": stage.where, "call": call, "what": what})
 
 
-def failed(server: ComfyServer, graph: Graph, stage: Stage, call: int, what: str) -> PromptFailed | None:
-    """How a run with this fault ended; None where the stage's function was not called so often, and the run was whole."""
+def run_with_fault(
+    server: ComfyServer, graph: Graph, stage: Stage, call: int, what: str
+) -> PromptFailed | None:
+    """Run a workflow with a fault, and return its error; None if the function was called less often."""
     arm(server, stage, call, what)
     try:
         server.run(graph)
@@ -60,20 +62,19 @@ def failed(server: ComfyServer, graph: Graph, stage: Stage, call: int, what: str
     return None
 
 
-def interrupted_then_whole(
-    server: ComfyServer, graph: Graph, expected: bytes, stage: Stage, call: int
-) -> bool:
-    """A run interrupted at this call is reported as that, and the next one makes the picture of an undisturbed one.
+def check_interruption(server: ComfyServer, graph: Graph, expected: bytes, stage: Stage, call: int) -> bool:
+    """Check that a run interrupted at this call is reported as such, and that the next run gives `expected`.
 
-    False where there is no such call. Starts from a server that has let go of everything.
+    Starts with empty caches. Return False if the function was called less often; raise AssertionError
+    otherwise.
     """
-    emptied(server)
-    error = failed(server, graph, stage, call, INTERRUPT)
+    empty_caches(server)
+    error = run_with_fault(server, graph, stage, call, INTERRUPT)
     if error is None:
         return False
-    # what runs to its end all the same, such as a single matrix product, is followed by the next check of the host's
+    # an operation that cannot be interrupted, such as a matrix product, ends at the next check of the host
     if error.kind != "execution_interrupted":
         raise AssertionError(f"interrupted at call {call} of {stage.where}, the run ended with {error}")
     if graphs.picture(server, graph) != expected:
-        raise AssertionError(f"after an interruption at call {call} of {stage.where} the picture is another")
+        raise AssertionError(f"after an interruption at call {call} of {stage.where} the image differs")
     return True

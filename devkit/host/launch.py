@@ -1,4 +1,4 @@
-"""Starts a ComfyUI that may have only a CPU build of torch: `python launch.py <ComfyUI folder> <its arguments>`."""
+"""Starts ComfyUI, also with a CPU build of torch: `python launch.py <ComfyUI folder> <its arguments>`."""
 
 import runpy
 import sys

@@ -42,9 +42,9 @@ class Event(NamedTuple):
 
 
 class PromptFailed(RuntimeError):
-    """A prompt was refused, failed or was interrupted: `kind` says which, `details` is what the server said.
+    """A prompt that was refused, failed, or was interrupted.
 
-    `kind` is "invalid", "execution_error" or "execution_interrupted".
+    kind: "invalid", "execution_error" or "execution_interrupted". details: the server's message.
     """
 
     def __init__(self, kind: str, details: dict[str, Any]) -> None:
@@ -54,9 +54,10 @@ class PromptFailed(RuntimeError):
 
 
 class ComfyServer:
-    """ComfyUI on a free port with a temporary base folder; use it in a `with` statement.
+    """Context manager of a ComfyUI server on a free port, with a temporary base folder.
 
-    `base` holds models/, input/, output/ and custom_nodes/; it is removed at the end.
+    base: the folder with models/, input/, output/ and custom_nodes/, removed at the end. prepare: called with
+    it before the server starts.
     """
 
     def __init__(
@@ -66,12 +67,14 @@ class ComfyServer:
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         packs: Mapping[str, Path] = PACKS,
+        prepare: Callable[[Path], object] = lambda base: None,
         start_timeout: float = 180,
     ) -> None:
         self.host = host or find_hosts()[0]
         self.args = args
         self.env = env or {}
         self.packs = packs
+        self.prepare = prepare
         self.start_timeout = start_timeout
         self.client_id = ""
         self.events: list[Event] = []
@@ -87,6 +90,7 @@ class ComfyServer:
             (self.base / name).mkdir()
         for name, folder in self.packs.items():
             (self.base / "custom_nodes" / name).symlink_to(folder, target_is_directory=True)
+        self.prepare(self.base)
         self._start()
         try:
             self._wait_until_ready()
@@ -113,10 +117,8 @@ class ComfyServer:
         flags += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.packs]
         flags += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
         path = os.pathsep.join(filter(None, [str(overlay(self.host)), os.environ.get("PYTHONPATH")]))
-        settings = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-        settings["OMP_WAIT_POLICY"] = (
-            "PASSIVE"  # threads that spin while they wait slow a busy machine tenfold
-        )
+        # PASSIVE, because threads that spin while they wait slow a busy machine tenfold.
+        settings = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         with (self.base / "server.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(LAUNCH), str(self.host), *flags, *self.args],
@@ -127,7 +129,7 @@ class ComfyServer:
             )
 
     def _wait_until_ready(self) -> None:
-        """Wait for the first answer and the websocket; a pack that cannot be imported is an error."""
+        """Wait for the first answer and the websocket. Raises RuntimeError if a pack cannot be imported."""
         deadline = time.monotonic() + self.start_timeout
         while not self._answers():
             self._check_alive()
@@ -154,7 +156,7 @@ class ComfyServer:
     # Events
 
     def another_client(self) -> ComfyServer:
-        """The same server as a second browser sees it: with a websocket and events of its own, until the server ends."""
+        """Return a second client of this server, with its own websocket and events, until the server ends."""
         client = copy.copy(self)
         client._connect()
         return client
@@ -165,7 +167,7 @@ class ComfyServer:
         self.wait_event(lambda event: event.type == "status", timeout=30)
 
     async def _listen(self) -> None:
-        """Collect the server's messages until it ends; binary ones are preview images."""
+        """Collect the server's text messages until it ends; binary ones are preview images."""
         url = f"{self.url}/ws?clientId={self.client_id}"
         async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as messages:
             async for message in messages:
@@ -175,49 +177,45 @@ class ComfyServer:
                         self.events.append(Event(event["type"], event["data"]))
                         self._news.notify_all()
 
-    def wait_event(self, wanted: Callable[[Event], bool], timeout: float = 120) -> Event:
-        """The first event, past or coming, for which `wanted` holds."""
+    def wait_event(self, condition: Callable[[Event], bool], timeout: float = 120) -> Event:
+        """Return the first past or future event that fulfils the condition."""
         deadline = time.monotonic() + timeout
-        seen = 0
+        checked = 0
         with self._news:
             while True:
-                for event in self.events[seen:]:
-                    if wanted(event):
+                for event in self.events[checked:]:
+                    if condition(event):
                         return event
-                seen = len(self.events)
+                checked = len(self.events)
                 self._check_alive()
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no such event within {timeout} s; {self._log_tail()}")
                 self._news.wait(timeout=0.5)
 
     def wait_executing(self, prompt_id: str, node: str, timeout: float = 120) -> Event:
-        """Wait until this node of the prompt is being executed, as for an interruption."""
-        wanted = {"prompt_id": prompt_id, "node": node}
-        return self.wait_event(lambda e: e.type == "executing" and wanted.items() <= e.data.items(), timeout)
+        """Wait until this node of the prompt is being executed."""
+        data = {"prompt_id": prompt_id, "node": node}
+        return self.wait_event(lambda e: e.type == "executing" and data.items() <= e.data.items(), timeout)
 
     def events_of(self, prompt_id: str) -> list[Event]:
-        """What happened during one prompt, in order."""
+        """Return the events of one prompt, in order."""
         return [event for event in self.events if event.data.get("prompt_id") == prompt_id]
 
     def executed(self, prompt_id: str) -> list[str]:
-        """The nodes that ran, in order; a cached node is not among them."""
+        """Return the executed nodes, in order, without cached ones."""
         return [e.data["node"] for e in self.events_of(prompt_id) if e.type == "executing" and e.data["node"]]
 
     def cached(self, prompt_id: str) -> set[str]:
-        """The nodes whose outputs were taken from the cache."""
-        return {
-            node
-            for e in self.events_of(prompt_id)
-            if e.type == "execution_cached"
-            for node in e.data["nodes"]
-        }
+        """Return the nodes whose outputs came from the cache."""
+        events = [event for event in self.events_of(prompt_id) if event.type == "execution_cached"]
+        return {node for event in events for node in event.data["nodes"]}
 
     # Prompts
 
     def queue(self, prompt: Mapping[str, Any]) -> str:
-        """Queue a workflow in API form, {node id: {class_type, inputs}}; its prompt id.
+        """Queue a workflow in API form, {node id: {class_type, inputs}}, and return its prompt id.
 
-        PromptFailed if one of its output nodes is refused, even if the host runs the others.
+        Raises PromptFailed if one of its output nodes is refused, even if the host runs the others.
         """
         try:
             answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})
@@ -229,58 +227,61 @@ class ComfyServer:
         return queued["prompt_id"]
 
     def wait(self, prompt_id: str, timeout: float = 120) -> dict[str, Any]:
-        """The history entry of a prompt once it has ended; PromptFailed unless it succeeded."""
+        """Wait for a prompt to end, and return its history entry. Raises PromptFailed unless it succeeded."""
         last = self.wait_event(
             lambda event: event.type in LAST_EVENTS and event.data["prompt_id"] == prompt_id, timeout
         )
         if last.type != "execution_success":
             raise PromptFailed(last.type, last.data)
-        # written after the event is sent
+        # the host writes the history after it has sent the event
         while not (history := json.loads(self.get(f"/history/{prompt_id}"))):
             self._check_alive()
             time.sleep(0.02)
         return history[prompt_id]
 
     def run(self, prompt: Mapping[str, Any], timeout: float = 120) -> dict[str, Any]:
-        """Queue a workflow and wait for its history entry."""
+        """Queue a workflow, and return its history entry."""
         return self.wait(self.queue(prompt), timeout)
 
     def images(self, history: Mapping[str, Any], kind: str | None = None) -> list[bytes]:
-        """The PNG files that a prompt's nodes showed or saved, in order of node id; kind: "temp" or "output" only."""
+        """Return the PNG files that a prompt's nodes showed or saved, in order of node id.
+
+        kind: "temp" or "output" to return only those.
+        """
         outputs = sorted(history["outputs"].items())
         files = [file for _, output in outputs for file in output.get("images", [])]
-        files = [file for file in files if kind in (None, file["type"])]
-        return [self.get(f"/view?{urllib.parse.urlencode(file)}") for file in files]
+        chosen = [file for file in files if kind in (None, file["type"])]
+        return [self.get(f"/view?{urllib.parse.urlencode(file)}") for file in chosen]
 
     # The rest of the server
 
     def object_info(self) -> dict[str, Any]:
-        """Every node's schema, as the frontend reads it."""
+        """Return the schemas of all nodes."""
         return json.loads(self.get("/object_info"))
 
     def system_stats(self) -> dict[str, Any]:
-        """Versions, memory and devices."""
+        """Return versions, memory and devices."""
         return json.loads(self.get("/system_stats"))
 
     def interrupt(self, prompt_id: str | None = None) -> None:
-        """Stop this prompt if it is running, or, with None, whichever is."""
+        """Interrupt this prompt if it is running, or by default any prompt."""
         self.post("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
 
     def delete(self, prompt_id: str) -> None:
-        """Take a prompt that has not begun out of the queue."""
+        """Remove a waiting prompt from the queue."""
         self.post("/queue", {"delete": [prompt_id]})
 
     def free(self, cache: bool = True) -> None:
-        """Ask the host to unload all models, and to drop its cache too; it does so when it is next idle."""
+        """Request that the host unloads all models and drops its cache; it does so when it is next idle."""
         self.post("/free", {"unload_models": True, **({"free_memory": True} if cache else {})})
 
     def get(self, path: str) -> bytes:
-        """The body of a GET request."""
+        """Return the body of a GET request."""
         with self._open(self.url + path, timeout=60) as answer:
             return answer.read()
 
     def post(self, path: str, body: Mapping[str, Any]) -> bytes:
-        """The answer to a JSON body."""
+        """Return the answer to a JSON body."""
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -289,12 +290,12 @@ class ComfyServer:
 
     @property
     def resident_bytes(self) -> int:
-        """Main memory that the server's process takes now."""
+        """Resident memory of the server's process, in bytes."""
         return psutil.Process(self._process.pid).memory_info().rss
 
     @property
     def log(self) -> str:
-        """What the server has printed so far."""
+        """The server's output so far."""
         return (self.base / "server.log").read_text(errors="replace")
 
     def _log_tail(self) -> str:
@@ -302,5 +303,5 @@ class ComfyServer:
 
 
 def pixels(png: bytes) -> np.ndarray:
-    """A PNG file's colours, (height, width, 3) in 0..255."""
+    """Return the RGB pixels of a PNG file, (height, width, 3) in 0..255."""
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))

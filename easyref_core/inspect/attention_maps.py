@@ -1,17 +1,21 @@
-"""What the reference tokens read: the attention of the MLLM's last layer, computed once more to be looked at."""
+"""Attention maps of the reference tokens: the softmax weights of the MLLM's last layer, per reference."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange, repeat
 
+from ..mllm.preprocess import resized_sides
 from ..mllm.qwen2_vl import apply_rope
 from ..tokens.aggregator import weight_bias
+from ..utils.images import check_image
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from ..mllm.config import EasyRefConfig
@@ -23,27 +27,30 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShares:
-    """Where the attention of the reference tokens goes; all shares together are 1."""
+    """Shares of the reference tokens' attention, in 0..1; together they sum to 1.
 
-    # per reference (rows, columns) in image tokens; the sum of a map is the reference's share
+    maps: one (rows, columns) map in image tokens per reference; its sum is the reference's share.
+    template: chat template up to the last reference, including the image marks and the first tokens, which
+    many heads use as an attention sink. text: everything after the last reference (instruction, prompt, end
+    of the template). tokens: the reference tokens themselves.
+    """
+
     maps: tuple[Tensor, ...]
-    template: (
-        float  # the chat template up to the last reference: the marks, and the start that many heads rest on
-    )
-    text: float  # what follows the last reference: instruction, prompt and the template's end
-    tokens: float  # the reference tokens themselves
+    template: float
+    text: float
+    tokens: float
 
     @property
     def references(self) -> list[float]:
-        """Each reference's share."""
-        return [float(part.sum()) for part in self.maps]
+        """Share of each reference."""
+        return [float(attention_map.sum()) for attention_map in self.maps]
 
 
 @torch.inference_mode()
-def read_shares(model: EasyRef, context: ContextStates, token: int = -1) -> AttentionShares:
-    """The attention of one reference token, or of all (token -1), averaged over tokens and heads.
+def attention_shares(model: EasyRef, context: ContextStates, token: int = -1) -> AttentionShares:
+    """Return the attention shares of one reference token, or of all (token -1), averaged over heads.
 
-    Raises ValueError for a context of another checkpoint and for a token there is not.
+    Raises ValueError for a context of another checkpoint and for a token that does not exist.
     """
     model.require_same_checkpoint(context, "context")
     count = model.config.num_tokens
@@ -56,58 +63,81 @@ def read_shares(model: EasyRef, context: ContextStates, token: int = -1) -> Atte
     bias = None if bias is None else bias.to(model.device, model.dtype)
     states = context.states.to(model.device, model.dtype)
     weights = aggregation_attention(model.mllm.aggregator, states, bias)
-    of_tokens = weights[0].mean(dim=0).cpu()  # -> (T, S + T)
-    return split_shares(of_tokens.mean(dim=0) if token < 0 else of_tokens[token], context, model.config)
+    per_token = weights[0].mean(dim=0).cpu()  # (T, S + T)
+    return split_shares(per_token.mean(dim=0) if token < 0 else per_token[token], context, model.config)
 
 
 def aggregation_attention(
-    aggregator: ReferenceAggregator, context: Tensor, bias: Tensor | None = None
+    aggregator: ReferenceAggregator, context: Tensor, attn_bias: Tensor | None = None
 ) -> Tensor:
-    """Context states (B, S, D) -> how much each reference token attends to each position, (B, heads, T, S + T).
+    """Return the attention (B, heads, T, S + T) of the reference tokens over context states (B, S, D).
 
-    The last layer's softmax(Q K^T) at the reference tokens' rows, in float32; each row's sum is 1. Layers before the
-    last run as in ReferenceAggregator.gather. bias: (T, S + T), see weight_bias.
+    These are the last layer's softmax(Q K^T) at the reference tokens' rows, in float32; each row sums to 1.
+    attn_bias: (T, S + T), see weight_bias.
     """
     config, last = aggregator.config, aggregator.layers[-1]
-    x, rope = aggregator.last_layer_input(context, attn_bias=bias)
-    x = last.input_layernorm(x)
-    return attention_weights(last.self_attn, x, rope, config.causal, config.num_tokens, bias=bias)
+    x, rope = aggregator.last_layer_input(context, attn_bias=attn_bias)
+    return attention_weights(
+        last.self_attn,
+        last.input_layernorm(x),
+        rope,
+        causal=config.causal,
+        num_queries=config.num_tokens,
+        attn_bias=attn_bias,
+    )
 
 
 def attention_weights(
     attention: SelfAttention,
     x: Tensor,
-    turn: Rope,
+    rope: Rope,
+    *,
     causal: bool,
-    queries: int,
-    bias: Tensor | None = None,
+    num_queries: int,
+    attn_bias: Tensor | None = None,
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(head_dim)) of the last `queries` positions of x (B, S, D) -> (B, heads, queries, S).
+    """Return softmax(Q K^T / sqrt(head_dim)) of the last positions of x (B, S, D).
 
-    bias: (queries, S), added to the logits.
+    The result is (B, heads, num_queries, S). attn_bias: (num_queries, S), added to the logits.
     """
-    cos, sin = turn
-    q = rearrange(attention.q_proj(x[:, -queries:]), "b n (h d) -> b n h d", h=attention.heads).float()
+    cos, sin = rope
+    q = rearrange(attention.q_proj(x[:, -num_queries:]), "b n (h d) -> b n h d", h=attention.heads).float()
     k = rearrange(attention.k_proj(x), "b n (h d) -> b n h d", h=attention.kv_heads).float()
-    q, k = apply_rope(q, (cos[-queries:], sin[-queries:])), apply_rope(k, turn)
+    q, k = apply_rope(q, (cos[-num_queries:], sin[-num_queries:])), apply_rope(k, rope)
     k = repeat(k, "b n h d -> b (h g) n d", g=attention.heads // attention.kv_heads)
     scores = q.transpose(1, 2) @ k.transpose(-1, -2) / attention.head_dim**0.5
-    scores = scores if bias is None else scores + bias.float()
-    seen = torch.ones(queries, x.shape[1], dtype=torch.bool, device=x.device)
+    scores = scores if attn_bias is None else scores + attn_bias.float()
+    visible = torch.ones(num_queries, x.shape[1], dtype=torch.bool, device=x.device)
     if causal:
-        seen = seen.tril(x.shape[1] - queries)
-    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+        visible = visible.tril(x.shape[1] - num_queries)
+    return scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
 
 
 def split_shares(weights: Tensor, context: ContextStates, config: EasyRefConfig) -> AttentionShares:
-    """Attention (S + T,) to every position -> what of it goes to each reference, the text and the reference tokens."""
+    """Split attention weights (S + T,) into shares of the references, the text and the reference tokens."""
     length, last = context.states.shape[1], context.spans[-1][1]
     sizes = (context.grid[:, 1:] // config.merge_size).tolist()
     maps = tuple(
         weights[start:end].reshape(rows, columns)
         for (start, end), (rows, columns) in zip(context.spans, sizes, strict=True)
     )
-    template = weights[:last].sum() - sum(part.sum() for part in maps)
+    template = weights[:last].sum() - sum(attention_map.sum() for attention_map in maps)
     return AttentionShares(
         maps, float(template), float(weights[last:length].sum()), float(weights[length:].sum())
     )
+
+
+def require_same_group(
+    images: Sequence[Image.Image | Tensor], context: ContextStates, config: EasyRefConfig
+) -> None:
+    """Raise ValueError for images that cannot be the references of a context, because their grids differ."""
+    sizes = [check_image(image, f"image {i + 1}") for i, image in enumerate(images)]
+    resized = [resized_sides(h, w, config, context.provenance.size)[-1] for w, h in sizes]
+    patches = [(height // config.patch_size, width // config.patch_size) for height, width in resized]
+    encoded = [tuple(sides) for sides in context.grid[:, 1:].tolist()]
+    if patches != encoded:
+        raise ValueError(
+            f"The group is not the one that was encoded: it has {len(patches)} references of {patches} "
+            f"patches, the context {len(encoded)} of {encoded}. Connect the same group to Encode Reference "
+            "Group and here."
+        )

@@ -1,61 +1,129 @@
-"""What each reference does to a group: how the tokens change without it, and whether it belongs to the others."""
+"""Influence of each reference on the reference tokens (leave one out), similarity, and outlier detection."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
+from ..mllm.instructions import INSTRUCTION
+from ..mllm.preprocess import SIZE
+
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from ..mllm.prefix_cache import EncodePlan
     from ..model import EasyRef
 
-MIN_REFERENCES = 4  # references from which on one can be said not to belong
-# Of groups made by code and read by the model that ships, half with an outsider (4 and 6 references, 96 groups), pooled
-# vision features found 23 of 48 outsiders at 5 and named 2 references of 48 groups that have none; at 3.5, 27 and 5.
-# The tokens of each reference alone found 13 and named 4; leaving one out tells nothing, as the model was trained
-# to leave outsiders out itself.
+Progress = Callable[[float], None]  # called with the finished fraction, up to 1; may raise to stop
+
+MIN_REFERENCES = 4  # an outlier is reported only in groups of at least this size
+# Measured on code-made groups with the shipped model, half of them with an outlier (4 and 6 references, 96
+# groups): pooled vision features found 23 of 48 outliers at 5 and flagged 2 references of the 48 groups
+# without one; at 3.5, 27 and 5. The tokens of each reference alone found 13 and flagged 4. The leave-one-out
+# change does not help, because the model is trained to ignore outliers.
 OUTLIER_Z = 5.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Influence:
+    """Influence of the K references of a group.
+
+    changes: change of the tokens without each reference, see `change`. similarity: (K, K), cosines of the
+    vision features. outlier: index of the reference that does not belong, or -1. score: robust z-score of the
+    reference that is least similar to the others.
+    """
+
+    changes: list[float]
+    similarity: Tensor
+    outlier: int
+    score: float
+
+
+def reference_influence(
+    model: EasyRef,
+    images: Sequence[Image.Image | Tensor],
+    prompt: str = "",
+    instruction: str = INSTRUCTION,
+    size: int = SIZE,
+    progress: Progress = lambda done: None,
+) -> Influence:
+    """Return the influence of each image of a group; arguments as for EasyRef.encode.
+
+    Raises ValueError for fewer than 2 images.
+    """
+
+    def features(group: Sequence[Any], progress: Progress) -> Tensor:
+        plan = model.plan(model.prepare(group, "", "", size), use_prefix=False)
+        return pooled_features(model, plan, progress)
+
+    def tokens(group: Sequence[Any], progress: Progress) -> Tensor:
+        return model.aggregate(model.encode(group, prompt, instruction, size, progress))
+
+    return leave_one_out(images, features, tokens, progress)
+
+
+def leave_one_out(
+    images: Sequence[Any],
+    features: Callable[[Sequence[Any], Progress], Tensor],
+    tokens: Callable[[Sequence[Any], Progress], Tensor],
+    progress: Progress = lambda done: None,
+) -> Influence:
+    """Return the influence of each image, given functions that compute features (K, D) and tokens (1, T, C).
+
+    Raises ValueError for fewer than 2 images.
+    """
+    count = len(images)
+    if count < 2:
+        raise ValueError(
+            f"The group holds {count} reference; its influence shows only beside others. Give it 2 or more."
+        )
+
+    def step(number: int) -> Progress:
+        """Progress of one of count + 2 steps: features, tokens of all images, tokens without each image."""
+        return lambda done: progress((number + done) / (count + 2))
+
+    similarity = cosine_matrix(features(images, step(0)))
+    full = tokens(images, step(1))
+    changes = [change(full, tokens([*images[:i], *images[i + 1 :]], step(i + 2))) for i in range(count)]
+    return Influence(changes, similarity, *find_outlier(similarity))
+
+
 def change(tokens: Tensor, without: Tensor) -> float:
-    """1 - cosine of two sets of tokens (1, T, C), the mean over tokens: 0 where nothing changed."""
+    """Return 1 - cosine of two sets of tokens (1, T, C), averaged over tokens: 0 (no change) to 2."""
     return 1 - float(cosine_similarity(tokens.float(), without.float(), dim=-1).mean())
 
 
 @torch.inference_mode()
-def pooled_features(
-    model: EasyRef, plan: EncodePlan, progress: Callable[[float], None] = lambda done: None
-) -> Tensor:
-    """What the vision tower sees in each reference, the mean of its image tokens: (K, D), float32 on the CPU.
+def pooled_features(model: EasyRef, plan: EncodePlan, progress: Progress = lambda done: None) -> Tensor:
+    """Return each reference's vision features, averaged over image tokens: (K, D), float32 on the CPU.
 
-    Neither the text nor the other references are in it. plan: made without a prefix (EasyRef.plan).
-    progress: called with the completed fraction; may raise to stop.
+    They depend neither on the text nor on the other references. plan: made without a prefix (EasyRef.plan).
     """
     features = model.group_encoder.features(plan, progress)
-    return torch.stack([part.float().mean(dim=0) for part in features]).cpu()
+    return torch.stack([tokens.float().mean(dim=0) for tokens in features]).cpu()
 
 
-def likeness(features: Tensor) -> Tensor:
-    """Features (K, D) -> their cosines (K, K)."""
+def cosine_matrix(features: Tensor, others: Tensor | None = None) -> Tensor:
+    """Return the cosines (N, K), float32, of features (N, D) with others (K, D), by default themselves."""
     unit = normalize(features.float(), dim=-1)
-    return unit @ unit.T
+    return unit @ (unit if others is None else normalize(others.float(), dim=-1)).T
 
 
 def mean_to_others(similarity: Tensor) -> Tensor:
-    """Similarity (K, K) -> each one's mean similarity to the others (K,)."""
-    count = len(similarity)
-    return (similarity.sum(dim=1) - similarity.diagonal()) / (count - 1)
+    """Return each reference's mean similarity to the others (K,), given similarity (K, K)."""
+    return (similarity.sum(dim=1) - similarity.diagonal()) / (len(similarity) - 1)
 
 
 def robust_z(values: Sequence[float]) -> list[float]:
-    """How far each value lies below the median, in robust standard deviations (median absolute deviation / 0.6745).
+    """Return how far each value is below the median, in robust standard deviations.
 
-    Iglewicz and Hoaglin, How to Detect and Handle Outliers (1993).
+    One robust standard deviation is the median absolute deviation / 0.6745 (Iglewicz and Hoaglin, How to
+    Detect and Handle Outliers, 1993).
     """
     spread = torch.as_tensor(values, dtype=torch.float64)
     below = spread.quantile(0.5) - spread
@@ -64,11 +132,16 @@ def robust_z(values: Sequence[float]) -> list[float]:
 
 
 def find_outlier(similarity: Tensor) -> tuple[int, float]:
-    """The reference that is least like the others and its robust z-score; -1 where it is below OUTLIER_Z.
+    """Return the index of the reference least similar to the others, and its robust z-score.
 
-    Of fewer than 4 references none is named: the score is that of the least alike all the same.
+    The index is -1 if the score is below OUTLIER_Z or there are fewer than MIN_REFERENCES references.
     """
     scores = robust_z(mean_to_others(similarity).tolist())
     least = max(range(len(scores)), key=scores.__getitem__)
-    named = len(scores) >= MIN_REFERENCES and scores[least] >= OUTLIER_Z
-    return least if named else -1, scores[least]
+    is_outlier = len(scores) >= MIN_REFERENCES and scores[least] >= OUTLIER_Z
+    return least if is_outlier else -1, scores[least]
+
+
+def center_crop_loss(height: int, width: int) -> float:
+    """Return the fraction of an image's longer side that its centred square leaves out."""
+    return 1 - min(height, width) / max(height, width)

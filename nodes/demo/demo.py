@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io
 
+from ...easyref_core.tiny.clip_text import encode_text
 from ...easyref_core.tiny.demo_group import demo_group, in_common
 from ...easyref_core.tiny.groups import OUTSIDER_FROM
 from ...easyref_core.utils.prompt_syntax import plain_text
 from ..host import folders
-from . import tiny_sdxl, tiny_text, tiny_vae
+from .tiny_sdxl import load_model
+from .tiny_vae import load_vae
 
-MIN_REFERENCES, MOST = 2, 6  # references of a group, as in training
+MIN_REFERENCES, MAX_REFERENCES = 2, 6  # references of a group, as in training
 
 
 class EasyRefDemo(io.ComfyNode):
@@ -49,7 +51,7 @@ class EasyRefDemo(io.ComfyNode):
                     "references",
                     default=4,
                     min=MIN_REFERENCES,
-                    max=MOST,
+                    max=MAX_REFERENCES,
                     tooltip="Number of references in the group.",
                 ),
                 io.Boolean.Input(
@@ -82,7 +84,7 @@ class EasyRefDemo(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: object) -> str:
-        """A model trained anew is another one."""
+        """Return a fingerprint of the model's files, which changes when it is trained again."""
         return folders.state_of(sorted(folders.tiny_base().rglob("*.safetensors")))
 
     @classmethod
@@ -90,15 +92,15 @@ class EasyRefDemo(io.ComfyNode):
         cls, prompt: str, negative_prompt: str, example: int, references: int, with_outsider: bool
     ) -> io.NodeOutput:
         base = folders.tiny_base()
-        plan, pictures = demo_group(example, references, with_outsider)
-        images = torch.from_numpy(pictures).float() / 255
+        plan, pixels = demo_group(example, references, with_outsider)
+        images = torch.from_numpy(pixels).float() / 255
         prompt = plain_text(prompt).strip() or plan.prompt
         positive, negative = conditionings(base, (prompt, plain_text(negative_prompt)))
-        model, vae = tiny_sdxl.load_model(base), tiny_vae.load_vae(base)
-        return io.NodeOutput(model, positive, negative, vae, images, prompt, in_common(plan))
+        models = load_model(base), positive, negative, load_vae(base)
+        return io.NodeOutput(*models, images, prompt, in_common(plan))
 
 
 def conditionings(base: Path, prompts: tuple[str, ...]) -> list[list]:
-    """One CONDITIONING for each prompt."""
-    states, pooled = tiny_text.encode_text(base, prompts)
+    """Return one CONDITIONING for each prompt."""
+    states, pooled = encode_text(base, prompts)
     return [[[states[i : i + 1], {"pooled_output": pooled[i : i + 1]}]] for i in range(len(prompts))]

@@ -1,13 +1,12 @@
-"""The UNet of a diffusers SDXL folder, of any size, in ComfyUI's own SDXL class.
+"""UNet of a diffusers SDXL folder, of any size, in ComfyUI's own SDXL class.
 
-The host recognises an SDXL checkpoint by its full size; here every size is read from the folder's config.json files.
+All sizes come from the folder's config.json files, because the host only recognises SDXL at its full size.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.latent_formats
 import comfy.model_base
@@ -17,14 +16,12 @@ import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
-from safetensors.torch import load_file
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from ...easyref_core.tiny.diffusers_folder import load_config, load_weights
 
 
 class TinyLatents(comfy.latent_formats.LatentFormat):
-    """Latents of the folder's own VAE. No live preview: the host's factors are those of SDXL's VAE."""
+    """Latents of the folder's own VAE; no live preview, because the host's factors are for SDXL's VAE."""
 
     def __init__(self, scale_factor: float) -> None:
         self.scale_factor = scale_factor
@@ -33,7 +30,7 @@ class TinyLatents(comfy.latent_formats.LatentFormat):
 class TinyConfig(comfy.supported_models.SDXL):
     """SDXL with attention heads and latents of other sizes."""
 
-    unet_extra_config = {}  # the host would set heads of 64 channels
+    unet_extra_config = {}  # the host's default would set heads of 64 channels
 
     def __init__(self, unet_config: dict[str, Any], scale_factor: float) -> None:
         super().__init__(unet_config)
@@ -41,7 +38,7 @@ class TinyConfig(comfy.supported_models.SDXL):
 
 
 class TinySDXL(comfy.model_base.SDXL):
-    """SDXL, whose picture sizes are embedded `time_id_width` channels wide each."""
+    """SDXL with image sizes embedded in `time_id_width` channels each."""
 
     def __init__(self, config: TinyConfig, time_id_width: int) -> None:
         super().__init__(config)
@@ -49,24 +46,25 @@ class TinySDXL(comfy.model_base.SDXL):
 
 
 def load_model(base: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """The UNet of a diffusers SDXL folder, wrapped as the host's own loaders wrap theirs.
+    """Load the UNet of a diffusers SDXL folder into a ModelPatcher, as the host's own loaders do.
 
-    disable_dynamic: without the host's paging, as some of its features ask of `cached_patcher_init`.
+    disable_dynamic: load without the host's paging. Some host features reload the model so, by
+    `cached_patcher_init`.
     """
-    unet, vae = config_of(base / "unet"), config_of(base / "vae")
+    unet, vae = load_config(base / "unet"), load_config(base / "vae")
     config = TinyConfig(unet_config(unet), vae["scaling_factor"])
     model = TinySDXL(config, unet["addition_time_embed_dim"])
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
     names = comfy.utils.unet_to_diffusers(config.unet_config)
-    weights = {names[name]: weight for name, weight in weights_of(base / "unet").items()}
+    weights = {names[name]: weight for name, weight in load_weights(base / "unet").items()}
     model.diffusion_model.load_state_dict(weights, assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (base,))
     return patcher
 
 
 def unet_config(diffusers: dict[str, Any]) -> dict[str, Any]:
-    """The host's configuration of a UNet that diffusers' config.json describes."""
+    """Convert diffusers' config.json of a UNet to the host's configuration."""
     channels, resnets = diffusers["block_out_channels"], diffusers["layers_per_block"]
     depths = [
         depth if "CrossAttn" in kind else 0
@@ -96,17 +94,3 @@ def unet_config(diffusers: dict[str, Any]) -> dict[str, Any]:
         "num_head_channels": channels[-1] // diffusers["attention_head_dim"][-1],
         "dtype": torch.float32,
     }
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """A model's config.json."""
-    return read_json(folder / "config.json")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def weights_of(folder: Path, name: str = "diffusion_pytorch_model.safetensors") -> dict[str, Tensor]:
-    """A model's weights, in float32."""
-    return {key: weight.float() for key, weight in load_file(folder / name).items()}

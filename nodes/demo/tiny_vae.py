@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKL as the host's own VAE, at the sizes of its config.json."""
+"""VAE of a diffusers SDXL folder in the host's own VAE class, at the sizes of its config.json."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import comfy.sd
 import torch
 from torch import nn
 
-from .tiny_sdxl import config_of, weights_of
+from ...easyref_core.tiny.diffusers_folder import load_config, load_weights
 
 
 def load_vae(base: Path) -> comfy.sd.VAE:
-    """The VAE of a diffusers SDXL folder, in float32."""
-    config = config_of(base / "vae")
+    """Load the VAE of a diffusers SDXL folder, in float32."""
+    config = load_config(base / "vae")
     params = host_config(config)
-    vae = comfy.sd.VAE(weights_of(base / "vae"), config={"params": params}, dtype=torch.float32)
+    vae = comfy.sd.VAE(load_weights(base / "vae"), config={"params": params}, dtype=torch.float32)
     for norm in vae.first_stage_model.modules():
         if isinstance(norm, nn.GroupNorm):
-            norm.num_groups = config["norm_num_groups"]  # the host makes 32 in every norm
+            norm.num_groups = config["norm_num_groups"]  # the host always sets 32
     return vae
 
 
 def host_config(diffusers: dict[str, Any]) -> dict[str, Any]:
-    """The host's configuration of an autoencoder that diffusers' config.json describes; widths in multiples of 32."""
+    """Convert diffusers' config.json of a VAE (widths in multiples of 32) to the host's configuration."""
     widths = diffusers["block_out_channels"]
     sizes = {
         "double_z": True,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import comfy.model_management as mm
@@ -14,7 +12,8 @@ from ..host.images import references_of
 from ..host.inputs import group_input, instruction_input, prompt_input, size_input
 from ..host.notes import read_prompt
 from ..host.socket_types import EasyRefModel
-from .reference_group import advice, count
+from .fitting import image_sizes, usable_memory
+from .summary import count_text, size_lines, small_group_notes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,10 +21,8 @@ if TYPE_CHECKING:
     from ...easyref_core.mllm.budget import Budget
     from ..host.hosted_model import HostedEasyRef
 
-ERROR, LOWER = "error", "lower the size"  # what to do with a group that is too large
 GIB = 1024**3
-USABLE = 0.8  # of a device's memory, for what one encoding works in; weights may stay outside and be streamed
-ASSUMED_RATE = {"cpu": 2e11, "other": 3e13}  # operations a second, until one encoding has been measured
+ASSUMED_FLOPS_PER_SECOND = {"cpu": 2e11, "other": 3e13}  # until one encoding has been measured
 
 
 class EasyRefGroupBudget(io.ComfyNode):
@@ -68,18 +65,18 @@ class EasyRefGroupBudget(io.ComfyNode):
         instruction: str,
         size: int,
     ) -> io.NodeOutput:
-        pictures = sides(references_of(group))
+        sizes = image_sizes(references_of(group))
         model, memory, (text, notes) = easyref.model, usable_memory(easyref), read_prompt(prompt)
-        needed = model.budget(pictures, text, instruction, size)
-        largest = model.largest_size(pictures, text, instruction, size, memory) or 0
+        needed = model.budget(sizes, text, instruction, size)
+        largest = model.largest_size(sizes, text, instruction, size, memory) or 0
         report = "\n".join(
             [
                 verdict(needed, memory, largest),  # first, because a small node shows only the first lines
-                f"{count(len(pictures))} at {size} pixels: {needed.total:,} of {needed.limit:,} tokens "
+                f"{count_text(len(sizes))} at {size} pixels: {needed.total:,} of {needed.limit:,} tokens "
                 f"({needed.text_tokens:,} of them text).",
                 *notes,
-                *read_as(needed),
-                *advice(len(pictures)),
+                *size_lines(needed),
+                *small_group_notes(len(sizes)),
                 memory_line(easyref, needed),
                 time_line(easyref, needed),
             ]
@@ -87,54 +84,28 @@ class EasyRefGroupBudget(io.ComfyNode):
         return io.NodeOutput(needed.fits(memory), largest, report, ui=preview.text(report))
 
 
-def sides(references: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Width and height of each reference (1, height, width, C)."""
-    return [(image.shape[2], image.shape[1]) for image in references]
-
-
-def lowered(
-    easyref: HostedEasyRef, pictures: Sequence[tuple[int, int]], prompt: str, instruction: str, size: int
-) -> int:
-    """The largest size, at most `size`, at which a group fits; `size` itself where none does, for the error it gives."""
-    found = easyref.model.largest_size(pictures, prompt, instruction, size, usable_memory(easyref))
-    return found or size
-
-
-def usable_memory(easyref: HostedEasyRef) -> int:
-    """Bytes that one encoding may work in. Of all the device's memory, not of what is free now: the host makes room."""
-    return int(USABLE * mm.get_total_memory(easyref.model.device))
-
-
-def read_as(budget: Budget) -> list[str]:
-    """How each reference is read, those that follow one another at one size in one line."""
-    lines, first = [], 1
-    for (width, height), same in groupby(budget.sides):
-        last = first + len(list(same)) - 1
-        which = f"reference {first}" if first == last else f"references {first}-{last}"
-        lines.append(f"{which}: {width}x{height} pixels, {budget.tokens[first - 1]} tokens")
-        first = last + 1
-    return lines
-
-
 def memory_line(easyref: HostedEasyRef, budget: Budget) -> str:
+    """Return the memory that encoding needs beside the weights, and the device's."""
     device = easyref.model.device
     return (
         f"Memory: {budget.activation_bytes / GIB:.2f} GiB at most beside the weights "
-        f"({easyref.patcher.model_size() / GIB:.2f} GiB); {device} has {mm.get_total_memory(device) / GIB:.1f} GiB, "
-        f"{mm.get_free_memory(device) / GIB:.1f} free now."
+        f"({easyref.patcher.model_size() / GIB:.2f} GiB); {device} has "
+        f"{mm.get_total_memory(device) / GIB:.1f} GiB, {mm.get_free_memory(device) / GIB:.1f} free now."
     )
 
 
 def time_line(easyref: HostedEasyRef, budget: Budget) -> str:
-    assumed = ASSUMED_RATE["cpu" if easyref.model.device.type == "cpu" else "other"]
+    """Return the estimated time of encoding."""
+    assumed = ASSUMED_FLOPS_PER_SECOND["cpu" if easyref.model.device.type == "cpu" else "other"]
     rate, source = (easyref.rate, "measured at the last encoding") if easyref.rate else (assumed, "assumed")
     return (
-        f"Time: about {budget.flops / rate:.1f} s ({budget.flops / 1e12:.3g} tera-operations counted, "
-        f"{rate / 1e12:.3g} a second {source})."
+        f"Time: about {budget.flops / rate:.1f} s ({budget.flops / 1e12:.3g} TFLOP counted, "
+        f"{rate / 1e12:.3g} TFLOP/s {source})."
     )
 
 
 def verdict(budget: Budget, memory: int, largest: int) -> str:
+    """Return one sentence on whether the group fits, with the largest size or the remedy if it does not."""
     if budget.fits(memory):
         return "It fits."
     short = "the MLLM's context" if not budget.fits() else f"{memory / GIB:.1f} GiB of usable memory"

@@ -74,31 +74,32 @@ class EasyRefCropReference(io.ComfyNode):
         mask: list[Tensor] | None = None,
         padding: Sequence[float] = (1.5,),
     ) -> io.NodeOutput:
-        references = [reference for part in images for reference in references_of(part)]
+        references = [reference for batch in images for reference in references_of(batch)]
         if not references:
-            raise ValueError("There is no image to crop. Connect at least one.")
-        boxes = boxes_of(references, crop[0], mask, padding[0])
+            raise ValueError("Nothing to crop. Connect at least one image.")
+        boxes = crop_boxes(references, crop[0], mask, padding[0])
         crops = tuple(
             reference[:, top:bottom, left:right]
             for reference, (left, top, right, bottom) in zip(references, boxes, strict=True)
         )
         lines = [
-            f"reference {i + 1}: {old.shape[2]}x{old.shape[1]} -> {new.shape[2]}x{new.shape[1]} at ({box[0]}, {box[1]})"
+            f"reference {i + 1}: {old.shape[2]}x{old.shape[1]} -> {new.shape[2]}x{new.shape[1]} at "
+            f"({box[0]}, {box[1]})"
             for i, (old, new, box) in enumerate(zip(references, crops, boxes, strict=True))
             if old.shape != new.shape
         ]
-        show = {**preview.pictures(crops), **preview.text("\n".join(lines) or "Nothing is cropped.")}
-        return io.NodeOutput(crops, list(crops), ui=show)
+        ui = {**preview.pictures(crops), **preview.text("\n".join(lines) or "Nothing is cropped.")}
+        return io.NodeOutput(crops, list(crops), ui=ui)
 
 
-def boxes_of(references: list[Tensor], crop: str, mask: list[Tensor] | None, padding: float) -> list[Box]:
-    """What to keep of each reference (1, height, width, C)."""
-    sides = [(reference.shape[1], reference.shape[2]) for reference in references]
+def crop_boxes(references: list[Tensor], crop: str, mask: list[Tensor] | None, padding: float) -> list[Box]:
+    """Return the box to crop from each reference (1, height, width, C)."""
+    sizes = [(reference.shape[1], reference.shape[2]) for reference in references]
     if crop == NONE:
-        return [(0, 0, width, height) for height, width in sides]
+        return [(0, 0, width, height) for height, width in sizes]
     if crop == MIDDLE:
-        return [middle_square(height, width) for height, width in sides]
-    masks = [one for part in mask or [] for one in part.reshape(-1, *part.shape[-2:])]
+        return [middle_square(height, width) for height, width in sizes]
+    masks = [single for batch in mask or [] for single in batch.reshape(-1, *batch.shape[-2:])]
     if len(masks) == 1:
         masks *= len(references)
     if len(masks) != len(references):
@@ -106,6 +107,6 @@ def boxes_of(references: list[Tensor], crop: str, mask: list[Tensor] | None, pad
             f"{len(masks)} masks for {len(references)} references. Connect one mask for all, or one for each."
         )
     return [
-        square_around(one, height, width, padding, name=f"The mask of reference {i + 1}")
-        for i, ((height, width), one) in enumerate(zip(sides, masks, strict=True))
+        square_around(mask, height, width, padding, f"The mask of reference {i + 1}")
+        for i, ((height, width), mask) in enumerate(zip(sizes, masks, strict=True))
     ]

@@ -18,14 +18,14 @@ from ..host import folders
 from ..host.file_changes import FileChanges
 from ..host.images import image_of
 from ..host.socket_types import EasyRefGroupSocket
-from .reference_group import show_group
+from .summary import group_preview
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-MOST = 112  # references of one folder; chained folders make larger groups
-NAMED = 8  # files that one line of the report names; it counts the rest
+MAX_REFERENCES = 112  # of one folder; chained folders make larger groups
+MAX_NAMES = 8  # files that one note names; it counts the rest
 
 
 class EasyRefGroupFromFolder(io.ComfyNode):
@@ -50,7 +50,7 @@ class EasyRefGroupFromFolder(io.ComfyNode):
                     "limit",
                     default=16,
                     min=1,
-                    max=MOST,
+                    max=MAX_REFERENCES,
                     tooltip="Maximum number of images to load.",
                 ),
                 io.Int.Input(
@@ -77,20 +77,21 @@ class EasyRefGroupFromFolder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder: str | None) -> bool | str:
-        """Refuse a path outside the input folder, such as an empty one; None: it comes through a link.
+        """Refuse a path outside the input folder, such as an empty one.
 
-        An output node that failed while it runs would stop the other nodes.
+        folder is None if it comes through a link. The path is refused here, because an output node that fails
+        while it runs stops the other nodes.
         """
         try:
             if folder is not None:
-                inside(Path(folder_paths.get_input_directory()).resolve(), folder)
+                resolve_inside(input_folder(), folder)
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None, limit: int | None, start: int | None, **_: object) -> str:
-        """Other folders, or files of other content, are another group."""
+        """Return a fingerprint of the folder's files: other files, or other content, are another group."""
         return FILES.fingerprint(folder, limit, start)
 
     @classmethod
@@ -98,104 +99,111 @@ class EasyRefGroupFromFolder(io.ComfyNode):
         cls, folder: str, limit: int, start: int, group: tuple[Tensor, ...] | None = None
     ) -> io.NodeOutput:
         FILES.record(folder, limit, start)
-        found = sorted_files(folder)
-        tried = pictures_in(folder, found.readable[start : start + limit])
-        taken, names, notes = [], [], []
-        for file in tried:
+        files = sorted_files(folder)
+        window = image_paths(folder, files.readable[start : start + limit])
+        images, names, notes = [], [], []
+        for path in window:
             try:
-                taken.append(read(file))
-                names.append(file.name)
+                images.append(load_image(path))
+                names.append(path.name)
             except Exception as error:  # Pillow's decoders raise errors of every kind for foreign bytes
                 reason = shorten(error) or type(error).__name__
-                notes.append(f"Warning: {shorten(file.name)} was left out, it could not be read ({reason}).")
-        notes += left_out(found) + beyond_the_limit(len(found.readable), start, limit)
-        if not taken:
+                notes.append(f"Warning: {shorten(path.name)} was left out, it could not be read ({reason}).")
+        notes += skipped_notes(files) + window_notes(len(files.readable), start, limit)
+        if not images:
+            tried = f"{len(window)} files tried, from number {start} on"
             raise ValueError(
-                f"No picture was found in {shorten(repr(folder))} of the input folder "
-                f"({len(tried)} files tried, from number {start} on). Put pictures there, or give another folder. {' '.join(notes)}".rstrip()
+                f"No picture was found in {shorten(repr(folder))} of the input folder ({tried}). Put "
+                f"pictures there, or give another folder. {' '.join(notes)}".rstrip()
             )
-        references = (*(group or ()), *taken)
-        return io.NodeOutput(references, "\n".join(names), ui=show_group(references, notes))
+        references = (*(group or ()), *images)
+        return io.NodeOutput(references, "\n".join(names), ui=group_preview(references, notes))
 
 
 def sorted_files(folder: str) -> SortedFiles:
-    """Names of the files in a folder, in the order of their names.
+    """Return the names of the files in a folder, in natural order.
 
-    Raises ValueError for a folder that is not inside the input folder, FileNotFoundError if it does not exist.
+    Raises ValueError for a folder outside the input folder, FileNotFoundError if it does not exist.
     """
-    base = Path(folder_paths.get_input_directory()).resolve()
-    path = inside(base, folder)
+    base = input_folder()
+    path = resolve_inside(base, folder)
     if not path.is_dir():
-        there = sorted(entry.name for entry in base.iterdir() if entry.is_dir())
+        others = sorted(entry.name for entry in base.iterdir() if entry.is_dir())
         raise FileNotFoundError(
-            f"There is no folder {shorten(repr(folder))} in {base}. Give one that is. Folders there: {', '.join(there) or 'none'}."
+            f"Folder {shorten(repr(folder))} does not exist in {base}. Give the path of an existing one. "
+            f"Folders there: {', '.join(others) or 'none'}."
         )
-    return sort_files(sorted((entry.name for entry in path.iterdir() if entry.is_file()), key=natural))
+    return sort_files(sorted((entry.name for entry in path.iterdir() if entry.is_file()), key=natural_key))
 
 
-def pictures_in(folder: str, names: list[str]) -> list[Path]:
-    """Full paths of image files in a folder. Raises ValueError for a link that leads out of the input folder."""
-    base = Path(folder_paths.get_input_directory()).resolve()
-    return [inside(base, str(Path(folder, name))) for name in names]
+def image_paths(folder: str, names: list[str]) -> list[Path]:
+    """Return the full paths of files in a folder. Raises ValueError for a link out of the input folder."""
+    base = input_folder()
+    return [resolve_inside(base, str(Path(folder, name))) for name in names]
 
 
-def left_out(found: SortedFiles) -> list[str]:
-    """Lines of the report that name the files which are not read, with the reason. Hidden files are not named."""
+def skipped_notes(files: SortedFiles) -> list[str]:
+    """Return notes that name the files which are not read, with the reason; hidden files are not named."""
     by_reason: dict[str, list[str]] = {}
-    for name in found.no_reader:
+    for name in files.no_reader:
         by_reason.setdefault(no_reader_reason(name), []).append(name)
-    lines = [f"Warning: left out, {reason}: {listed(names)}." for reason, names in by_reason.items()]
-    if visible := [name for name in found.other if not name.startswith(".")]:
-        lines.append(f"Left out, not an image: {listed(visible)}.")
-    return lines
+    notes = [f"Warning: left out, {reason}: {join_names(names)}." for reason, names in by_reason.items()]
+    if visible := [name for name in files.other if not name.startswith(".")]:
+        notes.append(f"Left out, not an image: {join_names(visible)}.")
+    return notes
 
 
-def beyond_the_limit(count: int, start: int, limit: int) -> list[str]:
-    """A line that says how many of `count` images are outside the window that start and limit give."""
+def window_notes(count: int, start: int, limit: int) -> list[str]:
+    """Return a note with the number of images outside the window of start and limit, if any."""
     outside = count - len(range(count)[start : start + limit])
     return [f"{outside} of {count} images were not taken (start {start}, limit {limit})."] if outside else []
 
 
-def listed(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(map(shorten, names[:NAMED])) + more
+def join_names(names: list[str]) -> str:
+    """Join the first names, and add the number of the rest."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(map(shorten, names[:MAX_NAMES])) + more
 
 
 def state_of(folder: str, limit: int, start: int) -> str:
-    """Names and states of the files to take, and names of those that are reported. Raises as pictures_in does."""
-    found = sorted_files(folder)
-    taken = pictures_in(folder, found.readable[start : start + limit])
-    return " ".join([*(file.name for file in taken), folders.state_of(taken), *found.no_reader])
+    """Return names and states of the files to load, and the names in the notes. Raises as image_paths."""
+    files = sorted_files(folder)
+    paths = image_paths(folder, files.readable[start : start + limit])
+    return " ".join([*(path.name for path in paths), folders.state_of(paths), *files.no_reader])
 
 
 FILES = FileChanges(state_of)
 
 
-def inside(base: Path, relative: str) -> Path:
-    """The file or folder at a relative path, followed through links. Raises ValueError if it is not inside `base`."""
+def input_folder() -> Path:
+    """Return ComfyUI's input folder, with links resolved."""
+    return Path(folder_paths.get_input_directory()).resolve()
+
+
+def resolve_inside(base: Path, relative: str) -> Path:
+    """Resolve a relative path, links included. Raises ValueError if it is not inside `base`."""
     try:
         path = (base / relative).resolve()
         path.exists()
-    except (OSError, ValueError, RuntimeError):  # no name at all: too long, with a NUL, a link to itself
+    except (OSError, ValueError, RuntimeError):  # an invalid name: too long, with a NUL, a link to itself
         path = None
     absolute = Path(relative).is_absolute() or PureWindowsPath(relative).drive
     if path is None or not relative.strip() or absolute or not path.is_relative_to(base):
         raise ValueError(
-            f"{shorten(repr(relative))} is not inside ComfyUI's input folder ({base}). Give a path relative to it; links that lead "
-            "out of it are not followed."
+            f"{shorten(repr(relative))} is not inside ComfyUI's input folder ({base}). Give a path relative "
+            "to it; links that lead out of it are not followed."
         )
     return path
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sorts as people count: image2 before image10."""
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Return the sort key of natural order: image2 before image10."""
     parts = re.split(r"(\d+)", name.casefold())
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
-def read(file: Path) -> Tensor:
-    """A picture file as (1, height, width, 3) in 0..1, turned as its EXIF data says; the first one of an animation."""
-    image: Image.Image = node_helpers.pillow(open_image, file)
+def load_image(path: Path) -> Tensor:
+    """Load an image file, or an animation's first frame, as (1, H, W, 3) in 0..1, oriented by EXIF."""
+    image: Image.Image = node_helpers.pillow(open_image, path)
     image = node_helpers.pillow(ImageOps.exif_transpose, image)
     return image_of(to_rgb(image))

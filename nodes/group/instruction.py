@@ -1,4 +1,4 @@
-"""Instruction."""
+"""Reference Instruction."""
 
 from __future__ import annotations
 
@@ -53,19 +53,20 @@ class EasyRefInstruction(io.ComfyNode):
 
     @classmethod
     def execute(cls, preset: str, language: str, text: str) -> io.NodeOutput:
-        instruction = chosen(preset, language, text)
+        instruction = instruction_text(preset, language, text)
         return io.NodeOutput(instruction, ui=preview.text(instruction))
 
 
-def chosen(preset: str, language: str, text: str) -> str:
-    """The instruction: `text`, ended by a line break, where there is one; else the preset's.
+def instruction_text(preset: str, language: str, text: str) -> str:
+    """Return `text` with a line break at its end, or the preset's text if `text` is empty.
 
-    Raises ValueError for a custom preset without a text.
+    Raises ValueError for the custom preset without a text.
     """
     if text.strip():
         return text if text.endswith("\n") else text + "\n"
     if preset == CUSTOM:
         raise ValueError(
-            "The preset is custom and the text is empty. Write what the MLLM shall look for, or choose a preset."
+            "The preset is custom and the text is empty. Write what the MLLM should look for, or choose a "
+            "preset."
         )
     return PRESETS[preset][language]

@@ -1,28 +1,24 @@
-"""Reference Group, and a selection of one."""
+"""Reference Group and Select References."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from ...easyref_core.inspect.duplicates import duplicates
 from ...easyref_core.utils.number_lists import parse_references
-from ..host import preview
 from ..host.images import split
-from ..host.notes import duplicate_notes
 from ..host.socket_types import EasyRefGroupSocket
+from .summary import group_preview
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST = 1000  # references of a selection, which may name one again and again
+MAX_SELECTED = 1000  # references of a selection, which may repeat a reference
 EMPTY = (
-    "The reference group is empty. Connect at least one image to images.image0, or a group to extend to group. Sockets "
-    "of other names, as of a program, are not read."
+    "The reference group is empty. Connect at least one image to images.image0, or a group to extend to "
+    "group. Sockets with other names, as programs may send, are ignored."
 )
-FEW = 2  # the authors advise more references than this
 
 
 class EasyRefGroup(io.ComfyNode):
@@ -60,9 +56,9 @@ class EasyRefGroup(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, **inputs: Any) -> bool:
-        """Refuse a group without links: an output node that failed while it runs would stop the other nodes.
+        """Refuse a group without links, because an output node that fails while it runs stops the others.
 
-        Raises ValueError, because the host reports a returned text only for inputs that are there.
+        Raises ValueError, because the host reports a returned text only for inputs that are connected.
         """
         if not inputs.get("images") and "group" not in inputs:
             raise ValueError(EMPTY)
@@ -80,7 +76,7 @@ class EasyRefGroup(io.ComfyNode):
             ]
         if not references:
             raise ValueError(EMPTY)
-        return io.NodeOutput(tuple(references), ui=show_group(references))
+        return io.NodeOutput(tuple(references), ui=group_preview(references))
 
 
 class EasyRefSelectReferences(io.ComfyNode):
@@ -106,25 +102,8 @@ class EasyRefSelectReferences(io.ComfyNode):
 
     @classmethod
     def execute(cls, group: tuple[Tensor, ...], references: str) -> io.NodeOutput:
-        chosen = parse_references(references, "references", len(group), MOST) or range(1, len(group) + 1)
+        chosen = parse_references(references, "references", len(group), MAX_SELECTED) or range(
+            1, len(group) + 1
+        )
         selected = tuple(group[number - 1] for number in chosen)
-        return io.NodeOutput(selected, ui=show_group(selected))
-
-
-def show_group(references: Sequence[Tensor], notes: Sequence[str] = ()) -> dict[str, Any]:
-    """The ui of a node that made a group: a contact sheet with sizes, how many there are, duplicates, and notes."""
-    doubles = duplicate_notes(duplicates([reference[0] for reference in references]))
-    lines = [count(len(references)), *notes, *advice(len(references)), *doubles]
-    return {**preview.pictures(references), **preview.text("\n".join(lines))}
-
-
-def count(references: int) -> str:
-    """ "1 reference", "4 references" """
-    return f"{references} reference{'' if references == 1 else 's'}"
-
-
-def advice(references: int) -> list[str]:
-    """A warning where a group is too small to have much in common."""
-    if references > FEW:
-        return []
-    return [f"Warning: {count(references)}. EasyRef works best with 3 or more that share one thing."]
+        return io.NodeOutput(selected, ui=group_preview(selected))

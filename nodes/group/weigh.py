@@ -43,7 +43,7 @@ class EasyRefWeighReferences(io.ComfyNode):
 
     @classmethod
     def execute(cls, context: ContextStates, weights: str) -> io.NodeOutput:
-        given = parse_reference_weights(weights, "weights", len(context.spans))
-        weighed = context.weighed(given)
-        lines = [f"reference {i + 1}: {weight:g}" for i, weight in enumerate(given)]
+        values = parse_reference_weights(weights, "weights", len(context.spans))
+        weighed = context.weighed(values)
+        lines = [f"reference {i + 1}: {weight:g}" for i, weight in enumerate(values)]
         return io.NodeOutput(weighed, ui=preview.text("\n".join(lines)))

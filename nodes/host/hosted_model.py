@@ -19,7 +19,7 @@ from comfy.patcher_extension import CallbacksMP
 from comfy_execution.utils import get_executing_context
 
 from ...easyref_core.checkpoint.checkpoint import Cast, may_be_fp8, open_checkpoint
-from ...easyref_core.inspect.attention_maps import AttentionShares, read_shares
+from ...easyref_core.inspect.attention_maps import AttentionShares, attention_shares
 from ...easyref_core.inspect.influence import pooled_features
 from ...easyref_core.mllm.budget import MemoryOptions, activation_bytes, flops
 from ...easyref_core.model import EasyRef, build
@@ -115,10 +115,10 @@ class HostedEasyRef:
         return TokenPair(*(ReferenceTokens.of(t.to(mm.intermediate_device()), t.provenance) for t in tokens))
 
     def attention(self, context: ContextStates, token: int) -> AttentionShares:
-        """What the reference tokens read of a context; see read_shares."""
+        """What the reference tokens read of a context; see attention_shares."""
         self.model.require_same_checkpoint(context, "context")
         self._load_for((), context.states.shape[1])
-        return read_shares(self.model, context, token)
+        return attention_shares(self.model, context, token)
 
     def vision_features(
         self, images: Sequence[Tensor], size: int, progress: Callable[[float], None]

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from comfy_api.latest import io, ui
 from torch.nn.functional import interpolate
 
-from ...easyref_core.inspect.charts import parts_chart, percent
-from ...easyref_core.inspect.drawing import caption_grid, overlay_heatmap, vstack
-from ...easyref_core.mllm.preprocess import resize
+from ...easyref_core.inspect.attention_maps import require_same_group
+from ...easyref_core.inspect.reports import attention_report, heat_maps
 from ..host.images import image_of, pictures_of, references_of
 from ..host.inputs import group_input
 from ..host.socket_types import EasyRefContext, EasyRefModel
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
     from ...easyref_core import ContextStates
-    from ...easyref_core.inspect.attention_maps import AttentionShares
     from ..host.hosted_model import HostedEasyRef
-
-BRIGHTEST = 0.99  # of all image tokens so many are below full heat: single ones that draw everything would hide the rest
 
 
 class EasyRefReferenceAttention(io.ComfyNode):
@@ -69,69 +63,13 @@ class EasyRefReferenceAttention(io.ComfyNode):
         group: Tensor | tuple[Tensor, ...],
         token: int = -1,
     ) -> io.NodeOutput:
-        pictures = pictures_of(references_of(group))
+        images = pictures_of(references_of(group))
         shares = easyref.attention(context, token)
-        _require_encoded(pictures, context, easyref)
-        brightest = torch.cat([part.flatten() for part in shares.maps]).quantile(BRIGHTEST)
-        maps = [(part / brightest).clamp(0, 1) for part in shares.maps]
-        sheet = image_of(draw(pictures, maps, shares, token))
+        require_same_group(images, context, easyref.model.config)
+        report = attention_report(images, shares, token)
+        sheet = image_of(report.image)
         masks = [
-            interpolate(part[None, None], picture.size[::-1], mode="bilinear")[0]
-            for part, picture in zip(maps, pictures, strict=True)
+            interpolate(heat[None, None], image.size[::-1], mode="bilinear")[0]
+            for heat, image in zip(heat_maps(shares), images, strict=True)
         ]
-        return io.NodeOutput(sheet, masks, describe(shares, token), ui=ui.PreviewImage(sheet, cls=cls))
-
-
-def draw(pictures: list[Image.Image], maps: list[Tensor], shares: AttentionShares, token: int) -> Image.Image:
-    """The references under their heat maps, and one bar of all shares."""
-    cell = 256
-    shown = [_scaled(picture, cell) for picture in pictures]
-    heated = [overlay_heatmap(picture, part.numpy()) for picture, part in zip(shown, maps, strict=True)]
-    captions = [f"{i + 1}: {percent(share)}" for i, share in enumerate(shares.references)]
-    sheet = caption_grid(heated, captions, cell)
-    return vstack([sheet, parts_chart(_title(token), parts_of(shares), max(sheet.width, 540))])
-
-
-def parts_of(shares: AttentionShares) -> dict[str, float]:
-    """All shares by name; their sum is 1."""
-    references = {f"reference {i + 1}": share for i, share in enumerate(shares.references)}
-    others = {"instruction and prompt": shares.text, "chat template": shares.template}
-    return {**references, **others, "reference tokens": shares.tokens}
-
-
-def describe(shares: AttentionShares, token: int) -> str:
-    """The report: a line for each share, and how the references compare with each other."""
-    total = sum(shares.references)
-    places = sum(part.numel() for part in shares.maps)
-    lines = [f"{_title(token)} (last layer, mean of the heads)"]
-    for name, share in parts_of(shares).items():
-        lines.append(f"{name}: {percent(share)}")
-    lines.append(f"all references: {percent(total)}")
-    for i, (share, part) in enumerate(zip(shares.references, shares.maps, strict=True)):
-        even = share / total * places / part.numel()
-        lines.append(
-            f"of that, reference {i + 1}: {percent(share / total)}, {even:.2f} times its part of the image tokens"
-        )
-    return "\n".join(lines)
-
-
-def _title(token: int) -> str:
-    return "Attention of the reference tokens" if token < 0 else f"Attention of reference token {token}"
-
-
-def _scaled(picture: Image.Image, cell: int) -> Image.Image:
-    scale = cell / max(picture.size)
-    return picture.resize(tuple(max(1, round(side * scale)) for side in picture.size))
-
-
-def _require_encoded(pictures: list[Image.Image], context: ContextStates, easyref: HostedEasyRef) -> None:
-    """Refuse a group that the context cannot have been made of."""
-    config, size = easyref.model.config, context.provenance.size
-    resized = [resize(picture, config, size) for picture in pictures]
-    found = [(image.height // config.patch_size, image.width // config.patch_size) for image in resized]
-    wanted = [tuple(sides) for sides in context.grid[:, 1:].tolist()]
-    if found != wanted:
-        raise ValueError(
-            f"The group is not the one that was encoded: it has {len(found)} references of {found} patches, the context "
-            f"{len(wanted)} of {wanted}. Connect the same group to Encode Reference Group and here."
-        )
+        return io.NodeOutput(sheet, masks, report.text, ui=ui.PreviewImage(sheet, cls=cls))

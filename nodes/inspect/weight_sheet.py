@@ -1,16 +1,15 @@
-"""Weight Sheet, which lists settings to compare, and Assemble Sheet, which shows what came of them."""
+"""Weight Sheet, which lists settings to compare, and Assemble Sheet, which draws the results as one image."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from comfy_api.latest import io, ui
-from PIL import Image
 
-from ...easyref_core.inspect.drawing import contact_sheet, fit_square
+from ...easyref_core.inspect.reports import weight_sheet
 from ...easyref_core.utils.number_lists import parse_numbers
 from ..host import preview
-from ..host.images import image_of, pictures_of
+from ..host.images import image_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +56,8 @@ class EasyRefWeightSheet(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights: str, end_percents: str) -> io.NodeOutput:
-        columns = read_numbers(weights, "weights", -1.0, 3.0)
-        rows = read_numbers(end_percents, "end_percents", 0.0, 1.0)
+        columns = unique_numbers(weights, "weights", -1.0, 3.0)
+        rows = unique_numbers(end_percents, "end_percents", 0.0, 1.0)
         pairs = [(column, row) for row in rows for column in columns]
         lines = [f"weight {column:g}, end_percent {row:g}" for column, row in pairs]
         report = "\n".join([f"{len(pairs)} pairs. The nodes after Apply EasyRef run once for each.", *lines])
@@ -101,37 +100,13 @@ class EasyRefSheet(io.ComfyNode):
     def execute(
         cls, images: list[Tensor], weight: list[float], end_percent: list[float], cell: list[int] = (256,)
     ) -> io.NodeOutput:
-        if not len(images) == len(weight) == len(end_percent):
-            raise ValueError(
-                f"The sheet was given {len(images)} pictures, {len(weight)} weights and {len(end_percent)} ends; wanted as "
-                "many of each. Link weight and end_percent of one Weight Sheet to Apply EasyRef and here, and decode every "
-                "result."
-            )
-        columns, rows = list(dict.fromkeys(weight)), list(dict.fromkeys(end_percent))
-        cells: dict[str, list[Image.Image | None]] = {f"until {row:g}": [None] * len(columns) for row in rows}
-        for batch, column, row in zip(images, weight, end_percent, strict=True):
-            cells[f"until {row:g}"][columns.index(column)] = side_by_side(pictures_of(batch), cell[0])
-        headings = {i: f"weight {column:g}" for i, column in enumerate(columns)}
-        sheet = image_of(contact_sheet(cells, cell[0], headings))
+        sheet = image_of(weight_sheet([list(batch) for batch in images], weight, end_percent, cell[0]))
         return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))
 
 
-def read_numbers(text: str, name: str, low: float, high: float) -> list[float]:
-    """Numbers of a list, each once, in order. Raises ValueError for anything else, and for an empty list."""
+def unique_numbers(text: str, name: str, low: float, high: float) -> list[float]:
+    """Return the distinct numbers of a list, in order. Raises ValueError for an invalid or empty list."""
     numbers = parse_numbers(text, name, low, high, example="0.4, 0.7, 1.0")
     if not numbers:
         raise ValueError(f'{name} is empty. Write at least one number, such as "1.0".')
     return list(dict.fromkeys(numbers))
-
-
-def side_by_side(pictures: list[Image.Image], cell: int) -> Image.Image:
-    """The pictures of a batch, in as many columns as rows, fitted into one cell."""
-    columns = next(n for n in range(1, len(pictures) + 1) if n * n >= len(pictures))
-    part = cell // columns
-    shown = [fit_square(picture, part) for picture in pictures]
-    width, height = (max(sides) for sides in zip(*(picture.size for picture in shown), strict=True))
-    rows = -(-len(shown) // columns)
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for place, picture in enumerate(shown):
-        sheet.paste(picture, (place % columns * width, place // columns * height))
-    return sheet

@@ -1,4 +1,4 @@
-"""Combine Reference Tokens."""
+"""Combine Reference Tokens, Batch Reference Tokens, and Reference Tokens over Frames."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...easyref_core.tokens.combine import METHODS, combine
+from ...easyref_core.tokens.frames import EASINGS, batch, over_frames
 from ...easyref_core.utils.errors import shorten
 from ...easyref_core.utils.number_lists import parse_numbers
 from ..host.socket_types import EasyRefTokens, TokenPair
-from .token_pairs import ABSENT, both_sides, in_order, several_tokens, validate_first_socket
+from .token_pairs import ABSENT, in_order, map_pairs, several_tokens, validate_first_socket
 
-MOST = 16
+MAX_COMBINED, MAX_BATCHED = 16, 100  # sets of tokens
 
 
 class EasyRefCombineTokens(io.ComfyNode):
@@ -27,7 +28,7 @@ class EasyRefCombineTokens(io.ComfyNode):
             "added, subtracted or interpolated. Conditional and unconditional tokens are combined alike.",
             search_aliases=["ip adapter combine embeds", "merge", "mix", "blend", "interpolate", "average"],
             inputs=[
-                several_tokens(MOST, "Sets of tokens, in order, all made by one EasyRef checkpoint."),
+                several_tokens(MAX_COMBINED, "Sets of tokens, in order, all made by one EasyRef checkpoint."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
@@ -62,15 +63,95 @@ class EasyRefCombineTokens(io.ComfyNode):
     def execute(cls, tokens: dict[str, TokenPair], method: str, factor: float, weights: str) -> io.NodeOutput:
         pairs = in_order(tokens)
         make = partial(combine, method=method, weights=parse_weights(weights, len(pairs)), factor=factor)
-        return io.NodeOutput(both_sides(pairs, make))
+        return io.NodeOutput(map_pairs(pairs, make))
+
+
+class EasyRefBatchTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EasyRefBatchTokens",
+            display_name="Batch Reference Tokens",
+            category="EasyRef/tokens",
+            description="Batches the tokens of several groups, one set for each latent image or frame.",
+            search_aliases=["ip adapter batch", "animatediff", "per frame", "batch embeds"],
+            inputs=[
+                several_tokens(MAX_BATCHED, "One set for each image, in order. A batch counts as its rows.")
+            ],
+            outputs=[
+                EasyRefTokens.Output(
+                    display_name="tokens", tooltip="A batch of tokens, for Apply EasyRef and a latent batch."
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, tokens: Any = None, tokens0: Any = ABSENT) -> bool | str:
+        return validate_first_socket(cls, tokens0)
+
+    @classmethod
+    def execute(cls, tokens: dict[str, TokenPair]) -> io.NodeOutput:
+        return io.NodeOutput(map_pairs(in_order(tokens), batch))
+
+
+class EasyRefTokensOverFrames(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EasyRefTokensOverFrames",
+            display_name="Reference Tokens over Frames",
+            category="EasyRef/tokens",
+            description="Cross-fades through the tokens of several groups, with one set for each frame.",
+            search_aliases=[
+                "ip adapter weights",
+                "animatediff",
+                "cross-fade",
+                "morph",
+                "keyframes",
+                "travel",
+            ],
+            inputs=[
+                several_tokens(
+                    MAX_BATCHED, "Sets to fade through, in order: the first frame, ..., the last."
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=16,
+                    min=1,
+                    max=4096,
+                    tooltip="Number of frames or images: the batch size of the latent.",
+                ),
+                io.Combo.Input(
+                    "easing",
+                    options=list(EASINGS),
+                    default="linear",
+                    tooltip="How each fade from one set to the next runs: evenly (linear), or slower at its "
+                    "start (ease in), at its end (ease out) or at both (ease in-out).",
+                ),
+            ],
+            outputs=[
+                EasyRefTokens.Output(
+                    display_name="tokens", tooltip="A batch of tokens, for Apply EasyRef and a latent batch."
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, tokens: Any = None, tokens0: Any = ABSENT) -> bool | str:
+        return validate_first_socket(cls, tokens0)
+
+    @classmethod
+    def execute(cls, tokens: dict[str, TokenPair], frames: int, easing: str) -> io.NodeOutput:
+        make = partial(over_frames, frames=frames, easing=easing)
+        return io.NodeOutput(map_pairs(in_order(tokens), make))
 
 
 def parse_weights(text: str, count: int) -> list[float]:
-    """ "1, 0.5" -> one weight for each of `count` sets, 1 where none is given."""
+    """Return one weight for each of `count` sets from a list such as "1, 0.5"; missing ones are 1."""
     weights = parse_numbers(text, "weights", example="1, 0.5")
     if len(weights) > count:
         raise ValueError(
-            f"There are {len(weights)} weights ({shorten(text)}) for {count} sets of reference tokens. Remove the others, or "
-            "connect what they are for."
+            f"There are {len(weights)} weights ({shorten(text)}) for {count} sets of reference tokens. "
+            "Remove the extra weights, or connect the missing sets."
         )
     return weights + [1.0] * (count - len(weights))

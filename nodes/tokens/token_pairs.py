@@ -1,4 +1,4 @@
-"""What the nodes that make one set of tokens from several share: their sockets, and both sides done alike."""
+"""Helpers of the nodes that make one set of tokens from several: sockets, and functions mapped over pairs."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ PREFIX = "tokens"
 ABSENT = object()  # an input that the prompt does not have
 
 
-def several_tokens(most: int, tooltip: str) -> io.Autogrow.Input:
-    """An input of 1 to `most` sockets, tokens0, tokens1, ...; a new one appears when the last is connected."""
+def several_tokens(limit: int, tooltip: str) -> io.Autogrow.Input:
+    """Input of 1 to `limit` sockets tokens0, tokens1, ...; a new one appears when the last is connected."""
     return io.Autogrow.Input(
         PREFIX,
         template=io.Autogrow.TemplatePrefix(
             EasyRefTokens.Input("tokens", tooltip="Reference tokens of one group."),
             prefix=PREFIX,
             min=1,
-            max=most,
+            max=limit,
         ),
         tooltip=tooltip,
     )
 
 
 def validate_first_socket(node: type[io.ComfyNode], tokens0: Any) -> bool | str:
-    """Result of a node's validate_inputs: an error for tokens0, which programs write for tokens.tokens0.
+    """Return an error for an input tokens0, which programs write for tokens.tokens0; otherwise True.
 
-    The host then misses tokens.tokens0 and calls it tokens0 in its own error.
+    The host's own error would be misleading, because it calls the missing tokens.tokens0 just tokens0.
     """
     return True if tokens0 is ABSENT else unknown_input(node, f"{PREFIX}0")
 
 
 def in_order(tokens: Mapping[str, TokenPair | None]) -> list[TokenPair]:
-    """What is connected, in the order of the sockets: tokens10 comes after tokens9."""
+    """Return the connected pairs in the order of the sockets: tokens10 comes after tokens9."""
     names = sorted(tokens, key=lambda socket: int(socket.removeprefix(PREFIX)))
     return [pair for name in names if (pair := tokens[name]) is not None]
 
 
-def both_sides(
-    pairs: Sequence[TokenPair], make: Callable[[list[ReferenceTokens]], ReferenceTokens]
+def map_pairs(
+    pairs: Sequence[TokenPair], combine: Callable[[list[ReferenceTokens]], ReferenceTokens]
 ) -> TokenPair:
-    """`make` done to the conditional and to the unconditional tokens; a pair that it leaves alone comes back itself.
+    """Apply a function to the conditional and unconditional tokens; an unchanged pair is returned itself.
 
-    Unconditional rows that are all the same, as of the black image, are one row: it stands for every picture.
+    Equal unconditional rows, as of the black image, become one row, which is used for every image.
     """
-    conditional = make([pair.conditional for pair in pairs])
-    unconditional = distinct(make([_row_by_row(pair) for pair in pairs]))
-    for pair in pairs:  # the same object, so that its keys and values need not be made again
+    conditional = combine([pair.conditional for pair in pairs])
+    unconditional = distinct(combine([_expand_unconditional(pair) for pair in pairs]))
+    for pair in pairs:  # the same object, because its keys and values are cached by identity
         if conditional is pair.conditional and unconditional is pair.unconditional:
             return pair
     return TokenPair(conditional, unconditional)
 
 
-def _row_by_row(pair: TokenPair) -> ReferenceTokens:
-    """The unconditional tokens, one row for each conditional one."""
+def _expand_unconditional(pair: TokenPair) -> ReferenceTokens:
+    """Return the unconditional tokens with one row for each conditional row."""
     rows, tokens = len(pair.conditional), pair.unconditional
     if len(tokens) == rows:
         return tokens

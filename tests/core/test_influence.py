@@ -1,4 +1,4 @@
-"""What each reference does: change without it, likeness, and the one that does not belong."""
+"""Influence of references, similarity of images, and outliers."""
 
 from __future__ import annotations
 
@@ -7,40 +7,38 @@ import torch
 
 import easyref_core as er
 from devkit import golden
-from easyref_core.inspect.consistency import cropped_share, similarity
 from easyref_core.inspect.influence import (
+    center_crop_loss,
     change,
+    cosine_matrix,
     find_outlier,
-    likeness,
     mean_to_others,
     pooled_features,
+    reference_influence,
     robust_z,
 )
 
 
-def near(count: int, odd: int | None = None) -> torch.Tensor:
-    """Similarity of `count` references that are all alike within a little, but for one."""
+def similar_features(count: int, outlier: int | None = None) -> torch.Tensor:
+    """Similarity of `count` references that differ by little, except for the outlier."""
     random = torch.Generator().manual_seed(0)
     features = torch.randn(32, generator=random) + 0.1 * torch.randn(count, 32, generator=random)
-    if odd is not None:
-        features[odd] = torch.randn(32, generator=random)
-    return likeness(features)
+    if outlier is not None:
+        features[outlier] = torch.randn(32, generator=random)
+    return cosine_matrix(features)
 
 
-def test_change_is_0_without_change_and_2_at_the_opposite() -> None:
+def test_change_is_1_minus_the_mean_cosine() -> None:
     tokens = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
     assert change(tokens, 3 * tokens) == pytest.approx(0, abs=1e-6)
     assert change(tokens, -tokens) == pytest.approx(2, abs=1e-6)
-
-
-def test_change_is_the_mean_over_tokens() -> None:
     tokens = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
     assert change(tokens, torch.tensor([[[2.0, 0.0], [0.0, 5.0]]])) == pytest.approx(0.5)
 
 
-def test_mean_similarity_leaves_oneself_out() -> None:
-    similar = torch.tensor([[1.0, 0.2, 0.4], [0.2, 1.0, 0.6], [0.4, 0.6, 1.0]])
-    assert mean_to_others(similar).tolist() == pytest.approx([0.3, 0.4, 0.5])
+def test_mean_similarity_excludes_the_reference_itself() -> None:
+    similarity = torch.tensor([[1.0, 0.2, 0.4], [0.2, 1.0, 0.6], [0.4, 0.6, 1.0]])
+    assert mean_to_others(similarity).tolist() == pytest.approx([0.3, 0.4, 0.5])
 
 
 def test_robust_z_by_hand() -> None:
@@ -52,34 +50,47 @@ def test_equal_references_do_not_divide_by_0() -> None:
     assert find_outlier(torch.ones(5, 5)) == (-1, 0.0)
 
 
-@pytest.mark.parametrize("odd", range(5))
-def test_odd_one_is_found(odd: int) -> None:
-    assert find_outlier(near(5, odd))[0] == odd
+@pytest.mark.parametrize(
+    ("count", "outlier", "reported"),
+    [*((5, i, i) for i in range(5)), (6, None, -1), (2, 1, -1), (3, 1, -1)],
+)
+def test_outlier_is_reported_in_groups_of_4_or_more(count: int, outlier: int | None, reported: int) -> None:
+    assert find_outlier(similar_features(count, outlier))[0] == reported
 
 
-def test_none_stands_out_of_a_group_that_is_alike() -> None:
-    assert find_outlier(near(6))[0] == -1
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_none_is_named_of_a_few(count: int) -> None:
-    assert find_outlier(near(count, 1))[0] == -1
-
-
-def test_features_are_of_each_reference_alone(model: er.EasyRef) -> None:
+def test_features_depend_on_each_reference_alone(model: er.EasyRef) -> None:
     images = golden.references()
 
-    def features(of: list) -> torch.Tensor:
-        return pooled_features(model, model.plan(model.prepare(of, "", "", golden.SIZE), False))
+    def features(group: list) -> torch.Tensor:
+        return pooled_features(model, model.plan(model.prepare(group, "", "", golden.SIZE), False))
 
     assert golden.error(features(images), torch.cat([features([image]) for image in images])) <= golden.EXACT
 
 
-def test_similarity_is_the_cosine() -> None:
-    found = similarity(torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
-    assert found.flatten().tolist() == pytest.approx([1, 0, 0.5**0.5, 0.5**0.5])
+def test_influence_is_the_change_without_each_reference(model: er.EasyRef) -> None:
+    images, progress = golden.references(), []
+    influence = reference_influence(model, images, "a cat", size=golden.SIZE, progress=progress.append)
+
+    def tokens(group: list) -> torch.Tensor:
+        return model.aggregate(model.encode(group, "a cat", size=golden.SIZE))
+
+    expected = [change(tokens(images), tokens(images[:i] + images[i + 1 :])) for i in range(len(images))]
+    assert influence.changes == pytest.approx(expected, abs=1e-5)
+    assert influence.outlier == -1
+    assert progress == sorted(progress)
+    assert progress[-1] == pytest.approx(1)
 
 
-def test_crop_of_a_square_loses_nothing() -> None:
-    assert cropped_share(512, 512) == 0
-    assert cropped_share(512, 1024) == 0.5 == cropped_share(1024, 512)
+def test_influence_needs_two_references(model: er.EasyRef) -> None:
+    with pytest.raises(ValueError, match="Give it 2 or more"):
+        reference_influence(model, golden.references()[:1])
+
+
+def test_cosine_matrix() -> None:
+    cosines = cosine_matrix(torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    assert cosines.flatten().tolist() == pytest.approx([1, 0, 0.5**0.5, 0.5**0.5])
+
+
+def test_center_crop_loss() -> None:
+    assert center_crop_loss(512, 512) == 0
+    assert center_crop_loss(512, 1024) == 0.5 == center_crop_loss(1024, 512)

@@ -1,4 +1,4 @@
-"""The shipped workflows in the real frontend: they open with nothing missing, are queued from the page, end in pictures."""
+"""The shipped workflows in the real frontend: they open without missing nodes, run, and give images."""
 
 from __future__ import annotations
 
@@ -26,20 +26,25 @@ def page(server):
         yield page
 
 
+def prompt_of(page) -> graphs.Graph:
+    """The prompt that the page would queue."""
+    return page.evaluate("async () => (await app.graphToPrompt()).output")
+
+
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
-def test_no_node_is_missing(page, workflow) -> None:
+def test_workflow_opens_and_is_in_the_template_browser(server, page, workflow) -> None:
     assert browser.open_workflow(page, workflow) == []
+    templates = json.loads(server.get("/workflow_templates"))
+    assert workflow.stem in templates["ComfyUI-EasyRef"]
+    for suffix in ("json", "jpg"):
+        assert server.get(f"/api/workflow_templates/ComfyUI-EasyRef/{workflow.stem}.{suffix}")
 
 
-def test_every_link_survives_loading(page) -> None:
+def test_links_survive_loading_and_defaults_are_the_authors(page) -> None:
     browser.open_workflow(page, WORKFLOW)
-    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
-    by_type = {node["class_type"]: node["inputs"] for node in prompt.values()}
-    assert [name for name in by_type["EasyRefGroup"] if name.startswith("images.")] == [
-        "images.image0",
-        "images.image1",
-        "images.image2",
-    ]
+    by_type = {node["class_type"]: node["inputs"] for node in prompt_of(page).values()}
+    sockets = [name for name in by_type["EasyRefGroup"] if name.startswith("images.")]
+    assert sockets == ["images.image0", "images.image1", "images.image2"]
     for kind, names in {
         "EasyRefEncodeGroup": ("easyref", "group", "prompt"),
         "EasyRefAggregate": ("easyref", "context"),
@@ -47,19 +52,13 @@ def test_every_link_survives_loading(page) -> None:
         "KSampler": ("model", "positive", "negative", "latent_image"),
     }.items():
         assert all(isinstance(by_type[kind][name], list) for name in names), kind
-
-
-def test_defaults_are_the_authors(page) -> None:
-    browser.open_workflow(page, WORKFLOW)
-    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
-    by_type = {node["class_type"]: node["inputs"] for node in prompt.values()}
     assert (by_type["KSampler"]["steps"], by_type["KSampler"]["cfg"]) == (30, 5)
     assert (by_type["EmptyLatentImage"]["width"], by_type["EmptyLatentImage"]["height"]) == (1024, 1024)
     assert (by_type["EasyRefApply"]["weight"], by_type["EasyRefApply"]["lora_strength"]) == (1, 1)
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
-def test_second_run_executes_nothing_and_another_seed_only_the_sampling(server, page, workflow) -> None:
+def test_second_run_executes_nothing_and_another_seed_the_sampling(server, page, workflow) -> None:
     browser.open_workflow(page, workflow)
     if workflow == TRY_IT_NOW:
         browser.set_widgets(page, {"KSampler": {"steps": 2}})
@@ -79,18 +78,18 @@ def test_second_run_executes_nothing_and_another_seed_only_the_sampling(server, 
 
 def following(prompt: graphs.Graph, nodes: list[str]) -> set[str]:
     """These nodes of a prompt and all that depend on them."""
-    found, before = set(nodes), set()
-    while found != before:
-        before = set(found)
-        found |= {name for name, node in prompt.items() if links(node) & before}
-    return found
+    links = {
+        name: {value[0] for value in node["inputs"].values() if isinstance(value, list)}
+        for name, node in prompt.items()
+    }
+    reached, before = set(nodes), set()
+    while reached != before:
+        before = set(reached)
+        reached |= {name for name, sources in links.items() if sources & before}
+    return reached
 
 
-def links(node: dict) -> set[str]:
-    return {value[0] for value in node["inputs"].values() if isinstance(value, list)}
-
-
-# Seeds: the frontend randomizes those that do not say otherwise
+# Seeds: by default the frontend randomizes them
 
 
 def test_seeds_of_new_nodes_are_fixed(page) -> None:
@@ -106,37 +105,26 @@ def test_workflows_saved_with_a_randomized_seed_keep_their_values(page) -> None:
     (aggregate,) = (node for node in saved["nodes"] if node["type"] == "EasyRefAggregate")
     aggregate["widgets_values"] = ["noise", 7, "randomize", 0.25]
     page.evaluate("workflow => app.loadGraphData(workflow)", saved)
-    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
-    inputs = prompt[str(aggregate["id"])]["inputs"]
+    inputs = prompt_of(page)[str(aggregate["id"])]["inputs"]
     assert (inputs["negative"], inputs["noise_seed"], inputs["noise_strength"]) == ("noise", 7, 0.25)
     again = page.evaluate("() => app.graph.serialize()")["nodes"]
-    assert [node["widgets_values"] for node in again if node["id"] == aggregate["id"]] == [
-        aggregate["widgets_values"]
-    ]
+    (values,) = (node["widgets_values"] for node in again if node["id"] == aggregate["id"])
+    assert values == aggregate["widgets_values"]
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
-def test_it_is_in_the_template_browser(server, workflow) -> None:
-    templates = json.loads(server.get("/workflow_templates"))
-    assert workflow.stem in templates["ComfyUI-EasyRef"]
-    for suffix in ("json", "jpg"):
-        assert server.get(f"/api/workflow_templates/ComfyUI-EasyRef/{workflow.stem}.{suffix}")
+# The prompt of CLIP and of the MLLM
 
 
-# The prompt of both readers
-
-
-def test_one_text_node_is_read_by_clip_and_mllm_as_it_is(page) -> None:
+def test_one_text_node_feeds_clip_and_mllm_unchanged(page) -> None:
     browser.open_workflow(page, WORKFLOW)
     typed = "a {red|blue} (cat:1.2) // a note"
-    output = page.evaluate(
-        """async typed => {
-            const text = app.graph._nodes.find(node => node.type === 'PrimitiveStringMultiline')
-            text.widgets[0].value = typed
-            return (await app.graphToPrompt()).output
+    page.evaluate(
+        """typed => {
+            app.graph._nodes.find(node => node.type === 'PrimitiveStringMultiline').widgets[0].value = typed
         }""",
         typed,
     )
+    output = prompt_of(page)
     encode = next(node for node in output.values() if node["class_type"] == "EasyRefEncodeGroup")
     source = encode["inputs"]["prompt"]
     readers = [
@@ -148,13 +136,14 @@ def test_one_text_node_is_read_by_clip_and_mllm_as_it_is(page) -> None:
     assert output[source[0]]["inputs"]["value"] == typed
 
 
-def test_a_choice_is_drawn_for_clip_alone(page) -> None:
-    """So that the MLLM's node finds it and refuses it, in place of drawing another one."""
+def test_choice_is_drawn_for_clip_only(page) -> None:
+    """The MLLM's node must receive and refuse it, because a second draw could differ."""
+    types = ["EasyRefEncodeGroup", "EasyRefReferenceInfluence", "EasyRefGroupBudget"]
     typed = page.evaluate(
-        """async typed => {
+        """async ([typed, types]) => {
             app.graph.clear()
-            for (const [type, name] of [['CLIPTextEncode', 'text'], ['EasyRefEncodeGroup', 'prompt'],
-                                        ['EasyRefReferenceInfluence', 'prompt'], ['EasyRefGroupBudget', 'prompt']]) {
+            for (const type of ['CLIPTextEncode', ...types]) {
+                const name = type === 'CLIPTextEncode' ? 'text' : 'prompt'
                 const node = LiteGraph.createNode(type)
                 app.graph.add(node)
                 node.widgets.find(widget => widget.name === name).value = typed
@@ -163,15 +152,13 @@ def test_a_choice_is_drawn_for_clip_alone(page) -> None:
             return Object.fromEntries(Object.values(output).map(
                 node => [node.class_type, node.inputs.text ?? node.inputs.prompt]))
         }""",
-        "{red|blue}",
+        ["{red|blue}", types],
     )
     assert typed.pop("CLIPTextEncode") in ("red", "blue")
-    assert typed == dict.fromkeys(
-        ("EasyRefEncodeGroup", "EasyRefReferenceInfluence", "EasyRefGroupBudget"), "{red|blue}"
-    )
+    assert typed == dict.fromkeys(types, "{red|blue}")
 
 
-# A node that is asked before the rest runs
+# A node that runs before the rest
 
 ADD_BUDGET = """() => {
     const of = type => app.graph._nodes.find(node => node.type === type)
@@ -198,42 +185,32 @@ def test_budget_runs_alone_by_the_button_of_its_selection(server, page) -> None:
     page.wait_for_function(SHOWS, arg=[budget, text], timeout=10_000)
 
 
-# The workflow that needs no file
+# The workflow without files
 
 
-def test_try_it_now_runs_as_it_is_opened(server, page) -> None:
+def test_try_it_now_runs_without_changes(server, page) -> None:
     browser.open_workflow(page, TRY_IT_NOW)
     history = browser.queue(server, page)
     assert history["status"]["status_str"] == "success", history["status"]
-    shown = pictures_by_title(server, history)
-    assert {title: len(pictures) for title, pictures in shown.items()} == {
-        "References": 4,
-        "Without EasyRef": 4,
-        "With EasyRef": 4,
-    }
-    assert {picture.shape for pictures in shown.values() for picture in pictures} == {(256, 256, 3)}
-    without, with_easyref = shown["Without EasyRef"], shown["With EasyRef"]
-    assert all((a != b).any() for a, b in zip(without, with_easyref, strict=True))
-
-
-def pictures_by_title(server, history) -> dict[str, list]:
-    """What each preview of the workflow showed."""
     graph = graphs.from_file(TRY_IT_NOW)
-    return {
+    previews = {
         graph[node]["_meta"]["title"]: [pixels(png) for png in server.images({"outputs": {node: output}})]
         for node, output in history["outputs"].items()
         if "images" in output
     }
+    titles = ("References", "Without EasyRef", "With EasyRef")
+    assert {title: len(images) for title, images in previews.items()} == dict.fromkeys(titles, 4)
+    assert {image.shape for images in previews.values() for image in images} == {(256, 256, 3)}
+    without, with_easyref = previews["Without EasyRef"], previews["With EasyRef"]
+    assert all((a != b).any() for a, b in zip(without, with_easyref, strict=True))
 
 
-def test_try_it_now_read_without_the_page_is_the_same(page) -> None:
-    """What `make demo` runs is what the frontend queues."""
+def test_from_file_gives_the_prompt_of_the_page(page) -> None:
+    """`make demo` queues the result of from_file."""
     browser.open_workflow(page, TRY_IT_NOW)
-    queued = page.evaluate("async () => (await app.graphToPrompt()).output")
-    read = graphs.from_file(TRY_IT_NOW)
-    assert {number: node["class_type"] for number, node in read.items()} == {
-        number: node["class_type"] for number, node in queued.items()
-    }
-    for number, node in read.items():  # some frontends add inputs of their own to previews
+    queued, from_file = prompt_of(page), graphs.from_file(TRY_IT_NOW)
+    types = [{number: node["class_type"] for number, node in graph.items()} for graph in (from_file, queued)]
+    assert types[0] == types[1]
+    for number, node in from_file.items():  # some frontends add inputs of their own to previews
         inputs = queued[number]["inputs"]
         assert node["inputs"] == {name: inputs[name] for name in inputs if name in node["inputs"]}

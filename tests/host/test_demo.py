@@ -1,6 +1,6 @@
-"""The demo: its model in the host's classes is diffusers' model, and its node gives all that the other nodes need.
+"""The demo: its models give the same numbers in the host as in diffusers, and its node feeds the other nodes.
 
-What is compared is a stand-in with sizes of its own (tiny_weights.py); what is run is the model that is shipped.
+The models are compared at the shipped sizes and at those of a stand-in (tiny_weights.py).
 """
 
 from __future__ import annotations
@@ -55,103 +55,93 @@ def vae(pack, base: Path) -> comfy.sd.VAE:
     return golden.part(pack, "nodes.demo.tiny_vae").load_vae(base)
 
 
-def drawn(seed: int, *shape: int) -> torch.Tensor:
+def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 # The same numbers as diffusers'
 
-PROMPTS = [
-    "a red thing on sand",
-    "",
-    "a blue striped circle on the grass at the left, and far more than has room",
-]
+TOO_LONG = "a blue striped circle on the grass at the left, and far more than has room"
+PROMPTS = ["a red thing on sand", "", TOO_LONG]
 
 
 def predictions(patcher: comfy.model_patcher.ModelPatcher, diffusers: BaseModel) -> tuple[torch.Tensor, ...]:
     """Noise predicted for random latents by the host's and by diffusers' UNet."""
     text = diffusers.encode_text(PROMPTS)
     side = diffusers.unet.config.sample_size
-    latents, steps = drawn(0, 3, 4, side, side), torch.tensor([1.0, 400.0, 999.0])
+    latents, steps = random(0, 3, 4, side, side), torch.tensor([1.0, 400.0, 999.0])
     model = patcher.model
     sizes = model.encode_adm(pooled_output=text.pooled, width=64, height=56)
     with torch.inference_mode():
-        found = model.diffusion_model(latents, steps, context=text.states, y=sizes)
+        in_host = model.diffusion_model(latents, steps, context=text.states, y=sizes)
         time_ids = diffusers.time_ids((56, 64), (0, 0), (56, 64), batch=3)
         added = {"text_embeds": text.pooled, "time_ids": time_ids}
-        wanted = diffusers.unet(latents, steps, text.states, added_cond_kwargs=added).sample
-    return found, wanted
+        in_diffusers = diffusers.unet(latents, steps, text.states, added_cond_kwargs=added).sample
+    return in_host, in_diffusers
 
 
 def test_unet_is_diffusers(tiny_sdxl, base, diffusers) -> None:
-    found, wanted = predictions(tiny_sdxl.load_model(base), diffusers)
-    assert golden.error(found, wanted) <= 1e-5
+    assert golden.error(*predictions(tiny_sdxl.load_model(base), diffusers)) <= 1e-5
 
 
 def test_unet_is_the_same_under_dynamic_vram(tiny_sdxl, base, diffusers, monkeypatch) -> None:
-    """Whose layers have no weights until they are loaded (its switch simulated)."""
+    """With its switch simulated: its layers do not have weights until they are loaded."""
     monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "is_dynamic", lambda self: True)
     patcher = tiny_sdxl.load_model(base)
     monkeypatch.undo()
-    found, wanted = predictions(patcher, diffusers)
-    assert golden.error(found, wanted) <= 1e-5
+    assert golden.error(*predictions(patcher, diffusers)) <= 1e-5
 
 
-def test_latents_are_scaled_as_the_folder_says(tiny_sdxl, base, diffusers) -> None:
-    model = tiny_sdxl.load_model(base).model
-    latents = drawn(1, 1, 4, 2, 2)
+def test_latents_are_scaled_by_the_folders_factor(tiny_sdxl, base, diffusers) -> None:
+    model, latents = tiny_sdxl.load_model(base).model, random(1, 1, 4, 2, 2)
     assert torch.equal(model.process_latent_in(latents), latents * diffusers.vae.config.scaling_factor)
     torch.testing.assert_close(model.process_latent_out(model.process_latent_in(latents)), latents)
 
 
-def test_noise_schedule_is_the_folder_s(tiny_sdxl, base, diffusers) -> None:
+def test_noise_schedule_is_the_folders(tiny_sdxl, base, diffusers) -> None:
     sampling = tiny_sdxl.load_model(base).get_model_object("model_sampling")
-    kept = diffusers.schedule.alphas_cumprod
-    torch.testing.assert_close(sampling.sigmas, ((1 - kept) / kept).sqrt(), rtol=1e-4, atol=1e-6)
+    alphas = diffusers.schedule.alphas_cumprod
+    torch.testing.assert_close(sampling.sigmas, ((1 - alphas) / alphas).sqrt(), rtol=1e-4, atol=1e-6)
 
 
-def test_conditioning_is_what_training_read(pack, base, diffusers) -> None:
-    made = golden.part(pack, "nodes.demo.demo").conditionings(base, tuple(PROMPTS))
+def test_conditioning_is_that_of_training(pack, base, diffusers) -> None:
+    conditionings = golden.part(pack, "nodes.demo.demo").conditionings(base, tuple(PROMPTS))
     text = diffusers.encode_text(PROMPTS)
-    for i, ((states, extra),) in enumerate(made):
+    for i, ((states, extra),) in enumerate(conditionings):
         torch.testing.assert_close(states, text.states[i : i + 1], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(extra["pooled_output"], text.pooled[i : i + 1], atol=1e-6, rtol=1e-5)
 
 
 def test_vae_decodes_as_diffusers(vae, diffusers) -> None:
-    latents = drawn(2, 2, 4, 8, 8)
+    latents = random(2, 2, 4, 8, 8)
     with torch.inference_mode():
-        found = vae.decode(latents)
-        wanted = diffusers.decode(latents * diffusers.vae.config.scaling_factor).movedim(1, -1)
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+        expected = diffusers.decode(latents * diffusers.vae.config.scaling_factor).movedim(1, -1)
+        torch.testing.assert_close(vae.decode(latents), expected, atol=1e-4, rtol=0)
 
 
 def test_vae_encodes_as_diffusers(vae, diffusers) -> None:
-    pictures = drawn(3, 2, 64, 64, 3).sigmoid()
+    images = random(3, 2, 64, 64, 3).sigmoid()
     with torch.inference_mode():
-        found = vae.encode(pictures) * diffusers.vae.config.scaling_factor
-        wanted = diffusers.encode_images(pictures.movedim(-1, 1) * 2 - 1)
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+        latents = vae.encode(images) * diffusers.vae.config.scaling_factor
+        expected = diffusers.encode_images(images.movedim(-1, 1) * 2 - 1)
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
 
 
-def test_what_the_host_s_vae_nodes_call_is_there(vae) -> None:
-    """Whole pictures and tiles of 64 x 64, as VAEDecode, VAEEncode, the tiled ones and VAEEncodeForInpaint ask."""
-    pictures = drawn(4, 1, 128, 128, 3).sigmoid()
+def test_vae_has_the_interface_of_the_hosts_vae_nodes(vae) -> None:
+    """Images and tiles of 64 x 64, for VAEDecode, VAEEncode, their tiled forms and VAEEncodeForInpaint."""
+    images = random(4, 1, 128, 128, 3).sigmoid()
     assert vae.spacial_compression_encode() == vae.spacial_compression_decode() == 8
     with torch.inference_mode():
-        latents = vae.encode(pictures)
-        assert (
-            latents.shape
-            == vae.encode_tiled(pictures, tile_x=64, tile_y=64, overlap=0).shape
-            == (1, 4, 16, 16)
-        )
-        assert vae.decode(latents).shape == pictures.shape
-        assert vae.decode_tiled(latents, tile_x=8, tile_y=8, overlap=0).shape == pictures.shape
+        latents = vae.encode(images)
+        tiled = vae.encode_tiled(images, tile_x=64, tile_y=64, overlap=0)
+        assert latents.shape == tiled.shape == (1, 4, 16, 16)
+        assert vae.decode(latents).shape == images.shape
+        assert vae.decode_tiled(latents, tile_x=8, tile_y=8, overlap=0).shape == images.shape
 
 
-def test_host_can_load_the_model_anew(tiny_sdxl, base) -> None:
-    """As it does for hooks and for several GPUs."""
+def test_host_can_load_the_model_again(tiny_sdxl, base) -> None:
+    """The host does so for hooks and for several GPUs."""
     patcher = tiny_sdxl.load_model(base)
     load, arguments = patcher.cached_patcher_init
     again = load(*arguments, disable_dynamic=True)
@@ -166,7 +156,7 @@ def test_host_can_load_the_model_anew(tiny_sdxl, base) -> None:
 
 @pytest.fixture
 def demo(pack, stand_in: Path, monkeypatch):
-    """nodes.demo.demo with the stand-in for a model."""
+    """nodes.demo.demo with the stand-in as its model."""
     monkeypatch.setattr(golden.part(pack, "nodes.host.folders"), "SHIPPED", stand_in)
     return golden.part(pack, "nodes.demo.demo")
 
@@ -180,41 +170,41 @@ def outputs(demo, **changes) -> dict:
 
 
 @pytest.mark.parametrize("count", [2, 6])
-def test_references_are_a_batch_of_so_many_pictures(demo, count: int) -> None:
+def test_references_are_a_batch_of_images(demo, count: int) -> None:
     images = outputs(demo, references=count)["references"]
     assert images.shape == (count, 64, 64, 3)
     assert 0 <= images.min() < images.max() <= 1
 
 
-def test_example_is_the_same_whenever_it_is_asked_for(demo) -> None:
+def test_example_is_reproducible(demo) -> None:
     first, again = outputs(demo), outputs(demo)
     assert torch.equal(first["references"], again["references"])
     assert (first["prompt"], first["shared"]) == (again["prompt"], again["shared"])
     assert not torch.equal(first["references"], outputs(demo, example=4)["references"])
 
 
-def test_empty_prompt_is_the_example_s_own(demo) -> None:
+def test_empty_prompt_is_the_examples(demo) -> None:
     plan, _ = demo_group(3, 4, False)
-    made = outputs(demo, prompt=" ")
-    assert made["prompt"] == plan.prompt != ""
-    assert torch.equal(made["positive"][0][0], outputs(demo, prompt=plan.prompt)["positive"][0][0])
+    empty = outputs(demo, prompt=" ")
+    assert empty["prompt"] == plan.prompt != ""
+    assert torch.equal(empty["positive"][0][0], outputs(demo, prompt=plan.prompt)["positive"][0][0])
 
 
-def test_prompt_of_the_user_is_used_and_handed_on(demo) -> None:
-    made = outputs(demo, prompt="a blue thing", negative_prompt="a red thing")
-    assert made["prompt"] == "a blue thing"
+def test_prompt_of_the_user_is_used_and_returned(demo) -> None:
+    result = outputs(demo, prompt="a blue thing", negative_prompt="a red thing")
+    assert result["prompt"] == "a blue thing"
     swapped = outputs(demo, prompt="a red thing", negative_prompt="a blue thing")
-    assert torch.equal(made["positive"][0][0], swapped["negative"][0][0])
-    assert not torch.equal(made["positive"][0][0], made["negative"][0][0])
+    assert torch.equal(result["positive"][0][0], swapped["negative"][0][0])
+    assert not torch.equal(result["positive"][0][0], result["negative"][0][0])
 
 
 def test_outsider_shares_nothing_and_is_named(demo) -> None:
     plan, _ = demo_group(3, 5, True)
     columns = [NAMES.index(name) for name in plan.shared]
-    odd = plan.references[plan.outsider, columns]
+    outsider = plan.references[plan.outsider, columns]
     others = plan.references[[i for i in range(5) if i != plan.outsider]][:, columns]
     assert (others == plan.target[columns]).all()
-    assert (odd != plan.target[columns]).all()
+    assert (outsider != plan.target[columns]).all()
     assert f"reference {plan.outsider + 1}," in outputs(demo, references=5, with_outsider=True)["shared"]
 
 
@@ -222,7 +212,7 @@ def test_target_of_an_example_is_held_out_from_training() -> None:
     assert all(held_out(demo_group(example, 4, False)[0].target) for example in range(50))
 
 
-def test_pack_without_the_model_says_what_to_do(demo, tmp_path, monkeypatch, pack) -> None:
+def test_missing_model_is_an_error_with_a_remedy(demo, tmp_path, monkeypatch, pack) -> None:
     monkeypatch.setattr(golden.part(pack, "nodes.host.folders"), "SHIPPED", tmp_path)
     with pytest.raises(FileNotFoundError, match="Install the pack anew") as missing:
         outputs(demo)
@@ -232,7 +222,7 @@ def test_pack_without_the_model_says_what_to_do(demo, tmp_path, monkeypatch, pac
 # The workflow
 
 
-def test_workflow_asks_for_no_file_and_no_other_pack() -> None:
+def test_workflow_needs_neither_files_nor_other_packs() -> None:
     workflow = json.loads((ROOT / "workflows" / "try_it_now.json").read_text(encoding="utf-8"))
     for node in workflow["nodes"]:
         assert "models" not in node["properties"], node["type"]

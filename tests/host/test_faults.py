@@ -1,4 +1,4 @@
-"""A running server after things went wrong: cancelled at any stage, out of memory, files replaced, two clients at once."""
+"""A running server after interruptions, out of memory, and replaced files, and with two clients."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from devkit.host.faults import (
     SAMPLING,
     VISION,
     Stage,
-    emptied,
-    failed,
-    interrupted_then_whole,
+    check_interruption,
+    empty_caches,
+    run_with_fault,
 )
 from devkit.host.graphs import node
 
@@ -35,7 +35,7 @@ def _golden(server) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(server) -> bytes:
-    """What the whole path makes on a server that nothing has happened to."""
+    """The image of the whole path on a server without faults."""
     return graphs.picture_uncached(server, graphs.easyref())
 
 
@@ -43,14 +43,14 @@ def undisturbed(server) -> bytes:
     ("stage", "call"),
     [(PREPROCESSING, 1), (VISION, 1), (DECODER, 2), (AGGREGATION, 1), (KEY_VALUES, 1), (SAMPLING, 1)],
 )
-def test_interrupted_and_nothing_left(server, undisturbed, stage: Stage, call: int) -> None:
-    assert interrupted_then_whole(server, graphs.easyref(), undisturbed, stage, call)
+def test_interruption_leaves_nothing_behind(server, undisturbed, stage: Stage, call: int) -> None:
+    assert check_interruption(server, graphs.easyref(), undisturbed, stage, call)
 
 
 @pytest.mark.parametrize("stage", [LOADING, AGGREGATION, KEY_VALUES, SAMPLING])
-def test_out_of_memory_is_one_error_and_nothing_left(server, undisturbed, stage: Stage) -> None:
-    emptied(server)
-    error = failed(server, graphs.easyref(), stage, 1, MEMORY)
+def test_out_of_memory_is_one_error_and_leaves_nothing_behind(server, undisturbed, stage: Stage) -> None:
+    empty_caches(server)
+    error = run_with_fault(server, graphs.easyref(), stage, 1, MEMORY)
     assert error.kind == "execution_error"
     assert error.details["node_id"] == stage.node
     assert error.details["exception_type"].endswith("OutOfMemoryError")
@@ -65,7 +65,7 @@ LOADED = {"checkpoint": "faults.safetensors"}
 
 @pytest.fixture
 def checkpoint(server):
-    """The golden checkpoint under a name of its own, loaded by the server, which maps it."""
+    """A copy of the golden checkpoint, loaded and memory-mapped by the server."""
     path = server.base / "models" / "easyref" / LOADED["checkpoint"]
     shutil.copy(golden.CHECKPOINT, path)
     graphs.picture(server, graphs.easyref(load=LOADED))
@@ -73,8 +73,8 @@ def checkpoint(server):
     path.unlink(missing_ok=True)
 
 
-def other_content(path) -> None:
-    """Replace the file by another checkpoint of the same size and with the same time of writing."""
+def replace_content(path) -> None:
+    """Replace the file by another checkpoint of the same size and modification time."""
     new, old = path.with_name("new"), path.stat()
     golden.write_changed(new, lambda tensors: tensors["mllm_final_layer.reference_tokens"].mul_(2))
     os.utime(new, ns=(old.st_atime_ns, old.st_mtime_ns))
@@ -86,7 +86,7 @@ def test_replaced_checkpoint_of_the_same_size_and_time_is_noticed(server, undist
     keep = {"keep": node("EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="faults/old")}
     history = server.run({**graphs.easyref(load=LOADED), **keep})
     (saved,) = history["outputs"]["keep"]["easyref_tokens"]
-    other_content(checkpoint)
+    replace_content(checkpoint)
     replaced = graphs.picture(server, graphs.easyref(load=LOADED))
     assert replaced != undisturbed
     assert graphs.picture_uncached(server, graphs.easyref(load=LOADED)) == replaced
@@ -96,52 +96,54 @@ def test_replaced_checkpoint_of_the_same_size_and_time_is_noticed(server, undist
     assert "was made by another EasyRef checkpoint" in graphs.failure(server, old_tokens)
 
 
-def test_damaged_or_deleted_checkpoint_is_an_error_until_it_is_back(server, undisturbed, checkpoint) -> None:
+def test_damaged_or_deleted_checkpoint_is_an_error_until_it_is_restored(
+    server, undisturbed, checkpoint
+) -> None:
     graph = graphs.easyref(load=LOADED)
-    whole = golden.CHECKPOINT.read_bytes()
-    for written in (lambda: os.truncate(checkpoint, 1000), lambda: checkpoint.write_bytes(whole[:-1000])):
-        written()  # in place, under the mapping of the model that is loaded
+    content = golden.CHECKPOINT.read_bytes()
+    for damage in (lambda: os.truncate(checkpoint, 1000), lambda: checkpoint.write_bytes(content[:-1000])):
+        damage()  # in place, because the loaded model maps this file
         assert "is not a complete safetensors file" in graphs.failure(server, graph)
     checkpoint.unlink()
     assert "was not found" in graphs.failure(server, graph)
-    checkpoint.write_bytes(whole)
+    checkpoint.write_bytes(content)
     assert graphs.picture(server, graph) == undisturbed
 
 
 # A killed save
 
 
-def test_what_a_killed_save_leaves_is_not_offered(server) -> None:
+def test_partial_file_of_a_killed_save_is_not_offered(server) -> None:
     folder = server.base / "output" / "easyref" / "faults"
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(b"killed_00001_.safetensors").hexdigest()[:16]
-    left = folder / f".{digest}.partial"  # as atomic_write.py names it
-    left.write_bytes(b"half")
+    partial = folder / f".{digest}.partial"  # its name in atomic_write.py
+    partial.write_bytes(b"half")
     listed = server.object_info()["EasyRefLoadTokens"]["input"]["required"]["file"][1]["options"]
     assert not [name for name in listed if "killed" in name]
     keep = node("EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="faults/killed")
     server.run({**graphs.easyref(), "keep": keep})
-    assert not left.exists()
+    assert not partial.exists()
     assert (folder / "killed_00001_.safetensors").is_file()
 
 
 # Two clients
 
 
-def test_two_clients_get_what_each_gets_alone(server) -> None:
+def test_two_clients_get_the_results_that_each_gets_alone(server) -> None:
     mine = [graphs.easyref(encode={"prompt": f"mine {i}"}) for i in range(2)]
     other = graphs.easyref(encode={"prompt": "other"}, seed=3)
     other["group"] = graphs.group(["image2", 0], ["image0", 0])
     theirs = [{**other, "sample": node("KSampler", **other["sample"]["inputs"] | {"cfg": c})} for c in (1, 5)]
     alone = [graphs.picture_uncached(server, graph) for graph in (*mine, *theirs)]
-    emptied(server)
+    empty_caches(server)
     second = server.another_client()
     queued = []
     for ours, others in zip(mine, theirs, strict=True):
         queued += [(server, server.queue(ours)), (second, second.queue(others))]
-    found = [graphs.picture_of(client, prompt_id) for client, prompt_id in queued]
-    assert [found[i] for i in (0, 2, 1, 3)] == alone
+    together = [graphs.picture_of(client, prompt_id) for client, prompt_id in queued]
+    assert [together[i] for i in (0, 2, 1, 3)] == alone
     for client, prompt_id in queued:
-        stranger = second if client is server else server
+        other_client = second if client is server else server
         assert client.executed(prompt_id)
-        assert not stranger.executed(prompt_id)
+        assert not other_client.executed(prompt_id)

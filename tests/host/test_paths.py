@@ -65,7 +65,7 @@ def test_a_folder_of_pictures_may_have_any_name(pack, files) -> None:
     module = golden.part(pack, "nodes.group.from_folder")
     names = module.sorted_files(NAME).readable
     assert names == ["1 Größe.PNG", "2 猫.png", "10 😀.png"]
-    assert [file.name for file in module.pictures_in(NAME, names)] == names
+    assert [file.name for file in module.image_paths(NAME, names)] == names
 
 
 # Windows, where a path may be rooted without being absolute, and absolute without being rooted

@@ -1,8 +1,9 @@
-"""What was read before, in the host: where it lies, what it saves, when it goes."""
+"""The caches of the group encoder in the host: their device, their use, and when they are cleared."""
 
 from __future__ import annotations
 
 import gc
+import weakref
 
 import comfy.model_management as mm
 import pytest
@@ -12,20 +13,34 @@ from comfy_execution.utils import CurrentNodeContext
 
 from devkit.host import golden
 
+IMAGES = [image[0] for image in golden.references()]
+
 
 @pytest.fixture
 def easyref(pack):
     return golden.load(pack)
 
 
-def encode(pack, easyref, prompt: str = "a cat", images: slice = slice(None)):
-    chosen = [image[0] for image in golden.references()[images]]
-    return easyref.encode(chosen, prompt, golden.instruction(pack), golden.SIZE)
+@pytest.fixture
+def encode(pack):
+    def context(easyref, prompt: str = "a cat"):
+        return easyref.encode(IMAGES, prompt, golden.instruction(pack), golden.SIZE)
+
+    return context
 
 
 @pytest.fixture
-def seen(easyref):
-    """How many images the vision tower has seen."""
+def apply(pack):
+    """condition(model, easyref, tokens) with the weight, window and LoRA strength after these."""
+    patch = golden.part(pack, "nodes.unet_patch.condition")
+    return lambda model, easyref, tokens, *settings: patch.condition(
+        model, easyref, tokens, patch.ApplySettings(*settings)
+    )
+
+
+@pytest.fixture
+def vision_calls(easyref):
+    """Numbers of images in each call of the vision tower."""
     counts = []
     easyref.model.mllm.encoder.visual.register_forward_pre_hook(
         lambda _, inputs: counts.append(len(inputs[1]))
@@ -34,67 +49,57 @@ def seen(easyref):
 
 
 @pytest.fixture
-def room(pack, monkeypatch):
-    """What was asked of the host for the work each time, in bytes, without the constant part of it."""
-    held_back = golden.part(pack, "easyref_core.mllm.budget").ALLOCATOR_SLACK_BYTES
-    asked, load = [], mm.load_models_gpu
+def requested(pack, monkeypatch):
+    """Bytes requested from the host for each encoding, without the constant part."""
+    slack = golden.part(pack, "easyref_core.mllm.budget").ALLOCATOR_SLACK_BYTES
+    requests, load = [], mm.load_models_gpu
 
-    def recording(models, memory_required=0, **how):
-        asked.append(memory_required - held_back)
-        load(models, memory_required, **how)
+    def recording(models, memory_required=0, **options):
+        requests.append(memory_required - slack)
+        load(models, memory_required, **options)
 
     monkeypatch.setattr(mm, "load_models_gpu", recording)
-    return asked
+    return requests
 
 
-def test_a_change_of_prompt_runs_no_vision(pack, easyref, seen):
-    first = encode(pack, easyref)
-    again = encode(pack, easyref, "a dog in the snow")
-    assert seen == [3]
+def test_another_prompt_runs_no_vision(easyref, encode, vision_calls):
+    first, second = encode(easyref), encode(easyref, "a dog in the snow")
+    assert vision_calls == [3]
     easyref.model.clear_cache()
-    assert golden.error(again.states, encode(pack, easyref, "a dog in the snow").states) <= 1e-5
-    assert golden.error(first.states, encode(pack, easyref).states) <= 1e-5
+    assert golden.error(second.states, encode(easyref, "a dog in the snow").states) <= 1e-5
+    assert golden.error(first.states, encode(easyref).states) <= 1e-5
 
 
-def test_room_is_asked_for_what_is_left_to_do(pack, easyref, room):
-    encode(pack, easyref)
-    encode(pack, easyref, "a dog")
-    assert room[1] < room[0] / 2
+def test_memory_is_requested_for_uncached_work_only(easyref, encode, requested):
+    encode(easyref)
+    encode(easyref, "a dog")
+    assert requested[1] < requested[0] / 2
+    requested.clear()
+    easyref.model.clear_cache()
+    for _ in range(2):
+        easyref.vision_features(IMAGES, golden.SIZE, lambda done: None)
+    assert requested[1] < requested[0] / 2
 
 
-def test_it_is_kept_where_the_host_keeps_what_nodes_hand_on(pack, easyref, monkeypatch):
-    assert easyref.model.group_encoder.caches.device == mm.intermediate_device()
+def test_states_are_on_the_hosts_intermediate_device(pack, encode, monkeypatch):
     monkeypatch.setattr(mm, "intermediate_device", lambda: torch.device("meta"))
-    assert golden.load(pack).model.group_encoder.caches.device.type == "meta"
+    assert encode(golden.load(pack)).states.device.type == "meta"
 
 
-def test_unload_models_gives_it_back(pack, easyref):
-    encode(pack, easyref)
-    assert easyref.model.group_encoder.caches.nbytes > 0
+def test_unload_models_clears_the_cache_unless_a_prompt_runs(easyref, encode):
+    encode(easyref)
+    nbytes = easyref.model.group_encoder.caches.nbytes
+    with CurrentNodeContext("prompt", "node"):
+        mm.unload_all_models()
+    assert easyref.model.group_encoder.caches.nbytes == nbytes > 0
+    encode(easyref, "a dog")
     mm.unload_all_models()
     assert easyref.model.group_encoder.caches.nbytes == 0
 
 
-def test_making_room_while_a_prompt_runs_keeps_it(pack, easyref):
-    encode(pack, easyref)
-    kept = easyref.model.group_encoder.caches.nbytes
-    with CurrentNodeContext("prompt", "node"):
-        mm.unload_all_models()
-    assert easyref.model.group_encoder.caches.nbytes == kept > 0
-
-
-def applying(pack):
-    """condition(model, easyref, tokens) with the weight, window and LoRA strength after these."""
-    patch = golden.part(pack, "nodes.unet_patch.condition")
-    return lambda model, easyref, tokens, *settings: patch.condition(
-        model, easyref, tokens, patch.ApplySettings(*settings)
-    )
-
-
-def test_unload_models_gives_it_back_where_the_mllm_had_made_room_before(pack, easyref, model):
-    apply = applying(pack)
+def test_unload_models_clears_the_cache_after_the_mllm_was_unloaded(pack, easyref, encode, apply, model):
     tokens = golden.tokens(pack, easyref)
-    encode(pack, easyref)
+    encode(easyref)
     patched = apply(model, easyref, tokens, 1.0, 0.0, 1.0, 0.0)
     with CurrentNodeContext("prompt", "node"):
         mm.unload_all_models()
@@ -104,69 +109,53 @@ def test_unload_models_gives_it_back_where_the_mllm_had_made_room_before(pack, e
     assert easyref.model.group_encoder.caches.nbytes == 0
 
 
-@pytest.mark.parametrize("settings", [(0.0, 0.0, 1.0, 0.0), (1.0, 0.5, 0.5, 0.0)])
-def test_a_model_that_is_left_as_it_is_has_no_callback_either(pack, easyref, model, settings):
-    apply = applying(pack)
-    patched = apply(model, easyref, golden.tokens(pack, easyref), *settings)
-    assert patched.callbacks == model.callbacks
-
-
-def test_a_chain_of_apply_nodes_is_told_once(pack, easyref, model):
-    apply = applying(pack)
+def test_callback_is_attached_once_and_only_to_patched_models(pack, easyref, apply, model):
     tokens = golden.tokens(pack, easyref)
+    for neutral in ((0.0, 0.0, 1.0, 0.0), (1.0, 0.5, 0.5, 0.0)):
+        assert apply(model, easyref, tokens, *neutral).callbacks == model.callbacks
     once = apply(model, easyref, tokens, 1.0, 0.0, 1.0, 0.0)
     twice = apply(once, easyref, tokens, 1.0, 0.0, 1.0, 0.0)
     assert len(twice.get_all_callbacks(CallbacksMP.ON_DETACH)) == 1
 
 
-def test_room_for_looking_is_asked_for_what_was_not_seen(easyref, room):
-    images = [image[0] for image in golden.references()]
-    for _ in range(2):
-        easyref.vision_features(images, golden.SIZE, lambda done: None)
-    assert room[1] < room[0] / 2
-
-
-def test_it_goes_with_the_loaded_model(pack):
+def test_cache_is_freed_with_the_model(pack, encode):
     easyref = golden.load(pack)
-    encode(pack, easyref)
-    kept = [prefix.states for prefix in easyref.model.group_encoder.caches.prefixes.values()]
-    assert kept
-    alive = [t.untyped_storage() for t in kept]
-    del easyref, kept
+    encode(easyref)
+    assert easyref.model.group_encoder.caches.nbytes > 0
+    references = [weakref.ref(easyref.model), weakref.ref(easyref.model.group_encoder)]
+    del easyref
     mm.unload_all_models()
     gc.collect()
-    assert [s for s in alive if len(gc.get_referrers(s)) > 1] == []
+    assert [reference() for reference in references] == [None, None]
 
 
-def test_the_host_frees_before_encoding_goes_on_in_smaller_pieces(pack, easyref, monkeypatch):
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def test_host_frees_memory_before_a_retry_in_smaller_chunks(easyref, encode, monkeypatch):
+    expected = encode(easyref).states
+    easyref.model.clear_cache()
     freed = []
-    monkeypatch.setattr(mm, "discard_cuda_async_error", lambda: freed.append(1))
-    wanted = encode(pack, easyref).states
-    easyref.model.clear_cache()
-    failed = []
+    monkeypatch.setattr(mm, "soft_empty_cache", lambda: freed.append(1))
 
-    def once(*_: object) -> None:
-        if not failed:
-            failed.append(1)
-            raise torch.OutOfMemoryError("out of memory")
+    def fail_once(*_: object) -> None:
+        hook.remove()
+        freed.clear()  # loading may free memory too
+        out_of_memory()
 
-    hook = easyref.model.mllm.encoder.layers[0].register_forward_pre_hook(once)
-    found = encode(pack, easyref).states
-    hook.remove()
+    hook = easyref.model.mllm.encoder.layers[0].register_forward_pre_hook(fail_once)
+    assert golden.error(encode(easyref).states, expected) <= 1e-5
     assert freed == [1]
-    assert golden.error(found, wanted) <= 1e-5
 
 
-def test_nothing_left_where_memory_never_suffices(pack, easyref):
-    wanted = encode(pack, easyref).states
+def test_nothing_is_cached_if_memory_never_suffices(easyref, encode, vision_calls):
+    expected = encode(easyref).states
     easyref.model.clear_cache()
-
-    def always(*_: object) -> None:
-        raise torch.OutOfMemoryError("out of memory")
-
-    hook = easyref.model.mllm.encoder.visual.blocks[0].register_forward_pre_hook(always)
+    hook = easyref.model.mllm.encoder.visual.blocks[0].register_forward_pre_hook(out_of_memory)
     with pytest.raises(torch.OutOfMemoryError, match="Encode at a smaller size"):
-        encode(pack, easyref)
+        encode(easyref)
     hook.remove()
-    assert easyref.model.group_encoder.caches.device_nbytes == 0
-    assert torch.equal(encode(pack, easyref).states, wanted)
+    vision_calls.clear()
+    assert torch.equal(encode(easyref).states, expected)
+    assert vision_calls == [3]

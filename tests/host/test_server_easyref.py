@@ -1,4 +1,4 @@
-"""The whole path on a running server: what is computed again, what stays untouched, groups, Cancel, progress."""
+"""The whole path on a running server: caching, untouched models, groups, files, Cancel, progress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from devkit.host.server import ComfyServer, PromptFailed, pixels
 
 from .conftest import HOST
 
-EASYREF = {"load", "group", "encode", "aggregate", "apply"}
 NEUTRAL = {"weight": 0.0, "lora_strength": 0.0}
 
 
@@ -26,48 +25,37 @@ def _golden(server) -> None:
 
 @pytest.fixture(scope="module")
 def plain(server) -> bytes:
-    """What the unpatched model makes."""
+    """The image of the unpatched model."""
     return graphs.picture(server, graphs.plain())
 
 
 @pytest.fixture(scope="module")
 def patched(server) -> bytes:
-    """What the whole path makes, all settings at their defaults."""
+    """The image of the whole path with default settings."""
     return graphs.picture(server, graphs.easyref())
 
 
-def run(server: ComfyServer, graph: graphs.Graph) -> set[str]:
-    """The nodes that a run executed."""
-    prompt_id = server.queue(graph)
+# Caching
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize(
+    ("changes", "executed"),
+    [
+        ({}, set()),
+        ({"seed": 8}, {"sample", "decode", "save"}),
+        ({"apply": {"weight": 0.7}}, {"apply", "sample", "decode", "save"}),
+        (
+            {"encode": {"prompt": "a dog"}},
+            {"encode", "aggregate", "apply", "sample", "decode", "save"},
+        ),
+    ],
+    ids=["nothing", "seed", "weight", "prompt"],
+)
+def test_only_what_depends_on_a_change_is_executed(server, changes: dict, executed: set[str]):
+    prompt_id = server.queue(graphs.easyref(**changes))
     server.wait(prompt_id)
-    return set(server.executed(prompt_id))
-
-
-# What is computed again
-
-
-def test_references_change_the_picture(plain, patched):
-    assert patched != plain
-
-
-def test_second_run_is_served_from_the_cache(server, patched):
-    assert run(server, graphs.easyref()) == set()
-
-
-def test_other_seed_runs_no_easyref_node(server, patched):
-    assert run(server, graphs.easyref(seed=8)) == {"sample", "decode", "save"}
-
-
-def test_other_weight_runs_apply_alone(server, patched):
-    assert run(server, graphs.easyref(apply={"weight": 0.7})) & EASYREF == {"apply"}
-
-
-def test_other_prompt_loads_nothing_again(server, patched):
-    assert run(server, graphs.easyref(encode={"prompt": "a dog"})) & EASYREF == {
-        "encode",
-        "aggregate",
-        "apply",
-    }
+    assert set(server.executed(prompt_id)) == executed
 
 
 def test_three_uncached_runs_give_the_same_pixels(server):
@@ -75,7 +63,7 @@ def test_three_uncached_runs_give_the_same_pixels(server):
 
 
 def test_settings_come_back_to_the_first_picture():
-    """On the cache that drops what the last workflow did not use, so that Apply runs anew on the same MODEL."""
+    """With the cache that drops what the last workflow did not use, so Apply runs again on the same MODEL."""
     with ComfyServer(HOST, args=["--cache-classic"]) as server:
         graphs.install_golden(server)
         first = graphs.picture(server, graphs.easyref())
@@ -87,7 +75,11 @@ def test_settings_come_back_to_the_first_picture():
         assert graphs.picture(server, graphs.easyref()) == first
 
 
-# What stays untouched
+# Untouched models
+
+
+def test_references_change_the_image(plain, patched):
+    assert patched != plain
 
 
 def test_weight_and_lora_strength_0_is_the_unpatched_model(server, plain):
@@ -105,7 +97,7 @@ def test_weight_0_keeps_the_lora(server, plain, patched):
 
 
 def test_upstream_model_is_unchanged(server):
-    """One workflow samples the patched model and then, its latent waiting for that, the same MODEL unpatched."""
+    """One workflow samples the patched model, then the same MODEL unpatched; its latent waits for the first."""
     expected = graphs.picture(server, graphs.plain(seed=11))
     graph = graphs.easyref(seed=11)
     graph["after"] = graphs.node("LatentMultiply", samples=["sample", 0], multiplier=0.0)
@@ -121,7 +113,7 @@ def test_upstream_model_is_unchanged(server):
     assert of_patched != expected
 
 
-def test_weight_0_does_not_see_the_references(server):
+def test_weight_0_ignores_the_references(server):
     graph = graphs.easyref(apply={"weight": 0.0})
     first = graphs.picture(server, graph)
     graph["encode"]["inputs"]["prompt"] = "something else"
@@ -140,33 +132,29 @@ def three(server) -> bytes:
     return graphs.picture(server, graphs.of_images(["group", 0], {**images, "group": group}))
 
 
-def test_batch_in_the_encoder_is_a_group(server, three):
-    batch = {"batch": graphs.tiny_images("3x64x96x3")}
-    assert graphs.picture(server, graphs.of_images(["batch", 0], batch)) == three
+TWO, THIRD = graphs.tiny_images("2x64x96x3"), graphs.tiny_images("1x64x96x3", seed=2)
 
 
-def test_batch_at_a_socket_is_its_images(server, three):
-    nodes = {"batch": graphs.tiny_images("3x64x96x3"), "group": graphs.group(["batch", 0])}
-    assert graphs.picture(server, graphs.of_images(["group", 0], nodes)) == three
-
-
-def test_chained_groups_are_one(server, three):
-    nodes = {
-        "two": graphs.tiny_images("2x64x96x3"),
-        "third": graphs.tiny_images("1x64x96x3", seed=2),
-        "first group": graphs.group(["two", 0]),
-        "group": graphs.group(["third", 0], group=["first group", 0]),
-    }
-    assert graphs.picture(server, graphs.of_images(["group", 0], nodes)) == three
-
-
-def test_order_of_the_references_matters(server, three):
-    nodes = {
-        "last": graphs.tiny_images("1x64x96x3", seed=2),
-        "two": graphs.tiny_images("2x64x96x3"),
-        "group": graphs.group(["last", 0], ["two", 0]),
-    }
-    assert graphs.picture(server, graphs.of_images(["group", 0], nodes)) != three
+@pytest.mark.parametrize(
+    ("nodes", "same"),
+    [
+        ({"group": graphs.tiny_images("3x64x96x3")}, True),
+        ({"batch": graphs.tiny_images("3x64x96x3"), "group": graphs.group(["batch", 0])}, True),
+        (
+            {
+                "two": TWO,
+                "third": THIRD,
+                "first group": graphs.group(["two", 0]),
+                "group": graphs.group(["third", 0], group=["first group", 0]),
+            },
+            True,
+        ),
+        ({"two": TWO, "third": THIRD, "group": graphs.group(["third", 0], ["two", 0])}, False),
+    ],
+    ids=["batch in the encoder", "batch at a socket", "chained groups", "another order"],
+)
+def test_group_is_its_images_in_order(server, three, nodes: graphs.Graph, same: bool):
+    assert (graphs.picture(server, graphs.of_images(["group", 0], nodes)) == three) == same
 
 
 SIZES = [f"1x{64 + 28 * (i % 3)}x{64 + 28 * (i % 4)}x3" for i in range(11)]
@@ -176,7 +164,7 @@ def eleven_sockets(order: list[int]) -> graphs.Graph:
     """Eleven images of different sizes; image order[i] at socket i."""
     nodes = {f"n{i}": graphs.tiny_images(size, seed=i) for i, size in enumerate(SIZES)}
     nodes["group"] = graphs.group(*([f"n{i}", 0] for i in order))
-    nodes["group"]["inputs"] = dict(sorted(nodes["group"]["inputs"].items()))  # image10 stands before image2
+    nodes["group"]["inputs"] = dict(sorted(nodes["group"]["inputs"].items()))  # image10 is before image2
     return graphs.of_images(["group", 0], nodes)
 
 
@@ -187,57 +175,33 @@ def test_list_of_different_sizes_is_one_group_in_socket_order(server):
     assert graphs.picture(server, eleven_sockets([0, 1, 10, *range(2, 10)])) != expected
 
 
-# Files
-
-
-def from_file(checkpoint: str) -> graphs.Graph:
-    return graphs.easyref(load={"checkpoint": checkpoint})
-
-
-def test_deepspeed_file_gives_the_same_picture(server, patched):
-    state = {"module": load_file(golden.CHECKPOINT), "global_steps": 1000, "ds_version": "0.15"}
-    torch.save(state, server.base / "models" / "easyref" / "mp_rank_00_model_states.pt")
-    assert graphs.picture(server, from_file("mp_rank_00_model_states.pt")) == patched
-
-
-def test_file_replaced_under_the_same_name_is_loaded(server, patched):
-    folder = server.base / "models" / "easyref"
-    shutil.copy(golden.CHECKPOINT, folder / "replaced.safetensors")
-    assert graphs.picture(server, from_file("replaced.safetensors")) == patched
-    golden.write_changed(
-        folder / "new.safetensors", lambda tensors: tensors["mllm_final_layer.reference_tokens"].mul_(2)
-    )
-    (folder / "new.safetensors").replace(folder / "replaced.safetensors")
-    assert graphs.picture(server, from_file("replaced.safetensors")) != patched
-
-
 # While it runs
 
 
-def progress_of(server: ComfyServer, prompt_id: str, node: str) -> list[tuple[int, int]]:
-    """(value, max) of the node's progress events."""
+def progress_of(server: ComfyServer, prompt_id: str) -> list[tuple[float, float]]:
+    """(value, max) of a prompt's progress events, sampling left out."""
     events = [event.data for event in server.events_of(prompt_id) if event.type == "progress"]
-    return [(data["value"], data["max"]) for data in events if data["node"] == node]
+    return [(data["value"], data["max"]) for data in events if data["node"] == "encode"]
 
 
 def test_progress_counts_the_references(server):
     prompt_id = server.queue(graphs.easyref(encode={"prompt": "a prompt that no other test encodes"}))
     server.wait(prompt_id)
-    progress = progress_of(server, prompt_id, "encode")
-    assert {most for _, most in progress} == {3}
+    progress = progress_of(server, prompt_id)
+    assert {total for _, total in progress} == {3}
     assert progress[-1][0] == 3
 
 
 def test_progress_moves_within_a_single_reference(server, pack):
     easyref = golden.load(pack)
-    seen = []
-    comfy.utils.set_progress_bar_global_hook(lambda value, total, *_, **__: seen.append((value, total)))
+    steps = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, *_, **__: steps.append((value, total)))
     try:
         easyref.encode([golden.references()[0][0]], "", golden.instruction(pack), golden.SIZE)
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
-    assert {total for _, total in seen} == {1}
-    assert any(0 < value < 1 for value, _ in seen)
+    assert {total for _, total in steps} == {1}
+    assert any(0 < value < 1 for value, _ in steps)
 
 
 @pytest.fixture(scope="module")
@@ -259,8 +223,7 @@ def test_cancel_stops_the_encoding_at_once_and_harms_nothing(server):
     server.interrupt()
     with pytest.raises(PromptFailed) as failed:
         server.wait(prompt_id)
-    progress = [e.data["value"] for e in server.events_of(prompt_id) if e.type == "progress"]
-    assert max(progress) < 12
+    assert max(value for value, _ in progress_of(server, prompt_id)) < 12
     assert failed.value.kind == "execution_interrupted"
     assert "aggregate" not in server.executed(prompt_id)
 
@@ -268,7 +231,38 @@ def test_cancel_stops_the_encoding_at_once_and_harms_nothing(server):
     assert graphs.picture_uncached(server, deep("2x84x84x3", size=84)) == after
 
 
-# Files, found and missing
+# Files
+
+
+def from_file(server: ComfyServer, checkpoint: str) -> bytes:
+    return graphs.picture(server, graphs.easyref(load={"checkpoint": checkpoint}))
+
+
+def test_deepspeed_file_gives_the_same_image(server, patched):
+    state = {"module": load_file(golden.CHECKPOINT), "global_steps": 1000, "ds_version": "0.15"}
+    torch.save(state, server.base / "models" / "easyref" / "mp_rank_00_model_states.pt")
+    assert from_file(server, "mp_rank_00_model_states.pt") == patched
+
+
+def test_file_replaced_under_the_same_name_is_loaded(server, patched):
+    folder = server.base / "models" / "easyref"
+    shutil.copy(golden.CHECKPOINT, folder / "replaced.safetensors")
+    assert from_file(server, "replaced.safetensors") == patched
+    golden.write_changed(
+        folder / "new.safetensors", lambda tensors: tensors["mllm_final_layer.reference_tokens"].mul_(2)
+    )
+    (folder / "new.safetensors").replace(folder / "replaced.safetensors")
+    assert from_file(server, "replaced.safetensors") != patched
+
+
+def refused(server: ComfyServer, load: dict[str, str]) -> tuple[dict, str]:
+    """The one error of a refused workflow, and the server's whole answer."""
+    with pytest.raises(PromptFailed) as failed:
+        server.queue(graphs.easyref(load=load))
+    assert failed.value.kind == "invalid"
+    (node,) = failed.value.details["node_errors"].values()
+    (error,) = node["errors"]
+    return error, json.dumps(failed.value.details)
 
 
 @pytest.mark.parametrize(
@@ -278,29 +272,21 @@ def test_cancel_stops_the_encoding_at_once_and_harms_nothing(server):
         ("model.safetensors", "EasyRef checkpoint 'model.safetensors' was not found."),
     ],
 )
-def test_a_missing_checkpoint_is_reported_once(server, checkpoint: str, first: str):
-    with pytest.raises(PromptFailed) as refused:
-        server.queue(graphs.easyref(load={"checkpoint": checkpoint}))
-    assert refused.value.kind == "invalid"
-    (node,) = refused.value.details["node_errors"].values()
-    (error,) = node["errors"]
+def test_missing_checkpoint_is_reported_once(server, checkpoint: str, first: str):
+    error, answer = refused(server, {"checkpoint": checkpoint})
     assert error["details"].startswith(f"checkpoint - {first} Download ")
-    answer = json.dumps(refused.value.details)
     assert answer.count("was found") + answer.count("was not found") == 1
     assert answer.count("https://huggingface.co/zongzhuofan/EasyRef") == 1
 
 
-def test_a_missing_mllm_folder_is_reported_once(server):
-    with pytest.raises(PromptFailed) as refused:
-        server.queue(graphs.easyref(load={"mllm": "LLM/gone"}))
-    (node,) = refused.value.details["node_errors"].values()
-    (error,) = node["errors"]
+def test_missing_mllm_folder_is_reported_once(server):
+    error, _ = refused(server, {"mllm": "LLM/gone"})
     assert error["type"] == "value_not_in_list"
     assert "'LLM/gone' not in ['from the checkpoint'" in error["details"]
 
 
-def test_an_mllm_in_a_hugging_face_cache_makes_the_same_picture(server, patched):
-    """Its folder appeared after the server's start, as every model does that somebody downloads meanwhile."""
+def test_mllm_in_a_hugging_face_cache_gives_the_same_image(server, patched):
+    """Its folder is created after the server's start, as if the model had been downloaded meanwhile."""
     cache = server.base / "models" / "LLM" / "models--Qwen--Qwen2-VL-2B-Instruct"
     shutil.copytree(golden.MLLM, cache / "blobs")
     snapshot = cache / "snapshots" / ("a" * 40)

@@ -16,19 +16,19 @@ def _golden(server) -> None:
 
 @pytest.fixture(scope="module")
 def patched(server) -> bytes:
-    """What the whole path makes, all settings at their defaults."""
+    """The image of the whole path with default settings."""
     return graphs.picture(server, graphs.easyref())
 
 
 def through(nodes: graphs.Graph, aggregate: dict | None = None) -> graphs.Graph:
-    """The whole path with nodes between Aggregate and Apply; the one called "tokens" feeds Apply."""
+    """The whole path with nodes between Aggregate and Apply; the node "tokens" is linked to Apply."""
     graph = {**graphs.easyref(apply={"tokens": ["tokens", 0]} if "tokens" in nodes else None), **nodes}
     graph["aggregate"]["inputs"] |= aggregate or {}
     return graph
 
 
 def other_group() -> graphs.Graph:
-    """A second group of the first reference alone: its context, and its tokens."""
+    """A second group with the first reference alone: its context and its tokens."""
     text = {"prompt": "a dog", "instruction": golden.SETTINGS["instruction"], "size": golden.SIZE}
     return {
         "other": node("EasyRefEncodeGroup", easyref=["load", 0], group=["image0", 0], **text),
@@ -42,14 +42,13 @@ def combine(*links: list, **inputs: object) -> graphs.Graph:
     return {"tokens": node("EasyRefCombineTokens", **sockets, **settings)}
 
 
-def test_saved_tokens_give_the_same_picture_without_the_mllm(server, patched):
-    keep = node(
-        "EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="tests/猫", references=["group", 0]
-    )
-    history = server.run(through({"keep": keep}))
-    (saved,) = history["outputs"]["keep"]["easyref_tokens"]
+def test_saved_tokens_give_the_same_image_without_the_mllm(server, patched):
+    links = {"tokens": ["aggregate", 0], "references": ["group", 0]}
+    keep = node("EasyRefSaveTokens", filename_prefix="tests/猫", **links)
+    output = server.run(through({"keep": keep}))["outputs"]["keep"]
+    (saved,) = output["easyref_tokens"]
     assert saved == {"filename": "猫_00001_.safetensors", "subfolder": "easyref/tests", "type": "output"}
-    assert len(history["outputs"]["keep"]["images"]) == 3
+    assert len(output["images"]) == 3
 
     file = "tests/猫_00001_.safetensors"
     listed = server.object_info()["EasyRefLoadTokens"]["input"]["required"]["file"]
@@ -69,11 +68,8 @@ def test_files_outside_the_folders_are_not_found(server, file: str):
     assert "was not found" in graphs.failure(server, graph)
 
 
-def test_one_set_combined_is_the_same_picture(server, patched):
+def test_joined_groups_make_another_image_and_one_set_the_same(server, patched):
     assert graphs.picture(server, through(combine(["aggregate", 0]))) == patched
-
-
-def test_joined_groups_make_another_picture(server, patched):
     links = ["aggregate", 0], ["other tokens", 0]
     assert graphs.picture(server, through({**other_group(), **combine(*links)})) != patched
     left_out = combine(*links, weights="1, 0")
@@ -83,18 +79,12 @@ def test_joined_groups_make_another_picture(server, patched):
 def test_negatives(server, patched):
     of_group = {"negative": "group", "negative_context": ["other", 0]}
     noise = {"negative": "noise", "noise_seed": 3, "noise_strength": 1.0}
-    pictures = [graphs.picture(server, through(other_group(), settings)) for settings in (of_group, noise)]
-    assert len({patched, *pictures}) == 3
+    images = [graphs.picture(server, through(other_group(), settings)) for settings in (of_group, noise)]
+    assert len({patched, *images}) == 3
     for neutral in ({"negative": "black image"}, {**noise, "noise_strength": 0.0}):
         assert graphs.picture(server, through({}, neutral)) == patched
 
-
-def test_connecting_a_negative_is_enough(server):
-    of_group = {"negative": "group", "negative_context": ["other", 0]}
     connected = graphs.picture(server, through(other_group(), {"negative_context": ["other", 0]}))
-    assert connected == graphs.picture(server, through(other_group(), of_group))
-
-
-def test_a_negative_that_would_not_be_used_is_refused(server):
+    assert connected == images[0]
     graph = through(other_group(), {"negative": "noise", "negative_context": ["other", 0]})
     assert "would not use it" in graphs.failure(server, graph)

@@ -1,4 +1,4 @@
-"""Weigh References between Encode and Aggregate, and what Encode shows and does with a group that is too large."""
+"""Weigh References between Encode and Aggregate, and how Encode handles groups that are too large."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def weighing(weights: str) -> graphs.Graph:
     return graph
 
 
-def shown(server: ComfyServer, graph: graphs.Graph, node: str) -> str:
-    """The text that a node shows."""
-    return server.run(graph)["outputs"][node]["text"][0]
+def text_of_encode(server: ComfyServer, graph: graphs.Graph) -> str:
+    return server.run(graph)["outputs"]["encode"]["text"][0]
 
 
-def test_weights_of_1_give_the_same_picture_and_others_do_not(server):
+def test_weights_of_1_give_the_same_image_and_others_do_not(server):
     plain = graphs.picture(server, graphs.easyref())
-    assert graphs.picture(server, weighing("1, 1, 1")) == plain
-    assert graphs.picture(server, weighing("")) == plain
+    assert {graphs.picture(server, weighing(weights)) for weights in ("1, 1, 1", "")} == {plain}
     assert graphs.picture(server, weighing("1, 0, 2")) != plain
+    pairs, list_of_all = (graphs.picture(server, weighing(text)) for text in ("2-3:0.5", "1, 0.5, 0.5"))
+    assert pairs == list_of_all
 
 
-def test_another_weight_does_not_read_the_group_again(server):
+def test_another_weight_does_not_encode_the_group_again(server):
     graphs.picture(server, weighing("1, 0.5, 1"))
     prompt_id = server.queue(weighing("1, 0.25, 1"))
     server.wait(prompt_id)
@@ -51,21 +51,16 @@ def test_another_weight_does_not_read_the_group_again(server):
         ("1, 1, 9", ["reference 3 is 9"]),
     ],
 )
-def test_weights_that_fit_nothing(server, weights: str, parts: list[str]):
+def test_invalid_weights_are_refused(server, weights: str, parts: list[str]):
     error = graphs.failure(server, weighing(weights))
     assert all(part in error for part in parts), error
-
-
-def test_pairs_weigh_the_references_that_they_name(server):
-    named = graphs.picture(server, weighing("2-3:0.5"))
-    assert named == graphs.picture(server, weighing("1, 0.5, 0.5"))
 
 
 # Encode
 
 
 def test_encode_shows_sizes_and_tokens(server):
-    text = shown(server, graphs.easyref(encode={"prompt": "shown sizes"}), "encode")
+    text = text_of_encode(server, graphs.easyref(encode={"prompt": "sizes and tokens"}))
     assert text.startswith("3 references, ")
     assert " tokens." in text
     assert "reference 1: " in text
@@ -74,24 +69,17 @@ def test_encode_shows_sizes_and_tokens(server):
 
 def test_encode_warns_of_a_small_group(server):
     nodes = {"images": graphs.tiny_images("2x64x64x3", seed=50)}
-    text = shown(server, graphs.of_images(["images", 0], nodes), "encode")
-    assert "Warning: 2 references" in text
+    assert "Warning: 2 references" in text_of_encode(server, graphs.of_images(["images", 0], nodes))
 
 
-def too_large(choice: str) -> graphs.Graph:
+def test_group_that_is_too_large_is_an_error_or_encoded_smaller(server):
     nodes = {"images": graphs.tiny_images("5x1008x1008x3", seed=60)}
-    return graphs.of_images(["images", 0], nodes, encode={"size": 1008, "when_too_large": choice})
+    graph = graphs.of_images(["images", 0], nodes, encode={"size": 1008, "when_too_large": "error"})
+    assert "too long for the MLLM" in graphs.failure(server, graph)
+    graph["encode"]["inputs"]["when_too_large"] = "lower the size"
+    assert "The size was lowered from 1008 to 784 pixels" in text_of_encode(server, graph)
 
 
-def test_a_group_that_is_too_large_is_an_error_unless_asked_otherwise(server):
-    assert "too long for the MLLM" in graphs.failure(server, too_large("error"))
-
-
-def test_the_size_is_lowered_only_as_far_as_needed_and_said(server):
-    text = shown(server, too_large("lower the size"), "encode")
-    assert "The size was lowered from 1008 to 784 pixels" in text
-
-
-def test_a_group_that_fits_is_read_at_its_size(server):
+def test_group_that_fits_is_encoded_at_its_size(server):
     graph = graphs.easyref(encode={"when_too_large": "lower the size"})
     assert graphs.picture(server, graph) == graphs.picture(server, graphs.easyref())

@@ -1,4 +1,4 @@
-"""Every shipped workflow runs in the host, with tiny models for the large ones."""
+"""Every shipped workflow runs in the host with tiny models."""
 
 from __future__ import annotations
 
@@ -19,21 +19,19 @@ def files(server):
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda file: file.stem)
-def test_it_ends_in_pictures(server, workflow):
+def test_workflow_gives_images(server, workflow):
     history = server.run(tiny_workflow.tiny(workflow))
     assert server.images(history)
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_it_holds_what_its_plan_says_and_defaults_elsewhere(server, name):
+def test_workflow_matches_its_plan_and_the_defaults(server, name):
     schemas = server.object_info()
     saved = graphs.from_file(ROOT / "workflows" / f"{name}.json")
     for node, plan in zip(saved.values(), PLANS[name].nodes.values(), strict=True):
         assert node["class_type"] == plan.type
-        inputs = {
-            **schemas[plan.type]["input"]["required"],
-            **schemas[plan.type]["input"].get("optional", {}),
-        }
+        sections = schemas[plan.type]["input"]
+        inputs = sections["required"] | sections.get("optional", {})
         for key, value in node["inputs"].items():
             if isinstance(plan.inputs.get(key), Link):
                 assert isinstance(value, list), key
@@ -44,5 +42,5 @@ def test_it_holds_what_its_plan_says_and_defaults_elsewhere(server, name):
 
 
 def default_of(kind, options=None):
-    """An input's value where nobody sets one; None where that depends on the host's files."""
+    """Return the default value of an input; None if it depends on the host's files."""
     return (options or {}).get("default", "" if kind == "STRING" else None)

@@ -1,8 +1,9 @@
-"""A test-only pack without nodes: makes a function of this pack fail, or be interrupted in, at one of its calls.
+"""A test-only pack without nodes that makes a call of a function of this pack fail or be interrupted.
 
-POST /fault {"where": "nodes.unet_patch.site_patch:reference_attention", "call": 1, "what": "interrupt" or "memory"} arms one fault, in
-place of one that was armed and did not happen; {} arms none. interrupt: the flag that POST /interrupt sets is set as that
-call begins. memory: the call raises torch.OutOfMemoryError. GET /fault -> {"happened": bool, "calls": how many there were}.
+POST /fault {"where": "nodes.unet_patch.site_patch:reference_attention", "call": 1, "what": "interrupt" or
+"memory"} arms one fault and disarms an earlier one; {} only disarms. interrupt: the call sets the flag that
+POST /interrupt sets. memory: the call raises torch.OutOfMemoryError. GET /fault -> {"happened": bool,
+"calls": int}.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {}
 
 
 class Fault:
-    """One armed fault; `undo` puts the function back."""
+    """One armed fault; `undo` restores the function."""
 
     def __init__(self, where: str, call: int, what: str) -> None:
         module, _, path = where.partition(":")
@@ -58,8 +59,8 @@ armed: list[Fault] = []
 async def arm(request: web.Request) -> web.Response:
     while armed:
         armed.pop().undo()
-    if wanted := await request.json():
-        armed.append(Fault(**wanted))
+    if fault := await request.json():
+        armed.append(Fault(**fault))
     return web.json_response({})
 
 
@@ -69,8 +70,8 @@ async def look(_: web.Request) -> web.Response:
 
 
 def _module(name: str) -> ModuleType:
-    """A module of the pack under test, as the host has loaded it."""
-    (found,) = [
+    """Return a module of the pack under test, as the host has loaded it."""
+    (module,) = [
         m for full, m in sys.modules.items() if full.endswith(f"EasyRef.{name}") and isinstance(m, ModuleType)
     ]
-    return found
+    return module

@@ -1,4 +1,4 @@
-"""A test-only node pack for ComfyUI: everything KSampler needs, tiny and random, with no file to download."""
+"""A test-only node pack: tiny random models and images, so that workflows run without downloads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .tiny_sdxl import TinyVAE, load_tiny_sdxl, random_conditioning, random_cont
 
 
 class TinySDXL(io.ComfyNode):
-    """What a checkpoint loader and two text encoders give, at a millionth of the size."""
+    """A tiny SDXL in place of a checkpoint loader and two text encoders."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -44,7 +44,7 @@ class TinySDXL(io.ComfyNode):
 
 
 class TinyControlNet(io.ComfyNode):
-    """What a ControlNet loader gives."""
+    """A tiny ControlNet in place of a loader."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -58,7 +58,7 @@ class TinyControlNet(io.ComfyNode):
 
 
 class TinyImages(io.ComfyNode):
-    """Images that no loader gives: lists of several sizes, empty batches, any number of channels, NaN."""
+    """Random images that loaders cannot give: lists of several sizes, empty batches, any channels, NaN."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -79,7 +79,7 @@ class TinyImages(io.ComfyNode):
 
 
 class TinyCombo(io.ComfyNode):
-    """A choice that comes through a link, as from the combo nodes of other packs."""
+    """A choice as a linked value, as from the combo nodes of other packs."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -96,7 +96,7 @@ class TinyCombo(io.ComfyNode):
 
 
 class TinyClipVision(io.ComfyNode):
-    """What Load CLIP Vision gives."""
+    """A tiny CLIP vision model in place of a loader."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

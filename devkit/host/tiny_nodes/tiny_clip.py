@@ -1,4 +1,4 @@
-"""The host's CLIP vision, tiny and random."""
+"""A tiny random model in the host's CLIP vision class."""
 
 from __future__ import annotations
 
@@ -25,19 +25,17 @@ CONFIG = {
 
 
 def load_tiny_clip_vision() -> comfy.clip_vision.ClipVisionModel:
-    """A CLIP_VISION of 28 x 28 pixels, always the same."""
+    """Return a CLIP_VISION of 28 x 28 pixels with fixed random weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(CONFIG))
         clip = comfy.clip_vision.ClipVisionModel(str(path))
     random = torch.Generator().manual_seed(0)
     weights = clip.model.state_dict()
-    drawn = {
-        name: torch.ones(t.shape)
-        if "norm" in name and name.endswith("weight")
-        else torch.randn(t.shape, generator=random) / 8
-        for name, t in weights.items()
-        if t.is_floating_point()
-    }
-    clip.load_sd({**weights, **{name: t.to(weights[name].dtype) for name, t in drawn.items()}})
+    for name, weight in weights.items():
+        if "norm" in name and name.endswith("weight"):
+            weights[name] = torch.ones_like(weight)
+        elif weight.is_floating_point():
+            weights[name] = (torch.randn(weight.shape, generator=random) / 8).to(weight.dtype)
+    clip.load_sd(weights)
     return clip

@@ -6,17 +6,19 @@ import torch
 
 
 def noise(shapes: str, seed: int, with_nan: bool = False) -> list[torch.Tensor]:
-    """One IMAGE tensor for each shape: noise("1x64x48x3 2x32x32x3", 0).
+    """Return one IMAGE tensor for each shape: noise("1x64x48x3 2x32x32x3", 0).
 
-    Image n, counted over all of them, depends on its own shape and on seed + n alone: batches, lists and single nodes
-    can so make the same images.
+    Image n, counted over all shapes, only depends on its own shape and on seed + n, so that batches, lists
+    and single nodes can make the same images.
     """
     number, images = seed, []
     for shape in shapes.split():
         batch, *size = map(int, shape.split("x"))
-        drawn = [torch.rand(size, generator=torch.Generator().manual_seed(number + i)) for i in range(batch)]
+        samples = [
+            torch.rand(size, generator=torch.Generator().manual_seed(number + i)) for i in range(batch)
+        ]
         number += batch
-        images.append(torch.stack(drawn) if drawn else torch.empty(0, *size))
+        images.append(torch.stack(samples) if samples else torch.empty(0, *size))
     if with_nan:
         images[0][0, 0, 0, 0] = torch.nan
     return images

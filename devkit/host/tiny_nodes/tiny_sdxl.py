@@ -1,4 +1,4 @@
-"""The tiny UNet of tests/golden/unet inside ComfyUI's own SDXL class, with conditionings and a VAE to match."""
+"""The tiny UNet of tests/golden/unet in ComfyUI's SDXL class, with matching conditionings and VAE."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNET = (
 CONTEXT_WIDTH = 32
 POOLED_WIDTH = 32
 TIME_ID_WIDTH = 8  # per time id, of which SDXL has six: 32 + 6 * 8 = 80 = adm_in_channels
-SPREAD = 64  # how widely the colours of what the random UNet samples scatter: no pixel should saturate
+SPREAD = 64  # standard deviation of the random UNet's colours, divided out so that no pixel saturates
 
 UNET_CONFIG = {
     "image_size": 32,
@@ -47,13 +47,13 @@ UNET_CONFIG = {
 
 
 class TinyConfig(comfy.supported_models.SDXL):
-    """SDXL with heads as narrow as the tiny UNet's."""
+    """SDXL with the tiny UNet's attention heads."""
 
     unet_extra_config = {"num_heads": -1, "num_head_channels": 16}
 
 
 class TinyModel(comfy.model_base.SDXL):
-    """SDXL, whose sizes are embedded so narrowly that they fit the tiny UNet."""
+    """SDXL with image sizes embedded in the tiny UNet's width."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__(config)
@@ -61,26 +61,26 @@ class TinyModel(comfy.model_base.SDXL):
 
 
 class TinyVAE:
-    """What VAEDecode and VAEEncode call: latents to colours, by the host's preview factors, and roughly back."""
+    """Stand-in for a VAE: latents to colours by the host's preview factors, and roughly back."""
 
     def __init__(self, latent_format: comfy.latent_formats.LatentFormat) -> None:
         self.to_rgb = torch.tensor(latent_format.latent_rgb_factors)
         self.bias = torch.tensor(latent_format.latent_rgb_factors_bias)
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
-        """(batch, 4, height, width) to images (batch, 8 height, 8 width, 3) in 0..1."""
+        """Decode (batch, 4, height, width) to images (batch, 8 height, 8 width, 3) in 0..1."""
         colours = samples.float().cpu().movedim(1, -1) @ self.to_rgb + self.bias
         return (colours / SPREAD).sigmoid().repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(batch, 8 height, 8 width, 3) in 0..1 to latents (batch, 4, height, width)."""
+        """Encode (batch, 8 height, 8 width, 3) in 0..1 to latents (batch, 4, height, width)."""
         colours = torch.nn.functional.avg_pool2d(pixels[..., :3].movedim(-1, 1).float(), 8).movedim(1, -1)
         spread = colours.clamp(0.01, 0.99).logit() * SPREAD - self.bias
         return (spread @ torch.linalg.pinv(self.to_rgb)).movedim(-1, 1)
 
 
 def load_tiny_sdxl(dtype: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
-    """A fresh tiny SDXL, wrapped as the host's own loaders wrap theirs."""
+    """Load the tiny SDXL into a new ModelPatcher, as the host's own loaders do."""
     model = TinyModel(TinyConfig(UNET_CONFIG | {"dtype": dtype}))
     diffusers = comfy.utils.load_torch_file(str(UNET))
     names = comfy.utils.unet_to_diffusers(model.model_config.unet_config)
@@ -89,14 +89,14 @@ def load_tiny_sdxl(dtype: torch.dtype = torch.float32) -> comfy.model_patcher.Mo
 
 
 def random_sdxl(seed: int, **config: Any) -> comfy.model_patcher.ModelPatcher:
-    """A UNet that differs from the tiny one in `config` (keys of UNET_CONFIG), with random weights."""
+    """Return a UNet that differs from the tiny one in `config` (keys of UNET_CONFIG), with random weights."""
     model = TinyModel(TinyConfig(UNET_CONFIG | config))
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.diffusion_model.parameters():
             if weight.ndim > 1:
                 weight.normal_(std=weight[0].numel() ** -0.5, generator=random)
-            else:  # scales and offsets alike: what the weights are does not matter, only that they are given
+            else:  # scales and offsets; their values do not matter, but they must be initialised
                 weight.fill_(1)
     return _wrapped(model)
 
@@ -110,7 +110,7 @@ def _wrapped(model: TinyModel) -> comfy.model_patcher.ModelPatcher:
 
 
 def random_conditioning(seed: int, tokens: int) -> list:
-    """A CONDITIONING of so many tokens, the same for the same seed."""
+    """Return a random CONDITIONING with this number of tokens."""
     random = torch.Generator().manual_seed(seed)
     context = torch.randn(1, tokens, CONTEXT_WIDTH, generator=random)
     pooled = torch.randn(1, POOLED_WIDTH, generator=random)
@@ -118,10 +118,10 @@ def random_conditioning(seed: int, tokens: int) -> list:
 
 
 def random_controlnet(seed: int) -> comfy.controlnet.ControlNet:
-    """A ControlNet for the tiny SDXL, with random weights."""
-    kept = {k: v for k, v in UNET_CONFIG.items() if k not in ("out_channels", "transformer_depth_output")}
+    """Return a ControlNet for the tiny SDXL, with random weights."""
+    config = {k: v for k, v in UNET_CONFIG.items() if k not in ("out_channels", "transformer_depth_output")}
     net = comfy.cldm.cldm.ControlNet(
-        hint_channels=3, num_head_channels=16, operations=comfy.ops.manual_cast, **kept
+        hint_channels=3, num_head_channels=16, operations=comfy.ops.manual_cast, **config
     )
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,9 +1,9 @@
-"""A test-only pack without nodes: says what the server's process holds, and what it logged as a warning or worse.
+"""A test-only pack without nodes that reports the memory of the server's process and its logged warnings.
 
-GET /watch -> {"own": bytes of memory that are no file's, "mapped": bytes of files' pages, "tensors": live torch tensors,
-"tensor_bytes": their memory, "objects": what the garbage collector tracks, "threads", "files": open files and sockets,
-"logged": [[level, logger, file, text]]}, all measured after a garbage collection and after the C library gave its free pages
-back.
+GET /watch -> {"own": bytes of anonymous memory, "mapped": bytes of mapped files, "tensors": number of live
+torch tensors, "tensor_bytes": their memory, "objects": number of objects of the garbage collector, "threads",
+"files": open files and sockets, "logged": [[level, logger, file, text]]}. It is measured after a garbage
+collection, and after the C library has returned its free pages.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {}
 logged: list[list[str]] = []
 
 
-class Keeper(logging.Handler):
-    """Keeps what is logged from WARNING on, Python's own warnings included."""
+class Collector(logging.Handler):
+    """Collects log records from WARNING on, including Python's own warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         logged.append([record.levelname, record.name, record.pathname, record.getMessage()])
 
 
-logging.getLogger().addHandler(Keeper(logging.WARNING))
+logging.getLogger().addHandler(Collector(logging.WARNING))
 logging.captureWarnings(True)
 
 
 def trim() -> None:
-    """Give free heap pages back to the system, where the C library can."""
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if give_back:
-        give_back(0)
+    """Return free heap pages to the system, if the C library can."""
+    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        malloc_trim(0)
 
 
 @PromptServer.instance.routes.get("/watch")

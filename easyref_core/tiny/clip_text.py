@@ -1,7 +1,7 @@
-"""CLIP's text encoders at the sizes of a diffusers folder, in plain torch.
+"""CLIP text encoders of a diffusers SDXL folder, of any size, in plain torch.
 
-The host's own has CLIP's vocabulary and no other; transformers' keep their weights under other names from one release to
-the next, and initialise what they do not find.
+ComfyUI's own encoders only accept CLIP's vocabulary. Those of transformers rename their weights between
+releases, and initialise the ones they do not find.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from .tiny_sdxl import config_of, read_json, weights_of
+from .diffusers_folder import load_config, load_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,28 +24,31 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def encode_text(base: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """What SDXL reads of each prompt: states (B, N, C), the last layer but one of both encoders, and pooled (B, P)."""
+    """Return SDXL's text conditioning of prompts: states (B, N, C) and pooled states (B, P).
+
+    The states are the outputs of the second-to-last layers of both encoders, concatenated.
+    """
     states = []
-    for number in ("", "_2"):
-        ids = token_ids(base / f"tokenizer{number}", prompts)
-        folder = base / f"text_encoder{number}"
-        kept = weights_of(folder, "model.safetensors")
-        weights = {name.removeprefix("text_model."): weight for name, weight in kept.items()}
-        config = config_of(folder)
-        last_but_one, last = hidden_states(
+    for suffix in ("", "_2"):
+        ids = token_ids(base / f"tokenizer{suffix}", prompts)
+        folder = base / f"text_encoder{suffix}"
+        stored = load_weights(folder, "model.safetensors")
+        weights = {name.removeprefix("text_model."): weight for name, weight in stored.items()}
+        config = load_config(folder)
+        penultimate, last = hidden_states(
             ids, weights, config["num_hidden_layers"], config["num_attention_heads"]
         )
-        states.append(last_but_one)
+        states.append(penultimate)
     end = (ids == config["eos_token_id"]).int().argmax(dim=1)
     pooled = _norm(last, weights, "final_layer_norm")[torch.arange(len(ids)), end]
     return torch.cat(states, dim=-1), F.linear(pooled, weights["text_projection.weight"])
 
 
 def token_ids(folder: Path, prompts: Sequence[str]) -> Tensor:
-    """Token ids (B, N) of prompts, cut or padded to the length that the tokenizer is made for."""
+    """Return the token ids (B, N) of prompts, truncated or padded to the tokenizer's model_max_length."""
     from tokenizers import Tokenizer
 
-    settings = read_json(folder / "tokenizer_config.json")
+    settings = load_config(folder, "tokenizer_config.json")
     length, pad = settings["model_max_length"], settings["pad_token"]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(length)
@@ -54,7 +57,7 @@ def token_ids(folder: Path, prompts: Sequence[str]) -> Tensor:
 
 
 def hidden_states(ids: Tensor, weights: Weights, layers: int, heads: int) -> tuple[Tensor, Tensor]:
-    """What goes into the last layer and what comes out of it, for ids (B, N): both (B, N, C)."""
+    """Return the input and the output of the last layer for ids (B, N), both (B, N, C)."""
     states = weights["embeddings.token_embedding.weight"][ids]
     states = states + weights["embeddings.position_embedding.weight"][: ids.shape[1]]
     before = states
@@ -66,11 +69,11 @@ def hidden_states(ids: Tensor, weights: Weights, layers: int, heads: int) -> tup
 def _layer(x: Tensor, weights: Weights, name: str, heads: int) -> Tensor:
     normed = _norm(x, weights, f"{name}layer_norm1")
     q, k, v = (
-        rearrange(_linear(normed, weights, f"{name}self_attn.{part}_proj"), "b n (h d) -> b h n d", h=heads)
-        for part in "qkv"
+        rearrange(_linear(normed, weights, f"{name}self_attn.{kind}_proj"), "b n (h d) -> b h n d", h=heads)
+        for kind in "qkv"
     )
-    read = rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b h n d -> b n (h d)")
-    x = x + _linear(read, weights, f"{name}self_attn.out_proj")
+    attended = rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b h n d -> b n (h d)")
+    x = x + _linear(attended, weights, f"{name}self_attn.out_proj")
     inner = _linear(_norm(x, weights, f"{name}layer_norm2"), weights, f"{name}mlp.fc1")
     return x + _linear(inner * torch.sigmoid(1.702 * inner), weights, f"{name}mlp.fc2")  # quick GELU
 
