@@ -13,6 +13,7 @@ from .host.images import references_of
 from .host.inputs import group_input, instruction_input, prompt_input, size_input
 from .host.notes import empty_prompt_note, image_notes, read_prompt
 from .host.socket_types import EasyRefContext, EasyRefModel
+from .host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .host.hosted_model import HostedEasyRef
 
 
+@validates_inputs
 class EasyRefEncodeGroup(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -77,16 +79,18 @@ class EasyRefEncodeGroup(io.ComfyNode):
     ) -> io.NodeOutput:
         references, (text, notes) = references_of(group), read_prompt(prompt)
         if when_too_large == LOWER and references:
-            asked, size = size, lowered(easyref, sides(references), text, instruction, size)
-            if size < asked:
-                notes.append(f"The size was lowered from {asked} to {size} pixels, so that the group fits.")
+            input_size, size = size, lowered(easyref, sides(references), text, instruction, size)
+            if size < input_size:
+                notes.append(
+                    f"The size was lowered from {input_size} to {size} pixels, so that the group fits."
+                )
         prepared = easyref.model.prepare([image[0] for image in references], text, instruction, size)
         context = easyref.encode_prepared(prepared)
-        took = easyref.model.budget(sides(references), text, instruction, size)
+        budget = easyref.model.budget(sides(references), text, instruction, size)
         lines = [
-            f"{count(len(references))}, {took.total:,} of {took.limit:,} tokens.",
+            f"{count(len(references))}, {budget.total:,} of {budget.limit:,} tokens.",
             *notes,
-            *read_as(took),
+            *read_as(budget),
             *advice(len(references)),
             empty_prompt_note(text),
             *image_notes(prepared),

@@ -11,11 +11,13 @@ from ...easyref_core.tiny.demo_group import demo_group, in_common
 from ...easyref_core.tiny.groups import OUTSIDER_FROM
 from ...easyref_core.utils.prompt_syntax import plain_text
 from ..host import folders
+from ..host.validation import validates_inputs
 from . import tiny_sdxl, tiny_text, tiny_vae
 
 MIN_REFERENCES, MOST = 2, 6  # references of a group, as in training
 
 
+@validates_inputs
 class EasyRefDemo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -14,6 +14,7 @@ from ..host.images import references_of
 from ..host.inputs import group_input, instruction_input, prompt_input, size_input
 from ..host.notes import read_prompt
 from ..host.socket_types import EasyRefModel
+from ..host.validation import validates_inputs
 from .reference_group import advice, count
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ USABLE = 0.8  # of a device's memory, for what one encoding works in; weights ma
 ASSUMED_RATE = {"cpu": 2e11, "other": 3e13}  # operations a second, until one encoding has been measured
 
 
+@validates_inputs
 class EasyRefGroupBudget(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

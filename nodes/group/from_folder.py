@@ -18,6 +18,7 @@ from ..host import folders
 from ..host.file_changes import FileChanges
 from ..host.images import image_of
 from ..host.socket_types import EasyRefGroupSocket
+from ..host.validation import validates_inputs
 from .reference_group import show_group
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ MOST = 112  # references of one folder; chained folders make larger groups
 NAMED = 8  # files that one line of the report names; it counts the rest
 
 
+@validates_inputs
 class EasyRefGroupFromFolder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -13,6 +13,7 @@ from ..host import preview
 from ..host.images import split
 from ..host.notes import duplicate_notes
 from ..host.socket_types import EasyRefGroupSocket
+from ..host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,7 @@ EMPTY = (
 FEW = 2  # the authors advise more references than this
 
 
+@validates_inputs
 class EasyRefGroup(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -82,6 +84,7 @@ class EasyRefGroup(io.ComfyNode):
         return io.NodeOutput(tuple(references), ui=show_group(references))
 
 
+@validates_inputs
 class EasyRefSelectReferences(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -14,6 +14,7 @@ from ...easyref_core.mllm.preprocess import resize
 from ..host.images import image_of, pictures_of, references_of
 from ..host.inputs import group_input
 from ..host.socket_types import EasyRefContext, EasyRefModel
+from ..host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 BRIGHTEST = 0.99  # of all image tokens so many are below full heat: single ones that draw everything would hide the rest
 
 
+@validates_inputs
 class EasyRefReferenceAttention(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

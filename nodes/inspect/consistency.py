@@ -13,6 +13,7 @@ from ...easyref_core.inspect.charts import GREEN, Bar, bar_chart
 from ...easyref_core.inspect.consistency import cropped_share, similarity
 from ..host.images import image_of, pictures_of, references_of, split
 from ..host.inputs import group_input
+from ..host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 CROPS = ("center", "none")
 
 
+@validates_inputs
 class EasyRefConsistency(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..host.socket_types import EasyRefRecordSocket
+from ..host.validation import validates_inputs
 from ..unet_patch.recording import with_record
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 
+@validates_inputs
 class EasyRefRecord(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -14,6 +14,7 @@ from ...easyref_core.inspect.drawing import caption_grid, fit_square, heat_colou
 from ...easyref_core.inspect.where_it_acts import by_block_and_step, by_place, short_name
 from ..host.images import image_of, pictures_of
 from ..host.socket_types import EasyRefRecordSocket
+from ..host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,7 @@ SIDES = ("prompt", "negative")
 CELL = 320  # pixels, a picture
 
 
+@validates_inputs
 class EasyRefWhereItActs(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

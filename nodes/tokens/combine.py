@@ -11,11 +11,13 @@ from ...easyref_core.tokens.combine import METHODS, combine
 from ...easyref_core.utils.errors import shorten
 from ...easyref_core.utils.number_lists import parse_numbers
 from ..host.socket_types import EasyRefTokens, TokenPair
+from ..host.validation import validates_inputs
 from .token_pairs import ABSENT, both_sides, in_order, several_tokens, validate_first_socket
 
 MOST = 16
 
 
+@validates_inputs
 class EasyRefCombineTokens(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -8,10 +8,12 @@ from ...easyref_core.tokens.files import SavedTokens, load_tokens
 from ..host import folders
 from ..host.file_changes import FileChanges
 from ..host.socket_types import EasyRefTokens, TokenPair
+from ..host.validation import validates_inputs
 
 FILES = FileChanges(lambda file: folders.state_of([folders.find_tokens(file)]))
 
 
+@validates_inputs
 class EasyRefLoadTokens(io.ComfyNode):
     FILE_INPUTS = ("file",)
 

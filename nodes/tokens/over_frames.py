@@ -9,11 +9,13 @@ from comfy_api.latest import io
 
 from ...easyref_core.tokens.frames import EASINGS, over_frames
 from ..host.socket_types import EasyRefTokens, TokenPair
+from ..host.validation import validates_inputs
 from .token_pairs import ABSENT, both_sides, in_order, several_tokens, validate_first_socket
 
 MOST = 100
 
 
+@validates_inputs
 class EasyRefTokensOverFrames(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

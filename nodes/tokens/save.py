@@ -11,6 +11,7 @@ from ...easyref_core.tokens.files import load_tokens, save_tokens
 from ..host import folders
 from ..host.images import references_of
 from ..host.socket_types import EasyRefGroupSocket, EasyRefTokens, TokenPair
+from ..host.validation import validates_inputs
 from .load import preview
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+@validates_inputs
 class EasyRefSaveTokens(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
