@@ -1,4 +1,4 @@
-"""Nodes that show something run with nothing connected to their outputs, and do not disturb the other nodes."""
+"""Nodes with a preview run without connected outputs, and do not stop other nodes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def files(server: ComfyServer) -> None:
 
 
 def sources() -> Graph:
-    """What the nodes above are linked to; none of it is an output node but the group."""
+    """The nodes that the ones above are linked to; only the group is an output node."""
     load = graphs.easyref()["load"]
     return {"load": load, "image": node("LoadImage", image="0.png"), "group": GROUP}
 
@@ -87,7 +87,7 @@ def test_outputs_of_the_budget_can_be_connected(server):
     assert f"{golden.SIZE} pixels" in outputs["budget"]["text"][0]
 
 
-# What is not run alone
+# Nodes that do not run alone
 
 
 @pytest.mark.parametrize("name", ["encode", "weigh"])
@@ -120,12 +120,12 @@ def test_unfinished_node_does_not_stop_the_others(server, name: str):
     assert server.wait(answer["prompt_id"])["outputs"].keys() == {"group"}
 
 
-def test_unfinished_node_says_what_it_lacks_before_anything_runs(server):
-    said = {}
+def test_unfinished_node_fails_before_anything_runs(server):
+    errors = {}
     for name, entry in UNFINISHED.items():
         with pytest.raises(PromptFailed) as failed:
             server.run({name: entry})
         assert failed.value.kind == "invalid"
-        said[name] = str(failed.value)
-    assert "The reference group is empty. Connect at least one image" in said["group without links"]
-    assert "is not inside ComfyUI's input folder" in said["folder without a name"]
+        errors[name] = str(failed.value)
+    assert "The reference group is empty. Connect at least one image" in errors["group without links"]
+    assert "is not inside ComfyUI's input folder" in errors["folder without a name"]

@@ -66,14 +66,13 @@ def injection_of(pack: ModuleType, frames: int) -> Any:
     else:
         rows = key_values.KeyValueProjector(tokens, 1, row_numel, project)
     strength = injection.Strength(1.0, (0.0, 1.0), (1.0,) * len(inner))
-    return injection.Injection(rows, strength, [layers.OWN] * len(inner))
+    return injection.Injection(rows, strength, (layers.OWN,) * len(inner))
 
 
 def measure(pack: ModuleType, frames: int, window: int) -> SimpleNamespace:
     """Bytes of the tokens, of all K and V in float32, and of the K and V that a window leaves on its device;
     seconds it took.
     """
-    injection = import_module(f"{pack.__name__}.nodes.unet_patch.injection")
     layout = import_module(f"{pack.__name__}.nodes.unet_patch.batch_layout")
     crop = import_module(f"{pack.__name__}.easyref_core.unet.masks").whole(128, 128)
     applied = injection_of(pack, frames)
@@ -81,9 +80,10 @@ def measure(pack: ModuleType, frames: int, window: int) -> SimpleNamespace:
     rows = tuple(
         layout.Row(side, i, first + i, crop) for side in (True, False) for i in range(min(window, frames))
     )
-    place = injection.Place(Sampling(), torch.device("cpu"), torch.float16)
+    step = import_module(f"{pack.__name__}.nodes.unet_patch.step")
+    call = step.UNetCall(Sampling(), torch.device("cpu"), torch.float16)
     start = time.perf_counter()
-    active = applied.at(0.5, rows, place)
+    active = applied.at(0.5, rows, call)
     took = time.perf_counter() - start
     placed = {id(tensor): tensor.nbytes for pair in active.key_values for tensor in pair}
     return SimpleNamespace(
