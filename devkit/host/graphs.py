@@ -95,6 +95,12 @@ def easyref(
     }
 
 
+def tokens() -> Graph:
+    """The path to the reference tokens, without SDXL."""
+    without = ("tiny", "apply", "latent", "sample", "decode", "save")
+    return {name: entry for name, entry in easyref().items() if name not in without}
+
+
 def from_file(workflow: Path) -> Graph:
     """A saved workflow (UI format 0.4) as the frontend queues it, by the nodes' numbers."""
     saved = json.loads(workflow.read_text(encoding="utf-8"))
@@ -129,6 +135,13 @@ def of_images(link: list, nodes: Graph, **changes: Any) -> Graph:
     del graph["group"]
     graph["encode"]["inputs"]["group"] = link
     return {**graph, **nodes}
+
+
+def run(server: ComfyServer, graph: Graph) -> tuple[set[str], dict[str, Any]]:
+    """Run a graph; -> the nodes that were executed, and the previews of all nodes."""
+    prompt_id = server.queue(graph)
+    history = server.wait(prompt_id)
+    return set(server.executed(prompt_id)), history["outputs"]
 
 
 def picture(server: ComfyServer, graph: Graph) -> bytes:

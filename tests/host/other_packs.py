@@ -26,6 +26,21 @@ def foreign_term(
     return q * (0.1 + 0.05 * extra_options["block"][1])
 
 
+class Adapter:
+    """A replacement of IPAdapter_plus or InstantID: the text attention and its term."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        out = optimized_attention(q, k, v, extra_options["n_heads"])
+        return out + foreign_term(out, q, k, v, extra_options)
+
+
+def with_lora(model: ModelPatcher) -> ModelPatcher:
+    clone = model.clone()
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q.weight"
+    assert clone.add_patches({name: ("diff", (torch.full((32, 32), 0.05),))})
+    return clone
+
+
 def with_term(
     model: ModelPatcher, callback: Callable[..., Tensor] = foreign_term, **options: Any
 ) -> ModelPatcher:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from devkit.host import golden, graphs
-from devkit.host.graphs import Graph, node
+from devkit.host.graphs import Graph, node, run
 from devkit.host.server import ComfyServer, PromptFailed
 
 GROUP = graphs.group(["image", 0], ["image", 0])
@@ -53,13 +53,6 @@ def sources() -> Graph:
     return {"load": load, "image": node("LoadImage", image="0.png"), "group": GROUP}
 
 
-def run(server: ComfyServer, graph: Graph) -> tuple[set[str], dict[str, Any]]:
-    """The nodes that a run executed, and what all nodes showed."""
-    prompt_id = server.queue(graph)
-    history = server.wait(prompt_id)
-    return set(server.executed(prompt_id)), history["outputs"]
-
-
 @pytest.mark.parametrize("name", SHOWING)
 def test_it_runs_alone_once_and_shows_it_again_from_the_cache(server, name: str):
     entry, text = SHOWING[name]
@@ -70,12 +63,8 @@ def test_it_runs_alone_once_and_shows_it_again_from_the_cache(server, name: str)
 
 
 def test_saved_tokens_show_their_references_alone(server):
-    path = graphs.easyref()
-    del path["apply"], path["sample"], path["decode"], path["save"], path["latent"], path["tiny"]
-    path["keep"] = node(
-        "EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="alone", references=["group", 0]
-    )
-    run(server, path)
+    inputs = {"tokens": ["aggregate", 0], "filename_prefix": "alone", "references": ["group", 0]}
+    run(server, {**graphs.tokens(), "save tokens": node("EasyRefSaveTokens", **inputs)})
     _, outputs = run(server, {"tokens": node("EasyRefLoadTokens", file="alone_00001_.safetensors")})
     assert len(outputs["tokens"]["images"]) == 3
 
@@ -92,12 +81,9 @@ def test_outputs_of_the_budget_can_be_connected(server):
 
 @pytest.mark.parametrize("name", ["encode", "weigh"])
 def test_nothing_is_encoded_only_to_be_shown(server, name: str):
-    graph = {
-        **sources(),
-        "encode": node("EasyRefEncodeGroup", easyref=["load", 0], group=["group", 0], **TEXT),
-    }
-    graph["weigh"] = node("EasyRefWeighReferences", context=["encode", 0], weights="")
-    executed, _ = run(server, graph)
+    encode = node("EasyRefEncodeGroup", easyref=["load", 0], group=["group", 0], **TEXT)
+    weigh = node("EasyRefWeighReferences", context=["encode", 0], weights="")
+    executed, _ = run(server, {**sources(), "encode": encode, "weigh": weigh})
     assert name not in executed
 
 

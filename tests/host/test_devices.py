@@ -185,7 +185,7 @@ def test_keys_and_values_are_stored_where_the_host_says(pack, monkeypatch, loade
 
 
 def test_a_step_waits_for_the_device_at_no_layer(torch_attention, easy, pack) -> None:
-    """A patched UNet call copies K and V to the device once; the next one copies nothing in either direction."""
+    """A patched UNet call copies K and V to the device; the next one copies nothing in either direction."""
     model, sites = easy.apply(load_tiny_sdxl()), len(easy.key_values)
     unet, expected = model.model.diffusion_model, golden.expected()
     fake = FakeDevice(CUDA)

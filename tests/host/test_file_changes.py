@@ -65,16 +65,11 @@ def files(server: ComfyServer) -> None:
         for number in range(3):
             shutil.copy(server.base / "input" / "0.png", server.base / "input" / folder / f"{number}.png")
     save = node("EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="changes")
-    graph = graphs.easyref()
-    needed = {"load", "image0", "image1", "image2", "group", "encode", "aggregate"}
-    server.run({name: graph[name] for name in needed} | {"save": save})
+    server.run({**graphs.tokens(), "save tokens": save})
 
 
 def executed(server: ComfyServer, graph: Graph) -> set[str]:
-    """The nodes that a run executed."""
-    prompt_id = server.queue(graph)
-    server.wait(prompt_id)
-    return set(server.executed(prompt_id))
+    return graphs.run(server, graph)[0]
 
 
 @pytest.mark.parametrize("inputs", [linked, typed])

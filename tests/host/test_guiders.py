@@ -225,7 +225,7 @@ def test_combined_prompts_are_of_one_side(model, probe) -> None:
 
 @pytest.mark.parametrize(("side", "order"), [(0, 1), (0, -1), (1, 1)])
 def test_area_on_one_side(model, probe, side: int, order: int) -> None:
-    """The host then evaluates the other side's prompt in that area too, under the uuid of this side's prompt."""
+    """The host then evaluates the other side's prompt in that area too, under the same uuid."""
     conds = [text("positive"), text("negative")]
     conds[side] = [*conds[side], *text(("second", "empty")[side], **LEFT_HALF)][::order]
     sample(cfg_guider(model, *conds))

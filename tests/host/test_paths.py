@@ -21,7 +21,7 @@ LONG = "x" * 200
 
 @pytest.fixture
 def files(pack, tmp_path, monkeypatch) -> Any:
-    """nodes.host.folders, with the host's models, input and output folders in a folder with an awkward name."""
+    """nodes.host.folders, with the host's models, input and output folders in one with an awkward name."""
     base = tmp_path / NAME
     monkeypatch.setattr(folder_paths, "models_dir", str(base / "models"))
     monkeypatch.setattr(

@@ -27,7 +27,7 @@ from devkit.host import golden
 from devkit.host.sampling import LEFT, PROMPTS, Easy, in_float64, predict, sample_cfg, sampling_options
 from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning, random_sdxl
 
-from .other_packs import foreign_term, with_term
+from .other_packs import Adapter, with_lora, with_term
 
 Patch = Callable[[ModelPatcher], ModelPatcher]
 
@@ -35,13 +35,6 @@ Patch = Callable[[ModelPatcher], ModelPatcher]
 def output(result: object) -> ModelPatcher:
     """The MODEL that a node returns, in either of the host's ways."""
     return getattr(result, "result", result)[0]
-
-
-def lora(model: ModelPatcher) -> ModelPatcher:
-    clone = model.clone()
-    to_v = "diffusion_model.output_blocks.1.1.transformer_blocks.0.attn2.to_v.weight"
-    assert clone.add_patches({to_v: ("diff", (torch.full((32, 32), 0.05),))}, 0.8)
-    return clone
 
 
 def fewer_queries(model: ModelPatcher) -> ModelPatcher:
@@ -74,12 +67,6 @@ def ip_adapter(model: ModelPatcher) -> ModelPatcher:
     return clone
 
 
-class Adapter:
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
-        out = comfy.ldm.modules.attention.optimized_attention(q, k, v, extra_options["n_heads"])
-        return out + foreign_term(out, q, k, v, extra_options)
-
-
 BESIDE: dict[str, Patch] = {
     "FreeU": lambda model: output(nodes_freelunch.FreeU.execute(model, 1.1, 1.2, 0.9, 0.2)),
     "FreeU V2": lambda model: output(nodes_freelunch.FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2)),
@@ -93,7 +80,7 @@ BESIDE: dict[str, Patch] = {
         )
     ),
     "LCM": lambda model: output(nodes_model_advanced.ModelSamplingDiscrete().patch(model, "lcm", False)),
-    "LoRA": lora,
+    "LoRA": with_lora,
     "fewer queries": fewer_queries,
     "tiled queries": tiled_queries,
     "IPAdapter": ip_adapter,
@@ -109,6 +96,11 @@ def is_neutral(easy: Easy, model: ModelPatcher, **options: object) -> bool:
     """True if neutral settings leave the model's samples bit-identical."""
     neutral = easy.apply(model, weight=0.0, lora=0.0)
     return torch.equal(sampled(neutral, **options), sampled(model, **options))
+
+
+def assert_references_show(found: Tensor, without: Tensor) -> None:
+    assert torch.isfinite(found).all()
+    assert golden.error(found, without) > 1e-4
 
 
 @pytest.mark.parametrize("name", BESIDE)
@@ -132,15 +124,13 @@ def test_references_act_in_either_order(easy, model, name: str) -> None:
             sampled(patched, batch=2)
             for patched in (easy.apply(patch(model), mask=mask), patch(easy.apply(model, mask=mask)))
         )
-        assert torch.isfinite(before).all()
-        assert golden.error(before, alone) > 1e-4
+        assert_references_show(before, alone)
         assert golden.error(after, before) <= 1e-5
 
 
 def test_adapter_before_ours(easy, model) -> None:
     found = sampled(easy.apply(ip_adapter(model)))
-    assert torch.isfinite(found).all()
-    assert golden.error(found, sampled(easy.apply(ip_adapter(model), weight=0.0))) > 1e-4
+    assert_references_show(found, sampled(easy.apply(ip_adapter(model), weight=0.0)))
     assert golden.error(found, sampled(easy.apply(model))) > 1e-4
 
 
@@ -150,8 +140,7 @@ def test_adapter_before_ours(easy, model) -> None:
 def test_adapter_after_ours(easy, model, settings: dict) -> None:
     ours = easy.apply(model, **settings)
     both = sampled(with_term(ours))
-    assert torch.isfinite(both).all()
-    assert golden.error(both, sampled(ours)) > 1e-4
+    assert_references_show(both, sampled(ours))
 
 
 @in_float64
@@ -175,8 +164,7 @@ def test_area_conditioning(easy, model) -> None:
     conds = PROMPTS[0] + second, PROMPTS[1]
     assert is_neutral(easy, model, conds=conds)
     masked = sampled(easy.apply(model, mask=LEFT), conds=conds)
-    assert torch.isfinite(masked).all()
-    assert golden.error(masked, sampled(easy.apply(model), conds=conds)) > 1e-4
+    assert_references_show(masked, sampled(easy.apply(model), conds=conds))
 
 
 def test_conditioning_with_hooks(easy, model) -> None:
@@ -196,8 +184,7 @@ def test_inpainting_unet(easy) -> None:
     """Nine channels: latent, mask and masked latent."""
     model = random_sdxl(seed=0, in_channels=9)
     plain, patched = (nine_channels(m) for m in (model, easy.apply(model, lora=0.0, mask=LEFT)))
-    assert torch.isfinite(patched).all()
-    assert golden.error(patched, plain) > 1e-4
+    assert_references_show(patched, plain)
     assert torch.equal(nine_channels(easy.apply(model, weight=0.0, lora=0.0)), plain)
 
 
@@ -221,8 +208,7 @@ def test_unet_stored_in_fp8(easy) -> None:
             module.comfy_cast_weights = True
     assert is_neutral(easy, model)
     found = sampled(easy.apply(model, lora=0.0, mask=LEFT))
-    assert torch.isfinite(found).all()
-    assert golden.error(found, sampled(model)) > 1e-4
+    assert_references_show(found, sampled(model))
 
 
 def test_patch_that_drops_the_references_is_warned_of(easy, model, log) -> None:

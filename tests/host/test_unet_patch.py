@@ -44,7 +44,7 @@ from devkit.host.sampling import (
 from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_sdxl
 
 from .by_hand import by_hand, text_attention
-from .other_packs import foreign_term, with_term
+from .other_packs import Adapter, with_lora, with_term
 
 NARROWER = 10  # the UNet with SDXL's depths is this many times narrower than SDXL
 
@@ -235,11 +235,6 @@ def test_lora_of_every_attention_is_there(easy, model) -> None:
 # Other packs' patches
 
 
-def text_and_foreign_term(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-    out = text_attention(q, k, v, extra_options)
-    return out + foreign_term(out, q, k, v, extra_options)
-
-
 def halved_text(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
     return text_attention(q, k / 2, v / 2, extra_options)
 
@@ -259,9 +254,9 @@ PATCHES: dict[str, tuple[Callable[[Easy, ModelPatcher], ModelPatcher], Callable[
         lambda e, m: e.apply(e.apply(replace_everywhere(m, e, halved_query), 0.4), 0.6),
         halved_query,
     ),
-    "term after": (lambda e, m: with_term(e.apply(m)), text_and_foreign_term),
-    "term after a chain": (lambda e, m: with_term(e.apply(e.apply(m, 0.4), 0.6)), text_and_foreign_term),
-    "term within a chain": (lambda e, m: e.apply(with_term(e.apply(m, 0.4)), 0.6), text_and_foreign_term),
+    "term after": (lambda e, m: with_term(e.apply(m)), Adapter()),
+    "term after a chain": (lambda e, m: with_term(e.apply(e.apply(m, 0.4), 0.6)), Adapter()),
+    "term within a chain": (lambda e, m: e.apply(with_term(e.apply(m, 0.4)), 0.6), Adapter()),
     "inputs before": (lambda e, m: e.apply(with_halved_inputs(m)), halved_text),
     "inputs after": (lambda e, m: with_halved_inputs(e.apply(m)), halved_text),
 }
@@ -302,13 +297,7 @@ def test_predictions_follow_each_other_without_merging_again(easy, model) -> Non
 
 @in_float64
 def test_another_lora_adds_to_ours_in_either_order(easy, model) -> None:
-    def with_another(model: ModelPatcher) -> ModelPatcher:
-        clone = model.clone()
-        to_q = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q.weight"
-        assert clone.add_patches({to_q: ("diff", (torch.full((32, 32), 0.05),))})
-        return clone
-
-    before, after = predict(easy.apply(with_another(model))), predict(with_another(easy.apply(model)))
+    before, after = predict(easy.apply(with_lora(model))), predict(with_lora(easy.apply(model)))
     assert golden.error(before, after) <= 1e-6
     assert golden.error(before, predict(easy.apply(model))) > 1e-4
 
@@ -328,37 +317,37 @@ def test_what_a_controlnet_adds_reaches_the_unet(easy, model) -> None:
 class MovingPatch:
     """A replacement that acts only after the host has moved it, which returns another object."""
 
-    def __init__(self, cleanups: list[int], moved: bool = False) -> None:
-        self.cleanups, self.moved = cleanups, moved
+    def __init__(self, *models: str, moved: bool = False) -> None:
+        self.loaded, self.moved, self.cleanups = list(models), moved, 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         return q / 2 if self.moved else q
 
     def to(self, target: torch.device | torch.dtype) -> MovingPatch:
-        return MovingPatch(self.cleanups, moved=True)
+        return MovingPatch(*self.loaded, moved=True)
 
     def models(self) -> list[str]:
-        return ["its model"]
+        return self.loaded
 
     def cleanup(self) -> None:
-        self.cleanups.append(1)
+        self.cleanups += 1
 
 
 @pytest.mark.parametrize("added", [lambda model: model, with_term], ids=["alone", "with a term after"])
 def test_host_moves_what_we_replace(easy, model, added: Callable) -> None:
-    patches = halved_query, MovingPatch([])
+    patches = halved_query, MovingPatch()
     assert_equal_predictions(
         *(added(easy.apply(replace_everywhere(model, easy, patch))) for patch in patches)
     )
 
 
 def test_host_loads_and_cleans_up_what_we_replace(easy, model) -> None:
-    patch = MovingPatch([])
+    patch = MovingPatch("its model")
     model.set_model_attn2_replace(patch, *easy.easyref.model.checkpoint.sites[0])
     patched = easy.apply(easy.apply(model))
     assert patched.model_patches_models() == ["its model"]
     patched.cleanup()
-    assert patch.cleanups == [1]
+    assert patch.cleanups == 1
 
 
 def test_added_term_receives_the_options_of_its_pack(easy, model) -> None:
