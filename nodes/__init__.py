@@ -7,9 +7,9 @@ aggregate.py   Aggregate Reference Tokens context -> EASYREF_TOKENS
 tokens/        nodes that combine, batch, save and load tokens
 apply.py       Apply EasyRef              MODEL + tokens -> MODEL
 unet_patch/    the patch that Apply attaches
-inspect/       nodes that show what the references do
-demo/          Tiny Demo Model            everything the five need to be tried, without a download
-host/          ComfyUI's side: hosted model, folders, images, previews, socket types, validation
+inspect/       nodes that show the effect of the references
+demo/          Tiny Demo Model            models to try the five nodes with, without a download
+host/          interface to ComfyUI: hosted model, folders, images, previews, socket types, validation
 """
 
 from comfy_api.latest import ComfyExtension, io
@@ -25,7 +25,6 @@ from .group.instruction import EasyRefInstruction
 from .group.reference_group import EasyRefGroup, EasyRefSelectReferences
 from .group.weigh import EasyRefWeighReferences
 from .host.folders import make_checkpoint_folder, register_folders
-from .host.validation import validate_inputs_of
 from .inspect.attention import EasyRefReferenceAttention
 from .inspect.consistency import EasyRefConsistency
 from .inspect.influence import EasyRefReferenceInfluence
@@ -61,8 +60,6 @@ NODES = [
     EasyRefWeightSheet,
     EasyRefSheet,
 ]
-for node in NODES:
-    validate_inputs_of(node)
 
 
 class EasyRefExtension(ComfyExtension):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from .host.socket_types import EasyRefContext, EasyRefModel, EasyRefTokens
+from .host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from ..easyref_core import ContextStates
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 BLACK, GROUP, NOISE = NEGATIVES = ("black image", "group", "noise")
 
 
+@validates_inputs
 class EasyRefAggregate(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -82,16 +84,16 @@ class EasyRefAggregate(io.ComfyNode):
         noise_seed: int = 0,
         noise_strength: float = 0.5,
     ) -> io.NodeOutput:
-        # BLACK is the default: connecting the group is enough to choose it. NOISE was chosen, so both is a contradiction.
+        # BLACK is the default, so a connected negative_context takes precedence; NOISE is an explicit choice
         if negative_context is not None and negative == NOISE:
             raise ValueError(
-                f"negative_context is connected, but negative is {NOISE!r}, which would not use it. Set negative to "
-                f"{GROUP!r}, or disconnect negative_context."
+                f"negative_context is connected, but negative is {NOISE!r}, which would not use it. Set negative "
+                f"to {GROUP!r}, or disconnect negative_context."
             )
         if negative_context is None and negative == GROUP:
             raise ValueError(
-                f"negative is {GROUP!r}, but negative_context is not connected. Connect a second Encode Reference Group "
-                f"to it, or set negative to {BLACK!r}."
+                f"negative is {GROUP!r}, but negative_context is not connected. Connect a second Encode Reference "
+                f"Group to it, or set negative to {BLACK!r}."
             )
         strength = noise_strength if negative == NOISE else 0.0
         return io.NodeOutput(easyref.aggregate(context, negative_context, noise_seed, strength))

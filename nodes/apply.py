@@ -11,6 +11,7 @@ from ..easyref_core.unet.reference_attention import SCALINGS, V_ONLY
 from .host import preview
 from .host.notes import window_note
 from .host.socket_types import EasyRefModel, EasyRefTokens, TokenPair
+from .host.validation import validates_inputs
 from .unet_patch.condition import ApplySettings, condition
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .host.hosted_model import HostedEasyRef
 
 
+@validates_inputs
 class EasyRefApply(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

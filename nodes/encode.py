@@ -13,6 +13,7 @@ from .host.images import references_of
 from .host.inputs import group_input, instruction_input, prompt_input, size_input
 from .host.notes import empty_prompt_note, image_notes, read_prompt
 from .host.socket_types import EasyRefContext, EasyRefModel
+from .host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 ERROR, LOWER = "error", "lower the size"  # choices for a group that is too large
 
 
+@validates_inputs
 class EasyRefEncodeGroup(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -8,20 +8,22 @@ from .host import folders
 from .host.file_changes import FileChanges
 from .host.hosted_model import PRECISIONS, load_hosted
 from .host.socket_types import EasyRefModel
+from .host.validation import validates_inputs
 
 
 def state_of(checkpoint: str, mllm: str) -> str:
-    """State of the checkpoint and of all files in the MLLM folder. Raises FileNotFoundError if one is missing."""
+    """State of the checkpoint and of the files in the MLLM folder; raises FileNotFoundError if one is missing."""
     folder = folders.find_mllm(mllm)
-    # a link may lead nowhere
-    of_mllm = sorted(file for file in folder.iterdir() if file.exists()) if folder else []
-    return folders.state_of([folders.find_checkpoint(checkpoint), *of_mllm])
+    # links may be broken
+    mllm_files = sorted(file for file in folder.iterdir() if file.exists()) if folder else []
+    return folders.state_of([folders.find_checkpoint(checkpoint), *mllm_files])
 
 
 FILES = FileChanges(state_of)
 ATTENTION = {folders.FROM_CHECKPOINT: None, "causal": True, "bidirectional": False}
 
 
+@validates_inputs
 class EasyRefLoader(io.ComfyNode):
     FILE_INPUTS = ("checkpoint", "mllm")
 
@@ -72,10 +74,10 @@ class EasyRefLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint: str | None) -> bool | str:
-        """In place of the host's own check, whose 'value not in list' does not say where the file belongs.
+        """Check in place of the host's, whose 'value not in list' does not name the file's folder.
 
-        The checkpoint alone, because the host repeats the answer for every input that is named here; the host itself
-        compares the MLLM with the list. None: not known yet, as it comes through a link.
+        It is only of the checkpoint, because the host repeats the result for every input in the signature; the
+        host itself compares the MLLM with the list. None: unknown, because it comes through a link.
         """
         try:
             if checkpoint is not None:
@@ -86,19 +88,14 @@ class EasyRefLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str | None, mllm: str | None, **_: str) -> str:
-        """Files replaced under the same name are another checkpoint."""
+        """Fingerprint of the files, so that the checkpoint is loaded again when they are replaced."""
         return FILES.fingerprint(checkpoint, mllm)
 
     @classmethod
     def execute(cls, checkpoint: str, mllm: str, precision: str, last_layer_attention: str) -> io.NodeOutput:
         file, folder = folders.find_checkpoint(checkpoint), folders.find_mllm(mllm)
         FILES.record(checkpoint, mllm)
+        tokenizer = folder or folders.host_tokenizer()
         return io.NodeOutput(
-            load_hosted(
-                file,
-                folder,
-                folder or folders.host_tokenizer(),
-                precision,
-                ATTENTION[last_layer_attention],
-            )
+            load_hosted(file, folder, tokenizer, precision, causal=ATTENTION[last_layer_attention])
         )

@@ -1,13 +1,14 @@
-"""A device that this machine does not have: tensors on it have shape, type and place, and no numbers.
+"""Fake device: tensors on it have a shape, a dtype and a device, and no numbers.
 
     device = FakeDevice("cuda:1")
     with torch.no_grad(), device:
         device.adopt(module)
         y = module(x.to("cuda:1"))
 
-What runs there is checked as the device would: tensors of two devices that meet raise, and so does whatever needs a number
-(`.item()`, `.tolist()`, `if tensor:`), which is where a real device stops until it has caught up. What leaves the device
-is in `read_back`, what comes to it in `brought`, and every operation on it in `operations`. Tensors on the CPU stay real.
+Operations are checked as on the device: mixing two devices raises, and so does whatever needs a number
+(`.item()`, `.tolist()`, `if tensor:`), which is where a real device synchronizes. Copies from the device are
+listed in `read_back`, copies to it in `brought`, and every operation on it in `operations`. Tensors on the
+CPU have their numbers.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class Operation(NamedTuple):
 
     name: str  # such as "aten.addmm"
     dtypes: frozenset[torch.dtype]  # of its tensors on the device
-    places: frozenset[str]  # devices of its tensors; single numbers left out
+    devices: frozenset[str]  # of its tensors; single numbers left out
 
 
 class _InPython(TorchFunctionMode):
-    """x[...], ~x, contiguous and attention: they ask torch for the device itself, which is not there."""
+    """x[...], ~x, contiguous and attention: they need the device itself, which is not there."""
 
     def __init__(self, owner: FakeDevice) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class _InPython(TorchFunctionMode):
 
 
 class FakeDevice(FakeTensorMode):
-    """See above. `device`: any device that torch has a name for."""
+    """See above. device: any name that torch.device accepts."""
 
     def __init__(self, device: str) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -74,11 +75,11 @@ class FakeDevice(FakeTensorMode):
 
     def adopt(self, *modules: nn.Module) -> None:
         """Put every weight of the modules on the device, as the host does when it loads them."""
-        for module in (part for root in modules for part in root.modules()):
-            for name, weight in module.named_parameters(recurse=False):
-                module._parameters[name] = nn.Parameter(self.like(weight), requires_grad=False)
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = self.like(buffer)
+        for module in (child for root in modules for child in root.modules()):
+            for name, weight in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(self.like(weight), requires_grad=False))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, self.like(buffer))
 
     def like(self, tensor: torch.Tensor) -> FakeTensor:
         """A tensor's shape and type on the device, as if it had always been there."""
@@ -86,8 +87,8 @@ class FakeDevice(FakeTensorMode):
 
     def forget(self) -> None:
         """Empty the three lists."""
-        for kept in (self.operations, self.read_back, self.brought):
-            kept.clear()
+        for each in (self.operations, self.read_back, self.brought):
+            each.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -109,12 +110,12 @@ class FakeDevice(FakeTensorMode):
         return result
 
     def indexed(self, name: str, tensor: FakeTensor, index: Any, value: Any = None) -> FakeTensor | None:
-        """tensor[index], or None where a value is set. Indices are brought to the device."""
+        """tensor[index], or None if a value is set. Indices are copied to the device."""
         parts = index if isinstance(index, tuple) else (index,)
         lists = [torch.as_tensor(part) for part in parts if isinstance(part, list)]
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]
         if any(t.dtype == torch.bool for t in tensors):
-            raise RuntimeError("A mask as an index: the device is asked how many of it are true.")
+            raise RuntimeError("A mask as an index: the number of its true entries is read from the device.")
         if name == "__setitem__":
             self._note("setitem", [tensor, value, *tensors, *lists], [])
             return None
@@ -122,7 +123,7 @@ class FakeDevice(FakeTensorMode):
         return self.by_shape(torch.Tensor.__getitem__, tensor, index)
 
     def by_shape(self, func: Any, tensor: FakeTensor, *args: Any) -> FakeTensor:
-        """func(tensor, *args), of which only the shape is computed."""
+        """func(tensor, *args), with only the shape computed."""
         shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         result = FakeTensor(self, func(shape, *_on_meta(args)), tensor.device)
         self._note(func.__name__, [tensor], [result])
@@ -132,26 +133,26 @@ class FakeDevice(FakeTensorMode):
         self, q: FakeTensor, k: FakeTensor, v: FakeTensor, mask: torch.Tensor | None = None
     ) -> FakeTensor:
         """The result of scaled_dot_product_attention."""
-        given = [q, k, v] if mask is None else [q, k, v, mask]
-        if {t.device for t in given} != {self.device} or len({t.dtype for t in (q, k, v)}) > 1:
-            raise RuntimeError(f"Attention of {[(t.device, t.dtype) for t in given]}.")
+        inputs = [q, k, v] if mask is None else [q, k, v, mask]
+        if {t.device for t in inputs} != {self.device} or len({t.dtype for t in (q, k, v)}) > 1:
+            raise RuntimeError(f"Attention of {[(t.device, t.dtype) for t in inputs]}.")
         result = q.new_empty(*q.shape[:-1], v.shape[-1])
-        self._note("scaled_dot_product_attention", given, [result])
+        self._note("scaled_dot_product_attention", inputs, [result])
         return result
 
     def _faked(self, tensor: torch.Tensor) -> FakeTensor:
         return tensor if isinstance(tensor, FakeTensor) else self.from_tensor(tensor)
 
     def _note(self, name: str, arguments: list[Any], results: list[Any]) -> None:
-        given, made = ([t for t in ts if isinstance(t, torch.Tensor)] for ts in (arguments, results))
-        own = [t for t in (*given, *made) if t.device == self.device]
-        if not own or name.startswith("prim."):  # questions, such as prim.device
+        inputs, outputs = ([t for t in ts if isinstance(t, torch.Tensor)] for ts in (arguments, results))
+        on_device = [t for t in (*inputs, *outputs) if t.device == self.device]
+        if not on_device or name.startswith("prim."):  # attributes, such as prim.device
             return
-        places = frozenset(str(t.device) for t in (*given, *made) if t.ndim)
-        self.operations.append(Operation(name, frozenset(t.dtype for t in own), places))
-        if any(t.device.type == "cpu" for t in made):
+        devices = frozenset(str(t.device) for t in (*inputs, *outputs) if t.ndim)
+        self.operations.append(Operation(name, frozenset(t.dtype for t in on_device), devices))
+        if any(t.device.type == "cpu" for t in outputs):
             self.read_back.append(name)
-        if any(t.device.type == "cpu" and t.ndim for t in given):
+        if any(t.device.type == "cpu" and t.ndim for t in inputs):
             self.brought.append(name)
 
 

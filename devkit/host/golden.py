@@ -1,4 +1,4 @@
-"""The golden data, and what the pack makes of it inside the host."""
+"""The golden data, and the pack's results from it inside the host."""
 
 from __future__ import annotations
 
@@ -52,14 +52,15 @@ def load(pack: ModuleType, precision: str = "auto") -> Any:
 
 
 def write_random(pack: ModuleType, folder: Path, layers: int, width: int, context: int = 4096) -> int:
-    """Write a random checkpoint that fits the tiny UNet, random.safetensors, and its MLLM folder, random-qwen2-vl.
+    """Write a random checkpoint for the tiny UNet, random.safetensors, and its MLLM folder, random-qwen2-vl.
 
-    layers, width: of the MLLM body; context: tokens it reads at most. -> bytes of the weights in float32.
+    layers, width: of the MLLM body; context: its maximal length in tokens. -> bytes of the weights in
+    float32.
     """
     checkpoint = part(pack, "easyref_core.checkpoint.checkpoint")
-    made_for = checkpoint.open_checkpoint(CHECKPOINT, MLLM)
+    original = checkpoint.open_checkpoint(CHECKPOINT, MLLM)
     config = dataclasses.replace(
-        made_for.config,
+        original.config,
         hidden_size=width,
         intermediate_size=2 * width,
         body_layers=layers,
@@ -67,14 +68,14 @@ def write_random(pack: ModuleType, folder: Path, layers: int, width: int, contex
         projector_width=width,
     )
     random = np.random.default_rng(0)
-    shapes = checkpoint.expected_shapes(config, made_for.widths)
+    shapes = checkpoint.expected_shapes(config, original.widths)
     tensors = {
         name: torch.ones(shape, dtype=torch.float16)
         if "norm" in name and name.endswith("weight")
         else torch.from_numpy((random.standard_normal(shape, np.float32) / 50).astype(np.float16))
         for name, shape in shapes.items()
     }
-    checkpoint.save(folder / "random.safetensors", config, made_for.sites, tensors)
+    checkpoint.save(folder / "random.safetensors", config, original.sites, tensors)
 
     settings = json.loads((MLLM / "config.json").read_text())
     settings |= {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers + 1}

@@ -1,4 +1,4 @@
-"""Workflows in API form for the server tests (tiny SDXL, golden EasyRef), and what comes of them."""
+"""Workflows in API form for the server tests (tiny SDXL, golden EasyRef), and their results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from devkit.host.server import ComfyServer
 
 Graph = dict[str, dict[str, Any]]
-AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")  # what the frontend keeps beside a seed
+AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")  # control values that follow a seed
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 
 def install_golden(server: ComfyServer) -> None:
-    """Put the golden checkpoint, its MLLM folder and the references where a user would put them."""
+    """Install the golden checkpoint, its MLLM folder and the references in the server's folders."""
     folder = server.base / "models" / "easyref"
     folder.mkdir(exist_ok=True)
     shutil.copy(golden.CHECKPOINT, folder / "easyref.safetensors")
@@ -32,7 +32,9 @@ def install_golden(server: ComfyServer) -> None:
 
 
 def sampled(model: list, **inputs: Any) -> Graph:
-    """The graph after a MODEL output: two steps on a 16x16 latent, decoded and saved. Node "tiny" must be there."""
+    """The graph after a MODEL output: two steps on a 16x16 latent, decoded and saved. Node "tiny" must be
+    there.
+    """
     sampler = {
         "seed": 7,
         "steps": 2,
@@ -93,6 +95,12 @@ def easyref(
     }
 
 
+def tokens() -> Graph:
+    """The path to the reference tokens, without SDXL."""
+    without = ("tiny", "apply", "latent", "sample", "decode", "save")
+    return {name: entry for name, entry in easyref().items() if name not in without}
+
+
 def from_file(workflow: Path) -> Graph:
     """A saved workflow (UI format 0.4) as the frontend queues it, by the nodes' numbers."""
     saved = json.loads(workflow.read_text(encoding="utf-8"))
@@ -120,7 +128,7 @@ def tiny_images(shapes: str, seed: int = 0, fill: str = "noise") -> dict[str, An
 
 
 def of_images(link: list, nodes: Graph, **changes: Any) -> Graph:
-    """The whole path with the given nodes in place of the three images and their group; `link` goes to the encoder."""
+    """The whole path with other nodes in place of the three images and their group; `link`: of the group."""
     graph = easyref(**changes)
     for i in range(golden.SETTINGS["images"]):
         del graph[f"image{i}"]
@@ -129,30 +137,37 @@ def of_images(link: list, nodes: Graph, **changes: Any) -> Graph:
     return {**graph, **nodes}
 
 
+def run(server: ComfyServer, graph: Graph) -> tuple[set[str], dict[str, Any]]:
+    """Run a graph; -> the nodes that were executed, and the previews of all nodes."""
+    prompt_id = server.queue(graph)
+    history = server.wait(prompt_id)
+    return set(server.executed(prompt_id)), history["outputs"]
+
+
 def picture(server: ComfyServer, graph: Graph) -> bytes:
-    """The pixels of the one picture that a workflow ends in; a PNG file's own bytes also hold the workflow."""
+    """Pixels of a workflow's one output image; the bytes of its PNG file would include the workflow."""
     return picture_of(server, server.queue(graph))
 
 
 def picture_of(server: ComfyServer, prompt_id: str) -> bytes:
-    """The same of a workflow that was queued, once it has ended."""
+    """The same for a queued workflow, after it has ended."""
     (png,) = server.images(server.wait(prompt_id), "output")
     return pixels(png).tobytes()
 
 
 def picture_uncached(server: ComfyServer, graph: Graph) -> bytes:
-    """The same from a run in which every node was executed, after the host has let go of everything."""
+    """The same from a run in which every node is executed, after the host has cleared its cache."""
     for _ in range(5):  # the host may take the first prompt before it empties the cache
         server.free()
         prompt_id = server.queue(graph)
-        (png,) = server.images(server.wait(prompt_id), "output")
+        image = picture_of(server, prompt_id)
         if not server.cached(prompt_id):
-            return pixels(png).tobytes()
+            return image
     raise AssertionError("the host went on using its cache after /free")
 
 
 def failure(server: ComfyServer, graph: Graph) -> str:
-    """What the server says about a workflow that it refuses (HTTP 400) or that fails."""
+    """The server's error message for a workflow that it refuses (HTTP 400) or that fails."""
     try:
         server.run(graph)
     except PromptFailed as failed:

@@ -12,12 +12,14 @@ from ...easyref_core.tiny.demo_group import demo_group, in_common
 from ...easyref_core.tiny.groups import OUTSIDER_FROM
 from ...easyref_core.utils.prompt_syntax import plain_text
 from ..host import folders
+from ..host.validation import validates_inputs
 from .tiny_sdxl import load_model
 from .tiny_vae import load_vae
 
 MIN_REFERENCES, MAX_REFERENCES = 2, 6  # references of a group, as in training
 
 
+@validates_inputs
 class EasyRefDemo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

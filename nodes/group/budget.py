@@ -12,6 +12,7 @@ from ..host.images import references_of
 from ..host.inputs import group_input, instruction_input, prompt_input, size_input
 from ..host.notes import read_prompt
 from ..host.socket_types import EasyRefModel
+from ..host.validation import validates_inputs
 from .fitting import image_sizes, usable_memory
 from .summary import count_text, size_lines, small_group_notes
 
@@ -25,6 +26,7 @@ GIB = 1024**3
 ASSUMED_FLOPS_PER_SECOND = {"cpu": 2e11, "other": 3e13}  # until one encoding has been measured
 
 
+@validates_inputs
 class EasyRefGroupBudget(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -11,6 +11,7 @@ from ...easyref_core.utils.images import Box, middle_square, square_around
 from ..host import preview
 from ..host.images import references_of
 from ..host.socket_types import EasyRefGroupSocket
+from ..host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 NONE, MIDDLE, MASK = "none", "square in the middle", "square around the mask"
 
 
+@validates_inputs
 class EasyRefCropReference(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

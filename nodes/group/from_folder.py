@@ -18,6 +18,7 @@ from ..host import folders
 from ..host.file_changes import FileChanges
 from ..host.images import image_of
 from ..host.socket_types import EasyRefGroupSocket
+from ..host.validation import validates_inputs
 from .summary import group_preview
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ MAX_REFERENCES = 112  # of one folder; chained folders make larger groups
 MAX_NAMES = 8  # files that one note names; it counts the rest
 
 
+@validates_inputs
 class EasyRefGroupFromFolder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

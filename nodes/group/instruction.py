@@ -6,10 +6,12 @@ from comfy_api.latest import io
 
 from ...easyref_core.mllm.instructions import LANGUAGES, PRESETS
 from ..host import preview
+from ..host.validation import validates_inputs
 
 CUSTOM = "custom"
 
 
+@validates_inputs
 class EasyRefInstruction(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ...easyref_core.utils.number_lists import parse_references
 from ..host.images import split
 from ..host.socket_types import EasyRefGroupSocket
+from ..host.validation import validates_inputs
 from .summary import group_preview
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ EMPTY = (
 )
 
 
+@validates_inputs
 class EasyRefGroup(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -79,6 +81,7 @@ class EasyRefGroup(io.ComfyNode):
         return io.NodeOutput(tuple(references), ui=group_preview(references))
 
 
+@validates_inputs
 class EasyRefSelectReferences(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -9,11 +9,13 @@ from comfy_api.latest import io
 from ...easyref_core.utils.number_lists import parse_reference_weights
 from ..host import preview
 from ..host.socket_types import EasyRefContext
+from ..host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from ...easyref_core import ContextStates
 
 
+@validates_inputs
 class EasyRefWeighReferences(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -13,20 +13,21 @@ PROCESS = uuid.uuid4().hex  # a cache that outlives this process must not match 
 
 
 class FileChanges:
-    """Notices that files which a node read were replaced, added or removed.
+    """Fingerprints that change when files that a node read are replaced, added or removed.
 
-    The host computes fingerprints before it runs a graph, and passes None for every linked input. The files behind
-    linked values are known only while the node runs. `record` therefore keeps their state, and a later `fingerprint`
-    compares it with the files as they are: its result changes if one of them changed, or if a record was dropped because
-    there were more than MAX_RECORDS.
+    The host computes fingerprints before it runs a graph, and passes None for every linked input. The files
+    behind linked values are known only while the node runs. `record` therefore stores their state, and a
+    later `fingerprint` compares it with the present files: its result changes if one of them changed, or if a
+    record was dropped because there were more than MAX_RECORDS.
 
-    Records are shared by all nodes of one class, because the host's cache does not distinguish nodes with equal inputs.
+    Records are shared by all nodes of one class, because the host's cache does not distinguish nodes with
+    equal inputs.
     """
 
     def __init__(self, state: Callable[..., str]) -> None:
-        """`state(*values)` describes the files that the node reads for these input values, such as by size and time.
+        """state: describes the files that the node reads for its input values, for example by size and time.
 
-        It may raise OSError or ValueError; the message is the state then.
+        Where it raises OSError or ValueError, the message is the state.
         """
         self._state = state
         self._records: dict[tuple[Any, ...], str] = {}
@@ -34,7 +35,7 @@ class FileChanges:
         self._linked: set[tuple[str, str] | None] = set()  # nodes of the current prompt with linked values
 
     def fingerprint(self, *values: Any) -> str:
-        """The fingerprint for these input values; None stands for a value that comes through a link."""
+        """The fingerprint for these input values; None for a value that comes through a link."""
         if None not in values:
             return self._state_of(values)
         node = _executing()
@@ -45,7 +46,7 @@ class FileChanges:
         return f"{PROCESS} {self._changes}"
 
     def record(self, *values: Any) -> None:
-        """Keep the state of the files for these values. Call it in `execute`, before the files are read."""
+        """Store the state of the files for these values. Call it in `execute`, before the files are read."""
         if _executing() not in self._linked:
             return
         state = self._state_of(values)

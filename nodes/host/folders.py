@@ -1,7 +1,7 @@
-"""Where EasyRef's files are: checkpoints in models/easyref, MLLM folders there, in text_encoders and in LLM.
+"""Folders of EasyRef's files: checkpoints in models/easyref, MLLM folders there, in text_encoders and in LLM.
 
-Reference tokens are saved in output/easyref, and found there and in input/easyref. The tiny model that comes with the
-pack lies in a folder of the pack, which is searched last.
+Reference tokens are saved in output/easyref, and searched there and in input/easyref. The tiny model that is
+shipped with the pack is in a folder of the pack, which is searched last.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ log = logging.getLogger(__name__)
 FOLDER = "easyref"
 MLLM_KINDS = (FOLDER, "text_encoders", "LLM")
 FROM_CHECKPOINT = "from the checkpoint"
-IN_CACHE = (
-    "(Hugging Face cache)"  # after the name of a repository; the revision is not in the name, as it changes
-)
-NOTHING_FOUND = "no file in models/easyref"
-TOKENS = "easyref_tokens"  # the host's name of the folders that hold reference tokens
+# after the name of a repository; the revision is not in the name, because it changes
+CACHE_SUFFIX = "(Hugging Face cache)"
+NO_CHECKPOINT = "no file in models/easyref"
+TOKENS = "easyref_tokens"  # the host's name of the folders with reference tokens
 TOKENS_FOLDER = "easyref"  # in the host's output and input folders
 NO_TOKENS = "no file in output/easyref"
-# of Windows
+# reserved by Windows
 DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|clock\$|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.I)
-LONGEST_PREFIX = 1000  # characters
-LONGEST_NAME = 255 - len("_00001_.safetensors")  # bytes
+MAX_PREFIX_LENGTH = 1000  # characters
+MAX_NAME_BYTES = 255 - len("_00001_.safetensors")
 SHIPPED = Path(__file__).absolute().parents[2] / "easyref_core" / "tiny" / "weights"
-TINY = "tiny_easyref.safetensors"  # the checkpoint there; the rest are parts of the demo's other models
+TINY = "tiny_easyref.safetensors"  # the checkpoint there; the other files belong to the demo's SDXL
 
 
 def register_folders() -> None:
-    """Add models/easyref, and models/LLM as other packs know it, beside what extra_model_paths.yaml already named.
+    """Register models/easyref, models/LLM (as other packs do) and the folders of tokens with the host.
 
-    The shipped folder is the last of models/easyref, where a file of the user's with the same name comes first.
+    Folders of extra_model_paths.yaml are kept. The shipped folder comes last, so that a user's file of the
+    same name takes precedence.
     """
     models = Path(folder_paths.models_dir)
-    own = {
+    kinds = {
         FOLDER: (folder_paths.supported_pt_extensions, [models / FOLDER, SHIPPED]),
         "LLM": (set(), [models / "LLM"]),
         TOKENS: (
@@ -53,7 +53,7 @@ def register_folders() -> None:
             [saved_tokens(), Path(folder_paths.get_input_directory()) / TOKENS_FOLDER],
         ),
     }
-    for kind, (extensions, folders) in own.items():
+    for kind, (extensions, folders) in kinds.items():
         paths, known = folder_paths.folder_names_and_paths.get(kind, ([], set()))
         added = [str(path) for path in folders]
         paths = [*paths, *(path for path in added if path not in paths)]
@@ -61,13 +61,14 @@ def register_folders() -> None:
 
 
 def make_checkpoint_folder() -> None:
-    """Create models/easyref, so that people see where checkpoints belong. Logs a warning if it cannot be created."""
+    """Create models/easyref, so that users see where checkpoints belong. Logs a warning if that fails."""
     folder = Path(folder_paths.models_dir) / FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # read-only, or a file of that name: the nodes work with other folders
+    except OSError as error:  # read-only, or a file of that name; the nodes work with other folders
         log.warning(
-            "EasyRef: the folder %s could not be created (%s). Create it, or name another folder as easyref in "
+            "EasyRef: the folder %s could not be created (%s). Create it, or name another folder as easyref "
+            "in "
             "extra_model_paths.yaml.",
             folder,
             error,
@@ -75,41 +76,46 @@ def make_checkpoint_folder() -> None:
 
 
 def checkpoints() -> list[str]:
-    """Names of the weight files in the EasyRef folders, those inside MLLM folders left out.
+    """Names of the weight files in the EasyRef folders, without those inside MLLM folders.
 
-    The demo's comes last, behind a word that there is no other: nobody shall take it for a default.
+    The shipped one comes last, and never first, because the first is the default.
     """
     names = [name for name in folder_paths.get_filename_list(FOLDER) if not _inside_mllm(name)]
-    own = [name for name in names if not _is_shipped(name)]
-    return [*(own or [NOTHING_FOUND]), *(name for name in names if name == TINY and name not in own)]
+    of_user = [name for name in names if not _is_shipped(name)]
+    shipped = [name for name in names if name == TINY and name not in of_user]
+    return [*(of_user or [NO_CHECKPOINT]), *shipped]
 
 
 def find_checkpoint(name: str) -> Path:
-    """Full path of a listed checkpoint. Raises FileNotFoundError saying where it was looked for and what is there."""
-    path = None if name == NOTHING_FOUND else folder_paths.get_full_path(FOLDER, name)
-    if path is not None and _is_inside(Path(path), folder_paths.get_folder_paths(FOLDER)):
+    """Full path of a listed checkpoint.
+
+    Raises FileNotFoundError that names the searched folders and their files.
+    """
+    path = None if name == NO_CHECKPOINT else folder_paths.get_full_path(FOLDER, name)
+    if path is not None and is_inside(Path(path), folder_paths.get_folder_paths(FOLDER)):
         return Path(path)
-    present = [file for file in checkpoints() if file != NOTHING_FOUND]
+    present = [file for file in checkpoints() if file != NO_CHECKPOINT]
     missing = "No EasyRef checkpoint was found."
-    if name != NOTHING_FOUND:
+    if name != NO_CHECKPOINT:
         missing = f"EasyRef checkpoint {shorten(repr(name))} was not found."
     raise FileNotFoundError(
-        f"{missing} Download the checkpoint (.safetensors) from {RELEASE} into models/easyref. "
-        f"Searched: {', '.join(folder_paths.get_folder_paths(FOLDER))}; there: {', '.join(present) or 'no weight files'}."
+        f"{missing} Download the checkpoint (.safetensors) from {RELEASE} into models/easyref. Searched: "
+        f"{', '.join(folder_paths.get_folder_paths(FOLDER))}; there: "
+        f"{', '.join(present) or 'no weight files'}."
     )
 
 
 def mllm_folders() -> dict[str, Path]:
-    """{shown name: folder} of every Qwen2-VL folder, told by the config.json in it, and of those in Hugging Face caches."""
-    found: dict[str, Path] = {}
+    """{listed name: folder} of every folder with a config.json of Qwen2-VL, in Hugging Face caches too."""
+    folders: dict[str, Path] = {}
     for kind in MLLM_KINDS:
         for base in map(Path, folder_paths.get_folder_paths(kind)):
             for config in sorted((*base.glob("*/config.json"), *base.glob("*/*/config.json"))):
                 if _is_qwen2_vl(config):
-                    found.setdefault(f"{kind}/{config.parent.relative_to(base).as_posix()}", config.parent)
+                    folders.setdefault(f"{kind}/{config.parent.relative_to(base).as_posix()}", config.parent)
             for repository, folder in _cached_mllms(base):
-                found.setdefault(f"{kind}/{repository} {IN_CACHE}", folder)
-    return found
+                folders.setdefault(f"{kind}/{repository} {CACHE_SUFFIX}", folder)
+    return folders
 
 
 def find_mllm(name: str) -> Path | None:
@@ -121,89 +127,92 @@ def find_mllm(name: str) -> Path | None:
         return folders[name]
     searched = [base for kind in MLLM_KINDS for base in folder_paths.get_folder_paths(kind)]
     raise FileNotFoundError(
-        f"MLLM folder {shorten(repr(name))} was not found. Put all files of {BASE_MLLM} into a folder of their own in "
-        "models/easyref, models/text_encoders or models/LLM. "
-        f"Searched: {', '.join(searched)}; Qwen2-VL folders there: {', '.join(folders) or 'none'}."
+        f"MLLM folder {shorten(repr(name))} was not found. Put all files of {BASE_MLLM} into a separate "
+        f"folder in models/easyref, models/text_encoders or models/LLM. Searched: {', '.join(searched)}; "
+        f"Qwen2-VL folders there: {', '.join(folders) or 'none'}."
     )
 
 
 def saved_tokens() -> Path:
-    """The folder that reference tokens are saved in."""
+    """Folder in which reference tokens are saved."""
     return Path(folder_paths.get_output_directory()) / TOKENS_FOLDER
 
 
 def new_tokens_file(prefix: str) -> Path:
-    """A path in output/easyref that is not taken: <prefix>_00001_.safetensors. Its folder is made.
+    """An unused path in output/easyref, <prefix>_00001_.safetensors, whose folder is created.
 
-    Raises ValueError for a prefix that is empty, leads out of the folder, or is no name on one of the systems that
-    ComfyUI runs on.
+    Raises ValueError for a prefix that is empty, leads out of the folder, or is not a valid name on one of
+    the systems that ComfyUI runs on.
     """
     parts = re.split(r"[/\\]", prefix)
-    allowed = len(prefix) <= LONGEST_PREFIX and all(map(_is_name, parts))
+    allowed = len(prefix) <= MAX_PREFIX_LENGTH and all(map(_is_valid_name, parts))
     if not allowed or not _stays_inside(saved_tokens().joinpath(*parts[:-1]), saved_tokens()):
         raise ValueError(
-            f"filename_prefix is {shorten(repr(prefix))}; wanted the start of a file's name in {saved_tokens()}, such as tokens or "
-            "faces/anna."
+            f"filename_prefix is {shorten(repr(prefix))}; wanted the start of a file's name in "
+            f"{saved_tokens()}, such as tokens or faces/anna."
         )
     folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, str(saved_tokens()))
     return Path(folder) / f"{name}_{number:05}_.safetensors"
 
 
 def subfolder(path: Path) -> str:
-    """Where in the output folder a file lies, as the host names it."""
+    """Folder of a file, relative to the output folder, as the host's UI needs it."""
     return path.parent.relative_to(folder_paths.get_output_directory()).as_posix()
 
 
 def token_files() -> list[str]:
-    """Names of the files that may hold reference tokens, or a word that there is none."""
+    """Names of the files that may contain reference tokens, or NO_TOKENS."""
     names = folder_paths.get_filename_list(TOKENS)
-    return [name for name in names if _tokens_path(name)] or [NO_TOKENS]
+    return [name for name in names if tokens_path(name)] or [NO_TOKENS]
 
 
 def find_tokens(name: str) -> Path:
     """Full path of a listed file of reference tokens. Raises FileNotFoundError like find_checkpoint."""
-    path = None if name == NO_TOKENS else _tokens_path(name)
+    path = None if name == NO_TOKENS else tokens_path(name)
     if path is not None:
         return path
     present = [file for file in token_files() if file != NO_TOKENS]
     raise FileNotFoundError(
         f"The file of reference tokens {shorten(repr(name))} was not found. Searched: "
-        f"{', '.join(folder_paths.get_folder_paths(TOKENS))}; there: {', '.join(present) or 'no .safetensors files'}. "
-        "Save tokens with Save Reference Tokens, or put a saved file into input/easyref."
+        f"{', '.join(folder_paths.get_folder_paths(TOKENS))}; there: "
+        f"{', '.join(present) or 'no .safetensors files'}. Save tokens with Save Reference Tokens, or put a "
+        "saved file into input/easyref."
     )
 
 
 def state_of(files: Iterable[Path]) -> str:
-    """By which the host knows whether files are still the same: another file under a name is noticed, and one that was
-    written to, also where it has the size and the time of the old one."""
-    found = [file.stat() for file in files]
-    return " ".join(f"{s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in found)
+    """Fingerprint that changes when one of the files is replaced or written to, even at the same size."""
+    stats = (file.stat() for file in files)
+    return " ".join(f"{s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in stats)
 
 
 def tiny_base() -> Path:
-    """Folder of the tiny SDXL that comes with the pack. Raises FileNotFoundError where the pack was installed without."""
+    """Folder of the shipped tiny SDXL. Raises FileNotFoundError if the pack was installed without it."""
     base = SHIPPED / "base"
     if not (base / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"The tiny model of the demo is not in {base}. Install the pack anew, as a whole."
+            f"The tiny model of the demo is not in {base}. Install the complete pack again."
         )
     return base
 
 
 def host_tokenizer() -> Path:
-    """The tokenizer ComfyUI ships for Qwen2.5-VL: Qwen2-VL's vocabulary and merges, and a few tokens of later models."""
+    """ComfyUI's tokenizer for Qwen2.5-VL: Qwen2-VL's vocabulary and merges, and a few later tokens."""
     return Path(comfy.text_encoders.__path__[0]) / "qwen25_tokenizer"
 
 
-def _is_name(name: str) -> bool:
-    """Whether a file or folder can be called so anywhere. Windows has names for devices, and a : for other streams."""
+def _is_valid_name(name: str) -> bool:
+    """True if a file or folder can have this name on every system.
+
+    Windows reserves names of devices, and uses : for alternate streams.
+    """
     forbidden = any(character in '<>:"|?*' or not character.isprintable() for character in name)
-    short = len(name.encode(errors="replace")) <= LONGEST_NAME
+    short = len(name.encode(errors="replace")) <= MAX_NAME_BYTES
     return short and bool(name) and name == name.rstrip(". ") and not forbidden and not DEVICE.fullmatch(name)
 
 
 def _stays_inside(path: Path, folder: Path) -> bool:
-    """Whether a path that need not exist yet is in a folder, links followed."""
+    """True if a path, which may not exist yet, is in a folder after links are resolved."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
@@ -218,18 +227,20 @@ def _is_shipped(name: str) -> bool:
     return Path(folder_paths.get_full_path(FOLDER, name) or "").is_relative_to(SHIPPED)
 
 
-def _tokens_path(name: str) -> Path | None:
-    """Where a file of tokens lies; None for what really lies elsewhere: what others send into these folders is no
-    model that a user has linked there."""
+def tokens_path(name: str) -> Path | None:
+    """Path of a file of tokens; None if it is elsewhere after links are resolved.
+
+    Unlike checkpoints, which users link on purpose, files in these folders may come from other people.
+    """
     folders = folder_paths.get_folder_paths(TOKENS)
     path = folder_paths.get_full_path(TOKENS, name)
-    if path is None or not _is_inside(Path(path), folders) or Path(name).anchor or ".." in Path(name).parts:
+    if path is None or not is_inside(Path(path), folders) or Path(name).anchor or ".." in Path(name).parts:
         return None
     return Path(path) if any(_stays_inside(Path(path), Path(folder)) for folder in folders) else None
 
 
-def _is_inside(path: Path, folders: list[str]) -> bool:
-    """A link may point elsewhere on purpose; `..` in the name may not."""
+def is_inside(path: Path, folders: list[str]) -> bool:
+    """True if a path is in one of the folders. A link may point elsewhere on purpose; `..` may not."""
     absolute = Path(path).absolute()
     return ".." not in absolute.parts and any(
         absolute.is_relative_to(Path(base).absolute()) for base in folders
@@ -237,19 +248,21 @@ def _is_inside(path: Path, folders: list[str]) -> bool:
 
 
 def _cached_mllms(base: Path) -> Iterator[tuple[str, Path]]:
-    """(repository, folder) of every Qwen2-VL in a Hugging Face cache: models--<owner>--<name>/snapshots/<revision>."""
+    """(repository, folder) of every Qwen2-VL in a Hugging Face cache:
+    models--<owner>--<name>/snapshots/<revision>.
+    """
     for cache in sorted((*base.glob("models--*"), *base.glob("*/models--*"))):
         if folder := _snapshot(cache):
             yield cache.name.removeprefix("models--").replace("--", "/"), folder
 
 
 def _snapshot(cache: Path) -> Path | None:
-    """The revision that refs/main names, else the newest one; None if no revision is a Qwen2-VL."""
+    """The revision in refs/main, else the newest one; None if no revision is a Qwen2-VL."""
     try:
         main = (cache / "refs" / "main").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         main = ""
-    # main is compared with the folders that are there, and never made into a path
+    # main is only compared with the present folders, because a path made of it could lead anywhere
     folders = [config.parent for config in cache.glob("snapshots/*/config.json") if _is_qwen2_vl(config)]
     return max(folders, key=lambda folder: (folder.name == main, folder.stat().st_mtime_ns), default=None)
 

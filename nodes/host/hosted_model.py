@@ -1,4 +1,4 @@
-"""An EasyRef model whose weights belong to the host: it streams, pages, counts and evicts them like any model."""
+"""An EasyRef model whose weights the host manages: it streams, pages and evicts them like any model's."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ...easyref_core.mllm.budget import MemoryOptions, activation_bytes, flops
 from ...easyref_core.model import EasyRef, build
 from ...easyref_core.tokens.reference_tokens import ReferenceTokens
 from ...easyref_core.utils.images import black_image
+from .attach import attach
 from .key_values import MAX_TABLE_BYTES, KeyValueProjector, KeyValueTable, project_rows
 from .socket_types import TokenPair
 
@@ -40,7 +41,7 @@ PRECISIONS = ("auto", "bf16", "fp32", "fp8_e4m3fn")
 
 
 class HostedEasyRef:
-    """What EASYREF_MODEL carries. `patcher` and `get_models` are how the host finds the weights it may evict."""
+    """Value of EASYREF_MODEL. The host finds the weights that it may evict by `patcher` and `get_models`."""
 
     def __init__(self, model: EasyRef) -> None:
         self.model = model
@@ -49,16 +50,18 @@ class HostedEasyRef:
         for patcher in self.get_models():
             self.forget_with(patcher)
         self._key_values: WeakKeyDictionary[TokenPair, list[KeyValue]] = WeakKeyDictionary()
-        self.rate: float | None = None  # operations a second of the last encoding, for estimates
+        self.rate: float | None = None  # FLOPs per second of the last encoding, for estimates
 
     def get_models(self) -> list[ModelPatcher]:
         return [self.patcher, self._kv_patcher]
 
     def forget_with(self, patcher: ModelPatcher) -> None:
-        """What was read goes when the user unloads this model; the MLLM may have had to make room before that."""
-        key = f"easyref {id(self.model)}"
-        patcher.remove_callbacks_with_key(CallbacksMP.ON_DETACH, key)
-        patcher.add_callback_with_key(CallbacksMP.ON_DETACH, key, partial(_forget, ref(self.model)))
+        """Clear the caches of the MLLM when the user unloads this patcher's model.
+
+        The MLLM itself may have been evicted before, so its own patchers are not enough.
+        """
+        callbacks = {CallbacksMP.ON_DETACH: partial(_forget, ref(self.model))}
+        attach(patcher, f"easyref {id(self.model)}", callbacks=callbacks)
 
     def encode(
         self,
@@ -68,10 +71,10 @@ class HostedEasyRef:
         size: int,
         progress: Callable[[float], None] | None = None,
     ) -> ContextStates:
-        """Context states of a group, on the host's intermediate device. Counts one step per reference; can be
-        stopped.
+        """Context states of a group, on the host's intermediate device.
 
-        progress: told the part that is done after each of the MLLM body's blocks, in place of counting.
+        progress: called with the fraction done (0..1) after each block of the MLLM body. By default it
+        advances a progress bar of one step per reference and raises if the user has cancelled.
         """
         return self.encode_prepared(self.model.prepare(images, prompt, instruction, size), progress)
 
@@ -97,8 +100,11 @@ class HostedEasyRef:
         noise_seed: int = 0,
         noise_strength: float = 0.0,
     ) -> TokenPair:
-        """Tokens for both sides. The unconditional ones are of the negative context, or else read the same
-        instruction, at the same size, of a black image, or of noise where that has a strength."""
+        """Tokens for both sides.
+
+        The unconditional ones are of the negative context. Without one they are of a black image with the
+        same instruction and size, or of a noise image if noise_strength is not 0.
+        """
         self.model.require_same_checkpoint(context, "context")
         if negative is not None:
             self.model.require_same_checkpoint(negative, "negative context")
@@ -115,7 +121,7 @@ class HostedEasyRef:
         return TokenPair(*(ReferenceTokens.of(t.to(mm.intermediate_device()), t.provenance) for t in tokens))
 
     def attention(self, context: ContextStates, token: int) -> AttentionShares:
-        """What the reference tokens read of a context; see attention_shares."""
+        """Attention of the reference tokens to a context; see attention_shares."""
         self.model.require_same_checkpoint(context, "context")
         self._load_for((), context.states.shape[1])
         return attention_shares(self.model, context, token)
@@ -123,13 +129,16 @@ class HostedEasyRef:
     def vision_features(
         self, images: Sequence[Tensor], size: int, progress: Callable[[float], None]
     ) -> Tensor:
-        """What the vision tower sees in each image (K, D); see pooled_features."""
+        """Pooled features of the vision tower for each image, (K, D); see pooled_features."""
         plan = self.model.plan(self.model.prepare(images, "", "", size), use_prefix=False)
         self._load_for(plan.patches, 0)
         return pooled_features(self.model, plan, progress)
 
     def key_values(self, tokens: TokenPair) -> list[KeyValue]:
-        """K and V per site, rows [unconditional, conditional], float32 on the intermediate device; once per tokens."""
+        """K and V per site, rows [unconditional, conditional], float32 on the intermediate device.
+
+        Computed once per tokens.
+        """
         if tokens not in self._key_values:
             mm.load_models_gpu([self._kv_patcher])
             project = partial(self.model.key_values, dtype=torch.float32, device=mm.intermediate_device())
@@ -138,9 +147,7 @@ class HostedEasyRef:
         return self._key_values[tokens]
 
     def key_value_rows(self, tokens: TokenPair) -> KeyValueRows:
-        """K and V of these tokens: a table, or projected while sampling where that is larger than
-        MAX_TABLE_BYTES.
-        """
+        """K and V of these tokens: a table, or a projector where the table would exceed MAX_TABLE_BYTES."""
         rows = torch.cat([tokens.unconditional, tokens.conditional])
         row_numel = 2 * rows.shape[1] * sum(self.model.checkpoint.widths.values())
         if len(rows) * row_numel * torch.float32.itemsize <= MAX_TABLE_BYTES:
@@ -149,7 +156,7 @@ class HostedEasyRef:
         return KeyValueProjector(rows, len(tokens.unconditional), row_numel, project, self._kv_patcher)
 
     def require_same_checkpoint(self, tokens: TokenPair) -> None:
-        """Raises ValueError for tokens of another checkpoint."""
+        """Raise ValueError for tokens of another checkpoint."""
         for side in (tokens.unconditional, tokens.conditional):
             self.model.require_same_checkpoint(side, "set of reference tokens")
 
@@ -166,28 +173,33 @@ class HostedEasyRef:
 def load_hosted(
     checkpoint: Path, mllm: Path | None, tokenizer: Path, precision: str, causal: bool | None
 ) -> HostedEasyRef:
-    """Load a checkpoint for the host. precision: one of PRECISIONS, how the MLLM's weights are stored."""
+    """Load a checkpoint for the host. precision: of the MLLM's stored weights, one of PRECISIONS."""
     device = mm.get_torch_device()
     compute = compute_dtype(device, precision)
     opened = open_checkpoint(checkpoint, mllm, causal)
     memory = MemoryOptions(mm.intermediate_device(), on_out_of_memory=_free)
     cast = storage(precision, compute, device)
-    model = build(
-        opened, tokenizer, device, compute, cast=cast, operations=comfy.ops.manual_cast, memory=memory
+    operations = comfy.ops.manual_cast
+    return HostedEasyRef(
+        build(opened, tokenizer, device, compute, cast=cast, operations=operations, memory=memory)
     )
-    return HostedEasyRef(model)
 
 
 def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """bfloat16 where the device does it, else float32. Never float16: Qwen2's activations overflow it."""
+    """bfloat16 where the device supports it, else float32. Not float16, because Qwen2's activations overflow
+    it.
+    """
     return torch.bfloat16 if precision != "fp32" and mm.should_use_bf16(device) else torch.float32
 
 
 def storage(precision: str, compute: torch.dtype, device: torch.device) -> Cast:
-    """How each weight is kept. `auto` keeps the file's own bytes mapped, unless they are wider than the arithmetic."""
+    """Cast of each weight to its stored dtype.
+
+    `auto` leaves the file's bytes memory-mapped, unless they are wider than the compute dtype.
+    """
     embeddings = precision == "fp8_e4m3fn" and looks_up_fp8(device)
 
-    def kept_as(name: str, tensor: Tensor) -> torch.dtype:
+    def stored_dtype(name: str, tensor: Tensor) -> torch.dtype:
         if precision == "bf16":
             return torch.bfloat16
         if precision == "fp32":
@@ -197,22 +209,24 @@ def storage(precision: str, compute: torch.dtype, device: torch.device) -> Cast:
         return compute if tensor.dtype.itemsize > compute.itemsize else tensor.dtype
 
     def cast(name: str, tensor: Tensor) -> Tensor:
-        dtype = kept_as(name, tensor)
+        dtype = stored_dtype(name, tensor)
         if not mm.supports_cast(device, dtype):  # fp8 on MPS, bf16 on DirectML
             dtype = compute
-        return tensor if tensor.dtype == dtype else _converted(tensor, dtype)
+        return tensor if tensor.dtype == dtype else copy_to_pages(tensor, dtype)
 
     return cast
 
 
-def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in pages of its own, which go back to the system with it; freed heap memory would mostly stay."""
+def copy_to_pages(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in separate memory pages, which return to the system when it is freed; heap memory would mostly
+    stay.
+    """
     pages = mmap.mmap(-1, tensor.numel() * dtype.itemsize)
     return torch.frombuffer(pages, dtype=dtype).view(tensor.shape).copy_(tensor)
 
 
 def looks_up_fp8(device: torch.device) -> bool:
-    """Whether the device finds rows of an fp8 table, as embeddings are found; not all do."""
+    """True if the device supports embedding lookup in fp8."""
     try:
         table = torch.zeros(2, 1, device=device).to(torch.float8_e4m3fn)
         torch.nn.functional.embedding(torch.zeros(1, dtype=torch.long, device=device), table)
@@ -227,24 +241,28 @@ def _hosted(module: nn.Module, device: torch.device) -> ModelPatcher:
 
 
 def _free() -> None:
-    """Give memory back where an allocation failed; on a GPU the error may be reported a second time, by what comes next."""
+    """Release cached memory after a failed allocation.
+
+    On a GPU the same error may be raised again by the next operation, so it is discarded first.
+    """
     mm.discard_cuda_async_error()
     mm.soft_empty_cache()
 
 
 def _forget(model: ref[EasyRef], _: ModelPatcher, unpatch_all: bool) -> None:
-    """ON_DETACH. Where a prompt runs, SDXL needs the room on the device: what was read is kept elsewhere, and
-    worth it.
+    """ON_DETACH callback: clear the MLLM's caches, unless a prompt runs or the model is about to be loaded
+    again.
 
-    Otherwise it is the user who unloads the models, or the host: after a node ran out of memory, after each
-    prompt with --disable-smart-memory. Without unpatch_all the model is about to be loaded again.
+    While a prompt runs, SDXL needs the memory on the device, and the caches are elsewhere. Otherwise the user
+    unloads the models, or the host does: after a node ran out of memory, or after each prompt with
+    --disable-smart-memory. Without unpatch_all the model is about to be loaded again.
     """
     if unpatch_all and get_executing_context() is None and (unloaded := model()):
         unloaded.clear_cache()
 
 
 def counted(references: int) -> Callable[[float], None]:
-    """Shows the part that is done as so many references done, in fractions; raises where the user has cancelled."""
+    """A callback that advances a progress bar of `references` steps, and raises if the user has cancelled."""
     bar = comfy.utils.ProgressBar(references)
 
     def progress(done: float) -> None:

@@ -1,4 +1,4 @@
-"""Between the host's IMAGE tensors, single references and PIL pictures."""
+"""Conversions between the host's IMAGE tensors, single references and PIL images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def split(batch: Tensor) -> list[Tensor]:
-    """(batch, height, width, channels) -> the single images, each (1, height, width, channels); none if it is empty."""
+    """(batch, height, width, channels) -> single images, each (1, height, width, channels)."""
     return [batch[i : i + 1] for i in range(len(batch))]
 
 
@@ -25,12 +25,12 @@ def references_of(group: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def pictures_of(images: Tensor | list[Tensor]) -> list[Image.Image]:
-    """IMAGE (batch, height, width, channels), or a list of single ones -> RGB pictures."""
+    """IMAGE (batch, height, width, channels), or a list of single ones -> RGB images."""
     return [
         to_rgb(image[0] if image.ndim == 4 else image, f"image {i + 1}") for i, image in enumerate(images)
     ]
 
 
-def image_of(picture: Image.Image) -> Tensor:
-    """A picture as IMAGE (1, height, width, 3) in 0..1."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32) / 255)[None]
+def image_of(image: Image.Image) -> Tensor:
+    """A PIL image -> IMAGE (1, height, width, 3) in 0..1."""
+    return torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32) / 255)[None]

@@ -1,11 +1,9 @@
-"""Keys and values of reference tokens at every cross-attention: a table, or a projection of the rows that are
-sampled.
-"""
+"""Keys and values of reference tokens at every cross-attention: a table, or a projector of single rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,29 +18,15 @@ MAX_TABLE_BYTES = 768 * 2**20  # of one TokenPair, in float32: 18 rows of SDXL's
 Project = Callable[["Tensor"], list["KeyValue"]]  # tokens (1, T, C) -> K and V per site, (1, T, inner)
 
 
-class KeyValueRows(Protocol):
-    """Rows of K and V: the unconditional ones, then the conditional ones.
-
-    Of either side one row for all latents, or one for each latent; the last repeats where there are fewer
-    rows than latents.
-    """
-
-    counts: tuple[int, int]  # unconditional rows, conditional rows
-    row_numel: int  # elements of one row's K and V, of all sites together
-    resident_rows: int  # rows that stay on the device beside those that are taken
-    model: ModelPatcher | None  # that has to be loaded with the UNet
-
-    def take(self, numbers: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[KeyValue]:
-        """K and V per site of these rows, each (len(numbers), T, inner)."""
-        ...
-
-    def release(self) -> None:
-        """Give back copies on other devices."""
-        ...
-
-
 class KeyValueTable:
-    """All rows, on the CPU in float32; a copy on each device that samples is kept until `release`."""
+    """All rows, on the CPU in float32, with a copy on each device that samples until `release`.
+
+    Rows: the unconditional ones, then the conditional ones. Each side has one row for all latents, or one for
+    each latent; the last repeats where there are fewer rows than latents.
+
+    counts: unconditional and conditional rows. row_numel: elements of one row's K and V, of all sites.
+    resident_rows: rows that stay on the device beside copies of selected ones. model: to load with the UNet.
+    """
 
     model = None
 
@@ -52,10 +36,11 @@ class KeyValueTable:
         self._copies: dict[tuple[torch.device, torch.dtype], list[KeyValue]] = {}
         self.counts = unconditional_rows, len(key_values[0][0]) - unconditional_rows
         self.row_numel = sum(k[0].numel() + v[0].numel() for k, v in key_values)
-        # of two rows the table itself is taken
+        # a table of two rows is used itself, without a copy of selected rows
         self.resident_rows = 0 if self.counts == (1, 1) else sum(self.counts)
 
     def take(self, numbers: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[KeyValue]:
+        """K and V per site of these rows, each (len(numbers), T, inner)."""
         if (device, dtype) not in self._copies:
             self._copies[device, dtype] = [
                 (k.to(device, dtype), v.to(device, dtype)) for k, v in self._key_values
@@ -67,14 +52,15 @@ class KeyValueTable:
         return [(k.index_select(0, index), v.index_select(0, index)) for k, v in rows]
 
     def release(self) -> None:
+        """Release the copies on devices."""
         self._copies.clear()
 
 
 class KeyValueProjector:
-    """Tokens whose K and V would not fit in MAX_TABLE_BYTES: each row is projected when it is taken.
+    """Tokens whose K and V exceed MAX_TABLE_BYTES; attributes and methods as of KeyValueTable.
 
-    Each row is projected by itself, as for KeyValueTable, so that its numbers do not depend on the rows taken
-    with it.
+    Each row is projected when it is taken, and separately, as for KeyValueTable, so that its numbers do not
+    depend on the other rows.
     """
 
     resident_rows = 0
@@ -105,8 +91,11 @@ class KeyValueProjector:
         pass
 
 
+KeyValueRows = KeyValueTable | KeyValueProjector
+
+
 def project_rows(tokens: Tensor, project: Project) -> list[KeyValue]:
-    """Tokens (rows, T, C) -> K and V per site (rows, T, inner), each row projected by itself."""
+    """Tokens (rows, T, C) -> K and V per site (rows, T, inner), each row projected separately."""
     rows = [project(tokens[i : i + 1]) for i in range(len(tokens))]
     return [tuple(torch.cat(parts) for parts in zip(*site, strict=True)) for site in zip(*rows, strict=True)]
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
-_given: set[str] = set()
 
-
+@functools.cache
 def warn_once(text: str) -> None:
-    """Log a warning, once in the life of the process."""
-    if text not in _given:
-        _given.add(text)
-        logging.warning("[EasyRef] %s", text)
+    """Log a warning, once in the life of the process. `warn_once.cache_clear()` forgets which were logged."""
+    logging.warning("[EasyRef] %s", text)

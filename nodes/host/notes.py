@@ -1,4 +1,4 @@
-"""Notes that nodes show after a run about what they were given. They stop nothing."""
+"""Notes on a node's inputs, shown after a run. They do not stop it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ...easyref_core.utils.prompt_syntax import plain_text
 if TYPE_CHECKING:
     from ...easyref_core.mllm.prefix_cache import PreparedGroup
 
-BLACK = 8  # of 255; noise of a compressed black image stays below
-PRINT_BYTES = 1024  # of a fingerprint, about
-# By the digest of a reference's pixels: another prompt does not compare the images again.
-_prints: ByteLRUCache[Fingerprint] = ByteLRUCache(2**20)
+MAX_BLACK = 8  # of 255; noise of a compressed black image stays below
+FINGERPRINT_BYTES = 1024  # approximate
+# by the digest of a reference's pixels, so that another prompt does not compute them again
+_fingerprints: ByteLRUCache[Fingerprint] = ByteLRUCache(2**20)
 
 
 def read_prompt(prompt: str) -> tuple[str, list[str]]:
     """The plain text of a prompt, and a note that shows it where it differs.
 
-    Raises ValueError for a choice {a|b} that was not made.
+    Raises ValueError for an unresolved choice {a|b}.
     """
     text = plain_text(prompt)
     if text == prompt:
@@ -32,14 +32,14 @@ def read_prompt(prompt: str) -> tuple[str, list[str]]:
 
 
 def empty_prompt_note(text: str) -> str | None:
-    """A warning of a prompt of which nothing is left to read."""
+    """A warning if the plain text of a prompt is empty."""
     if text.strip():
         return None
     return "Warning: the prompt is empty. EasyRef works best with the prompt that SDXL's text encoders read."
 
 
 def window_note(start: float, end: float) -> str | None:
-    """A warning where the references never act, because start_percent is not before end_percent."""
+    """A warning if the references never act, because start_percent is not below end_percent."""
     if start < end:
         return None
     return (
@@ -49,20 +49,21 @@ def window_note(start: float, end: float) -> str | None:
 
 
 def image_notes(group: PreparedGroup) -> list[str]:
-    """Warnings of black references and of duplicates in a group, compared as the MLLM reads them."""
-    prints = {}
+    """Warnings of black references and of duplicates in a group, compared at the MLLM's input size."""
+    fingerprints = {}
     for number, image in enumerate(group.images, start=1):
-        if image.digest not in _prints:
-            _prints.put(image.digest, fingerprint(Image.fromarray(image.pixels)), PRINT_BYTES)
-        prints[number] = _prints.get(image.digest)
-    black = [number for number, image in enumerate(group.images, start=1) if image.pixels.max() <= BLACK]
-    return [*black_notes(black), *duplicate_notes(repeats(prints))]
+        if image.digest not in _fingerprints:
+            _fingerprints.put(image.digest, fingerprint(Image.fromarray(image.pixels)), FINGERPRINT_BYTES)
+        fingerprints[number] = _fingerprints.get(image.digest)
+    black = [number for number, image in enumerate(group.images, start=1) if image.pixels.max() <= MAX_BLACK]
+    return [*black_notes(black), *duplicate_notes(repeats(fingerprints))]
 
 
 def black_notes(numbers: Sequence[int]) -> list[str]:
-    """A warning for each of the black references, which count from 1."""
+    """A warning for each black reference; numbers count from 1."""
     return [
-        f"Warning: reference {number} is black, as the unconditional side's image is. Remove it from the group."
+        f"Warning: reference {number} is black, as the unconditional side's image is. Remove it from the "
+        "group."
         for number in numbers
     ]
 

@@ -1,4 +1,4 @@
-"""What a node shows of its run: a text and a contact sheet on the node, both also in the history."""
+"""Previews of a node's run, a text or a contact sheet, shown on the node and stored in the history."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ COLUMNS, CELL = 6, 128  # of a contact sheet; pixels
 
 
 def text(content: str) -> dict[str, Any]:
-    """The ui part of a node's output that holds a text. It is sent to the node too: only some nodes show their own."""
+    """The ui part of a node's output with a text.
+
+    The text is also sent as progress, because the frontend shows the ui part on some nodes only.
+    """
     context = get_executing_context()
-    if context is not None:  # None where the node is not run by the host's executor
+    if context is not None:  # None outside the host's executor
         from server import PromptServer
 
         server = PromptServer.instance
@@ -31,7 +34,7 @@ def text(content: str) -> dict[str, Any]:
 
 
 def pictures(references: Sequence[Tensor]) -> dict[str, Any]:
-    """The ui part that shows references, each (1, height, width, C), in rows of six under their numbers and sizes."""
+    """The ui part with references, each (1, height, width, C), in rows of six, with numbers and sizes."""
     captions = [f"{i + 1}: {image.shape[2]}x{image.shape[1]}" for i, image in enumerate(references)]
     cells = [_cell(reference[0]) for reference in references]
     rows = []
@@ -46,5 +49,5 @@ def pictures(references: Sequence[Tensor]) -> dict[str, Any]:
 def _cell(image: Tensor) -> Image.Image | None:
     try:
         return thumbnail(image, CELL)
-    except ValueError:  # the encoder names what is wrong with it
+    except ValueError:  # the encoder raises an error that explains it
         return None

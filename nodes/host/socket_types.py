@@ -1,4 +1,4 @@
-"""What travels between the nodes."""
+"""Types of the values that nodes pass to each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from comfy_api.latest import io
 if TYPE_CHECKING:
     from ...easyref_core import ReferenceTokens
 
-EasyRefModel = io.Custom("EASYREF_MODEL")  # mllm_patcher.HostedEasyRef
+EasyRefModel = io.Custom("EASYREF_MODEL")  # hosted_model.HostedEasyRef
 EasyRefGroupSocket = io.Custom("EASYREF_GROUP")  # tuple of references in order, each (1, height, width, C)
 EasyRefContext = io.Custom("EASYREF_CONTEXT")  # easyref_core.ContextStates
 EasyRefTokens = io.Custom("EASYREF_TOKENS")  # TokenPair
@@ -19,7 +19,9 @@ EasyRefRecordSocket = io.Custom("EASYREF_RECORD")  # recording.Record
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenPair:
-    """Reference tokens (B, T, C) for the conditional and for the unconditional rows of a batch; one row is for all."""
+    """Reference tokens (B, T, C) of the conditional and of the unconditional side; one row is for all
+    latents.
+    """
 
     conditional: ReferenceTokens
     unconditional: ReferenceTokens

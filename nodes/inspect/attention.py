@@ -12,6 +12,7 @@ from ...easyref_core.inspect.reports import attention_report, heat_maps
 from ..host.images import image_of, pictures_of, references_of
 from ..host.inputs import group_input
 from ..host.socket_types import EasyRefContext, EasyRefModel
+from ..host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..host.hosted_model import HostedEasyRef
 
 
+@validates_inputs
 class EasyRefReferenceAttention(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -12,6 +12,7 @@ from ...easyref_core.inspect.reports import consistency_report
 from ..host.hosted_model import counted
 from ..host.images import image_of, pictures_of, references_of, split
 from ..host.inputs import group_input
+from ..host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 CROPS = ("center", "none")
 
 
+@validates_inputs
 class EasyRefConsistency(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

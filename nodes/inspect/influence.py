@@ -15,6 +15,7 @@ from ..host.images import image_of, pictures_of, references_of
 from ..host.inputs import group_input, instruction_input, prompt_input, size_input
 from ..host.notes import read_prompt
 from ..host.socket_types import EasyRefGroupSocket, EasyRefModel
+from ..host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..host.hosted_model import HostedEasyRef
 
 
+@validates_inputs
 class EasyRefReferenceInfluence(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -10,11 +10,13 @@ from ...easyref_core.inspect.reports import weight_sheet
 from ...easyref_core.utils.number_lists import parse_numbers
 from ..host import preview
 from ..host.images import image_of
+from ..host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@validates_inputs
 class EasyRefWeightSheet(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -64,6 +66,7 @@ class EasyRefWeightSheet(io.ComfyNode):
         return io.NodeOutput(*map(list, zip(*pairs, strict=True)), ui=preview.text(report))
 
 
+@validates_inputs
 class EasyRefSheet(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

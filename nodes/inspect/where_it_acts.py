@@ -11,6 +11,7 @@ from ...easyref_core.inspect.reference_share import share_by_block_and_step, sha
 from ...easyref_core.inspect.reports import where_it_acts_report
 from ..host.images import image_of, pictures_of
 from ..host.socket_types import EasyRefRecordSocket
+from ..host.validation import validates_inputs
 from ..unet_patch.recording import with_record
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 SIDES = ("prompt", "negative")
 
 
+@validates_inputs
 class EasyRefRecord(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -46,6 +48,7 @@ class EasyRefRecord(io.ComfyNode):
         return io.NodeOutput(*with_record(model))
 
 
+@validates_inputs
 class EasyRefWhereItActs(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -12,11 +12,13 @@ from ...easyref_core.tokens.frames import EASINGS, batch, over_frames
 from ...easyref_core.utils.errors import shorten
 from ...easyref_core.utils.number_lists import parse_numbers
 from ..host.socket_types import EasyRefTokens, TokenPair
+from ..host.validation import validates_inputs
 from .token_pairs import ABSENT, in_order, map_pairs, several_tokens, validate_first_socket
 
 MAX_COMBINED, MAX_BATCHED = 16, 100  # sets of tokens
 
 
+@validates_inputs
 class EasyRefCombineTokens(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -66,6 +68,7 @@ class EasyRefCombineTokens(io.ComfyNode):
         return io.NodeOutput(map_pairs(pairs, make))
 
 
+@validates_inputs
 class EasyRefBatchTokens(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -94,6 +97,7 @@ class EasyRefBatchTokens(io.ComfyNode):
         return io.NodeOutput(map_pairs(in_order(tokens), batch))
 
 
+@validates_inputs
 class EasyRefTokensOverFrames(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

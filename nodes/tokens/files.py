@@ -12,6 +12,7 @@ from ..host import folders
 from ..host.file_changes import FileChanges
 from ..host.images import references_of
 from ..host.socket_types import EasyRefGroupSocket, EasyRefTokens, TokenPair
+from ..host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 FILES = FileChanges(lambda file: folders.state_of([folders.find_tokens(file)]))
 
 
+@validates_inputs
 class EasyRefSaveTokens(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -66,6 +68,7 @@ class EasyRefSaveTokens(io.ComfyNode):
         return io.NodeOutput(ui={**(thumbnails.as_dict() if thumbnails else {}), "easyref_tokens": [saved]})
 
 
+@validates_inputs
 class EasyRefLoadTokens(io.ComfyNode):
     FILE_INPUTS = ("file",)
 

@@ -1,14 +1,14 @@
-"""torch.compile around the UNet: exact under it, or run without it.
+"""torch.compile around the UNet: a compiled call where its result is exact, an uncompiled one elsewhere.
 
-ComfyUI compiles with all guards on transformer_options dropped, so that a Python decision on anything in them
-is frozen at the first trace, for later prompts of the process too. Therefore
+ComfyUI compiles with all guards on transformer_options dropped, so a Python branch on anything in them is
+frozen at the first trace, for later prompts of the process too. Therefore
 
-- tensors in transformer_options (K and V with the weight in them, masks) may change from call to call;
-- everything else that an attention decides by is told in a keyword argument of the UNet, `SIGNATURE`, whose
-  guard is kept;
+- tensors in transformer_options (weighted K and V, masks) may change from call to call;
+- everything else that an attention branches on is in a keyword argument of the UNet, `SIGNATURE`, whose guard
+  is not dropped;
 - outside its window an injection acts with V = 0, so that a step does not change the signature;
-- where guards on transformer_options would have to tell one attention from another (blocks compiled one by
-  one, a UNet that compiles into several graphs), the UNet runs uncompiled, and a warning says so.
+- where only guards on transformer_options could distinguish the attentions (blocks compiled one by one, a
+  UNet that compiles into several graphs), the UNet runs uncompiled, with a warning.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 SIGNATURE = "easyref_signature"  # keyword argument of the UNet
 
-# by UNet: the packs around it with which it compiles into several graphs
+# by UNet: `packs` of the signatures with which it compiles into several graphs
 _split: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def is_compiled(model: Any, options: Mapping[str, Any]) -> bool:
-    """Whether the UNet of a model, or a part of it, is compiled in this call."""
+    """True if the UNet of a model, or a part of it, is compiled in this call."""
     if is_optimized(model.diffusion_model):
         return True
-    # a walk over all modules: only where something may have put compiled ones in their place
+    # a walk over all modules, so only where something may have replaced them by compiled ones
     others = len(options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})) > 1
     patched = getattr(model.current_patcher, "object_patches", {})
     if not others and not any(name.startswith("diffusion_model") for name in patched):
@@ -47,26 +47,25 @@ def is_compiled(model: Any, options: Mapping[str, Any]) -> bool:
 
 
 def is_optimized(module: nn.Module) -> bool:
-    """Whether a module is one that torch.compile returned."""
-    # torch._dynamo takes seconds to import; where it has not been, nothing is compiled
+    """True if torch.compile returned this module."""
+    # torch._dynamo takes seconds to import; where it is not imported, nothing is compiled
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 class Signature(NamedTuple):
-    """All that the attentions of a UNet call decide by, except tensors."""
+    """Everything that the attentions of a UNet call branch on, except tensors."""
 
-    injections: str  # sites, and the shapes of what they read
+    injections: str  # sites, and the shapes of K, V and masks
     packs: str  # wrappers around the UNet
 
 
 def run_compiled(
     unet: nn.Module, run: Callable[..., Tensor], signature: Signature, obstacle: str | None
 ) -> Tensor:
-    """Run a UNet that is compiled, or of which parts are.
+    """Run a UNet that is compiled, entirely or in part.
 
-    run: calls the UNet, with keyword arguments for it. obstacle: why it cannot run compiled, if there is a
-    reason.
+    run: calls the UNet with additional keyword arguments. obstacle: the reason why it cannot run compiled.
     """
     if obstacle is None and not is_optimized(unet):
         obstacle = "its blocks are compiled one by one"
@@ -78,8 +77,8 @@ def run_compiled(
             if _is_one_graph(before):
                 return out
             split.add(signature.packs)
-            # The parts are kept by frames that they share with UNets without references, and lack the guards
-            # to tell.
+            # The graphs are cached by code objects that UNets without references share, and have no guards to
+            # distinguish them.
             torch.compiler.reset()
         obstacle = "it compiles into several graphs"
     warn_once(f"torch.compile is not used for this UNet while Apply EasyRef acts, because {obstacle}.")
@@ -88,8 +87,8 @@ def run_compiled(
 
 
 def guard_signature(signature: str | None) -> None:
-    """Have torch.compile guard the value of the signature. Called inside the UNet: dynamo guards what is
-    compared.
+    """Make torch.compile guard the value of the signature: called inside the UNet, dynamo guards a
+    comparison.
 
     Raises ValueError where it is empty.
     """
@@ -98,21 +97,22 @@ def guard_signature(signature: str | None) -> None:
 
 
 def _frames() -> tuple[int, int, int]:
-    """Frames that dynamo began to compile, those that it compiled, and graph breaks, of the process."""
+    """Counts of the process: frames that dynamo began to compile, frames compiled, and graph breaks."""
     counters = sys.modules["torch._dynamo.utils"].counters
     frames = counters["frames"]
     return frames["total"], frames["ok"], sum(counters["graph_break"].values())
 
 
 def _is_one_graph(before: tuple[int, int, int]) -> bool:
-    """Whether what was compiled since then, if anything, is one whole graph."""
+    """True if nothing was compiled since then, or one graph."""
     total, ok, breaks = (now - then for now, then in zip(_frames(), before, strict=True))
     return (total, ok, breaks) in ((0, 0, 0), (1, 1, 0))
 
 
 class _Uncompiled:
-    """Context in which nothing runs compiled. The stance is the process's, and devices may run in threads of
-    their own.
+    """Context in which nothing runs compiled.
+
+    Reentrant and locked, because the stance is global and each device may run in its own thread.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,4 @@
-"""Memory of the reference tokens' K and V on the device, told to the host before it loads the models of a
-sampling.
-"""
+"""Wrapper that reserves memory for K and V of the reference tokens, before the host loads models."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MemoryWrapper:
-    """PREPARE_SAMPLING wrapper: asks for room for K and V beside the activations."""
+    """PREPARE_SAMPLING wrapper: reserves memory for K and V beside the activations."""
 
     injections: tuple[Injection, ...]
 
@@ -30,8 +28,8 @@ class MemoryWrapper:
         model_options: dict | None = None,
         **kwargs: Any,
     ) -> Any:
-        # The host uses the shape of the noise to estimate memory, and for nothing else: K and V are told as
-        # more latents.
+        # The host uses the shape of the noise only to estimate memory, so K and V are counted as more
+        # latents.
         handler = (model_options or {}).get("context_handler")
         frames = min(noise_shape[0], getattr(handler, "context_length", noise_shape[0]))
         itemsize = model.model.get_dtype_inference().itemsize

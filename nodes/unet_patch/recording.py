@@ -1,4 +1,4 @@
-"""A recorder for every reference term of a MODEL, emptied whenever a sampling begins."""
+"""Recorders of every reference term of a MODEL, cleared whenever a sampling begins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from comfy.patcher_extension import WrappersMP
 
 from ...easyref_core.inspect.reference_share import Recorder
-from .condition import attach
+from ..host.attach import CopyByReference, attach
+from .condition import attach_injections
 from .step_wrapper import KEY
 
 if TYPE_CHECKING:
@@ -20,34 +21,33 @@ RECORD_KEY = "easyref_record"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-    """What EASYREF_RECORD carries: one recorder for each Apply node of the chain, in order."""
+    """Value of EASYREF_RECORD: one recorder for each Apply node of the chain, in order."""
 
     recorders: tuple[Recorder, ...]
 
 
 def with_record(model: ModelPatcher) -> tuple[ModelPatcher, Record]:
-    """A clone whose reference terms are recorded while it samples, and the record; `model` stays as it is.
+    """A clone that records its reference terms while it samples, and the record; `model` is not modified.
 
-    The pictures stay as they are too. Raises ValueError where there is no reference term.
+    Sampled images do not change. Raises ValueError for a model without a reference term.
     """
-    attached = model.get_attachment(KEY)
-    if attached is None or not attached.injections:
+    attachment = model.get_attachment(KEY)
+    if attachment is None or not attachment.injections:
         raise ValueError(
             "The MODEL has no reference term to record. Put Apply EasyRef before this node, with a weight "
             "that is not 0 and a start before its end."
         )
-    record = Record(tuple(Recorder() for _ in attached.injections))
-    pairs = zip(attached.injections, record.recorders, strict=True)
+    record = Record(tuple(Recorder() for _ in attachment.injections))
+    pairs = zip(attachment.injections, record.recorders, strict=True)
+    recorded = tuple(dataclasses.replace(injection, recorder=recorder) for injection, recorder in pairs)
     patched = model.clone()
-    recorded = tuple(injection.recorded_by(recorder) for injection, recorder in pairs)
-    attach(patched, dataclasses.replace(attached, injections=recorded))
-    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, RECORD_KEY)
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORD_KEY, ClearOnSample(record))
+    attach_injections(patched, dataclasses.replace(attachment, injections=recorded))
+    attach(patched, RECORD_KEY, wrappers={WrappersMP.OUTER_SAMPLE: ClearOnSample(record)})
     return patched, record
 
 
-class ClearOnSample:
-    """Wrapper of a sampling: two samplings must not be one record."""
+class ClearOnSample(CopyByReference):
+    """OUTER_SAMPLE wrapper: clears the record, because two samplings must not add up in it."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -56,6 +56,3 @@ class ClearOnSample:
         for recorder in self.record.recorders:
             recorder.clear()
         return executor(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict) -> ClearOnSample:
-        return self

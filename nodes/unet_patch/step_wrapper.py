@@ -1,55 +1,57 @@
-"""Wrappers around one step of a sampling: which injections act in a UNet call, and on which rows.
+"""Wrappers around one step of a sampling, which select the injections of a UNet call and their rows.
 
-CALC_COND_BATCH (`publish_step`) numbers the rows of the conditionings and reads the sigma once; APPLY_MODEL
-(`StepWrapper`) decides, outside of anything that is compiled, what each attention adds, and hands it on in
-transformer_options; DIFFUSION_MODEL does the same where a pack calls the UNet without the others.
+CALC_COND_BATCH (`publish_step`) numbers the rows of the conditionings and reads the sigma once. APPLY_MODEL
+(`StepWrapper`) computes, outside of anything that is compiled, what each attention adds, and passes it on in
+transformer_options. DIFFUSION_MODEL does the same where a pack calls the UNet without the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from comfy.patcher_extension import WrappersMP
 
+from ..host.attach import CopyByReference
 from ..host.log import warn_once
-from .batch_layout import ROW_NUMBERS, BatchLayout, RowNumbers, layout_of, place_tiles
+from .batch_layout import ROW_NUMBERS, BatchLayout, RowNumbers, crop_to_tiles, layout_of
 from .compiled import SIGNATURE, Signature, guard_signature, is_compiled, run_compiled
-from .cond_roles import ROLES, SIGMA, frames_of, named_roles, read_sigma, unconditional_runs
-from .injection import STEP, Injection, Place, Step
+from .cond_roles import ROLES, recorded_roles, unconditional_runs
+from .injection import Injection
 from .site_patch import is_foreign
+from .step import SIGMA, STEP, Step, UNetCall, read_sigma
+from .sub_batch import frames_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ...easyref_core.unet.layout import Site
 
-KEY = "easyref"
+KEY = "easyref"  # of the attachment, the wrappers and the callbacks of a conditioned MODEL
 ONE_BY_ONE = "ReUNetModel"  # class of RES4LYF's UNet, which runs its attentions on one row after the other
-NUMBERED = "easyref_numbered"  # in transformer_options: the RowNumbers of this step
+STEP_ROWS = "easyref_step_rows"  # in transformer_options: the RowNumbers of this step
 
 
 def publish_step(
     executor: Any, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]
 ) -> Any:
-    """CALC_COND_BATCH wrapper: publish the step's sigma and sides, and number the conditionings' rows."""
+    """CALC_COND_BATCH wrapper: publish the step's sigma and roles, and number the conditionings' rows."""
     options = dict(model_options.get("transformer_options", {}))
-    options |= {SIGMA: read_sigma(timestep), ROLES: named_roles(conds)}
+    options |= {SIGMA: read_sigma(timestep), ROLES: recorded_roles(conds)}
     sides = unconditional_runs({**options, "cond_or_uncond": list(range(len(conds)))})
-    numbered = RowNumbers(x_in, frames_of(options, len(x_in)))
+    row_numbers = RowNumbers(x_in, frames_of(options, len(x_in)))
     conds = [
-        side and [numbered.add(cond, unconditional) for cond in side]
+        side and [row_numbers.add(cond, unconditional) for cond in side]
         for side, unconditional in zip(conds, sides, strict=True)
     ]
-    options[NUMBERED] = numbered
+    options[STEP_ROWS] = row_numbers
     options["wrappers"] = _with_ours_innermost(options.get("wrappers", {}))
     return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
 
 
 def _with_ours_innermost(wrappers: dict[str, dict]) -> dict[str, dict]:
-    """The wrappers with StepWrapper last of APPLY_MODEL: it sees the batch and the modules that run."""
+    """The wrappers with StepWrapper last of APPLY_MODEL, where the batch and the modules are final."""
     around = dict(wrappers.get(WrappersMP.APPLY_MODEL, {}))
     if KEY in around:
         around[KEY] = around.pop(KEY)
@@ -57,7 +59,7 @@ def _with_ours_innermost(wrappers: dict[str, dict]) -> dict[str, dict]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class StepWrapper:
+class StepWrapper(CopyByReference):
     """APPLY_MODEL and DIFFUSION_MODEL wrappers of a model with injections.
 
     model_sampling: of the model at Apply EasyRef, for UNet calls that come without a model. sites: Apply node
@@ -79,20 +81,21 @@ class StepWrapper:
         transformer_options: dict[str, Any] | None = None,
         **conds: Any,
     ) -> Tensor:
-        """Hand the step's injections to the attentions; takes the row numbers out of the conditionings."""
+        """Pass the step's injections to the attentions; removes the row numbers from the conditionings."""
         numbers = conds.pop(ROW_NUMBERS, None)
         options = dict(transformer_options or {})
-        numbered = options.pop(NUMBERED, None)
-        layout = layout_of(x, options, numbered, numbers)
-        if numbered is not None and any(injection.mask is not None for injection in self.injections):
-            layout = place_tiles(layout, x, numbered.latents)
+        row_numbers = options.pop(STEP_ROWS, None)
+        layout = layout_of(x, options, row_numbers, numbers)
+        if row_numbers is not None and any(injection.mask is not None for injection in self.injections):
+            layout = crop_to_tiles(layout, x, row_numbers.latents)
         model = executor.class_obj
         unet, compiled = model.diffusion_model, is_compiled(model, options)
-        place = Place(model.model_sampling, x.device, model.get_dtype_inference())
-        step = options[STEP] = self._step(options, layout, place, unet)
+        call = UNetCall(model.model_sampling, x.device, model.get_dtype_inference())
+        step = options[STEP] = self._step(options, layout, call, unet)
         if compiled:
-            step = options[STEP] = self._fixed(step, place, tuple(x.shape[-2:]))
-        run = functools.partial(executor, x, t, c_concat, c_crossattn, control, options, **conds)
+            step = options[STEP] = self._for_compile(step, call, tuple(x.shape[-2:]))
+        inputs = (x, t, c_concat, c_crossattn, control)  # by position, as the host passes them to wrappers
+        run = functools.partial(executor, *inputs, options, **conds)
         if compiled:
             return run_compiled(unet, run, self._signature(step, options), self._obstacle(step, options))
         out = run()
@@ -110,29 +113,32 @@ class StepWrapper:
         transformer_options: dict[str, Any] | None = None,
         **conds: Any,
     ) -> Tensor:
-        """Hand the injections to the attentions where no APPLY_MODEL wrapper ran."""
+        """Pass the injections to the attentions where no APPLY_MODEL wrapper ran."""
         options = dict(transformer_options or {})
         guard_signature(conds.pop(SIGNATURE, None))
         if STEP not in options:
-            layout = layout_of(x, options, None, None)
-            place = Place(self.model_sampling, x.device, x.dtype)
-            options[STEP] = self._step(options, layout, place, executor.class_obj)
-        return executor(x, timesteps, context, y, control, options, **conds)
+            call = UNetCall(self.model_sampling, x.device, x.dtype)
+            options[STEP] = self._step(options, layout_of(x, options, None, None), call, executor.class_obj)
+        inputs = (x, timesteps, context, y, control)
+        return executor(*inputs, options, **conds)
 
-    def _step(self, options: dict[str, Any], layout: BatchLayout, place: Place, unet: nn.Module) -> Step:
+    def _step(self, options: dict[str, Any], layout: BatchLayout, call: UNetCall, unet: nn.Module) -> Step:
         sigma = options[SIGMA] if SIGMA in options else read_sigma(options.get("sigmas"))
-        active = {slot: injection.at(sigma, layout, place) for slot, injection in enumerate(self.injections)}
-        active = {slot: found for slot, found in active.items() if found}
+        active = {slot: injection.at(sigma, layout, call) for slot, injection in enumerate(self.injections)}
         replaced = options.get("patches_replace", {}).get("attn2", {})
-        whole_blocks: dict[tuple, Callable[..., Tensor]] = {
-            address: patch for address, patch in replaced.items() if len(address) == 2
-        }
-        return Step(sigma, active, layout, unet, type(unet).__name__ == ONE_BY_ONE, whole_blocks)
+        return Step(
+            sigma,
+            {slot: injection for slot, injection in active.items() if injection},
+            layout,
+            unet,
+            one_by_one=type(unet).__name__ == ONE_BY_ONE,
+            block_patches={address: patch for address, patch in replaced.items() if len(address) == 2},
+        )
 
-    def _fixed(self, step: Step, place: Place, size: tuple[int, int]) -> Step:
-        """The step as it may be compiled: every injection acts, and all masks are made."""
+    def _for_compile(self, step: Step, call: UNetCall, size: tuple[int, int]) -> Step:
+        """The step with every injection active and all masks computed."""
         active = {
-            slot: injection.fixed(step.active.get(slot), step.layout, place, size)
+            slot: injection.for_compile(step.active.get(slot), step.layout, call, size)
             for slot, injection in enumerate(self.injections)
         }
         return dataclasses.replace(step, active=active)
@@ -147,20 +153,19 @@ class StepWrapper:
         return Signature(repr((sites, shapes, len(step.layout))), repr(wrappers))
 
     def _obstacle(self, step: Step, options: dict[str, Any]) -> str | None:
-        """Why the attentions cannot be compiled in this step."""
+        """The reason why the attentions cannot be compiled in this step; None if they can."""
         if any(active.recorder for active in step.active.values()):
             return "Record Where It Acts reads every attention"
         patches = options.get("patches_replace", {}).get("attn2", {}).values()
         if step.one_by_one:
             return "RES4LYF runs its rows one after the other"
-        if options.get("patches", {}).get("attn2_patch"):
-            return "another pack patches the cross-attentions too"
-        if step.whole_blocks or any(is_foreign(patch) for patch in patches):
+        foreign = step.block_patches or any(is_foreign(patch) for patch in patches)
+        if foreign or options.get("patches", {}).get("attn2_patch"):
             return "another pack patches the cross-attentions too"
         return None
 
     def _warn_of_lost_sites(self, step: Step, options: dict[str, Any]) -> None:
-        """Warn where another pack has put its patch in the place of a SitePatch and did not call that."""
+        """Warn where another pack has replaced a SitePatch by a patch that did not call it."""
         missing = self.sites - step.reached
         if not step.active or not missing:
             return
@@ -170,11 +175,6 @@ class StepWrapper:
             kind = type(replaced[tuple(next(iter(lost)))])
             warn_once(
                 f"References have no effect in {len(lost)} of {len({site for _, site in self.sites})} "
-                "cross-attentions: "
-                f"another pack replaced them after Apply EasyRef ({kind.__module__}.{kind.__qualname__}). "
-                "Put that pack's "
-                "node before Apply EasyRef."
+                "cross-attentions: another pack replaced them after Apply EasyRef "
+                f"({kind.__module__}.{kind.__qualname__}). Put that pack's node before Apply EasyRef."
             )
-
-    def __deepcopy__(self, memo: dict) -> StepWrapper:
-        return self

@@ -1,4 +1,4 @@
-"""Puts a real ComfyUI on sys.path for the tests of this folder; where there is none, each module is skipped."""
+"""Puts a real ComfyUI on sys.path for the tests of this folder; without one, each module is skipped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_HOST = "no ComfyUI found: set COMFYUI_PATH to a checkout, or put one at ~/com
 
 
 class NeedsHost(pytest.Module):
-    """A test module that is not even imported, as its imports are the host's."""
+    """A test module that is not even imported, because its imports are the host's."""
 
     def collect(self) -> list[pytest.Item]:
         pytest.skip(NO_HOST, allow_module_level=True)
@@ -47,21 +47,48 @@ def easy(pack: ModuleType) -> Any:
 
 
 @pytest.fixture(scope="session")
-def _loaded() -> Callable[..., Any]:
+def load_shared() -> Callable[..., Any]:
     from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl
 
     return functools.cache(load_tiny_sdxl)
 
 
 @pytest.fixture
-def model(request: pytest.FixtureRequest, _loaded: Callable[..., Any]) -> Any:
-    """The tiny SDXL with nothing patched, a ModelPatcher; all tests of the session share its weights, as clones do.
+def model(request: pytest.FixtureRequest, load_shared: Callable[..., Any]) -> Any:
+    """The unpatched tiny SDXL, a ModelPatcher; all tests of the session share its weights, as clones do.
 
-    In float32, or where it is parametrized indirectly in the dtype asked for (sampling.in_float64).
+    In float32, or where it is parametrized indirectly in that dtype (sampling.in_float64).
     """
     import torch
 
-    return _loaded(getattr(request, "param", torch.float32)).clone()
+    return load_shared(getattr(request, "param", torch.float32)).clone()
+
+
+@pytest.fixture
+def log(pack: ModuleType, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The log of a process that has not logged any warning of the pack."""
+    from devkit.host.golden import part
+
+    part(pack, "nodes.host.log").warn_once.cache_clear()
+    return caplog
+
+
+@pytest.fixture
+def torch_attention(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Replaces the attention that the host selects for a CPU, which reads the free memory, by PyTorch's.
+
+    -> a function that replaces it by another one.
+    """
+    import comfy.ldm.modules.attention as host
+
+    from devkit.host.golden import part
+
+    def replace(attention: Callable[..., Any]) -> None:
+        for module in (host, part(pack, "nodes.unet_patch.site_patch")):
+            monkeypatch.setattr(module, "optimized_attention", attention)
+
+    replace(host.attention_pytorch)
+    return replace
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-"""What other packs do to a UNet batch and its attentions, each contract in a few lines of our own.
+"""Imitations of other packs' changes to a UNet batch and its attentions, each contract in a few lines.
 
-docs/compared.md says which packs were run with their real code.
+docs/compared.md lists the packs that were run with their own code.
 """
 
 from __future__ import annotations
@@ -15,6 +15,43 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
+
+ANYWHERE = {"sigma_start": 1e9, "sigma_end": 0.0}  # a window above and below every schedule
+
+
+def foreign_term(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any], **_: Any
+) -> Tensor:
+    """Another pack's term: it depends on nothing of EasyRef's and differs at each site."""
+    return q * (0.1 + 0.05 * extra_options["block"][1])
+
+
+class Adapter:
+    """A replacement of IPAdapter_plus or InstantID: the text attention and its term."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        out = optimized_attention(q, k, v, extra_options["n_heads"])
+        return out + foreign_term(out, q, k, v, extra_options)
+
+
+def with_lora(model: ModelPatcher) -> ModelPatcher:
+    clone = model.clone()
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q.weight"
+    assert clone.add_patches({name: ("diff", (torch.full((32, 32), 0.05),))})
+    return clone
+
+
+def with_term(
+    model: ModelPatcher, callback: Callable[..., Tensor] = foreign_term, **options: Any
+) -> ModelPatcher:
+    """IPAdapter_plus and InstantID: on a clone, call .add on the patches in copied dicts.
+
+    The copies are dropped, so that only what .add changes in place remains.
+    """
+    clone = model.clone()
+    for patch in dict(clone.model_options["transformer_options"]["patches_replace"]["attn2"]).values():
+        patch.add(callback, **(options or ANYWHERE))
+    return clone
 
 
 class Tile(NamedTuple):
@@ -42,11 +79,10 @@ def tiled(
     change: Callable[[Tensor], Tensor] = lambda tile: tile,
     keep: Callable[[str], bool] = lambda name: True,
 ) -> ModelPatcher:
-    """Tiled Diffusion: the UNet is given `batch` tiles at a time, tile after tile, each with all rows of the
-    latent.
+    """Tiled Diffusion: a UNet call is of `batch` tiles, each with all rows of the latent.
 
-    shift: columns by which the latent is rolled before it is cut, as SpotDiffusion does. change: done to each
-    tile, of the UNet's input and output alike. keep: which conditionings are passed on.
+    shift: columns by which the latent is rolled before it is cut, as SpotDiffusion does. change: applied to
+    each tile of the UNet's input and output. keep: predicate of the conditionings that are passed on.
     """
 
     def function(apply_model: Callable, args: dict[str, Any]) -> Tensor:
@@ -72,24 +108,23 @@ def tiled(
 
 
 def coupled(model: ModelPatcher, contexts: Sequence[Tensor], masks: Tensor, key: str | None) -> ModelPatcher:
-    """Attention couple: every conditional run asks once for the prompt and once for each further region, and
-    is masked together.
+    """Attention couple: every conditional run is repeated for each further region, and masks combine them.
 
     contexts: of the further regions, (1, tokens, width). masks: (regions, height, width), which sum to 1.
-    key: where the roles of the longer batch are told in extra_options; None: nowhere.
+    key: of the roles of the longer batch in extra_options; None: they are not published.
     """
     regions = 1 + len(contexts)
 
     def spread(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple:
         roles, runs = options["cond_or_uncond"], len(options["cond_or_uncond"])
-        queries, texts, told = [], [], []
+        queries, texts, all_roles = [], [], []
         for role, q, text in zip(roles, n.chunk(runs), context.chunk(runs), strict=True):
             repeats = 1 if role == 1 else regions
             queries.append(q.repeat(repeats, 1, 1))
             texts += [text, *(c.to(text).expand(len(text), -1, -1) for c in contexts[: repeats - 1])]
-            told += [role] * repeats
+            all_roles += [role] * repeats
         if key:
-            options[key] = told
+            options[key] = all_roles
         return torch.cat(queries), torch.cat(texts), torch.cat(texts)
 
     def gather(n: Tensor, options: dict[str, Any]) -> Tensor:
@@ -137,8 +172,7 @@ def row_after_row(model: ModelPatcher, style_rows: int = 0) -> ModelPatcher:
 
 
 def nag(model: ModelPatcher, negative: Tensor, scale: float) -> ModelPatcher:
-    """NAG: rows of a negative prompt are appended to the context, and a forward of its own on every attn2
-    guides by them.
+    """NAG: rows of a negative prompt are appended to the context, and every attn2's forward is replaced.
 
     negative: (1, tokens, width).
     """
@@ -152,28 +186,22 @@ def nag(model: ModelPatcher, negative: Tensor, scale: float) -> ModelPatcher:
         return self.to_out(out)
 
     def with_negative(
-        executor: Any,
-        x: Tensor,
-        t: Tensor,
-        context: Tensor,
-        y: Tensor,
-        control: Any,
-        options: dict,
-        **more: Any,
+        executor: Any, x: Tensor, t: Tensor, context: Tensor, *args: Any, **more: Any
     ) -> Tensor:
-        if 0 not in options["cond_or_uncond"]:
-            return executor(x, t, context, y, control, options, **more)
+        roles = args[2]["cond_or_uncond"]  # y, control, transformer_options
+        if 0 not in roles:
+            return executor(x, t, context, *args, **more)
+        modules = executor.class_obj.named_modules()
         attentions = [
             module
-            for name, module in executor.class_obj.named_modules()
+            for name, module in modules
             if name.endswith("attn2") and isinstance(module, CrossAttention)
         ]
         for attention in attentions:
             attention.forward = MethodType(guided, attention)
-        rows = len(x) // len(options["cond_or_uncond"])
         try:
-            context = torch.cat([context, negative.to(context).expand(rows, -1, -1)])
-            return executor(x, t, context, y, control, options, **more)
+            negatives = negative.to(context).expand(len(x) // len(roles), -1, -1)
+            return executor(x, t, torch.cat([context, negatives]), *args, **more)
         finally:
             for attention in attentions:
                 del attention.forward

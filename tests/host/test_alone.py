@@ -1,4 +1,4 @@
-"""Nodes that show something run with nothing connected to their outputs, and do not disturb the other nodes."""
+"""Nodes with a preview run without connected outputs, and do not stop other nodes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from devkit.host import golden, graphs
-from devkit.host.graphs import Graph, node
+from devkit.host.graphs import Graph, node, run
 from devkit.host.server import ComfyServer, PromptFailed
 
 GROUP = graphs.group(["image", 0], ["image", 0])
@@ -48,16 +48,9 @@ def files(server: ComfyServer) -> None:
 
 
 def sources() -> Graph:
-    """What the nodes above are linked to; none of it is an output node but the group."""
+    """The nodes that the ones above are linked to; only the group is an output node."""
     load = graphs.easyref()["load"]
     return {"load": load, "image": node("LoadImage", image="0.png"), "group": GROUP}
-
-
-def run(server: ComfyServer, graph: Graph) -> tuple[set[str], dict[str, Any]]:
-    """The nodes that a run executed, and what all nodes showed."""
-    prompt_id = server.queue(graph)
-    history = server.wait(prompt_id)
-    return set(server.executed(prompt_id)), history["outputs"]
 
 
 @pytest.mark.parametrize("name", SHOWING)
@@ -70,12 +63,8 @@ def test_it_runs_alone_once_and_shows_it_again_from_the_cache(server, name: str)
 
 
 def test_saved_tokens_show_their_references_alone(server):
-    path = graphs.easyref()
-    del path["apply"], path["sample"], path["decode"], path["save"], path["latent"], path["tiny"]
-    path["keep"] = node(
-        "EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="alone", references=["group", 0]
-    )
-    run(server, path)
+    inputs = {"tokens": ["aggregate", 0], "filename_prefix": "alone", "references": ["group", 0]}
+    run(server, {**graphs.tokens(), "save tokens": node("EasyRefSaveTokens", **inputs)})
     _, outputs = run(server, {"tokens": node("EasyRefLoadTokens", file="alone_00001_.safetensors")})
     assert len(outputs["tokens"]["images"]) == 3
 
@@ -87,17 +76,14 @@ def test_outputs_of_the_budget_can_be_connected(server):
     assert f"{golden.SIZE} pixels" in outputs["budget"]["text"][0]
 
 
-# What is not run alone
+# Nodes that do not run alone
 
 
 @pytest.mark.parametrize("name", ["encode", "weigh"])
 def test_nothing_is_encoded_only_to_be_shown(server, name: str):
-    graph = {
-        **sources(),
-        "encode": node("EasyRefEncodeGroup", easyref=["load", 0], group=["group", 0], **TEXT),
-    }
-    graph["weigh"] = node("EasyRefWeighReferences", context=["encode", 0], weights="")
-    executed, _ = run(server, graph)
+    encode = node("EasyRefEncodeGroup", easyref=["load", 0], group=["group", 0], **TEXT)
+    weigh = node("EasyRefWeighReferences", context=["encode", 0], weights="")
+    executed, _ = run(server, {**sources(), "encode": encode, "weigh": weigh})
     assert name not in executed
 
 
@@ -120,12 +106,12 @@ def test_unfinished_node_does_not_stop_the_others(server, name: str):
     assert server.wait(answer["prompt_id"])["outputs"].keys() == {"group"}
 
 
-def test_unfinished_node_says_what_it_lacks_before_anything_runs(server):
-    said = {}
+def test_unfinished_node_fails_before_anything_runs(server):
+    errors = {}
     for name, entry in UNFINISHED.items():
         with pytest.raises(PromptFailed) as failed:
             server.run({name: entry})
         assert failed.value.kind == "invalid"
-        said[name] = str(failed.value)
-    assert "The reference group is empty. Connect at least one image" in said["group without links"]
-    assert "is not inside ComfyUI's input folder" in said["folder without a name"]
+        errors[name] = str(failed.value)
+    assert "The reference group is empty. Connect at least one image" in errors["group without links"]
+    assert "is not inside ComfyUI's input folder" in errors["folder without a name"]

@@ -1,4 +1,4 @@
-"""Nodes read replaced files again, and only those, whether the names are typed or linked."""
+"""Nodes read replaced files again, and only those, for typed and for linked names."""
 
 from __future__ import annotations
 
@@ -58,23 +58,18 @@ READERS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def files(server: ComfyServer) -> None:
-    """Two folders of pictures, the golden model, and its tokens."""
+    """Two folders of images, the golden model, and its tokens."""
     graphs.install_golden(server)
     for folder in ("changing", "places"):
         (server.base / "input" / folder).mkdir()
         for number in range(3):
             shutil.copy(server.base / "input" / "0.png", server.base / "input" / folder / f"{number}.png")
-    keep = node("EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="changes")
-    graph = graphs.easyref()
-    kept = {"load", "image0", "image1", "image2", "group", "encode", "aggregate"}
-    server.run({name: graph[name] for name in kept} | {"keep": keep})
+    save = node("EasyRefSaveTokens", tokens=["aggregate", 0], filename_prefix="changes")
+    server.run({**graphs.tokens(), "save tokens": save})
 
 
 def executed(server: ComfyServer, graph: Graph) -> set[str]:
-    """The nodes that a run executed."""
-    prompt_id = server.queue(graph)
-    server.wait(prompt_id)
-    return set(server.executed(prompt_id))
+    return graphs.run(server, graph)[0]
 
 
 @pytest.mark.parametrize("inputs", [linked, typed])
@@ -105,7 +100,7 @@ def test_other_files_run_nothing_again(server):
 
 
 def test_value_computed_while_it_runs(server):
-    """No constant of the graph holds the name of the folder."""
+    """The name of the folder is not a constant of the graph."""
     graph = linked(*FOLDER, **IN_FOLDER)
     graph["folder"] = node("StringConcatenate", string_a="chang", string_b="ing", delimiter="")
     executed(server, graph)
@@ -114,8 +109,8 @@ def test_value_computed_while_it_runs(server):
     assert executed(server, graph) == {"read", "show"}
 
 
-def test_replaced_file_is_noticed_by_a_node_of_another_number(server):
-    """The cache ignores node ids: it serves an equal node the outputs of this one."""
+def test_replaced_file_reruns_an_equal_node_of_another_id(server):
+    """The host's cache ignores node ids, so an equal node reuses the outputs of this one."""
     graph = linked(*FOLDER, **{**IN_FOLDER, "limit": (NUMBER, 1)})
     executed(server, graph)
     renamed = {{"read": "other"}.get(name, name): entry for name, entry in graph.items()}
@@ -125,7 +120,7 @@ def test_replaced_file_is_noticed_by_a_node_of_another_number(server):
     assert executed(server, renamed) == {"other", "show"}
 
 
-# The records behind it
+# FileChanges alone
 
 
 @pytest.fixture
@@ -140,7 +135,7 @@ def test_fingerprint_of_a_typed_value_is_the_state_of_its_files(changes):
     assert record.fingerprint("a") == "1"
 
 
-def test_fingerprint_of_a_linked_value_changes_with_the_files_that_were_read(changes):
+def test_fingerprint_of_a_linked_value_changes_with_the_recorded_files(changes):
     record, states = changes
     first = record.fingerprint(None)
     record.record("a")
@@ -148,8 +143,7 @@ def test_fingerprint_of_a_linked_value_changes_with_the_files_that_were_read(cha
     assert record.fingerprint(None) == first
     states["a"] = "2"
     second = record.fingerprint(None)
-    assert second != first
-    assert record.fingerprint(None) == second
+    assert first != second == record.fingerprint(None)
 
 
 def test_file_that_changes_between_two_nodes_of_one_prompt_changes_the_next_fingerprint(changes):
@@ -161,7 +155,7 @@ def test_file_that_changes_between_two_nodes_of_one_prompt_changes_the_next_fing
     assert record.fingerprint(None) != first
 
 
-def test_oldest_record_is_given_up_as_if_its_file_had_changed(pack, changes):
+def test_dropped_record_counts_as_a_change(pack, changes):
     record, states = changes
     most = golden.part(pack, "nodes.host.file_changes").MAX_RECORDS
     first = record.fingerprint(None)

@@ -1,4 +1,4 @@
-"""Where the loader looks for its files, and what it takes for what."""
+"""Folders in which the loader searches its files, and which files it accepts as what."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from devkit.host import golden
 
 @pytest.fixture
 def files(pack, tmp_path, monkeypatch):
-    """nodes.host.folders in a host whose models folder is tmp_path/models and empty, and of a pack with no model of its own."""
+    """nodes.host.folders in a host with an empty models folder, tmp_path/models, and without the shipped
+    model.
+    """
     models = tmp_path / "models"
     text_encoders = [str(models / "text_encoders")], folder_paths.supported_pt_extensions
     monkeypatch.setattr(folder_paths, "models_dir", str(models))
@@ -32,7 +34,7 @@ def files(pack, tmp_path, monkeypatch):
 
 @pytest.fixture
 def models(files, tmp_path) -> Path:
-    """The models folder, as it is known once the pack is loaded."""
+    """The models folder, registered as when the pack is loaded."""
     files.register_folders()
     return tmp_path / "models"
 
@@ -51,21 +53,22 @@ def write_config(folder: Path, model_type: str = "qwen2_vl") -> None:
 # Checkpoints
 
 
-def test_checkpoints_are_in_models_easyref(files, models):
-    touch(models / "easyref" / "a.safetensors", models / "easyref" / "deep" / "b.pt")
+def test_checkpoints_are_the_weight_files_in_models_easyref(files, models):
+    folder = models / "easyref"
+    touch(folder / "a.safetensors", folder / "deep" / "b.pt", folder / "readme.md")
     assert files.checkpoints() == ["a.safetensors", str(Path("deep", "b.pt"))]
-    assert files.find_checkpoint("a.safetensors") == models / "easyref" / "a.safetensors"
+    assert files.find_checkpoint("a.safetensors") == folder / "a.safetensors"
 
 
-def test_files_of_other_kinds_are_not_listed(files, models):
-    touch(models / "easyref" / "readme.md", models / "easyref" / "a.safetensors")
-    assert files.checkpoints() == ["a.safetensors"]
-
-
-def test_weights_inside_an_mllm_folder_are_no_checkpoints(files, models):
-    write_config(models / "easyref" / "Qwen2-VL-2B-Instruct")
-    touch(models / "easyref" / "Qwen2-VL-2B-Instruct" / "model-00001-of-00002.safetensors")
-    touch(models / "easyref" / "easyref.safetensors")
+@pytest.mark.parametrize("in_cache", [False, True])
+def test_weights_inside_an_mllm_folder_are_not_checkpoints(files, models, in_cache: bool):
+    folder = models / "easyref"
+    if in_cache:
+        cache_snapshot(folder / REPOSITORY, "a" * 40, golden.MLLM)
+    else:
+        write_config(folder / "Qwen2-VL-2B-Instruct")
+        touch(folder / "Qwen2-VL-2B-Instruct" / "model-00001-of-00002.safetensors")
+    touch(folder / "easyref.safetensors")
     assert files.checkpoints() == ["easyref.safetensors"]
 
 
@@ -78,15 +81,16 @@ def test_checkpoint_in_a_folder_with_another_config_is_listed(files, models, con
 
 
 def test_empty_folder_says_so_and_where_to_get_the_file(files, models):
-    assert files.checkpoints() == [files.NOTHING_FOUND]
+    assert files.checkpoints() == [files.NO_CHECKPOINT]
     with pytest.raises(FileNotFoundError, match="no weight files") as missing:
-        files.find_checkpoint(files.NOTHING_FOUND)
+        files.find_checkpoint(files.NO_CHECKPOINT)
     assert str(models / "easyref") in str(missing.value)
     assert "https://huggingface.co/zongzhuofan/EasyRef" in str(missing.value)
 
 
-def test_file_outside_the_folder_is_not_found(files, models):
-    touch(models / "secret.safetensors", models / "easyref" / "a.safetensors")
+def test_file_outside_the_folders_is_not_found(files, models, shipped):
+    for folder in (models / "easyref", shipped):
+        touch(folder.parent / "secret.safetensors", folder / "a.safetensors")
     with pytest.raises(FileNotFoundError):
         files.find_checkpoint("../secret.safetensors")
 
@@ -120,76 +124,67 @@ def test_a_folder_that_cannot_be_created_is_logged(files, tmp_path, monkeypatch,
     files.make_checkpoint_folder()
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert str(tmp_path / "models" / "easyref") in record.getMessage()
-    assert "Read-only file system" in record.getMessage()
-    assert "extra_model_paths.yaml" in record.getMessage()
+    for part in (str(tmp_path / "models" / "easyref"), "Read-only file system", "extra_model_paths.yaml"):
+        assert part in record.getMessage()
 
 
-# The model that comes with the pack
+# The shipped model
 
 
 @pytest.fixture
 def shipped(models, tmp_path) -> Path:
-    """A folder laid out as the shipped one."""
+    """A folder with the layout of the shipped one."""
     touch(tmp_path / "shipped" / "tiny_easyref.safetensors", tmp_path / "shipped" / "classifier.safetensors")
     touch(tmp_path / "shipped" / "base" / "unet" / "diffusion_pytorch_model.safetensors")
     write_config(tmp_path / "shipped" / "tiny-qwen2-vl")
     return tmp_path / "shipped"
 
 
-def test_shipped_checkpoint_comes_after_the_user_s(files, models, shipped):
-    touch(models / "easyref" / "zz.safetensors")
-    assert files.checkpoints() == ["zz.safetensors", "tiny_easyref.safetensors"]
-    assert files.find_checkpoint("tiny_easyref.safetensors") == shipped / "tiny_easyref.safetensors"
+TINY = "tiny_easyref.safetensors"
 
 
-def test_shipped_checkpoint_alone_is_not_the_default(files, shipped):
-    assert files.checkpoints() == [files.NOTHING_FOUND, "tiny_easyref.safetensors"]
-
-
-def test_file_of_the_user_hides_the_shipped_one_of_its_name(files, models, shipped):
-    touch(models / "easyref" / "tiny_easyref.safetensors")
-    assert files.checkpoints() == ["tiny_easyref.safetensors"]
-    assert (
-        files.find_checkpoint("tiny_easyref.safetensors") == models / "easyref" / "tiny_easyref.safetensors"
-    )
+@pytest.mark.parametrize(
+    ("of_user", "listed", "folder"),
+    [
+        ("zz.safetensors", ["zz.safetensors", TINY], "shipped"),
+        (None, ["no file in models/easyref", TINY], "shipped"),
+        (TINY, [TINY], "models/easyref"),
+    ],
+    ids=["after the user's", "alone, but not the default", "hidden by the user's of its name"],
+)
+def test_shipped_checkpoint(files, models, shipped, of_user: str | None, listed: list, folder: str):
+    if of_user:
+        touch(models / "easyref" / of_user)
+    assert files.checkpoints() == listed
+    assert files.find_checkpoint(TINY) == models.parent / folder / TINY
 
 
 def test_shipped_mllm_folder_is_listed(files, shipped):
     assert files.mllm_folders() == {"easyref/tiny-qwen2-vl": shipped / "tiny-qwen2-vl"}
 
 
-def test_file_beside_the_shipped_ones_is_not_found(files, shipped):
-    touch(shipped.parent / "secret.safetensors")
-    with pytest.raises(FileNotFoundError):
-        files.find_checkpoint("../secret.safetensors")
-
-
 def test_shipped_folder_is_the_last_that_is_searched(files, models, shipped):
-    """The first is where the host and other packs save to."""
+    """The host and other packs save to the first."""
     assert folder_paths.get_folder_paths("easyref") == [str(models / "easyref"), str(shipped)]
 
 
 # MLLM folders
 
 
-@pytest.mark.parametrize("place", ["easyref", "text_encoders", "LLM", "LLM/Qwen"])
-def test_mllm_folders_are_told_by_their_config(files, models, place: str):
-    write_config(models / place / "any-name")
-    assert files.mllm_folders() == {f"{place}/any-name": models / place / "any-name"}
-    assert files.find_mllm(f"{place}/any-name") == models / place / "any-name"
+@pytest.mark.parametrize("kind", ["easyref", "text_encoders", "LLM", "LLM/Qwen"])
+def test_mllm_folders_are_identified_by_their_config(files, models, kind: str):
+    write_config(models / kind / "any-name")
+    assert files.mllm_folders() == {f"{kind}/any-name": models / kind / "any-name"}
+    assert files.find_mllm(f"{kind}/any-name") == models / kind / "any-name"
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen2", "t5"])
-def test_other_models_are_not_listed(files, models, model_type: str):
-    write_config(models / "LLM" / "other", model_type)
-    assert files.mllm_folders() == {}
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{", "\xff"])
-def test_damaged_config_is_not_listed(files, models, content: str):
-    write_config(models / "LLM" / "damaged")
-    (models / "LLM" / "damaged" / "config.json").write_text(content, encoding="latin-1")
+@pytest.mark.parametrize(
+    "content",
+    [*(f'{{"model_type": "{kind}"}}' for kind in ("qwen2_5_vl", "qwen2", "t5")), "", "[]", "{", "\xff"],
+)
+def test_other_and_damaged_configs_are_not_listed(files, models, content: str):
+    write_config(models / "LLM" / "other")
+    (models / "LLM" / "other" / "config.json").write_text(content, encoding="latin-1")
     assert files.mllm_folders() == {}
 
 
@@ -200,7 +195,7 @@ LISTED = "Qwen/Qwen2-VL-2B-Instruct (Hugging Face cache)"
 
 
 def cache_snapshot(cache: Path, revision: str, source: Path | None = None, time: int | None = None) -> Path:
-    """A revision in a Hugging Face cache: links into blobs, of the files of `source` or of a config.json alone."""
+    """A revision in a Hugging Face cache: links to blobs, of the files of `source` or of a config.json."""
     blobs, snapshot = cache / "blobs", cache / "snapshots" / revision
     blobs.mkdir(parents=True, exist_ok=True)
     snapshot.mkdir(parents=True)
@@ -214,36 +209,27 @@ def cache_snapshot(cache: Path, revision: str, source: Path | None = None, time:
     return snapshot
 
 
-def name_main(cache: Path, revision: str) -> None:
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text(revision)
-
-
-@pytest.mark.parametrize("place", ["LLM", "LLM/hub", "text_encoders", "easyref"])
-def test_mllm_in_a_hugging_face_cache_is_listed_by_its_repository(files, models, place: str):
-    snapshot = cache_snapshot(models / place / REPOSITORY, "a" * 40)
-    name = f"{place.partition('/')[0]}/{LISTED}"
+@pytest.mark.parametrize("kind", ["LLM", "LLM/hub", "text_encoders", "easyref"])
+def test_mllm_in_a_hugging_face_cache_is_listed_by_its_repository(files, models, kind: str):
+    snapshot = cache_snapshot(models / kind / REPOSITORY, "a" * 40)
+    name = f"{kind.partition('/')[0]}/{LISTED}"
     assert files.mllm_folders() == {name: snapshot}
     assert files.find_mllm(name) == snapshot
 
 
-def test_the_revision_that_refs_main_names_is_taken(files, models):
-    cache = models / "LLM" / REPOSITORY
-    old = cache_snapshot(cache, "a" * 40, time=1000)
-    new = cache_snapshot(cache, "b" * 40, time=2000)
-    assert files.mllm_folders() == {f"LLM/{LISTED}": new}
-    name_main(cache, f"{'a' * 40}\n")
-    assert files.mllm_folders() == {f"LLM/{LISTED}": old}
-
-
-@pytest.mark.parametrize("main", ["c" * 40, "../../../secret", "", "\x00", "x" * 10_000])
-def test_refs_main_that_names_no_revision_leads_nowhere(files, models, main: str):
+@pytest.mark.parametrize(
+    ("main", "newest"),
+    [(None, True), (f"{'a' * 40}\n", False)]
+    + [(main, True) for main in ("c" * 40, "../../../secret", "", "\x00", "x" * 10_000)],
+)
+def test_revision_in_refs_main_takes_precedence_if_it_is_there(files, models, main: str | None, newest: bool):
     write_config(models / "secret")
     cache = models / "LLM" / REPOSITORY
-    cache_snapshot(cache, "a" * 40, time=1000)
-    new = cache_snapshot(cache, "b" * 40, time=2000)
-    name_main(cache, main)
-    assert files.mllm_folders() == {f"LLM/{LISTED}": new}
+    revisions = [cache_snapshot(cache, name * 40, time=time) for name, time in (("a", 1000), ("b", 2000))]
+    if main is not None:
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text(main)
+    assert files.mllm_folders() == {f"LLM/{LISTED}": revisions[newest]}
 
 
 def test_other_models_in_a_cache_are_not_listed(files, models):
@@ -265,7 +251,9 @@ def test_a_folder_and_a_cache_of_the_same_model_are_both_listed(files, models):
 
 
 def test_names_of_earlier_workflows_are_still_listed(files, tmp_path):
-    """Where extra_model_paths.yaml names one repository of a cache, its revisions were listed before caches were known."""
+    """An extra_model_paths.yaml with one repository of a cache listed its revisions before caches were
+    supported.
+    """
     cache = tmp_path / "hub" / REPOSITORY
     paths = tmp_path / "extra_model_paths.yaml"
     paths.write_text(f"mine:\n  base_path: {tmp_path / 'hub'}\n  LLM: {REPOSITORY}\n")
@@ -275,20 +263,15 @@ def test_names_of_earlier_workflows_are_still_listed(files, tmp_path):
     assert files.mllm_folders() == {f"LLM/snapshots/{'a' * 40}": snapshot}
 
 
-def test_weights_of_an_mllm_in_a_cache_are_no_checkpoints(files, models):
-    cache_snapshot(models / "easyref" / REPOSITORY, "a" * 40, golden.MLLM)
-    assert files.checkpoints() == [files.NOTHING_FOUND]
-
-
 LOADED = {"precision": "auto", "last_layer_attention": "from the checkpoint"}
 
 
 def write_stage_1(folder: Path) -> None:
-    """stage_1.safetensors, a checkpoint that takes the MLLM's weights from a folder."""
+    """Write stage_1.safetensors, a checkpoint without the MLLM's weights."""
     tensors = load_file(golden.CHECKPOINT).items()
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {name: tensor for name, tensor in tensors if not name.startswith("multimodal_llm.")}
-    save_file(kept, folder / "stage_1.safetensors")
+    adapter = {name: tensor for name, tensor in tensors if not name.startswith("multimodal_llm.")}
+    save_file(adapter, folder / "stage_1.safetensors")
 
 
 def test_an_mllm_in_a_cache_is_loaded(pack, models):
@@ -305,8 +288,8 @@ def test_an_mllm_in_a_cache_is_loaded(pack, models):
     assert loaded[0] == loaded[1]
 
 
-def test_names_that_come_through_links_are_looked_up_by_the_loader(pack, models):
-    """The host checks only what is typed in, and the list of the first run may be old."""
+def test_linked_names_are_looked_up_by_the_loader(pack, models):
+    """The host only validates widget values, against a list that may be old."""
     loader = golden.node(pack, "EasyRefLoader")
     touch(models / "easyref" / "a.safetensors")
     write_config(models / "LLM" / "there")
@@ -339,7 +322,7 @@ def test_loader_notices_new_files_in_the_mllm_folder(pack, models):
     assert before != loader.fingerprint_inputs(checkpoint="a.safetensors", mllm="LLM/qwen")
 
 
-# The tokenizer that comes with the host
+# The tokenizer of the host
 
 
 def test_host_has_the_tokenizer_of_qwen2_vl(pack, files):

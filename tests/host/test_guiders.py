@@ -1,16 +1,16 @@
-"""Which rows of a batch attend to the conditional reference tokens and which to the unconditional ones.
+"""Rows of a batch that attend to the conditional reference tokens, and to the unconditional ones.
 
-Told by content: a probe at the UNet notes, for each run of rows, whose prompt it carries and whose K and V it gets.
-Pinned for the host's guiders and nodes, for every way in which the host orders, drops, splits, repeats or copies
+By content: a probe at the UNet records, for each run of rows, its prompt and its K and V. Pinned for the
+host's guiders and nodes, for every way in which the host orders, drops, splits, repeats or copies
 conditionings, and, for CFG, in numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
-import comfy.context_windows
 import comfy.sample
 import comfy.samplers
 import node_helpers
@@ -22,15 +22,15 @@ from comfy_extras import nodes_custom_sampler, nodes_pag, nodes_perpneg, nodes_s
 from torch import Tensor
 
 from devkit.host import golden
-from devkit.host.sampling import Easy, cfg_guider, predict, sample, start_of, watch_attention
+from devkit.host.sampling import Easy, cfg_guider, fixed_noise, in_windows, sample, watch_attention
 from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning
 
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 NAMES = ("positive", "negative", "middle", "empty", "second")
 POSITIVE, NEGATIVE = ("positive", CONDITIONAL), ("negative", UNCONDITIONAL)
-MIDDLE, EMPTY = ("middle", CONDITIONAL), ("empty", UNCONDITIONAL)
+MIDDLE, EMPTY, SECOND = ("middle", CONDITIONAL), ("empty", UNCONDITIONAL), ("second", CONDITIONAL)
 LEFT_HALF = {"area": (16, 8, 0, 0), "strength": 1.0, "set_area_to_bounds": False}
-HEAD = 16  # so many tokens tell one prompt from another
+HEAD = 16  # tokens that identify a prompt
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def probe(easy, model) -> Probe:
 
 
 def text(name: str, tokens: int = 77, **values: Any) -> list:
-    """A CONDITIONING that the probe will recognise."""
+    """A CONDITIONING that the probe recognises."""
     return node_helpers.conditioning_set_values(random_conditioning(NAMES.index(name), tokens), values)
 
 
 class Probe:
-    """Notes what each UNet call was made of: per run of rows, (whose prompt, whose reference tokens)."""
+    """Record of each UNet call: per run of rows, (name of the prompt, side of the reference tokens)."""
 
     def __init__(self, easy: Easy, model: ModelPatcher) -> None:
         self.easy, self.model = easy, model
@@ -58,37 +58,30 @@ class Probe:
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "probe", self.unet)
 
     @property
-    def seen(self) -> set[tuple[str, str]]:
+    def runs(self) -> set[tuple[str, str]]:
         return {run for call in self.calls for run in call}
 
     def unet(
-        self,
-        executor: Any,
-        x: Tensor,
-        timesteps: Any,
-        context: Tensor,
-        y: Any,
-        control: Any,
-        transformer_options: dict,
-        **kwargs: Any,
+        self, executor: Any, x: Tensor, timesteps: Any, context: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
+        transformer_options = args[2]  # y, control, transformer_options
         with watch_attention(self.easy.pack, self.model) as attended:
-            out = executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+            out = executor(x, timesteps, context, *args, **kwargs)
         keys, *others = [attention.key_value[0] for attention in attended]
         assert all(len(other) == len(keys) for other in others)
         of_rows = keys.repeat_interleave(len(x) // len(keys), dim=0)
         runs = len(transformer_options["cond_or_uncond"])
         prompts, tokens = (rows.unflatten(0, (runs, -1)) for rows in (context, of_rows))
         assert all(torch.equal(rows, rows[:1].expand_as(rows)) for rows in tokens)
-        whose = map(self.whose_tokens, tokens[:, 0])
-        self.calls.append(list(zip(map(self.whose_prompt, prompts), whose, strict=True)))
+        sides = map(self.side_of, tokens[:, 0])
+        self.calls.append(list(zip(map(self.name_of, prompts), sides, strict=True)))
         return out
 
-    def whose_prompt(self, rows: Tensor) -> str:
+    def name_of(self, rows: Tensor) -> str:
         (name,) = [n for n, head in self.heads.items() if (rows[:, :HEAD] == head).all()]
         return name
 
-    def whose_tokens(self, key: Tensor) -> str:
+    def side_of(self, key: Tensor) -> str:
         unconditional, conditional = self.easy.key_values[0][0]
         assert torch.equal(key, conditional) != torch.equal(key, unconditional)
         return CONDITIONAL if torch.equal(key, conditional) else UNCONDITIONAL
@@ -97,32 +90,21 @@ class Probe:
 # The host's guiders
 
 
-def cfg(model: ModelPatcher, scale: float = 5.0) -> Any:
-    return cfg_guider(model, text("positive"), text("negative"), scale)
+def guider_of(kind: type, *names: str) -> Callable[..., Any]:
+    """A function that makes a guider of a model, with these prompts and the settings of its set_cfg."""
 
+    def make(model: ModelPatcher, *settings: Any) -> Any:
+        guider = kind(model)
+        guider.set_conds(*map(text, names))
+        if settings:
+            guider.set_cfg(*settings)
+        return guider
 
-def basic(model: ModelPatcher) -> Any:
-    guider = nodes_custom_sampler.Guider_Basic(model)
-    guider.set_conds(text("positive"))
-    return guider
-
-
-def dual_cfg(model: ModelPatcher, cfg_1: float, cfg_2: float, nested: bool) -> Any:
-    guider = nodes_custom_sampler.Guider_DualCFG(model)
-    guider.set_conds(text("positive"), text("middle"), text("negative"))
-    guider.set_cfg(cfg_1, cfg_2, nested)
-    return guider
-
-
-def perp_neg(model: ModelPatcher, scale: float, neg_scale: float) -> Any:
-    guider = nodes_perpneg.Guider_PerpNeg(model)
-    guider.set_conds(text("positive"), text("negative"), text("empty"))
-    guider.set_cfg(scale, neg_scale)
-    return guider
+    return make
 
 
 class ThreeSided(comfy.samplers.CFGGuider):
-    """A guider as another pack might write it: names of its own, in an order of its own."""
+    """A guider as another pack might write it, with its own names in its own order."""
 
     def set_conds(self, subject: list, style: list, uncond: list) -> None:
         self.inner_set_conds({"style": style, "uncond": uncond, "subject": subject})
@@ -133,33 +115,33 @@ class ThreeSided(comfy.samplers.CFGGuider):
         return sum(out) / 3
 
 
-def three_sided(model: ModelPatcher) -> ThreeSided:
-    guider = ThreeSided(model)
-    guider.set_conds(text("positive"), text("middle"), text("negative"))
-    return guider
+basic = guider_of(nodes_custom_sampler.Guider_Basic, "positive")
+cfg = guider_of(comfy.samplers.CFGGuider, "positive", "negative")
+dual_cfg = guider_of(nodes_custom_sampler.Guider_DualCFG, "positive", "middle", "negative")
+perp_neg = guider_of(nodes_perpneg.Guider_PerpNeg, "positive", "negative", "empty")
+three_sided = guider_of(ThreeSided, "positive", "middle", "negative")
 
-
-GUIDERS = {
-    "CFG": (cfg, {POSITIVE, NEGATIVE}),
-    "CFG 1": (lambda model: cfg(model, 1.0), {POSITIVE}),
-    "basic": (basic, {POSITIVE}),
-    "dual CFG": (lambda model: dual_cfg(model, 3.0, 2.0, nested=False), {POSITIVE, MIDDLE, NEGATIVE}),
-    "dual CFG without negative": (lambda model: dual_cfg(model, 3.0, 1.0, nested=False), {POSITIVE, MIDDLE}),
-    "dual CFG without middle": (lambda model: dual_cfg(model, 1.0, 1.0, nested=False), {POSITIVE}),
-    "dual CFG nested": (lambda model: dual_cfg(model, 3.0, 2.0, nested=True), {POSITIVE, MIDDLE, NEGATIVE}),
-    "PerpNeg": (lambda model: perp_neg(model, 5.0, 1.0), {POSITIVE, NEGATIVE, EMPTY}),
-    "PerpNeg without negative": (lambda model: perp_neg(model, 5.0, 0.0), {POSITIVE, EMPTY}),
-    "PerpNeg CFG 1": (lambda model: perp_neg(model, 1.0, 1.0), {POSITIVE, NEGATIVE, EMPTY}),
-    "PerpNeg CFG 1 without negative": (lambda model: perp_neg(model, 1.0, 0.0), {POSITIVE}),
-    "names of its own": (three_sided, {POSITIVE, MIDDLE, NEGATIVE}),
+GUIDERS = {  # name: (guider, its settings, the runs that it evaluates)
+    "CFG": (cfg, (5.0,), {POSITIVE, NEGATIVE}),
+    "CFG 1": (cfg, (1.0,), {POSITIVE}),
+    "basic": (basic, (), {POSITIVE}),
+    "dual CFG": (dual_cfg, (3.0, 2.0, False), {POSITIVE, MIDDLE, NEGATIVE}),
+    "dual CFG without negative": (dual_cfg, (3.0, 1.0, False), {POSITIVE, MIDDLE}),
+    "dual CFG without middle": (dual_cfg, (1.0, 1.0, False), {POSITIVE}),
+    "dual CFG nested": (dual_cfg, (3.0, 2.0, True), {POSITIVE, MIDDLE, NEGATIVE}),
+    "PerpNeg": (perp_neg, (5.0, 1.0), {POSITIVE, NEGATIVE, EMPTY}),
+    "PerpNeg without negative": (perp_neg, (5.0, 0.0), {POSITIVE, EMPTY}),
+    "PerpNeg CFG 1": (perp_neg, (1.0, 1.0), {POSITIVE, NEGATIVE, EMPTY}),
+    "PerpNeg CFG 1 without negative": (perp_neg, (1.0, 0.0), {POSITIVE}),
+    "custom names": (three_sided, (), {POSITIVE, MIDDLE, NEGATIVE}),
 }
 
 
 @pytest.mark.parametrize("case", GUIDERS)
 def test_guider_gives_each_side_its_tokens(case: str, model, probe) -> None:
-    make, wanted = GUIDERS[case]
-    sample(make(model))
-    assert probe.seen == wanted
+    make, settings, runs = GUIDERS[case]
+    sample(make(model, *settings))
+    assert probe.runs == runs
 
 
 @pytest.mark.parametrize(
@@ -172,7 +154,7 @@ def test_guider_gives_each_side_its_tokens(case: str, model, probe) -> None:
         ),
     ],
 )
-def test_side_is_told_by_the_name_of_the_conditioning(pack, name: str, unconditional: bool) -> None:
+def test_side_follows_from_the_name_of_the_conditioning(pack, name: str, unconditional: bool) -> None:
     assert golden.part(pack, "nodes.unet_patch.cond_roles").is_unconditional(name) == unconditional
 
 
@@ -185,80 +167,70 @@ def test_dual_model_guider_gives_each_side_its_tokens(easy, model, probe, scale:
     guider.set_conds(text("positive"), text("negative"))
     guider.set_cfg(scale)
     sample(guider)
-    assert probe.seen == ({POSITIVE, NEGATIVE} if scale != 1 else {POSITIVE})
+    assert probe.runs == ({POSITIVE, NEGATIVE} if scale != 1 else {POSITIVE})
     assert all(len(call) == 1 for call in probe.calls)
 
 
 def test_ksampler(model, probe) -> None:
-    latent = torch.zeros_like(start_of())
+    noise, conds = fixed_noise(), (text("positive"), text("negative"))
+    settings = (2, 5.0, "dpmpp_2m", "karras", *conds, torch.zeros_like(noise))
     with torch.inference_mode():
-        # fmt: skip
-        comfy.sample.sample(
-            model,
-            start_of(),
-            2,
-            5.0,
-            "dpmpp_2m",
-            "karras",
-            text("positive"),
-            text("negative"),
-            latent,
-            disable_pbar=True,
-            seed=0,
-        )
-    assert probe.seen == {POSITIVE, NEGATIVE}
+        comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=0)
+    assert probe.runs == {POSITIVE, NEGATIVE}
 
 
-def test_nothing_of_a_guider_is_remembered_after_it(pack, model) -> None:
-    sample(cfg(model))
-    assert golden.part(pack, "nodes.unet_patch.cond_roles")._predicting.get() is None
+def test_roles_are_recorded_only_while_the_guider_predicts(pack) -> None:
+    roles = golden.part(pack, "nodes.unet_patch.cond_roles")
+    conds = {"negative": [{"uuid": 1}], "positive": [{"uuid": 2}]}
+
+    class Executor:
+        class_obj = SimpleNamespace(original_conds=conds)
+
+        def __call__(self) -> tuple:
+            return roles.recorded_roles([*conds.values(), None])
+
+    assert roles.record_cond_roles(Executor()) == (True, False, None)
+    assert roles.recorded_roles(conds.values()) == (None, None)
 
 
 # How the host makes batches
 
 
-def test_batch_of_three_latents(model, probe) -> None:
-    sample(cfg(model), batch=3)
-    assert [sorted(call) for call in probe.calls] == [sorted([POSITIVE, NEGATIVE])] * 2
-
-
-def test_batch_split_for_want_of_memory(model, probe, monkeypatch) -> None:
+def test_batch_split_to_save_memory(model, probe, monkeypatch) -> None:
     monkeypatch.setattr(model, "get_free_memory", lambda device: 0)
     sample(perp_neg(model, 5.0, 1.0))
     assert all(len(call) == 1 for call in probe.calls)
-    assert probe.seen == {POSITIVE, NEGATIVE, EMPTY}
+    assert probe.runs == {POSITIVE, NEGATIVE, EMPTY}
 
 
 def test_split_batch_predicts_what_the_whole_batch_does(model, monkeypatch) -> None:
-    whole = sample(cfg(model))
+    whole = sample(cfg(model, 5.0))
     monkeypatch.setattr(model, "get_free_memory", lambda device: 0)
-    assert golden.error(sample(cfg(model)), whole) <= 1e-5
+    assert golden.error(sample(cfg(model, 5.0)), whole) <= 1e-5
 
 
-@pytest.mark.parametrize(("positive", "negative"), [(154, 77), (77, 231), (154, 231)])
-def test_prompts_of_unequal_length(model, probe, positive: int, negative: int) -> None:
-    sample(cfg_guider(model, text("positive", positive), text("negative", negative)))
+@pytest.mark.parametrize(
+    ("positive", "negative", "batch"), [(77, 77, 3), (154, 77, 1), (77, 231, 1), (154, 231, 1)]
+)
+def test_both_sides_in_one_call(model, probe, positive: int, negative: int, batch: int) -> None:
+    """Of several latents, and of prompts of unequal length."""
+    sample(cfg_guider(model, text("positive", positive), text("negative", negative)), batch=batch)
     assert [sorted(call) for call in probe.calls] == [sorted([POSITIVE, NEGATIVE])] * 2
 
 
 def test_combined_prompts_are_of_one_side(model, probe) -> None:
     sample(cfg_guider(model, text("positive") + text("second"), text("negative") + text("empty")))
-    assert probe.seen == {POSITIVE, NEGATIVE, ("second", CONDITIONAL), EMPTY}
+    assert probe.runs == {POSITIVE, NEGATIVE, SECOND, EMPTY}
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_area_on_the_positive_side(model, probe, order: int) -> None:
-    """The host then evaluates the negative prompt in that area too, under the uuid of the positive one."""
-    positive = [*text("positive"), *text("second", **LEFT_HALF)][::order]
-    sample(cfg_guider(model, positive, text("negative")))
-    assert probe.seen == {POSITIVE, ("second", CONDITIONAL), NEGATIVE}
-    assert sum(run == NEGATIVE for call in probe.calls for run in call) == 2 * 2
-
-
-def test_area_on_the_negative_side(model, probe) -> None:
-    sample(cfg_guider(model, text("positive"), [*text("negative"), *text("empty", **LEFT_HALF)]))
-    assert probe.seen == {POSITIVE, NEGATIVE, EMPTY}
-    assert sum(run == POSITIVE for call in probe.calls for run in call) == 2 * 2
+@pytest.mark.parametrize(("side", "order"), [(0, 1), (0, -1), (1, 1)])
+def test_area_on_one_side(model, probe, side: int, order: int) -> None:
+    """The host then evaluates the other side's prompt in that area too, under the same uuid."""
+    conds = [text("positive"), text("negative")]
+    conds[side] = [*conds[side], *text(("second", "empty")[side], **LEFT_HALF)][::order]
+    sample(cfg_guider(model, *conds))
+    assert probe.runs == {POSITIVE, NEGATIVE, (SECOND, EMPTY)[side]}
+    assert sum(run == (NEGATIVE, POSITIVE)[side] for call in probe.calls for run in call) == 2 * 2
 
 
 def test_areas_with_a_guider_of_three(model, probe) -> None:
@@ -266,110 +238,83 @@ def test_areas_with_a_guider_of_three(model, probe) -> None:
     guider.set_conds([*text("positive"), *text("second", **LEFT_HALF)], text("negative"), text("empty"))
     guider.set_cfg(5.0, 1.0)
     sample(guider)
-    assert probe.seen == {POSITIVE, ("second", CONDITIONAL), NEGATIVE, EMPTY}
+    assert probe.runs == {POSITIVE, SECOND, NEGATIVE, EMPTY}
 
 
 def test_prompt_that_ends_early(model, probe) -> None:
     """Afterwards that side is empty and the other is alone in the batch."""
     sample(cfg_guider(model, text("positive"), text("negative", start_percent=0.0, end_percent=0.2)), steps=3)
-    assert probe.seen == {POSITIVE, NEGATIVE}
+    assert probe.runs == {POSITIVE, NEGATIVE}
     assert {len(call) for call in probe.calls} == {1, 2}
 
 
 # Nodes that evaluate one side once more
 
 
-def test_perturbed_attention_guidance(model, probe) -> None:
-    sample(cfg(nodes_pag.PerturbedAttentionGuidance.execute(model, 3.0).result[0]))
-    assert probe.seen == {POSITIVE, NEGATIVE}
-    assert probe.calls.count([POSITIVE]) == 2
-
-
-def test_self_attention_guidance(model, probe) -> None:
-    sample(cfg(nodes_sag.SelfAttentionGuidance.execute(model, 0.5, 2.0).result[0]))
-    assert probe.seen == {POSITIVE, NEGATIVE}
-    assert probe.calls.count([NEGATIVE]) == 2
+@pytest.mark.parametrize(
+    ("patch", "again"),
+    [
+        (lambda model: nodes_pag.PerturbedAttentionGuidance.execute(model, 3.0), POSITIVE),
+        (lambda model: nodes_sag.SelfAttentionGuidance.execute(model, 0.5, 2.0), NEGATIVE),
+    ],
+    ids=["PAG", "SAG"],
+)
+def test_node_that_evaluates_one_side_again(model, probe, patch: Callable, again: tuple) -> None:
+    sample(cfg(patch(model).result[0], 5.0))
+    assert probe.runs == {POSITIVE, NEGATIVE}
+    assert probe.calls.count([again]) == 2
 
 
 @pytest.mark.parametrize(
-    ("kept", "index", "wanted"),
-    [
-        ("cond", 0, POSITIVE),
-        ("cond", 1, ("second", CONDITIONAL)),
-        ("uncond", 0, NEGATIVE),
-        ("uncond", 1, EMPTY),
-    ],
+    ("side", "index", "run"),
+    [("cond", 0, POSITIVE), ("cond", 1, SECOND), ("uncond", 0, NEGATIVE), ("uncond", 1, EMPTY)],
 )
-def test_single_prompt_evaluated_again_from_a_copy(
-    model, probe, kept: str, index: int, wanted: tuple
-) -> None:
-    """As context windows do that give each window its own prompt."""
+def test_single_prompt_evaluated_again_from_a_copy(model, probe, side: str, index: int, run: tuple) -> None:
+    """As context windows with a prompt for each window do it."""
 
     def once_more(args: dict[str, Any]) -> Tensor:
-        copied = [dict(args[kept][index])]
+        copied = [dict(args[side][index])]
         options = args["model_options"]
         comfy.samplers.calc_cond_batch(args["model"], [copied], args["input"], args["sigma"], options)
         return args["denoised"]
 
     model.set_model_sampler_post_cfg_function(once_more)
     sample(cfg_guider(model, text("positive") + text("second"), text("negative") + text("empty")))
-    assert probe.seen == {POSITIVE, NEGATIVE, ("second", CONDITIONAL), EMPTY}
-    assert probe.calls.count([wanted]) == 2
+    assert probe.runs == {POSITIVE, NEGATIVE, SECOND, EMPTY}
+    assert probe.calls.count([run]) == 2
 
 
-def in_windows(model: ModelPatcher) -> None:
-    """Sample a batch as a video, two frames at a time."""
-    windows = comfy.context_windows
-    model.model_options["context_handler"] = windows.IndexListContextHandler(
-        windows.get_matching_context_schedule(windows.ContextSchedules.STATIC_STANDARD),
-        windows.get_matching_fuse_method(windows.ContextFuseMethods.FLAT),
-        context_length=2,
-        context_overlap=0,
-    )
-
-
-@pytest.mark.parametrize("make", [cfg, lambda model: dual_cfg(model, 3.0, 2.0, nested=False)])
-def test_context_windows(model, probe, make: Callable) -> None:
+@pytest.mark.parametrize("case", ["CFG", "dual CFG"])
+def test_context_windows(model, probe, case: str) -> None:
     """The host evaluates each window from copies of the conditionings."""
-    in_windows(model)
-    sample(make(model), batch=4)
+    make, settings, runs = GUIDERS[case]
+    sample(make(in_windows(model), *settings), batch=4)
     assert len(probe.calls) == 2 * 2
-    assert probe.seen == ({POSITIVE, NEGATIVE} if make is cfg else {POSITIVE, MIDDLE, NEGATIVE})
+    assert probe.runs == runs
 
 
 # Without a guider
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0], [0], [1], [2, 0, 1], [0, 0, 1]])
-def test_convention_where_no_guider_says_otherwise(pack, order: list[int]) -> None:
+def test_convention_without_roles_of_a_guider(pack, order: list[int]) -> None:
     runs = golden.part(pack, "nodes.unet_patch.cond_roles").unconditional_runs
     assert runs({"cond_or_uncond": order}) == tuple(index != 0 for index in order)
+    assert runs({}) == (False,)
 
 
-def test_one_run_where_nothing_is_said(pack) -> None:
-    assert golden.part(pack, "nodes.unet_patch.cond_roles").unconditional_runs({}) == (False,)
-
-
-def test_index_that_no_guider_announced(pack) -> None:
-    """Packs that rewrite cond_or_uncond may number runs the guider never listed."""
-    guidance = golden.part(pack, "nodes.unet_patch.cond_roles")
-    runs = guidance.unconditional_runs({"cond_or_uncond": [0, 1, 2], guidance.ROLES: (True, None)})
+def test_index_without_a_role(pack) -> None:
+    """Packs that rewrite cond_or_uncond may number runs that the guider did not list."""
+    roles = golden.part(pack, "nodes.unet_patch.cond_roles")
+    runs = roles.unconditional_runs({"cond_or_uncond": [0, 1, 2], roles.ROLES: (True, None)})
     assert runs == (True, True, True)
-
-
-@pytest.mark.parametrize("order", [(1, 0), (0, 1)])
-def test_model_called_directly(easy, model, order: tuple[int, int]) -> None:
-    with watch_attention(easy.pack, model) as attended:
-        predict(model, cond_or_uncond=order)
-    rows = easy.key_values[0][0][[1 - index for index in order]]
-    assert torch.equal(attended[0].key_value[0], rows)
 
 
 # In numbers
 
 
-def test_cfg_is_combined_from_sides_evaluated_apart(easy) -> None:
-    """Euler by hand, from a model that has only the one side's tokens and is asked for only the one side's prompt."""
+def test_cfg_is_combined_from_separately_evaluated_sides(easy) -> None:
+    """Euler by hand, from a model of each side, with that side's tokens and prompt only."""
     tokens = easy.tokens
     swapped = type(tokens)(conditional=tokens.unconditional, unconditional=tokens.conditional)
     sides = {}
@@ -381,8 +326,8 @@ def test_cfg_is_combined_from_sides_evaluated_apart(easy) -> None:
     model, scale = easy.apply(load_tiny_sdxl()), 5.0
     sampling = model.get_model_object("model_sampling")
     schedule = comfy.samplers.calculate_sigmas(sampling, "normal", 3)
-    latent = torch.zeros_like(start_of())
-    x = sampling.noise_scaling(schedule[0], start_of(), latent, True)
+    latent = torch.zeros_like(fixed_noise())
+    x = sampling.noise_scaling(schedule[0], fixed_noise(), latent, True)
     for sigma, following in zip(schedule, schedule[1:], strict=False):
         positive, negative = (denoised(sides[name], x, sigma) for name in ("positive", "negative"))
         guided = negative + scale * (positive - negative)
@@ -393,22 +338,16 @@ def test_cfg_is_combined_from_sides_evaluated_apart(easy) -> None:
 
 
 def denoised(guider: Any, x: Tensor, sigma: Tensor) -> Tensor:
-    """The guider's prediction at one step, out of a sampling that is nothing but this step."""
-    kept = []
+    """The guider's prediction at one step, from a sampling of this step only."""
+    predictions, zeros = [], torch.zeros_like(x)
 
     def sampler(
         model: Any, noise: Tensor, sigmas: Tensor, extra_args: dict | None = None, **_: Any
     ) -> Tensor:
-        kept.append(model(x, sigma.expand(len(x)), **extra_args))
+        predictions.append(model(x, sigma.expand(len(x)), **extra_args))
         return noise
 
+    one_step = comfy.samplers.KSAMPLER(sampler), torch.stack([sigma, torch.zeros(())])
     with torch.inference_mode():
-        guider.sample(
-            torch.zeros_like(x),
-            torch.zeros_like(x),
-            comfy.samplers.KSAMPLER(sampler),
-            torch.stack([sigma, torch.zeros(())]),
-            disable_pbar=True,
-            seed=0,
-        )
-    return kept[0]
+        guider.sample(zeros, zeros, *one_step, disable_pbar=True, seed=0)
+    return predictions[0]

@@ -1,4 +1,6 @@
-"""Names as people and Windows have them, through the nodes: spaces, other scripts, emoji, backslashes, drive letters."""
+"""Names as people and Windows have them, through the nodes: spaces, other scripts, emoji, backslashes, drive
+letters.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ LONG = "x" * 200
 
 @pytest.fixture
 def files(pack, tmp_path, monkeypatch) -> Any:
-    """The files part of the pack, the host's models, input and output folders being in a folder of an awkward name."""
+    """nodes.host.folders, with the host's models, input and output folders in one with an awkward name."""
     base = tmp_path / NAME
     monkeypatch.setattr(folder_paths, "models_dir", str(base / "models"))
     monkeypatch.setattr(
@@ -57,7 +59,7 @@ def test_tokens_of_any_name_are_saved_and_found(pack, files, easy, name: str) ->
     assert golden.part(pack, "easyref_core").load_tokens(files.find_tokens(listed)).conditional.shape
 
 
-def test_a_folder_of_pictures_may_have_any_name(pack, files) -> None:
+def test_a_folder_of_images_may_have_any_name(pack, files) -> None:
     folder = Path(folder_paths.get_input_directory(), NAME)
     folder.mkdir()
     for name in ("2 猫.png", "10 😀.png", "1 Größe.PNG"):
@@ -68,21 +70,12 @@ def test_a_folder_of_pictures_may_have_any_name(pack, files) -> None:
     assert [file.name for file in module.image_paths(NAME, names)] == names
 
 
-# Windows, where a path may be rooted without being absolute, and absolute without being rooted
+# Windows, where a path may have a root without a drive, and a drive without a root
 
 
 @pytest.mark.parametrize(
     "prefix",
-    [
-        "C:\\tokens",
-        "C:tokens",
-        "\\tokens",
-        "/tokens",
-        "\\\\server\\share\\tokens",
-        "..\\tokens",
-        "a\\..\\..\\b",
-        ".\\",
-    ],
+    r"C:\tokens C:tokens \tokens /tokens \\server\share\tokens ..\tokens a\..\..\b".split() + [".\\"],
 )
 def test_a_windows_prefix_that_leads_out_is_refused(files, monkeypatch, prefix: str) -> None:
     monkeypatch.setattr(files, "Path", PureWindowsPath)
@@ -102,9 +95,9 @@ def test_a_windows_prefix_inside_is_taken(files, monkeypatch, prefix: str) -> No
     "name", ["C:secret.safetensors", "C:\\secret.safetensors", "\\secret.safetensors", "..\\x"]
 )
 def test_a_windows_name_of_tokens_that_leads_out_is_not_found(files, monkeypatch, name: str) -> None:
-    """Whatever the host makes of it."""
+    """Also if the host resolves it to a path inside."""
     inside = str(PureWindowsPath(folder_paths.get_folder_paths(files.TOKENS)[0], "there.safetensors"))
     monkeypatch.setattr(folder_paths, "get_full_path", lambda *_: inside)
-    monkeypatch.setattr(files, "_is_inside", lambda *_: True)
+    monkeypatch.setattr(files, "is_inside", lambda *_: True)
     monkeypatch.setattr(files, "Path", PureWindowsPath)
-    assert files._tokens_path(name) is None
+    assert files.tokens_path(name) is None

@@ -1,4 +1,4 @@
-"""What Encode Reference Group reads of a prompt, and the notes that it shows about its inputs."""
+"""The plain text of a prompt that the MLLM reads, and the notes of Encode Reference Group on its inputs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_mllm_reads_plain_text(easy, images) -> None:
     assert weighted.provenance.prompt == "a smiling cat, on grass"
 
 
-def test_a_choice_that_was_not_made_is_refused(easy, images) -> None:
+def test_an_unresolved_choice_is_refused(easy, images) -> None:
     with pytest.raises(ValueError, match=r"'\{red\|blue\}'.*in one text node that is linked to both"):
         encode(easy, images, "a {red|blue} cat")
 

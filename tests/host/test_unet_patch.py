@@ -1,8 +1,9 @@
-"""What Apply EasyRef does to a MODEL, and what it leaves alone.
+"""Effect of Apply EasyRef on a MODEL, and everything that it leaves unchanged.
 
-Pinned: the model that comes in stays as it is; neutral settings are the identity; re-runs and clones accumulate
-nothing and copy nothing; the term itself, against attention written out by hand; chains of Apply nodes; other packs'
-patches at the same place, before and after; the window; K and V made once, placed once, released; all 70 sites.
+Pinned: the input model is not modified; neutral settings are the identity; re-runs and clones accumulate
+nothing and copy nothing; the term itself, against attention written out by hand; chains of Apply nodes; other
+packs' patches at the same site, before and after; the window; K and V computed once, moved once, released;
+all 70 sites.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import gc
 import json
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
@@ -20,72 +22,35 @@ import comfy.samplers
 import comfy.utils
 import pytest
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP, WrappersMP, copy_nested_dicts
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from devkit.host import golden
 from devkit.host.sampling import (
+    SITES,
+    Attended,
     Easy,
-    cfg_guider,
     golden_easy,
     in_float64,
     predict,
-    sample,
+    sample_cfg,
     sampling_options,
+    sigma_at,
+    state,
     watch_attention,
 )
-from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_conditioning, random_sdxl
+from devkit.host.tiny_nodes.tiny_sdxl import load_tiny_sdxl, random_sdxl
 
-HUGE = 1e9  # a sigma above every schedule
-NARROWER = 10  # so much narrower than SDXL is the UNet with its depths
-SITES = 17  # cross-attentions of the tiny UNet
-ANYWHERE = {"sigma_start": HUGE, "sigma_end": 0.0}
+from .by_hand import by_hand, text_attention
+from .other_packs import Adapter, with_lora, with_term
 
-
-def sigma_at(model: ModelPatcher, percent: float) -> float:
-    return model.get_model_object("model_sampling").percent_to_sigma(percent)
-
-
-def by_hand(
-    easy: Easy, weight: float, foreign: Callable[..., Tensor] | None = None, runs: tuple[int, ...] = (0, 1)
-) -> Callable[[ModelPatcher], ModelPatcher]:
-    """Patches a model with the attention written out: text (or `foreign`), plus weight * softmax(Q K^T / sqrt(d)) V.
-
-    runs: which row of K and V each half of the batch attends to; 0 is the unconditional one.
-    """
-
-    def at_site(key: Tensor, value: Tensor) -> Callable[..., Tensor]:
-        def attention(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-            heads = extra_options["n_heads"]
-            text = (foreign or text_attention)(q, k, v, extra_options)
-            parts = []
-            for row, queries in zip(runs, q.chunk(len(runs)), strict=True):
-                qkv = (queries, key[row].to(q), value[row].to(q))
-                split = [t.unflatten(-1, (heads, -1)).movedim(-2, -3) for t in qkv]
-                scores = split[0] @ split[1].mT / split[0].shape[-1] ** 0.5
-                parts.append((scores.softmax(-1) @ split[2]).movedim(-3, -2).flatten(-2))
-            return text + weight * torch.cat(parts)
-
-        return attention
-
-    def patch(model: ModelPatcher) -> ModelPatcher:
-        clone = model.clone()
-        for site, (key, value) in zip(easy.easyref.model.checkpoint.sites, easy.key_values, strict=True):
-            clone.set_model_attn2_replace(at_site(key, value), *site)
-        return clone
-
-    return patch
-
-
-def text_attention(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-    return optimized_attention(q, k, v, extra_options["n_heads"])
+NARROWER = 10  # the UNet with SDXL's depths is this many times narrower than SDXL
 
 
 def halved_query(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-    """A replacement as another pack would set it: its output depends on nothing of ours."""
+    """Another pack's replacement: its output depends on nothing of EasyRef's."""
     return q / 2
 
 
@@ -96,97 +61,53 @@ def replace_everywhere(model: ModelPatcher, easy: Easy, patch: Any, with_index: 
     return clone
 
 
-def add_as_other_packs_do(model: ModelPatcher, callback: Callable, **options: Any) -> ModelPatcher:
-    """The contract of IPAdapter_plus and InstantID: on a clone, call .add on what sits at the key in copied dicts.
-
-    The copies are dropped, so that only what .add changes in place is left.
-    """
-    clone = model.clone()
-    replaced = dict(clone.model_options["transformer_options"]["patches_replace"]["attn2"])
-    for patch in replaced.values():
-        patch.add(callback, **options)
-    return clone
+def assert_equal_predictions(*models: ModelPatcher) -> None:
+    first, *others = [predict(model) for model in models]
+    assert all(torch.equal(first, other) for other in others)
 
 
-def rows_of_two_sides(pack: Any) -> tuple:
-    """The layout of a batch of [unconditional, conditional], of one 16 x 16 latent."""
-    row, whole = (
-        golden.part(pack, "nodes.unet_patch.batch_layout").Row,
-        golden.part(pack, "easyref_core.unet.masks").full_crop,
-    )
-    return tuple(row(side, 0, 0, whole(16, 16)) for side in (True, False))
-
-
-def state(model: ModelPatcher) -> dict[str, Any]:
-    """All that a patch could change of a patcher, copied as far as it is dicts and lists."""
-    kept = {
-        name: copy_nested_dicts(getattr(model, name))
-        for name in (
-            "model_options",
-            "patches",
-            "attachments",
-            "wrappers",
-            "callbacks",
-            "object_patches",
-            "injections",
-        )
-    }
-    replaced = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
-    added = {site: list(patch.added) for site, patch in replaced.items() if hasattr(patch, "added")}
-    return {**kept, "patches_uuid": model.patches_uuid, "added": added}
-
-
-# The model that comes in
+# The input model
 
 
 @pytest.mark.parametrize("already_patched", [False, True])
-def test_model_that_comes_in_is_unchanged(easy, model, already_patched: bool) -> None:
-    upstream = easy.apply(model, weight=0.5, lora=0.5) if already_patched else model
+def test_input_model_is_unchanged_and_re_runs_do_not_accumulate(easy, model, already_patched: bool) -> None:
+    upstream = easy.apply(model, weight=0.5) if already_patched else model
     before, prediction = state(upstream), predict(upstream)
-    predict(easy.apply(upstream))
+    assert_equal_predictions(*(easy.apply(upstream, weight=0.7) for _ in range(3)))
     assert state(upstream) == before
     assert torch.equal(predict(upstream), prediction)
 
 
 def test_neutral_settings_are_the_identity(easy, model) -> None:
-    plain = predict(model)
     patched = easy.apply(model, weight=0.0, lora=0.0)
-    assert torch.equal(predict(patched), plain)
+    assert_equal_predictions(patched, model)
     assert state(patched) == state(model)
 
 
 def test_weight_0_keeps_the_lora(easy, model) -> None:
-    plain = predict(model)
-    assert not torch.equal(predict(easy.apply(model, weight=0.0)), plain)
+    assert not torch.equal(predict(easy.apply(model, weight=0.0)), predict(model))
 
 
 def test_two_branches_from_one_model_are_independent(easy, model) -> None:
     one = easy.apply(model, weight=1.0)
     alone = predict(one)
-    other = easy.apply(model, weight=-0.5, lora=0.3)
-    assert torch.equal(predict(other), predict(easy.apply(load_tiny_sdxl(), weight=-0.5, lora=0.3)))
+    assert_equal_predictions(
+        easy.apply(model, weight=-0.5, lora=0.3), easy.apply(load_tiny_sdxl(), weight=-0.5, lora=0.3)
+    )
     assert torch.equal(predict(one), alone)
-
-
-@pytest.mark.parametrize("already_patched", [False, True])
-def test_re_runs_on_one_upstream_model_do_not_accumulate(easy, model, already_patched: bool) -> None:
-    upstream = easy.apply(model, weight=0.5) if already_patched else model
-    first, second, third = (predict(easy.apply(upstream, weight=0.7)) for _ in range(3))
-    assert torch.equal(first, second)
-    assert torch.equal(first, third)
 
 
 # Clones
 
 
 def reachable_tensors(*roots: Any) -> dict[int, Tensor]:
-    """By id, all tensors that a copy of these objects could copy: through containers, attributes and closures."""
-    found, seen, left = {}, set(), list(roots)
+    """By id, all tensors that are reachable from objects through containers, attributes and closures."""
+    found, visited, left = {}, set(), list(roots)
     while left:
         thing = left.pop()
-        if id(thing) in seen or isinstance(thing, (type, ModuleType, torch.nn.Module, ModelPatcher)):
+        if id(thing) in visited or isinstance(thing, (type, ModuleType, torch.nn.Module, ModelPatcher)):
             continue
-        seen.add(id(thing))
+        visited.add(id(thing))
         if isinstance(thing, Tensor):
             found[id(thing)] = thing
         elif isinstance(thing, FunctionType):
@@ -201,27 +122,23 @@ def reachable_tensors(*roots: Any) -> dict[int, Tensor]:
 
 
 def test_model_options_hold_no_tensor(easy, model) -> None:
-    options = easy.apply(easy.apply(model)).model_options
-    assert len(options["transformer_options"]["patches_replace"]["attn2"]) == SITES
-    assert not reachable_tensors(options)
+    patched = easy.apply(easy.apply(model))
+    assert len(patched.model_options["transformer_options"]["patches_replace"]["attn2"]) == SITES
+    assert reachable_tensors(patched.attachments), "the search does not even find K and V where they are"
+    assert not reachable_tensors(patched.model_options)
 
 
-def test_clones_share_the_injection(easy, model) -> None:
+def test_clones_share_the_injection_and_predict_the_same(easy, model) -> None:
     patched = easy.apply(model)
-    assert (
-        patched.clone().get_attachment("easyref").injections[0]
-        is patched.get_attachment("easyref").injections[0]
-    )
+    clone = patched.clone()
+    injections = [each.get_attachment("easyref").injections[0] for each in (patched, clone)]
+    assert injections[0] is injections[1]
+    assert_equal_predictions(clone, patched)
 
 
 def test_deep_copies_of_the_options_share_every_tensor(easy, model) -> None:
     options = sampling_options(easy.apply(model))
     assert reachable_tensors(copy.deepcopy(options)).keys() == reachable_tensors(options).keys() != set()
-
-
-def test_clone_predicts_the_same(easy, model) -> None:
-    patched = easy.apply(model)
-    assert torch.equal(predict(patched.clone()), predict(patched))
 
 
 # The term
@@ -230,16 +147,14 @@ def test_clone_predicts_the_same(easy, model) -> None:
 @in_float64
 @pytest.mark.parametrize("weight", [-1.0, 0.5, 1.0, 3.0])
 def test_term_is_attention_to_the_reference_tokens(easy, model, weight: float) -> None:
-    with_lora = easy.apply(model, weight=0.0)
-    wanted = predict(by_hand(easy, weight)(with_lora))
-    assert golden.error(predict(easy.apply(model, weight)), wanted) <= 1e-6
+    expected = predict(by_hand(easy, model, weight))
+    assert golden.error(predict(easy.apply(model, weight)), expected) <= 1e-6
 
 
 @in_float64
 def test_rows_follow_cond_or_uncond(easy, model) -> None:
-    with_lora = easy.apply(model, weight=0.0)
-    wanted = predict(by_hand(easy, 1.0, runs=(1, 0))(with_lora))
-    assert golden.error(predict(easy.apply(model), cond_or_uncond=[0, 1]), wanted) <= 1e-6
+    expected = predict(by_hand(easy, model, runs=(1, 0)))
+    assert golden.error(predict(easy.apply(model), cond_or_uncond=[0, 1]), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -254,15 +169,14 @@ def test_unet_of_half_precision(easy, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_site_takes_queries_of_another_dtype_than_its_key_values(easy, model, dtype: torch.dtype) -> None:
-    """Where the UNet's input and its arithmetic differ, as another pack's patch of the inputs can bring about."""
-    injection = golden.part(easy.pack, "nodes.unet_patch.injection")
+    """As where another pack's patch casts the inputs of the attention."""
+    module = golden.part(easy.pack, "nodes.unet_patch.step")
     patched = easy.apply(model)
     site = patched.model_options["transformer_options"]["patches_replace"]["attn2"]["input", 4, 0]
-    step = injection.Step(
-        1.0, {site.slot: injection.ActiveInjection(easy.key_values)}, rows_of_two_sides(easy.pack)
-    )
+    active = {site.slot: module.ActiveInjection(easy.key_values)}
+    step = module.Step(1.0, active, easy.two_sided_layout())
     q, k, v = (torch.randn(2, tokens, 32).to(dtype) for tokens in (5, 7, 7))
-    out = site(q, k, v, {injection.STEP: step, "n_heads": 2})
+    out = site(q, k, v, {module.STEP: step, "n_heads": 2})
     assert out.dtype == dtype
     assert torch.isfinite(out).all()
 
@@ -321,36 +235,50 @@ def test_lora_of_every_attention_is_there(easy, model) -> None:
 # Other packs' patches
 
 
-@in_float64
-@pytest.mark.parametrize("with_index", [True, False])
-def test_replacement_set_before_ours_still_acts(easy, model, with_index: bool) -> None:
-    foreign = replace_everywhere(model, easy, halved_query, with_index)
-    wanted = predict(by_hand(easy, 1.0, foreign=halved_query)(easy.apply(model, weight=0.0)))
-    assert golden.error(predict(easy.apply(foreign)), wanted) <= 1e-6
+def halved_text(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+    return text_attention(q, k / 2, v / 2, extra_options)
+
+
+def with_halved_inputs(model: ModelPatcher) -> ModelPatcher:
+    clone = model.clone()
+    clone.set_model_attn2_patch(lambda n, context, value, extra_options: (n, context * 0.5, value * 0.5))
+    return clone
+
+
+# {name: (the patched model, the attention that the term is added to)}
+PATCHES: dict[str, tuple[Callable[[Easy, ModelPatcher], ModelPatcher], Callable[..., Tensor]]] = {
+    "replacement before": (lambda e, m: e.apply(replace_everywhere(m, e, halved_query)), halved_query),
+    "whole block before": (lambda e, m: e.apply(replace_everywhere(m, e, halved_query, False)), halved_query),
+    "whole block after": (lambda e, m: replace_everywhere(e.apply(m), e, halved_query, False), halved_query),
+    "replacement before a chain": (
+        lambda e, m: e.apply(e.apply(replace_everywhere(m, e, halved_query), 0.4), 0.6),
+        halved_query,
+    ),
+    "term after": (lambda e, m: with_term(e.apply(m)), Adapter()),
+    "term after a chain": (lambda e, m: with_term(e.apply(e.apply(m, 0.4), 0.6)), Adapter()),
+    "term within a chain": (lambda e, m: e.apply(with_term(e.apply(m, 0.4)), 0.6), Adapter()),
+    "inputs before": (lambda e, m: e.apply(with_halved_inputs(m)), halved_text),
+    "inputs after": (lambda e, m: with_halved_inputs(e.apply(m)), halved_text),
+}
 
 
 @in_float64
-def test_replacement_of_a_whole_block_set_after_ours_acts_too(easy, model) -> None:
-    wanted = predict(by_hand(easy, 1.0, foreign=halved_query)(easy.apply(model, weight=0.0)))
-    after = replace_everywhere(easy.apply(model), easy, halved_query, with_index=False)
-    assert golden.error(predict(after), wanted) <= 1e-6
+@pytest.mark.parametrize("name", PATCHES)
+def test_patch_of_another_pack_and_the_term_act_once_each(easy, model, name: str) -> None:
+    patch, attention = PATCHES[name]
+    expected = predict(by_hand(easy, model, foreign=attention))
+    assert golden.error(predict(patch(easy, model)), expected) <= 1e-6
 
 
 def test_replacement_of_our_sites_set_after_ours_is_what_the_host_calls(easy, model) -> None:
-    """The last replacement of a site wins: a pack that does not keep what it finds is not to be outwitted."""
-    without = predict(replace_everywhere(easy.apply(model, weight=0.0), easy, halved_query))
-    assert torch.equal(predict(replace_everywhere(easy.apply(model), easy, halved_query)), without)
-
-
-@in_float64
-def test_replacement_before_a_chain_acts_once(easy, model) -> None:
-    foreign = replace_everywhere(model, easy, halved_query)
-    wanted = predict(by_hand(easy, 1.0, foreign=halved_query)(easy.apply(model, weight=0.0)))
-    assert golden.error(predict(easy.apply(easy.apply(foreign, 0.4), 0.6)), wanted) <= 1e-6
+    """The last replacement of a site wins, also over patches that it does not call."""
+    assert_equal_predictions(
+        *(replace_everywhere(easy.apply(model, weight), easy, halved_query) for weight in (0.0, 1.0))
+    )
 
 
 def test_lora_is_not_merged_again_when_only_the_weight_changes(easy, model) -> None:
-    """The host merges anew when this name changes."""
+    """The host merges again when this name changes."""
     assert easy.apply(model, weight=0.3).patches_uuid == easy.apply(model, weight=0.9).patches_uuid
 
 
@@ -369,206 +297,101 @@ def test_predictions_follow_each_other_without_merging_again(easy, model) -> Non
 
 @in_float64
 def test_another_lora_adds_to_ours_in_either_order(easy, model) -> None:
-    def with_another(model: ModelPatcher) -> ModelPatcher:
-        clone = model.clone()
-        to_q = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q.weight"
-        assert clone.add_patches({to_q: ("diff", (torch.full((32, 32), 0.05),))})
-        return clone
-
-    before, after = predict(easy.apply(with_another(model))), predict(with_another(easy.apply(model)))
+    before, after = predict(easy.apply(with_lora(model))), predict(with_lora(easy.apply(model)))
     assert golden.error(before, after) <= 1e-6
     assert golden.error(before, predict(easy.apply(model))) > 1e-4
 
 
 def test_what_a_controlnet_adds_reaches_the_unet(easy, model) -> None:
-    """A ControlNet hands the UNet residuals beside the call; what it adds to an unpatched UNet it adds to ours."""
-
-    def control() -> dict[str, list]:
-        return {"middle": [torch.full((2, 32, 4, 4), 0.5)], "input": [], "output": []}
-
+    """A ControlNet passes residuals to the UNet beside the inputs."""
     patched = easy.apply(model)
-    assert golden.error(predict(patched, control=control()), predict(patched)) > 1e-4
-    zero = {"middle": [torch.zeros(2, 32, 4, 4)], "input": [], "output": []}
-    assert torch.equal(predict(patched, control=zero), predict(patched))
+
+    def controlled(value: float) -> Tensor:
+        residuals = {"middle": [torch.full((2, 32, 4, 4), value)], "input": [], "output": []}
+        return predict(patched, control=residuals)
+
+    assert golden.error(controlled(0.5), predict(patched)) > 1e-4
+    assert torch.equal(controlled(0.0), predict(patched))
 
 
 class MovingPatch:
-    """A replacement with weights of its own, which the host moves, loads and cleans up through the patch."""
+    """A replacement that acts only after the host has moved it, which returns another object."""
 
-    def __init__(self) -> None:
-        self.moved, self.cleaned = [], 0
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        return q
-
-    def to(self, place: torch.device | torch.dtype) -> MovingPatch:
-        self.moved.append(place)
-        return self
-
-    def models(self) -> list[str]:
-        return ["its model"]
-
-    def cleanup(self) -> None:
-        self.cleaned += 1
-
-
-@pytest.fixture
-def moving(easy, model) -> tuple[MovingPatch, ModelPatcher]:
-    patch = MovingPatch()
-    model.set_model_attn2_replace(patch, *easy.easyref.model.checkpoint.sites[0])
-    return patch, easy.apply(easy.apply(model))
-
-
-def test_host_still_moves_what_we_replace(moving) -> None:
-    patch, patched = moving
-    patched.model_patches_to(torch.float16)
-    assert patch.moved == [torch.float16]
-
-
-class CopiedWhenMoved:
-    """A replacement that acts only where the host has moved it, and is another object then."""
-
-    def __init__(self, moved: bool = False) -> None:
-        self.moved = moved
+    def __init__(self, *models: str, moved: bool = False) -> None:
+        self.loaded, self.moved, self.cleanups = list(models), moved, 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         return q / 2 if self.moved else q
 
-    def to(self, place: torch.device | torch.dtype) -> CopiedWhenMoved:
-        return CopiedWhenMoved(moved=True)
+    def to(self, target: torch.device | torch.dtype) -> MovingPatch:
+        return MovingPatch(*self.loaded, moved=True)
+
+    def models(self) -> list[str]:
+        return self.loaded
+
+    def cleanup(self) -> None:
+        self.cleanups += 1
 
 
-def test_patch_that_is_copied_when_moved_acts(easy, model) -> None:
-    halved = predict(easy.apply(replace_everywhere(model, easy, halved_query)))
-    assert torch.equal(predict(easy.apply(replace_everywhere(model, easy, CopiedWhenMoved()))), halved)
-
-
-def test_term_added_after_ours_survives_the_move_of_what_we_replace(easy, model) -> None:
-    halved = add_as_other_packs_do(
-        easy.apply(replace_everywhere(model, easy, halved_query)), foreign_term, **ANYWHERE
+@pytest.mark.parametrize("added", [lambda model: model, with_term], ids=["alone", "with a term after"])
+def test_host_moves_what_we_replace(easy, model, added: Callable) -> None:
+    patches = halved_query, MovingPatch()
+    assert_equal_predictions(
+        *(added(easy.apply(replace_everywhere(model, easy, patch))) for patch in patches)
     )
-    copied = add_as_other_packs_do(
-        easy.apply(replace_everywhere(model, easy, CopiedWhenMoved())), foreign_term, **ANYWHERE
-    )
-    assert torch.equal(predict(copied), predict(halved))
 
 
-def test_host_still_loads_the_models_of_what_we_replace(moving) -> None:
-    assert moving[1].model_patches_models() == ["its model"]
-
-
-def test_host_still_cleans_up_what_we_replace(moving) -> None:
-    patch, patched = moving
+def test_host_loads_and_cleans_up_what_we_replace(easy, model) -> None:
+    patch = MovingPatch("its model")
+    model.set_model_attn2_replace(patch, *easy.easyref.model.checkpoint.sites[0])
+    patched = easy.apply(easy.apply(model))
+    assert patched.model_patches_models() == ["its model"]
     patched.cleanup()
-    assert patch.cleaned == 1
+    assert patch.cleanups == 1
 
 
-def foreign_term(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any], **_: Any
-) -> Tensor:
-    """What another pack adds: nothing of ours, and different at each site."""
-    return q * (0.1 + 0.05 * extra_options["block"][1])
-
-
-def text_and_foreign_term(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-    out = text_attention(q, k, v, extra_options)
-    return out + foreign_term(out, q, k, v, extra_options)
-
-
-@in_float64
-def test_term_added_after_ours_acts(easy, model) -> None:
-    wanted = predict(by_hand(easy, 1.0, foreign=text_and_foreign_term)(easy.apply(model, weight=0.0)))
-    both = add_as_other_packs_do(easy.apply(model), foreign_term, **ANYWHERE)
-    assert golden.error(predict(both), wanted) <= 1e-6
-
-
-def test_term_added_after_ours_is_given_what_the_other_pack_asked_for(easy, model) -> None:
-    given = []
+def test_added_term_receives_the_options_of_its_pack(easy, model) -> None:
+    calls = []
 
     def callback(out, q, k, v, extra_options, **options):
-        given.append((out.shape == q.shape, extra_options["block"][0], options))
+        calls.append((out.shape == q.shape, extra_options["block"][0], options))
         return torch.zeros_like(out)
 
-    options = {**ANYWHERE, "module_key": "3", "weight": 0.5}
-    predict(add_as_other_packs_do(easy.apply(model), callback, **options))
-    assert [block for _, block, _ in given] == ["input"] * 6 + ["middle"] * 2 + ["output"] * 9
-    assert all(same_shape and asked == options for same_shape, _, asked in given)
-
-
-@in_float64
-def test_term_added_to_a_chain_acts_once(easy, model) -> None:
-    wanted = predict(add_as_other_packs_do(easy.apply(model, 0.8), foreign_term, **ANYWHERE))
-    chain = easy.apply(easy.apply(model, 0.3), 0.5)
-    assert golden.error(predict(add_as_other_packs_do(chain, foreign_term, **ANYWHERE)), wanted) <= 1e-6
-
-
-@in_float64
-def test_term_added_between_two_of_ours_acts_once(easy, model) -> None:
-    wanted = predict(add_as_other_packs_do(easy.apply(model, 0.8), foreign_term, **ANYWHERE))
-    between = easy.apply(add_as_other_packs_do(easy.apply(model, 0.3), foreign_term, **ANYWHERE), 0.5)
-    assert golden.error(predict(between), wanted) <= 1e-6
+    added = {"sigma_start": 1e9, "sigma_end": 0.0, "module_key": "3", "weight": 0.5}
+    predict(with_term(easy.apply(model), callback, **added))
+    assert [block for _, block, _ in calls] == ["input"] * 6 + ["middle"] * 2 + ["output"] * 9
+    assert all(same_shape and options == added for same_shape, _, options in calls)
 
 
 @pytest.mark.parametrize(
     ("sigma", "acts"), [(3.0, False), (2.0, True), (1.5, True), (1.0, True), (0.5, False)]
 )
-def test_term_added_after_ours_keeps_its_window(easy, model, sigma: float, acts: bool) -> None:
+def test_added_term_keeps_its_window(easy, model, sigma: float, acts: bool) -> None:
     ours = easy.apply(model)
-    both = add_as_other_packs_do(ours, foreign_term, sigma_start=2.0, sigma_end=1.0)
+    both = with_term(ours, sigma_start=2.0, sigma_end=1.0)
     assert torch.equal(predict(both, sigma), predict(ours, sigma)) != acts
 
 
-def test_term_added_to_a_clone_leaves_upstream_alone(easy, model) -> None:
+def test_term_added_to_a_clone_stays_in_its_clones(easy, model) -> None:
     upstream = easy.apply(model)
     before, prediction = state(upstream), predict(upstream)
-    first, second, third = (
-        predict(add_as_other_packs_do(upstream, foreign_term, **ANYWHERE)) for _ in range(3)
-    )
-    assert torch.equal(first, second)
-    assert torch.equal(first, third)
+    added = [with_term(upstream) for _ in range(3)]
+    assert_equal_predictions(*added, added[0].clone())
     assert state(upstream) == before
     assert torch.equal(predict(upstream), prediction)
 
 
-def test_term_added_to_a_clone_stays_in_its_clones(easy, model) -> None:
-    both = add_as_other_packs_do(easy.apply(model), foreign_term, **ANYWHERE)
-    assert torch.equal(predict(both.clone()), predict(both))
-
-
-def scale_text(
-    n: Tensor, context: Tensor, value: Tensor, extra_options: dict[str, Any]
-) -> tuple[Tensor, ...]:
-    return n, context * 0.5, value * 0.5
-
-
-@in_float64
-@pytest.mark.parametrize("first", ["theirs", "ours"])
-def test_patch_of_the_attention_inputs_acts(easy, model, first: str) -> None:
-    def halved_text(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        return text_attention(q, k / 2, v / 2, extra_options)
-
-    wanted = predict(by_hand(easy, 1.0, foreign=halved_text)(easy.apply(model, weight=0.0)))
-    patched = model.clone() if first == "theirs" else easy.apply(model)
-    patched.set_model_attn2_patch(scale_text)
-    patched = easy.apply(patched) if first == "theirs" else patched
-    assert golden.error(predict(patched), wanted) <= 1e-6
-
-
 @in_float64
 def test_patch_of_the_attention_output_acts(easy, model) -> None:
-    def doubled(n: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        return n * 2
-
-    wanted = by_hand(easy, 1.0)(easy.apply(model, weight=0.0))
-    patched = easy.apply(model)
-    for each in (wanted, patched):
-        each.set_model_attn2_output_patch(doubled)
-    assert golden.error(predict(patched), predict(wanted)) <= 1e-6
+    expected, patched = by_hand(easy, model), easy.apply(model)
+    for each in (expected, patched):
+        each.set_model_attn2_output_patch(lambda n, extra_options: n * 2)
+    assert golden.error(predict(patched), predict(expected)) <= 1e-6
     assert golden.error(predict(patched), predict(easy.apply(model))) > 1e-3
 
 
 def test_two_of_our_models_with_different_lora_are_both_right_in_turn(easy, model) -> None:
-    """The clones share one UNet, whose weights the host patches anew for each."""
+    """The clones share one UNet, whose weights the host patches for each in turn."""
     weak, strong = easy.apply(model, lora=0.2), easy.apply(model, lora=1.0)
     first = predict(weak), predict(strong)
     assert torch.equal(predict(weak), first[0])
@@ -578,39 +401,26 @@ def test_two_of_our_models_with_different_lora_are_both_right_in_turn(easy, mode
 # The window
 
 
-@pytest.fixture
-def windowed(easy, model) -> tuple[ModelPatcher, ModelPatcher, ModelPatcher]:
-    """A model in which the references act from 30 % to 70 %, one in which they always act, and one with LoRA only."""
-    return easy.apply(model, start=0.3, end=0.7), easy.apply(model), easy.apply(model, weight=0.0)
+@pytest.mark.parametrize(
+    ("percent", "acts"),
+    [*((percent, True) for percent in (0.3, 0.5, 0.7)), *((p, False) for p in (0.0, 0.29, 0.71, 1.0))],
+)
+def test_references_act_inside_the_window_only(easy, model, percent: float, acts: bool) -> None:
+    sigma = sigma_at(model, percent)
+    found = predict(easy.apply(model, start=0.3, end=0.7), sigma)
+    assert torch.equal(found, predict(easy.apply(model), sigma)) == acts
+    assert torch.equal(found, predict(easy.apply(model, weight=0.0), sigma)) != acts
 
 
-@pytest.mark.parametrize("percent", [0.3, 0.5, 0.7])
-def test_inside_the_window_references_act(windowed, percent: float) -> None:
-    some, always, _ = windowed
-    sigma = sigma_at(some, percent)
-    assert torch.equal(predict(some, sigma), predict(always, sigma))
-
-
-@pytest.mark.parametrize("percent", [0.0, 0.29, 0.71, 1.0])
-def test_outside_the_window_only_the_lora_is_left(windowed, percent: float) -> None:
-    some, always, lora_only = windowed
-    sigma = sigma_at(some, percent)
-    assert torch.equal(predict(some, sigma), predict(lora_only, sigma))
-    assert not torch.equal(predict(some, sigma), predict(always, sigma))
-
-
-def test_window_from_0_acts_at_the_first_step_of_any_schedule(easy, model) -> None:
-    some, always = easy.apply(model, end=0.5), easy.apply(model)
-    assert torch.equal(predict(some, HUGE * 10), predict(always, HUGE * 10))
-
-
-def test_window_to_1_acts_at_the_last_step_of_any_schedule(easy, model) -> None:
-    some, always = easy.apply(model, start=0.5), easy.apply(model)
-    assert torch.equal(predict(some, 0.0), predict(always, 0.0))
+@pytest.mark.parametrize(("window", "sigma"), [({"end": 0.5}, 1e10), ({"start": 0.5}, 0.0)])
+def test_window_from_0_or_to_1_reaches_the_end_of_any_schedule(
+    easy, model, window: dict, sigma: float
+) -> None:
+    assert torch.equal(predict(easy.apply(model, **window), sigma), predict(easy.apply(model), sigma))
 
 
 def test_empty_window_is_weight_0(easy, model) -> None:
-    assert torch.equal(predict(easy.apply(model, start=0.6, end=0.4)), predict(easy.apply(model, weight=0.0)))
+    assert_equal_predictions(easy.apply(model, start=0.6, end=0.4), easy.apply(model, weight=0.0))
 
 
 @in_float64
@@ -625,16 +435,15 @@ def test_each_node_of_a_chain_has_its_window(easy, model) -> None:
 # Work and memory
 
 
-def watched_sampling(easy: Easy, model: ModelPatcher, steps: int = 3) -> list:
-    """A sampling with CFG, and the reference terms it computed."""
-    guider = cfg_guider(model, random_conditioning(1, 77), random_conditioning(2, 77))
+def attended(easy: Easy, model: ModelPatcher, steps: int = 3) -> list[Attended]:
+    """The reference terms of a sampling with CFG."""
     with watch_attention(easy.pack, model) as calls:
-        sample(guider, steps)
+        sample_cfg(model, steps=steps)
     return calls
 
 
-def places(calls: list) -> Iterator[tuple[str, Tensor]]:
-    return ((call.site, tensor) for call in calls for tensor in call.key_value)
+def tensors_of(calls: list[Attended]) -> Iterator[Tensor]:
+    return (tensor for call in calls for tensor in call.key_value)
 
 
 def test_key_values_are_computed_once_for_all_nodes_and_samplings(pack, model) -> None:
@@ -642,81 +451,80 @@ def test_key_values_are_computed_once_for_all_nodes_and_samplings(pack, model) -
     computed = []
     easy.easyref.model.kv.register_forward_hook(lambda *_: computed.append(1))
     for _ in range(2):
-        sample(
-            cfg_guider(
-                easy.apply(easy.apply(model, 0.5)), random_conditioning(1, 77), random_conditioning(2, 77)
-            )
-        )
+        sample_cfg(easy.apply(easy.apply(model, 0.5)))
     assert computed == [1, 1]  # a row of each side
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_key_values_are_placed_once_a_sampling(easy, dtype: torch.dtype) -> None:
-    calls = watched_sampling(easy, easy.apply(load_tiny_sdxl(dtype)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_key_values_are_moved_once_a_sampling_in_the_dtype_of_the_unet(easy, dtype: torch.dtype) -> None:
+    calls = attended(easy, easy.apply(load_tiny_sdxl(dtype)))
     assert len(calls) == 3 * SITES
-    assert len({id(tensor) for _, tensor in places(calls)}) == 2 * SITES
+    assert len({id(tensor) for tensor in tensors_of(calls)}) == 2 * SITES
+    assert {tensor.dtype for tensor in tensors_of(calls)} == {dtype}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_key_values_are_placed_in_the_arithmetic_of_the_unet(easy, dtype: torch.dtype) -> None:
-    calls = watched_sampling(easy, easy.apply(load_tiny_sdxl(dtype)), steps=1)
-    assert {tensor.dtype for _, tensor in places(calls)} == {dtype}
-
-
-def test_sampling_ends_with_placed_key_values_released(easy) -> None:
-    patched = easy.apply(load_tiny_sdxl(torch.bfloat16))  # of float32 the held tensors themselves are used
-    placed = [weakref.ref(tensor) for _, tensor in places(watched_sampling(easy, patched))]
+def test_sampling_ends_with_moved_key_values_released(easy) -> None:
+    patched = easy.apply(load_tiny_sdxl(torch.bfloat16))  # in float32 the table itself is used
+    moved = [weakref.ref(tensor) for tensor in tensors_of(attended(easy, patched))]
     gc.collect()
-    assert {reference() for reference in placed} == {None}
+    assert {reference() for reference in moved} == {None}
 
 
-def test_sampling_that_fails_releases_placed_key_values(easy) -> None:
-    placed = []
+def test_sampling_that_fails_releases_moved_key_values(easy) -> None:
+    moved = []
 
     def broken(out, q, k, v, extra_options, **_):
-        placed.extend(
+        moved.extend(
             weakref.ref(tensor)
             for active in extra_options["easyref_step"].active.values()
             for tensor in active.key_values[0]
         )
         raise RuntimeError("stopped")
 
-    patched = add_as_other_packs_do(easy.apply(load_tiny_sdxl(torch.bfloat16)), broken, **ANYWHERE)
+    patched = with_term(easy.apply(load_tiny_sdxl(torch.bfloat16)), broken)
     with pytest.raises(RuntimeError, match="stopped"):
-        watched_sampling(easy, patched)
+        attended(easy, patched)
     gc.collect()
-    assert placed
-    assert {reference() for reference in placed} == {None}
+    assert moved
+    assert {reference() for reference in moved} == {None}
 
 
 def test_sampling_again_after_release_is_the_same(easy, model) -> None:
-    guider = cfg_guider(easy.apply(model), random_conditioning(1, 77), random_conditioning(2, 77))
-    assert torch.equal(sample(guider), sample(guider))
+    patched = easy.apply(model)
+    assert torch.equal(sample_cfg(patched), sample_cfg(patched))
 
 
-class CountReads(TorchDispatchMode):
-    """Counts how often a number is read back from a tensor: on a GPU each such read waits for all work before it."""
-
-    READS = {getattr(torch.ops.aten, name).default for name in ("item", "is_nonzero", "_local_scalar_dense")}
+class CountOperations(TorchDispatchMode):
+    """Counts of the operations that run within."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.counts: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in self.READS
+        self.counts[function] += 1
         return function(*args, **(kwargs or {}))
 
 
+def operations(model: ModelPatcher) -> Counter[Any]:
+    """Counts of the operations of a UNet call, after the first one, which merges the LoRA."""
+    predict(model)
+    with CountOperations() as counted:
+        predict(model)
+    return counted.counts
+
+
 def test_one_number_a_step_is_read_from_the_device(easy, model) -> None:
-    predictions = [model, easy.apply(easy.apply(model, 0.5, start=0.1, end=0.9), 0.5)]
-    counts = []
-    for each in predictions:
-        predict(each)
-        with CountReads() as reads:
-            predict(each)
-        counts.append(reads.count)
+    """On a GPU each such read waits for all work before it."""
+    reads = [getattr(torch.ops.aten, name).default for name in ("item", "is_nonzero", "_local_scalar_dense")]
+    models = model, easy.apply(easy.apply(model, 0.5, start=0.1, end=0.9), 0.5)
+    counts = [sum(operations(each)[read] for read in reads) for each in models]
     assert counts[1] - counts[0] == 1
+
+
+def test_nothing_of_the_lora_runs_while_sampling(easy, model) -> None:
+    """It is merged into the weights."""
+    assert operations(easy.apply(model, weight=0.0)) == operations(model)
 
 
 # All 70
@@ -724,7 +532,7 @@ def test_one_number_a_step_is_read_from_the_device(easy, model) -> None:
 
 @pytest.fixture(scope="module")
 def full_depth(pack, easy, tmp_path_factory) -> tuple[Easy, dict[str, Tensor]]:
-    """An EasyRef for SDXL's depths (narrow), saved and loaded, and its projections by the names in its file."""
+    """An EasyRef for SDXL's depths (narrow), saved and loaded, and its file's projections by name."""
     released = json.loads((golden.GOLDEN / "released_layout.json").read_text())["keys"]
     model, random = easy.easyref.model, torch.Generator().manual_seed(0)
     sites = golden.part(pack, "easyref_core.unet.layout").sdxl_sites()
@@ -747,7 +555,7 @@ def full_depth(pack, easy, tmp_path_factory) -> tuple[Easy, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def deep_sdxl() -> ModelPatcher:
-    """SDXL's depths and proportions, so much narrower."""
+    """SDXL's depths and proportions, NARROWER times narrower."""
     return random_sdxl(
         seed=0,
         channel_mult=[1, 2, 4],
@@ -793,22 +601,20 @@ def test_adapters_are_numbered_down_up_middle(full_depth) -> None:
     assert blocks == ["input"] * 24 + ["output"] * 36 + ["middle"] * 10
 
 
-# The host's own hands
+# The host's calls
 
 
-@pytest.mark.parametrize("place", [torch.float16, torch.device("cpu")])
-def test_moving_a_patch_returns_it(easy, model, place: torch.dtype | torch.device) -> None:
+@pytest.mark.parametrize("target", [torch.float16, torch.device("cpu")])
+def test_moving_a_patch_returns_it(easy, model, target: torch.dtype | torch.device) -> None:
     patched = easy.apply(model)
     before = dict(patched.model_options["transformer_options"]["patches_replace"]["attn2"])
-    patched.model_patches_to(place)
+    patched.model_patches_to(target)
     assert patched.model_options["transformer_options"]["patches_replace"]["attn2"] == before
 
 
 def test_compiled_unet_is_recognised(easy, model) -> None:
-    """torch.compile, as nodes apply it, puts a module around the UNet under whose name all others then are."""
-    compiled = torch.nn.Module()
-    compiled._orig_mod = model.model.diffusion_model
-    model.add_object_patch("diffusion_model", compiled)
+    """torch.compile, as nodes apply it, wraps the UNet in a module with other names."""
+    model.add_object_patch("diffusion_model", torch.compile(model.model.diffusion_model))
     assert easy.apply(model).get_attachment("easyref").injections
 
 

@@ -54,21 +54,21 @@ def injection_of(pack: ModuleType, frames: int) -> Any:
     else:
         rows = key_values.KeyValueProjector(tokens, 1, row_numel, project)
     strength = injection.Strength(1.0, (0.0, 1.0), (1.0,) * len(widths))
-    return injection.Injection(rows, strength, [layers.OWN] * len(widths))
+    return injection.Injection(rows, strength, (layers.OWN,) * len(widths))
 
 
 def measure(pack: ModuleType, frames: int, window: int) -> tuple[list[int], float]:
     """Bytes in the order of HEAD, and the seconds that a window takes."""
-    injection = import_module(f"{pack.__name__}.nodes.unet_patch.injection")
+    step = import_module(f"{pack.__name__}.nodes.unet_patch.step")
     layout = import_module(f"{pack.__name__}.nodes.unet_patch.batch_layout")
     crop = import_module(f"{pack.__name__}.easyref_core.unet.masks").full_crop(128, 128)
     limit = import_module(f"{pack.__name__}.nodes.host.key_values").MAX_TABLE_BYTES
     applied, count = injection_of(pack, frames), min(window, frames)
     first = (frames - window) // 2
     rows = tuple(layout.Row(side, i, first + i, crop) for side in (True, False) for i in range(count))
-    place = injection.Place(Sampling(), torch.device("cpu"), torch.float16)
+    call = step.UNetCall(Sampling(), torch.device("cpu"), torch.float16)
     active: list[Any] = []
-    took = seconds(lambda: active.append(applied.at(0.5, rows, place)))
+    took = seconds(lambda: active.append(applied.at(0.5, rows, call)))
     placed = {id(tensor): tensor.nbytes for pair in active[0].key_values for tensor in pair}
     held = (1 + frames) * applied.key_values.row_numel * 4
     on_device = sum(placed.values()) + applied.key_values.resident_rows * applied.key_values.row_numel * 2
