@@ -1,4 +1,4 @@
-"""What pyproject.toml says."""
+"""The contents of pyproject.toml."""
 
 from __future__ import annotations
 

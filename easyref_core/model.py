@@ -269,7 +269,7 @@ def load(
     """Load an EasyRef checkpoint.
 
     checkpoint: .safetensors, or DeepSpeed's .pt. mllm: folder with config.json and tokenizer, and with the
-    base weights if the checkpoint has none. tokenizer: folder of the tokenizer, if there is no mllm folder.
+    base weights if the checkpoint has none. tokenizer: folder of the tokenizer, without an mllm folder.
     causal: the final layer's attention; None follows the checkpoint's metadata, causal by default.
     memory: sizes of caches and chunks. Raises FileNotFoundError and ValueError, see open_checkpoint.
     """

@@ -1,4 +1,4 @@
-"""What every test needs before it imports anything."""
+"""Setup before any test is imported: paths, and torchvision on a CPU-only torch."""
 
 import sys
 from importlib.util import find_spec

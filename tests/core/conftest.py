@@ -19,7 +19,7 @@ torch.set_num_threads(1)  # in models this small, threads only wait for each oth
 
 @pytest.fixture(scope="session")
 def expected() -> golden.Tensors:
-    """What the authors' code computed."""
+    """The tensors that the authors' code computed."""
     return load_file(golden.GOLDEN / "expected.safetensors")
 
 

@@ -22,10 +22,11 @@ NODES = "host unet_patch group tokens load encode aggregate apply inspect demo".
 
 MAX_ENTRIES, MAX_POSITIONAL, MAX_LINES = 12, 5, 60
 REPLACED = set(
-    "Kept GroupReader Work in_pieces whole_files Unfilled scaled require_own brief HELD_BACK Moment to_the_others "
-    "odd_one STANDS_OUT FEWEST captioned stacked overlaid fitted HEAT Sides Handout View Rows Acting IDLE era "
-    "announce_step name_conditionings Emptying keep_to_schema text_rotation kept_on put_back VISION_PIECE MASKED "
-    "SMALLEST_PIECE PIXELS FEATURES PREFIXES unread unseen".split()
+    "Kept GroupReader Work in_pieces whole_files Unfilled scaled require_own brief HELD_BACK Moment "
+    "to_the_others odd_one STANDS_OUT FEWEST captioned stacked overlaid fitted HEAT Sides Handout View Rows "
+    "Acting IDLE era announce_step name_conditionings Emptying keep_to_schema text_rotation kept_on put_back "
+    "VISION_PIECE MASKED "
+    "SMALLEST_PIECE PIXELS PREFIXES unread unseen".split()
 )
 
 
@@ -108,7 +109,7 @@ def test_tests_use_no_private_attributes() -> None:
         for file in TESTS
         for node in ast.walk(TREES[file])
         if isinstance(node, ast.Attribute)
-        and re.match(r"_[a-z]", node.attr)
+        and re.match(r"_(?!replace|asdict|fields)[a-z]", node.attr)  # NamedTuple's are public
         and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
         and ast.unparse(node.value) != "super()"
     ]
@@ -144,7 +145,7 @@ def test_texts_say_is_not() -> None:
         for path in paths
         if path != Path(__file__).resolve()
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if re.search(r"\b(is|are) no (?!longer\b|more\b)", line)
+        if re.search(r"(?<![Tt]here )\b(is|are) no (?!longer\b|more\b)", line)
     ]
     assert found == []
 

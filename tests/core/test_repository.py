@@ -1,4 +1,4 @@
-"""What the repository says of itself is true: the README's map, the registry's metadata, the workflow's file."""
+"""The repository's documents and metadata agree with its files: links, pictures, node list, workflows."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_seeds_of_a_workflow_are_fixed(name: str) -> None:
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflow_offers_its_downloads(name: str) -> None:
-    """The frontend downloads what a node's `models` property names, from huggingface.co, into a folder it knows."""
+    """The frontend downloads the `models` property of a node from huggingface.co into a known folder."""
     workflow = ROOT / "workflows" / f"{name}.json"
     nodes = json.loads(workflow.read_text(encoding="utf-8"))["nodes"]
     offered = {

@@ -30,7 +30,7 @@ def sdxl() -> ModelPatcher:
 
 @pytest.fixture(scope="module")
 def released(pack) -> SimpleNamespace:
-    """What unet_patch asks of a loaded EasyRef, at the released sizes."""
+    """The part of a hosted EasyRef that the UNet patch uses, at the released sizes."""
     formats = golden.part(pack, "easyref_core.checkpoint.formats")
     shapes = RELEASED["keys"]
     named = formats.translate(shapes, formats.EASYREF_NAMES)

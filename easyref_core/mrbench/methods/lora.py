@@ -35,7 +35,7 @@ class LoRAMethod(Method):
     """A LoRA for each group.
 
     captions: texts of the references in training. "references" are the manifest's captions, "prompt" is the
-    group's prompt, and "none" is no text, which leaves the meaning of the prompt's words unchanged.
+    group's prompt, and "none" is an empty text, which leaves the meaning of the prompt's words unchanged.
     size: pixels of the references in training.
     """
 
