@@ -130,9 +130,27 @@ def test_truncated_image_file(model: er.EasyRef) -> None:
     assert_refused(lambda: model.encode([cut]), *parts)
 
 
-@pytest.mark.parametrize("images", [3, None, True, "0.png", b"", {"a": 1}, (image for image in ())])
-def test_group_that_is_not_a_list(model: er.EasyRef, images: object) -> None:
-    assert_refused(lambda: model.encode(images), "images is a ", "wanted a list", kind=TypeError)
+NOT_A_LIST = "images is a … wanted a list of PIL images"
+NO_IMAGE = "reference 1 is a … wanted a PIL image"
+NOT_GROUPS = [
+    *((thing, NOT_A_LIST) for thing in (3, None, True, "0.png", b"", {"a": 1}, (image for image in ()))),
+    (Image.new("RGB", (20, 20)), "images is one image; wanted a list of them"),
+    ([np.zeros((28, 28, 3))], NO_IMAGE),
+    (np.zeros((3, 28, 28, 3), np.float32), NO_IMAGE),
+]
+
+
+@pytest.mark.parametrize(("images", "text"), NOT_GROUPS)
+def test_group_that_is_not_a_list_of_images(model: er.EasyRef, images: object, text: str) -> None:
+    assert_refused(lambda: model.encode(images), text, kind=TypeError)
+
+
+def test_batch_is_a_group_of_its_images(model: er.EasyRef) -> None:
+    batch = torch.rand(3, 20, 20, 3)
+    for group in (batch, tuple(batch)):
+        assert model.encode(group, size=golden.SIZE).provenance.references == 3
+    assert_refused(lambda: model.encode(batch[:0]), "The group holds no reference")
+    assert_refused(lambda: model.encode(batch[0]), "reference 1 has shape (20, 3)", FORM)
 
 
 # Length
