@@ -20,7 +20,7 @@ def error_of(call: Callable[[], object], kind: type[Exception] = ValueError) -> 
 
 
 def assert_says(text: str, *parts: str) -> None:
-    """Assert that a text holds all parts, in this order. " … " in a part stands for any text."""
+    """Assert that a text holds all parts, in this order. " … " in a part matches any text."""
     at = 0
     for part in " … ".join(parts).split(" … "):
         at = text.find(part, at)

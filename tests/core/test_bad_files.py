@@ -81,17 +81,15 @@ def test_truncated_safetensors(tmp_path: Path, size: int) -> None:
     assert_refused(lambda: open_checkpoint(path), incomplete, f"{size:,} bytes on disk", "download it again")
 
 
-@pytest.fixture(params=[True, False], ids=["zip", "old"])
-def zipped(request: pytest.FixtureRequest) -> bool:
-    """PyTorch's two file formats."""
-    return request.param
-
-
 def pickled(content: object, zipped: bool = True) -> bytes:
     torch.save(content, data := io.BytesIO(), _use_new_zipfile_serialization=zipped)
     return data.getvalue()
 
 
+ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])  # PyTorch's file formats
+
+
+@ZIPPED
 @pytest.mark.parametrize("end", [4, 16, 18, 100, 400_000, -10])
 def test_truncated_pt_file(tmp_path: Path, zipped: bool, end: int) -> None:
     path = tmp_path / "cut.pt"
@@ -151,6 +149,7 @@ PAYLOADS = [
 ]
 
 
+@ZIPPED
 @pytest.mark.parametrize(("function", "arguments"), [(function, rest) for function, *rest in PAYLOADS])
 def test_pickle_with_code_is_refused_and_not_run(
     tmp_path: Path, zipped: bool, function: Callable, arguments: list
@@ -434,8 +433,10 @@ def test_quantized_mllm_of_another_size(tmp_path: Path, stage_1: Path) -> None:
 
 
 @pytest.mark.parametrize("none", [None, {}])
-def test_config_that_names_no_quantization(tmp_path: Path, stage_1: Path, none: object) -> None:
-    assert open_checkpoint(stage_1, folder_with(tmp_path / "mllm", quantization_config=none)).sources
+def test_folder_that_is_not_quantized(tmp_path: Path, stage_1: Path, none: object) -> None:
+    folder = folder_with(tmp_path / "mllm", quantization_config=none)
+    (folder / "Qwen2-VL-2B-Q4_K_M.gguf").touch()  # ignored beside other weights
+    assert open_checkpoint(stage_1, folder).sources
 
 
 QUANTIZED = """
@@ -459,11 +460,6 @@ def test_folder_of_gguf_files_alone(stage_1: Path, folder: Path, with_config: bo
         (folder / "config.json").unlink()
     found = "quantized (a GGUF file, Qwen2-VL-2B-Q4_K_M.gguf)"
     assert_refused(lambda: open_checkpoint(stage_1, folder), folder, found, *UNQUANTIZED)
-
-
-def test_gguf_file_beside_the_weights_is_ignored(stage_1: Path, folder: Path) -> None:
-    (folder / "Qwen2-VL-2B-Q4_K_M.gguf").touch()
-    assert open_checkpoint(stage_1, folder).sources
 
 
 def test_quantized_folder_of_which_only_the_config_is_read(tmp_path: Path) -> None:

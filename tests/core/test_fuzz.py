@@ -31,15 +31,7 @@ from devkit import golden
 from devkit.bad_input import strategies
 from devkit.bad_input.campaign import Campaign
 from devkit.bad_input.judge import error_fault
-from devkit.bad_input.strategies import (
-    Case,
-    Draw,
-    broken_bytes,
-    broken_json,
-    broken_safetensors,
-    odd_values,
-    pick,
-)
+from devkit.bad_input.strategies import Case, Draw, broken_bytes, odd_values, pick
 from easyref_core.mllm.instructions import INSTRUCTION
 from tools import fuzz
 
@@ -66,6 +58,10 @@ class CheckpointFile(NamedTuple):
     size: int = 56
 
 
+def in_one_order(path: Path) -> bytes:
+    return strategies.join_safetensors(*strategies.split_safetensors(path.read_bytes()))
+
+
 @functools.cache
 def checkpoint_files() -> dict[str, CheckpointFile]:
     """The golden checkpoint in every format that can be read, and the shipped tiny model."""
@@ -74,9 +70,7 @@ def checkpoint_files() -> dict[str, CheckpointFile]:
     torch.save({"module": tensors}, old, _use_new_zipfile_serialization=False)
     with tempfile.TemporaryDirectory() as folder:
         er.load(golden.CHECKPOINT, golden.MLLM).save(Path(folder) / "own.safetensors")
-        own = strategies.join_safetensors(
-            *strategies.split_safetensors((Path(folder) / "own.safetensors").read_bytes())
-        )
+        own = in_one_order(Path(folder) / "own.safetensors")
         zipped = golden.write_deepspeed(Path(folder) / "zip.pt", tensors).read_bytes()
     tiny = (TINY / "tiny_easyref.safetensors").read_bytes()
     return {
@@ -131,7 +125,11 @@ def broken_checkpoints(draw: Draw) -> Case:
     name = pick(draw, ["released", "own", "own", "tiny", "zip", "old", "pickle", "archive"])
     file = checkpoint_files().get(name, checkpoint_files()["zip"])
     by_name = {"zip": broken_bytes, "old": broken_bytes, "archive": broken_archives}
-    strategy = pickled_contents() if name == "pickle" else by_name.get(name, broken_safetensors)(file.data)
+    strategy = (
+        pickled_contents()
+        if name == "pickle"
+        else by_name.get(name, strategies.broken_safetensors)(file.data)
+    )
     case, suffix = draw(strategy), pick(draw, ["safetensors", "sft", "pt", "bin"])
     return Case(f"{name}.{suffix}, {case.about}", (f"c.{suffix}", file._replace(data=case.content)))
 
@@ -151,9 +149,9 @@ def test_checkpoint(tmp_path: Path) -> None:
 # MLLM folders
 
 INDEX, SHARD, WEIGHTS = "model.safetensors.index.json", "model-1.safetensors", "model.safetensors"
-TOKENIZER = (
-    "tokenizer.json tokenizer_config.json vocab.json added_tokens.json special_tokens_map.json".split()
-)
+TOKENIZER = [
+    f"{name}.json" for name in "tokenizer tokenizer_config vocab added_tokens special_tokens_map".split()
+]
 
 
 def golden_json(name: str) -> Any:
@@ -165,13 +163,13 @@ def broken_weights(draw: Draw) -> Case:
     """{name: bytes} of weights or an index of weights."""
     weights = (golden.MLLM / WEIGHTS).read_bytes()
     if draw(st.booleans()):
-        case = draw(broken_safetensors(weights))
+        case = draw(strategies.broken_safetensors(weights))
         return Case(f"{WEIGHTS}: {case.about}", {WEIGHTS: case.content})
     index = {
         "metadata": {"total_size": 1},
         "weight_map": dict.fromkeys(list(load_file(golden.MLLM / WEIGHTS))[:5], SHARD),
     }
-    case = draw(broken_json(index))
+    case = draw(strategies.broken_json(index))
     return Case(f"{INDEX}: {case.about}", {WEIGHTS: None, SHARD: weights, INDEX: case.content})
 
 
@@ -181,7 +179,7 @@ def broken_settings(draw: Draw) -> Case:
     way = pick(draw, ["config", "config", "config", "tokenizer", "tokenizer", "missing", "merges"])
     if way in ("config", "tokenizer"):
         name = "config.json" if way == "config" else pick(draw, TOKENIZER)
-        case = draw(broken_json(golden_json(name)))
+        case = draw(strategies.broken_json(golden_json(name)))
         return Case(f"{name}: {case.about}", {name: case.content})
     if way == "missing":
         names = draw(st.sets(st.sampled_from(TOKENIZER), min_size=1))
@@ -222,24 +220,25 @@ def token_files() -> list[bytes]:
     combined = er.combine([tokens, er.combine([tokens, tokens], "add")], "average")
     uncond, data = model.unconditional(size=56), []
     with tempfile.TemporaryDirectory() as folder:
-        for conditional, images in (
-            (tokens, golden.references()),
-            (combined, ()),
-            (er.batch([tokens, tokens]), ()),
-        ):
+        pairs = (tokens, golden.references()), (combined, ()), (er.batch([tokens, tokens]), ())
+        for conditional, images in pairs:
             er.save_tokens(path := Path(folder) / "tokens.safetensors", conditional, uncond, images)
-            data.append(strategies.join_safetensors(*strategies.split_safetensors(path.read_bytes())))
+            data.append(in_one_order(path))
     return data
 
 
 @st.composite
 def broken_token_files(draw: Draw) -> Case:
     data = pick(draw, token_files())
-    return draw(broken_safetensors(data) | broken_safetensors(data) | strategies.broken_metadata(data))
+    return draw(
+        strategies.broken_safetensors(data)
+        | strategies.broken_safetensors(data)
+        | strategies.broken_metadata(data)
+    )
 
 
 def use_tokens(path: Path) -> object:
-    """Load both sides with their provenance, combine them, save them and load them again."""
+    """Load both sets with their provenance, combine them, save them and load them again."""
     loaded = er.load_tokens(path)
     both = [loaded.conditional, loaded.unconditional]
     er.combine(both, "concat")
@@ -303,8 +302,6 @@ def odd_tensors(draw: Draw) -> Case:
         "every second": lambda: tensor[::2, ::2],
         "expanded": lambda: torch.rand(1, 1, 3).expand(200, 300, 3),
         "with gradient": lambda: tensor.clone().requires_grad_(),
-        "meta": lambda: tensor.to("meta"),
-        "sparse": lambda: tensor.to_sparse(),
         "subclass": lambda: torch.nn.Parameter(tensor, requires_grad=False),
     }
     way = pick(draw, ["dense", "dense", *ways])

@@ -1,4 +1,4 @@
-"""Resizing, thumbnails, square crops, and the black and noise images of the unconditional side."""
+"""Resizing, thumbnails, square crops, and the black and noise images of the unconditional input."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_empty_mask_is_refused() -> None:
     assert_says(text, "The mask marks nothing", "Paint it")
 
 
-# The unconditional side
+# The unconditional input
 
 
 def test_noise_of_strength_0_is_the_black_image(model: er.EasyRef) -> None:

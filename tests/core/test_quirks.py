@@ -194,7 +194,7 @@ def test_change_is_far_off(
 # The unconditional input
 
 
-def test_unconditional_side_is_a_black_image_and_the_bare_instruction(uncond, expected: Tensors) -> None:
+def test_unconditional_input_is_a_black_image_and_the_bare_instruction(uncond, expected: Tensors) -> None:
     image, made = black_image(), uncond.provenance
     assert (image.size, image.getextrema()) == ((512, 512), ((0, 0), (0, 0), (0, 0)))
     assert (made.instruction, made.prompt, made.references) == (er.INSTRUCTION, "", 1)
