@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,14 +70,10 @@ def write(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) 
 
 def write_deepspeed(path: Path, tensors: Tensors) -> Path:
     """Write tensors as DeepSpeed's mp_rank_00_model_states.pt: the model under "module"."""
-    trainer = dict.fromkeys(("optimizer", "lr_scheduler", "frozen_param_shapes"))
-    trainer |= {
-        "shared_params": {},
-        "sparse_tensor_module_names": set(),
-        "skipped_steps": 0,
-        "ds_version": "0.14.4",
-    }
-    trainer |= {"ds_config": {"zero_optimization": {"stage": 1}}, "global_steps": 120000, "dp_world_size": 32}
+    trainer: dict[str, Any] = dict.fromkeys(("optimizer", "lr_scheduler", "frozen_param_shapes"))
+    trainer |= {"shared_params": {}, "sparse_tensor_module_names": set(), "ds_version": "0.14.4"}
+    trainer |= {"ds_config": {"zero_optimization": {"stage": 1}}, "skipped_steps": 0}
+    trainer |= {"global_steps": 120000, "dp_world_size": 32}
     trainer["param_shapes"] = [{name: tensor.shape for name, tensor in tensors.items()}]
     torch.save({"module": tensors, "buffer_names": ["rotary_emb.inv_freq"]} | trainer, path)
     return path
@@ -90,14 +86,34 @@ def load_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel.from_pretrained(UNET, torch_dtype=torch.float32)
 
 
-@torch.no_grad()
-def predict(unet: UNet2DConditionModel, expected: Tensors) -> torch.Tensor:
-    """The UNet's noise prediction for the golden input, a batch of [unconditional, conditional]."""
-    return forward(unet, expected)
+def empty_unet(
+    down: Sequence[str], widths: Sequence[int], depths: int | Sequence[int], **options: object
+) -> UNet2DConditionModel:
+    """A UNet on the meta device, of these down blocks, their widths and their transformer blocks."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel(
+            down_block_types=down,
+            up_block_types=[block.replace("Down", "Up") for block in reversed(down)],
+            block_out_channels=widths,
+            transformer_layers_per_block=depths,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+            **options,
+        )
 
 
 def forward(unet: UNet2DConditionModel, expected: Tensors) -> torch.Tensor:
-    """`predict`, with gradients."""
+    """The UNet's noise prediction for the golden input, a batch of [unconditional, conditional]."""
     sdxl = {name: expected[f"unet.{name}"] for name in ("text_embeds", "time_ids")}
     inputs = (expected[f"unet.{name}"] for name in ("sample", "timestep", "encoder_hidden_states"))
     return unet(*inputs, added_cond_kwargs=sdxl).sample
+
+
+predict = torch.no_grad()(forward)
+
+
+def twice(expected: Tensors) -> Tensors:
+    """The golden input with two images in each half of the batch."""
+    return {name: t.repeat_interleave(2, dim=0) for name, t in expected.items() if name.startswith("unet.")}

@@ -8,12 +8,10 @@ from devkit.hosts import ROOT
 
 try:
     import tomllib
-except (
-    ModuleNotFoundError
-):  # Python 3.10; tools/setup_env.py runs before anything is installed, and pip comes with venv
+# Python 3.10. tools/setup_env.py runs before anything is installed, and pip comes with venv.
+except ModuleNotFoundError:
     from pip._vendor import tomli as tomllib
 
 
 def pyproject() -> dict[str, Any]:
-    """The contents of pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -99,7 +99,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Hash of the first and last values of each tensor, the same for each file format of one dtype.
 
-        Training changes all values of a tensor, so these tell two checkpoints apart, in less than a second.
+        Training changes all values of a tensor, so these distinguish two checkpoints, in less than a second.
         """
         return fingerprint(read_sources(self.sources))
 

@@ -171,7 +171,7 @@ class FolderOfTensors:
 
 
 def _version(path: Path) -> tuple[int, int]:
-    """Size in bytes and modification time, which tell a replaced file from the opened one."""
+    """Size in bytes and modification time, which distinguish a replaced file from the opened one."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
 
@@ -267,10 +267,8 @@ def _indices(folder: Path) -> list[Path]:
 
 
 def _unlisted_files(folder: Path) -> list[Path]:
-    for suffixes in (
-        SAFETENSORS_SUFFIXES,
-        PICKLE_SUFFIXES,
-    ):  # a .bin beside safetensors is not a weights file
+    # a .bin beside safetensors is not a weights file
+    for suffixes in (SAFETENSORS_SUFFIXES, PICKLE_SUFFIXES):
         if files := sorted(file for suffix in suffixes for file in folder.glob(f"*{suffix}")):
             return files
     return []

@@ -127,11 +127,7 @@ def percent(share: float) -> str:
 
 
 def _draw_cells(
-    draw: ImageDraw.ImageDraw,
-    values: np.ndarray,
-    normalized: np.ndarray,
-    corner: tuple[int, int],
-    cell: int,
+    draw: ImageDraw.ImageDraw, values: np.ndarray, normalized: np.ndarray, corner: tuple[int, int], cell: int
 ) -> None:
     left, top = corner
     for (row, column), level in np.ndenumerate(normalized):

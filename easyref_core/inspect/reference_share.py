@@ -111,9 +111,7 @@ class Recorder:
         self._squares.clear()
 
 
-def share_by_block_and_step(
-    shares: Mapping[ShareKey, Share],
-) -> tuple[list[Block], list[float], Tensor]:
+def share_by_block_and_step(shares: Mapping[ShareKey, Share]) -> tuple[list[Block], list[float], Tensor]:
     """Return the blocks in UNet order, the sigmas in falling order, and the mean share (blocks, steps).
 
     NaN where nothing was added.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from PIL import Image
 
-from ..mllm.preprocess import to_rgb
+from ..utils.images import to_rgb
 from .charts import GREEN, Bar, bar_chart, matrix_chart, percent, stacked_bar
 from .drawing import apply_colormap, caption_grid, contact_sheet, fit_square, overlay_heatmap, tile, vstack
 from .influence import MIN_REFERENCES, OUTLIER_Z, Influence, center_crop_loss, mean_to_others

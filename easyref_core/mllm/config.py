@@ -14,23 +14,14 @@ Shapes = Mapping[str, tuple[int, ...]]  # tensor name in this package's own modu
 
 # Head dimensions of Qwen/Qwen2-VL-2B-Instruct, for a checkpoint without an MLLM folder.
 QWEN2_VL_HEAD_DIM, QWEN2_VL_VISION_HEAD_DIM = 128, 80
-# Names of a config.json's model_type, and of its sizes by hidden_size.
-MLLM_TYPES = {
-    "qwen2_vl": "Qwen2-VL",
-    "qwen2_5_vl": "Qwen2.5-VL",
-    "qwen3_vl": "Qwen3-VL",
-    "qwen2_5_omni": "Qwen2.5-Omni",
-    "qwen2": "Qwen2, which takes only text",
-    "qwen3": "Qwen3, which takes only text",
-}
-MLLM_SIZES = {
-    ("qwen2_vl", 1536): "2B",
-    ("qwen2_vl", 3584): "7B",
-    ("qwen2_vl", 8192): "72B",
-    ("qwen2_5_vl", 2048): "3B",
-    ("qwen2_5_vl", 3584): "7B",
-    ("qwen2_5_vl", 5120): "32B",
-    ("qwen2_5_vl", 8192): "72B",
+# Names by a config.json's model_type, and of its sizes by hidden_size.
+MLLMS: dict[str, tuple[str, dict[int, str]]] = {
+    "qwen2_vl": ("Qwen2-VL", {1536: "2B", 3584: "7B", 8192: "72B"}),
+    "qwen2_5_vl": ("Qwen2.5-VL", {2048: "3B", 3584: "7B", 5120: "32B", 8192: "72B"}),
+    "qwen3_vl": ("Qwen3-VL", {}),
+    "qwen2_5_omni": ("Qwen2.5-Omni", {}),
+    "qwen2": ("Qwen2, which takes only text", {}),
+    "qwen3": ("Qwen3, which takes only text", {}),
 }
 CHOOSE_FOLDER = "Choose the MLLM folder (config.json, tokenizer) that the checkpoint was trained with."
 DAMAGED = "The MLLM's config.json or the checkpoint's metadata is damaged; download or export it again."
@@ -125,9 +116,10 @@ def mllm_name(mllm: Section) -> str:
     """Name of the model that a config.json describes, such as Qwen2-VL-7B."""
     kind, (text, _) = mllm.get("model_type"), _mllm_sections(mllm)
     hidden = text.get("hidden_size")
-    known = isinstance(kind, str) and isinstance(hidden, int)
-    size = MLLM_SIZES.get((kind, hidden)) if known else None
-    name = MLLM_TYPES.get(kind, "another model") if isinstance(kind, str) else "another model"
+    if not isinstance(kind, str) or kind not in MLLMS:
+        return "another model"
+    name, sizes = MLLMS[kind]
+    size = sizes.get(hidden) if isinstance(hidden, int) else None
     return f"{name}-{size}" if size else name
 
 

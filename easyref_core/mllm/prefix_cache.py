@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from .context import Provenance
     from .qwen2_vl import LayerKV, LayerKVCache
 
-PrefixKey = tuple[
-    int | bytes, ...
-]  # of each position: the token's id, or an image token's PreparedImage.digest
+# Of each position: the token's id, or an image token's PreparedImage.digest.
+PrefixKey = tuple[int | bytes, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,11 +204,9 @@ class EncodeCaches:
 
 
 def hash_values(image: Image.Image | Tensor) -> bytes | None:
-    """Hash of the values, shape and dtype of an image tensor (H, W, C); None for anything else."""
-    if not isinstance(image, torch.Tensor) or image.ndim != 3 or not image.is_floating_point():
+    """Hash of the values, shape and dtype of an image tensor (H, W, C); None for a PIL image."""
+    if not isinstance(image, torch.Tensor):
         return None
-    if image.is_meta or image.layout is not torch.strided or not image.numel():
-        return None  # to_rgb raises the error
     values = image.detach().cpu().contiguous()
     content = hashlib.sha256(f"{tuple(values.shape)} {values.dtype}".encode())
     content.update(values.view(torch.uint8).numpy())

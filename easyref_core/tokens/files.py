@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
 from ..files.atomic_write import atomic_write
@@ -18,7 +20,6 @@ from ..utils.images import to_rgb
 from .reference_tokens import ReferenceTokens
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
 METADATA_KEY = "easyref_tokens"  # identifies the format, whatever the file's name
@@ -66,7 +67,7 @@ def save_tokens(
         for branch, tokens in pair.items()
     }
     if len(references):
-        tensors[THUMBNAILS] = torch.stack([thumbnail(image) for image in references])
+        tensors[THUMBNAILS] = torch.stack([padded_thumbnail(image) for image in references])
     about = {"version": FORMAT, "pack": VERSION}
     about |= {branch: dataclasses.asdict(tokens.provenance) for branch, tokens in pair.items()}
     with atomic_write(path) as partial:
@@ -100,11 +101,8 @@ def load_tokens(path: Path | str) -> SavedTokens:
     return SavedTokens(**pair, thumbnails=tensors.get(THUMBNAILS, no_thumbnails))
 
 
-def thumbnail(image: Image.Image | Tensor) -> Tensor:
+def padded_thumbnail(image: Image.Image | Tensor) -> Tensor:
     """A small copy of a reference at its own aspect, on black: (64, 64, 3) in bytes."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
     small = ImageOps.pad(to_rgb(image), THUMBNAIL_SHAPE[:2], Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(small))
 

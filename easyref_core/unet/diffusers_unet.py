@@ -183,7 +183,7 @@ def attach(
         attention, _, name = path.rpartition(".")
         layer = getattr(attentions[attention], name)
         layer = layer[0] if name == "to_out" else layer
-        undo.append(layer.register_forward_hook(_adding(update, lora_strength)).remove)
+        undo.append(layer.register_forward_hook(partial(_add_update, update, lora_strength)).remove)
     return Attachment(unet, processors, weight, undo)
 
 
@@ -202,13 +202,11 @@ def low_rank_updates(lora: Mapping[str, Tensor]) -> dict[str, Update]:
     }
 
 
-def _adding(update: Update, strength: float) -> Callable[..., Tensor]:
+def _add_update(
+    update: Update, strength: float, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
     """Forward hook that adds an update to a layer's output."""
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + strength * update(inputs[0])
-
-    return hook
+    return output + strength * update(inputs[0])
 
 
 def _expand_rows(uncond: Tensor, tokens: Tensor) -> Tensor:

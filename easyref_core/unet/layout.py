@@ -106,9 +106,5 @@ def require_fit(unet: str, widths: Mapping[Site, int], expected: Mapping[Site, i
 def _summary(sites: Mapping[Site, int]) -> str:
     if not sites:
         return "no cross-attentions of Stable Diffusion's kind"
-    counts = Counter(sites.values())
-    return (
-        f"{len(sites)} cross-attentions ("
-        + ", ".join(f"{n} x {w} wide" for w, n in sorted(counts.items()))
-        + ")"
-    )
+    widths = ", ".join(f"{n} x {w} wide" for w, n in sorted(Counter(sites.values()).items()))
+    return f"{len(sites)} cross-attentions ({widths})"

@@ -19,7 +19,7 @@ torch.set_num_threads(1)  # in models this small, threads only wait for each oth
 
 @pytest.fixture(scope="session")
 def expected() -> golden.Tensors:
-    """The tensors that the authors' code computed."""
+    """Results of the authors' code."""
     return load_file(golden.GOLDEN / "expected.safetensors")
 
 
@@ -30,18 +30,24 @@ def model() -> er.EasyRef:
 
 
 @pytest.fixture(scope="session")
-def tokens(model: er.EasyRef) -> er.ReferenceTokens:
+def context(model: er.EasyRef) -> er.ContextStates:
+    """Context states of the golden group."""
+    return model.encode(golden.references(), golden.PROMPT, size=golden.SIZE)
+
+
+@pytest.fixture(scope="session")
+def tokens(model: er.EasyRef, context: er.ContextStates) -> er.ReferenceTokens:
     """Reference tokens of the golden group."""
-    return model.aggregate(model.encode(golden.references(), golden.PROMPT, size=golden.SIZE))
+    return model.aggregate(context)
 
 
 @pytest.fixture(scope="session")
 def uncond(model: er.EasyRef) -> er.ReferenceTokens:
-    """Reference tokens of the unconditional side."""
+    """Reference tokens of the black image."""
     return model.unconditional(size=golden.SIZE)
 
 
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
-    """The tiny SDXL-shaped UNet, the test's own."""
+    """The tiny SDXL-shaped UNet, loaded for each test."""
     return golden.load_unet()

@@ -20,9 +20,9 @@ def error_of(call: Callable[[], object], kind: type[Exception] = ValueError) -> 
 
 
 def assert_says(text: str, *parts: str) -> None:
-    """Assert that a text holds all parts, in this order."""
+    """Assert that a text holds all parts, in this order. " … " in a part matches any text."""
     at = 0
-    for part in parts:
+    for part in " … ".join(parts).split(" … "):
         at = text.find(part, at)
         assert at >= 0, f"{part!r} is not in (the rest of) {text!r}"
 

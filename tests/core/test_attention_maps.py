@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from einops import rearrange
 
 import easyref_core as er
 from devkit import golden
@@ -18,10 +15,7 @@ from easyref_core.inspect.attention_maps import (
 )
 from easyref_core.mllm.qwen2_vl import text_rope
 
-
-@pytest.fixture(scope="module")
-def context(model: er.EasyRef) -> er.ContextStates:
-    return model.encode(golden.references(), golden.PROMPT, size=golden.SIZE)
+from .by_hand import attend
 
 
 @pytest.fixture(scope="module")
@@ -37,33 +31,6 @@ def total(shares: AttentionShares) -> float:
     return sum(shares.references) + shares.template + shares.text + shares.tokens
 
 
-def in_float64(model: er.EasyRef, x: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Attention (heads, T, S + T) in float64, one query after another."""
-    attention, config = model.mllm.aggregator.layers[-1].self_attn, model.config
-    x, length, dim = x[0].double(), x.shape[1], config.head_dim
-
-    def project(linear: torch.nn.Linear) -> torch.Tensor:
-        return (x @ linear.weight.double().T + linear.bias.double()).reshape(length, -1, dim)
-
-    frequencies = config.rope_theta ** -(torch.arange(0, dim, 2).double() / dim)
-    angles = torch.arange(length).double()[:, None, None] * frequencies
-
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        a, b = x[..., : dim // 2], x[..., dim // 2 :]
-        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
-
-    q, k = rotate(project(attention.q_proj)), rotate(project(attention.k_proj))
-    group = config.heads // config.kv_heads
-    rows = torch.zeros(config.heads, config.num_tokens, length, dtype=torch.float64)
-    for head in range(config.heads):
-        for token in range(config.num_tokens):
-            position = length - config.num_tokens + token
-            scores = k[:, head // group] @ q[position, head] / math.sqrt(dim)
-            scores[position + 1 :] = -torch.inf if causal else scores[position + 1 :]
-            rows[head, token] = (scores - scores.max()).exp() / (scores - scores.max()).exp().sum()
-    return rows
-
-
 @pytest.mark.parametrize("causal", [True, False])
 @torch.no_grad()
 def test_weights_match_float64_and_give_the_layer_output(model, inputs, causal) -> None:
@@ -71,18 +38,17 @@ def test_weights_match_float64_and_give_the_layer_output(model, inputs, causal) 
     rope = text_rope(inputs.shape[1], model.config, inputs.device)
     weights = attention_weights(attention, inputs, rope, causal=causal, num_queries=count)
     assert weights.dtype == torch.float32
-    assert golden.error(weights[0], in_float64(model, inputs, causal)) <= golden.EXACT
-
-    v = rearrange(attention.v_proj(inputs), "b n (h d) -> b h n d", h=attention.kv_heads)
-    v = v.repeat_interleave(attention.heads // attention.kv_heads, dim=1)
-    output = attention.o_proj(rearrange(weights @ v, "b h n d -> b n (h d)"))
-    assert golden.error(output, attention(inputs, rope, causal, count)) <= golden.EXACT
+    wanted, values = attend(attention, model.config, inputs, causal)
+    assert golden.error(weights[0], wanted) <= golden.EXACT
+    output = attention.o_proj(values.float())
+    assert golden.error(attention(inputs, rope, causal, count), output) <= golden.EXACT
 
 
 @torch.no_grad()
 def test_aggregation_attention_is_causal_as_released(model, context, inputs) -> None:
     weights = aggregation_attention(model.mllm.aggregator, context.states)
-    assert golden.error(weights[0], in_float64(model, inputs, True)) <= golden.EXACT
+    wanted, _ = attend(model.mllm.aggregator.layers[-1].self_attn, model.config, inputs)
+    assert golden.error(weights[0], wanted) <= golden.EXACT
 
 
 def test_shares_are_positive_and_sum_to_1(model, context) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import easyref_core as er
@@ -47,57 +52,15 @@ def folder(tmp_path: Path) -> Path:
 
 # Files that are something else
 
-OTHERS = {
-    "IP-Adapter": ("an IP-Adapter", "image_proj.proj.weight ip_adapter.1.to_k_ip.weight"),
-    "IP-Adapter FaceID": (
-        "an IP-Adapter",
-        "image_proj.proj.0.weight ip_adapter.0.to_q_lora.down.weight ip_adapter.1.to_k_ip.weight",
-    ),
-    "kohya LoRA": (
-        "a LoRA",
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k.lora_down.weight "
-        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
-    ),
-    "diffusers LoRA": (
-        "a LoRA",
-        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k.lora_A.weight",
-    ),
-    "Flux LoRA": (
-        "a LoRA",
-        "double_blocks.0.img_attn.proj.lora_A.weight double_blocks.0.img_attn.proj.lora_B.weight",
-    ),
-    "SD1.5": (
-        "a Stable Diffusion 1.x/2.x checkpoint",
-        "model.diffusion_model.input_blocks.0.0.weight first_stage_model.decoder.conv_in.weight "
-        "cond_stage_model.transformer.text_model.final_layer_norm.weight",
-    ),
-    "SDXL": (
-        "an SDXL checkpoint",
-        "model.diffusion_model.input_blocks.0.0.weight conditioner.embedders.1.model.ln_final.weight "
-        "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
-    ),
-    "Flux": ("a Flux model", "double_blocks.0.img_attn.proj.weight single_blocks.0.linear1.weight"),
-    "Flux in a checkpoint": ("a Flux model", "model.diffusion_model.double_blocks.0.img_attn.proj.weight"),
-    "diffusers UNet": ("a UNet", "down_blocks.0.resnets.0.conv1.weight mid_block.resnets.0.conv1.weight"),
-    "Qwen2-VL": (
-        "a Qwen2-VL model without EasyRef's own layers",
-        "visual.patch_embed.proj.weight model.layers.0.mlp.up_proj.weight",
-    ),
-    "half an EasyRef": (
-        "an incomplete one",
-        "mllm_final_layer.norm.weight unet.x.processor.to_q_lora.down.weight",
-    ),
-    "unknown": ("a file of 2 tensors such as encoder.weight, logit_scale", "logit_scale encoder.weight"),
-    "nothing": ("a file of 0 tensors", ""),
-}
+OTHERS = json.loads(Path(__file__).with_name("other_files.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(("what", "names"), OTHERS.values(), ids=OTHERS)
-def test_another_kind_of_file(tmp_path: Path, what: str, names: str) -> None:
-    path = write(tmp_path / "easyref.safetensors", {name: torch.zeros(1) for name in names.split()})
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_another_kind_of_file(tmp_path: Path, other: dict[str, Any]) -> None:
+    path = write(tmp_path / "easyref.safetensors", {name: torch.zeros(1) for name in other["tensors"]})
     assert_refused(
         lambda: open_checkpoint(path),
-        f"{path} is not an EasyRef checkpoint but {what}.",
+        f"{path} is not an EasyRef checkpoint but {other['kind']}.",
         "Wanted: a file with the keys mllm_final_layer.*, image_proj_model.* and *.to_k_ip.weight",
         RELEASE,
     )
@@ -118,73 +81,90 @@ def test_truncated_safetensors(tmp_path: Path, size: int) -> None:
     assert_refused(lambda: open_checkpoint(path), incomplete, f"{size:,} bytes on disk", "download it again")
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "parts"),
-    [
-        ("page.safetensors", b"<!DOCTYPE html><title>404</title>", ["of another format; download it again"]),
-        *(
-            (
-                name,
-                b"GGUF" + bytes(100),
-                ["is a GGUF file", "wanted safetensors", "Download the .safetensors file"],
-            )
-            for name in ("easyref.gguf", "easyref.safetensors")
-        ),
-    ],
-)
-def test_file_of_another_format(tmp_path: Path, name: str, data: bytes, parts: list[str]) -> None:
-    (tmp_path / name).write_bytes(data)
-    assert_refused(lambda: open_checkpoint(tmp_path / name), name, *parts)
+def pickled(content: object, zipped: bool = True) -> bytes:
+    torch.save(content, data := io.BytesIO(), _use_new_zipfile_serialization=zipped)
+    return data.getvalue()
 
 
-@pytest.fixture(params=[True, False], ids=["zip", "old"])
-def zipped(request: pytest.FixtureRequest) -> bool:
-    """PyTorch's two file formats."""
-    return request.param
+ZIPPED = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])  # PyTorch's file formats
 
 
+@ZIPPED
 @pytest.mark.parametrize("end", [4, 16, 18, 100, 400_000, -10])
 def test_truncated_pt_file(tmp_path: Path, zipped: bool, end: int) -> None:
     path = tmp_path / "cut.pt"
-    torch.save(checkpoint_tensors(), path, _use_new_zipfile_serialization=zipped)
-    path.write_bytes(path.read_bytes()[:end])
+    path.write_bytes(pickled(checkpoint_tensors(), zipped)[:end])
     assert_refused(
         lambda: open_checkpoint(path), f"{path} is damaged", "was not opened", "Use the .safetensors"
     )
 
 
-class Payload:
-    """An object that runs code when it is unpickled."""
+GGUF = "is a GGUF file … wanted safetensors … Download the .safetensors file"
+UNREADABLE: list[tuple[str, Callable[[], bytes], str]] = [
+    (
+        "page.safetensors",
+        lambda: b"<!DOCTYPE html><title>404</title>",
+        "of another format; download it again",
+    ),
+    ("easyref.gguf", lambda: b"GGUF" + bytes(100), GGUF),
+    ("easyref.safetensors", lambda: b"GGUF" + bytes(100), GGUF),
+    ("tensor.pt", lambda: pickled(torch.zeros(3)), "holds a Tensor … wanted a dictionary"),
+    ("list.pt", lambda: pickled([torch.zeros(3)]), "holds a list … wanted a dictionary"),
+    ("numbered.pt", lambda: pickled({1: torch.zeros(3)}), "but a file of 0 tensors"),
+    (
+        "not_text.pt",
+        lambda: pickled(checkpoint_tensors()).replace(b"little", b"\xb7" * 6),
+        "is damaged … Use the .safetensors",
+    ),
+]
 
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
+
+@pytest.mark.parametrize(("name", "data", "text"), UNREADABLE, ids=[name for name, *_ in UNREADABLE])
+def test_file_that_cannot_be_read(tmp_path: Path, name: str, data: Callable[[], bytes], text: str) -> None:
+    (tmp_path / name).write_bytes(data())
+    assert_refused(lambda: open_checkpoint(tmp_path / name), name, text)
+
+
+class Payload:
+    """An object that calls something when it is unpickled."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.reduced = function, arguments
 
     def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.marker),)
+        return self.reduced
 
 
-def test_pickle_with_code_is_refused_and_not_run(tmp_path: Path, zipped: bool) -> None:
+MARK = "{marker}"  # replaced by a path
+PAYLOADS = [
+    (os.mkdir, MARK),
+    (os.system, f"touch {MARK}"),
+    (eval, f"open('{MARK}', 'w')"),
+    (exec, f"open('{MARK}', 'w')"),
+    (getattr, "a", "upper"),
+    (torch.load, MARK),
+    (torch.hub.load, "a/b", "c"),
+    (Path, "a"),
+    (pickle.loads, b"cos\nmkdir\n."),
+]
+
+
+@ZIPPED
+@pytest.mark.parametrize(("function", "arguments"), [(function, rest) for function, *rest in PAYLOADS])
+def test_pickle_with_code_is_refused_and_not_run(
+    tmp_path: Path, zipped: bool, function: Callable, arguments: list
+) -> None:
     path, marker = tmp_path / "evil.pt", tmp_path / "marker"
-    content = {"module": checkpoint_tensors(), "optimizer": Payload(marker)}
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    arguments = [text.replace(MARK, str(marker)) if isinstance(text, str) else text for text in arguments]
+    path.write_bytes(pickled({"module": checkpoint_tensors(), "x": Payload(function, *arguments)}, zipped))
     text = error_of(lambda: open_checkpoint(path))
     assert not marker.exists()
     found = "is damaged or holds Python objects other than tensors, which could run code when loaded"
-    assert_says(text, f"{path} {found}", "mkdir", "Use the .safetensors file")
+    assert_says(text, f"{path} {found}", function.__name__, "Use the .safetensors file")
     assert "weights_only" not in text  # the error must not explain how to run it
-    torch.load(path, weights_only=False)
-    assert marker.exists()  # the payload works
-
-
-def test_pickle_that_is_not_a_dictionary(tmp_path: Path) -> None:
-    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    assert_refused(lambda: open_checkpoint(tmp_path / "tensor.pt"), "holds a Tensor", "wanted a dictionary")
-
-
-def test_archive_with_a_record_that_is_not_text(tmp_path: Path) -> None:
-    torch.save(checkpoint_tensors(), path := tmp_path / "a.pt")
-    path.write_bytes(path.read_bytes().replace(b"little", b"\xb7" * 6))
-    assert_refused(lambda: open_checkpoint(path), "a.pt is damaged", "Use the .safetensors")
+    if function in (os.mkdir, os.system, eval, exec):
+        torch.load(path, weights_only=False)
+        assert marker.exists()  # the payload works
 
 
 # Odd files that can be read
@@ -198,84 +178,58 @@ def test_header_whose_length_starts_like_a_pickle(tmp_path: Path) -> None:
     assert open_tensors(path).shapes == {"a": (1,)}
 
 
-def test_pytorch_file_with_the_suffix_safetensors(tmp_path: Path, zipped: bool) -> None:
-    """Since 2.13 torch.load decides by that suffix, and refuses it."""
-    path = tmp_path / "a.safetensors"
-    torch.save(checkpoint_tensors(), path, _use_new_zipfile_serialization=zipped)
-    assert open_checkpoint(path, golden.MLLM).sources
+ODD = {3: torch.zeros(1), None: torch.zeros(1), (1, 2): torch.zeros(1), "sparse": torch.eye(2).to_sparse()}
+ODD["meta"] = torch.zeros(2, device="meta")
+QWEIGHT = {"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.qweight": torch.zeros(1)}
+READABLE: dict[str, tuple[str, Callable[[Tensors], bytes]]] = {
+    # since 2.13 torch.load decides by the suffix safetensors, and refuses it
+    "zip named safetensors": ("a.safetensors", pickled),
+    "old named safetensors": ("a.safetensors", lambda tensors: pickled(tensors, zipped=False)),
+    "ordered": ("a.pt", lambda tensors: pickled(OrderedDict(tensors))),
+    "a module in a module": ("a.pt", lambda tensors: pickled({"module": {"module": tensors}})),
+    "odd names and tensors without values": ("a.pt", lambda tensors: pickled({"module": ODD | tensors})),
+    "a quantized UNet beside": ("a.safetensors", lambda tensors: safetensors.torch.save(tensors | QWEIGHT)),
+}
 
 
-def test_names_that_are_not_texts_and_tensors_without_values(tmp_path: Path) -> None:
-    odd = {3: torch.zeros(1), "sparse": torch.eye(2).to_sparse(), "meta": torch.zeros(2, device="meta")}
-    torch.save({"module": {**odd, **checkpoint_tensors()}}, tmp_path / "odd.pt")
-    assert open_checkpoint(tmp_path / "odd.pt", golden.MLLM).sources
-
-
-def test_quantized_unet_beside_the_checkpoint(tmp_path: Path) -> None:
-    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.qweight"
-    path = write(tmp_path / "easyref.safetensors", checkpoint_tensors() | {name: torch.zeros(1)})
-    assert open_checkpoint(path, golden.MLLM).sources
+@pytest.mark.parametrize(("name", "data"), READABLE.values(), ids=READABLE)
+def test_odd_file_that_can_be_read(tmp_path: Path, name: str, data: Callable[[Tensors], bytes]) -> None:
+    (tmp_path / name).write_bytes(data(checkpoint_tensors()))
+    assert open_checkpoint(tmp_path / name, golden.MLLM).sources
 
 
 # Tensors that are missing, disagree or do not belong
 
 TO_K = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_k_ip"
 FAR = "multimodal_llm.model.layers.{}.mlp.up_proj.weight"
-CHANGED: dict[str, tuple[str, torch.Tensor | None, list[str]]] = {
-    "int8": (
-        UP_PROJ,
-        torch.zeros(128, 64, dtype=torch.int8),
-        ["{path}", f"{UP_PROJ} holds torch.int8 values", "Quantized files are not read"],
-    ),
-    "1 axis": (EMBEDDING, torch.zeros(416), ["1 tensors hold no weights", EMBEDDING, "(416,)"]),
-    "0 axes": (
-        "mllm_final_layer.norm.weight",
-        torch.zeros(()),
-        ["1 tensors hold no weights", "mllm_final_layer.norm.weight", "()"],
-    ),
-    "no rows": (
-        f"{TO_K}.weight",
-        torch.zeros(0, 32),
-        ["1 tensors hold no weights", f"{TO_K}.weight", "(0, 32)"],
-    ),
-    "layer of 12 digits": (
-        FAR.format("9" * 12),
-        torch.zeros(2, 2),
-        ["holds 1 tensors in places where", FAR.format("9" * 12)[:60]],
-    ),
-    "layer of 5000 digits": (
-        FAR.format("9" * 5000),
-        torch.zeros(2, 2),
-        ["holds 1 tensors in places where", FAR.format("9" * 5000)[:60]],
-    ),
-    "no gate": (
-        "mllm_final_layer.layers.0.mlp.gate_proj.weight",
-        None,
-        ["lacks 1 tensors of an EasyRef model, first mllm_final_layer.layers.0.mlp.gate_proj.weight."],
-    ),
-    "no embedding": (EMBEDDING, None, [f"lacks 1 tensors of an EasyRef model, first {EMBEDDING}."]),
-    "another size": (
-        UP_PROJ,
-        torch.zeros(128, 60),
-        [
-            "{path}: 1 tensors do not have the size that the others imply",
-            f"{UP_PROJ}: found (128, 60), wanted (128, 64)",
-        ],
-    ),
-    "another architecture": (
-        "multimodal_llm.model.layers.1.self_attn.q_norm.weight",
-        torch.zeros(16),
-        ["{path} holds 1 tensors", "has none", "layers.1.self_attn.q_norm.weight", "use the release"],
-    ),
-}
+FLAT = "1 tensors hold no weights … {key} … "
+FOREIGN = "{path} holds 1 tensors in places where … has none … {key}"
+USE_RELEASE = f"{FOREIGN} … use the release"
+INTEGERS = "{path} … {key} holds torch.int8 values … Quantized files are not read"
+LACKS = "lacks 1 tensors of an EasyRef model, first {key}."
+SIZES = (
+    "{path}: 1 tensors do not have the size that the others imply … {key}: found (128, 60), wanted (128, 64)"
+)
+CHANGED: list[tuple[str, torch.Tensor | None, str]] = [
+    (UP_PROJ, torch.zeros(128, 64, dtype=torch.int8), INTEGERS),
+    (UP_PROJ, torch.zeros(128, 60), SIZES),
+    (EMBEDDING, torch.zeros(416), FLAT + "(416,)"),
+    ("mllm_final_layer.norm.weight", torch.zeros(()), FLAT + "()"),
+    (f"{TO_K}.weight", torch.zeros(0, 32), FLAT + "(0, 32)"),
+    (FAR.format("9" * 12), torch.zeros(2, 2), FOREIGN),
+    (FAR.format("9" * 5000), torch.zeros(2, 2), FOREIGN),
+    ("multimodal_llm.model.layers.1.self_attn.q_norm.weight", torch.zeros(16), USE_RELEASE),
+    ("mllm_final_layer.layers.0.mlp.gate_proj.weight", None, LACKS),
+    (EMBEDDING, None, LACKS),
+]
 
 
-@pytest.mark.parametrize(("key", "tensor", "parts"), CHANGED.values(), ids=CHANGED)
-def test_one_tensor_changed(tmp_path: Path, key: str, tensor: torch.Tensor | None, parts: list[str]) -> None:
+@pytest.mark.parametrize(("key", "tensor", "text"), CHANGED, ids=[key[-30:] for key, *_ in CHANGED])
+def test_one_tensor_changed(tmp_path: Path, key: str, tensor: torch.Tensor | None, text: str) -> None:
     tensors = {name: t for name, t in (checkpoint_tensors() | {key: tensor}).items() if t is not None}
     path = write(tmp_path / "changed.safetensors", tensors)
-    parts = [part.replace("{path}", str(path)) for part in parts]
-    assert_refused(lambda: er.load(path, golden.MLLM), *parts)
+    text = text.replace("{path}", str(path)).replace("{key}", key[:100])  # a long key is shortened
+    assert_refused(lambda: er.load(path, golden.MLLM), text)
 
 
 def test_missing_keys_are_counted_and_the_first_ten_named(tmp_path: Path) -> None:
@@ -309,7 +263,28 @@ def test_damaged_metadata(tmp_path: Path, metadata: str) -> None:
 
 # Indices of weights
 
-LEADS = [None, 3, ["a"], "", ".", "..", "../outside.safetensors", "{outside}", "a\x00b", "C:x", "x" * 5000]
+LEADS = [
+    *(
+        None,
+        3,
+        ["a"],
+        "",
+        ".",
+        "..",
+        "../outside.safetensors",
+        "{outside}",
+        "./../mllm/../outside.safetensors",
+    ),
+    *(
+        "/etc/passwd",
+        "a\x00b",
+        "\ud800",
+        "C:x",
+        "C:\\x.safetensors",
+        "\\\\host\\share\\x.safetensors",
+        "x" * 5000,
+    ),
+]
 
 
 @pytest.mark.parametrize("name", LEADS)
@@ -328,16 +303,23 @@ def test_damaged_index(folder: Path, content: str) -> None:
     assert_refused(lambda: open_tensors(folder), "index.json", "ownload")
 
 
-def test_index_whose_files_are_missing(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+def test_index_whose_files_are_missing_or_hold_no_weights(folder: Path) -> None:
+    (index := folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     parts = [folder, "lacks gone.safetensors", "Download the whole folder again"]
     assert_refused(lambda: open_tensors(folder), *parts, kind=FileNotFoundError)
+    index.write_text('{"weight_map": {"a": "config.json"}}')
+    assert_refused(lambda: open_tensors(folder), "config.json is not a complete safetensors file")
 
 
 # MLLM folders that do not belong
 
-BELONG = "The MLLM folder does not belong to this checkpoint ({})"
-TRAINED = "Choose the folder of the MLLM it was trained with"
+
+def belongs(*parts: str) -> str:
+    """Error of a folder of another MLLM."""
+    found = f"The MLLM folder does not belong to this checkpoint ({parts[0]})"
+    return " … ".join([found, *parts[1:], "Choose the folder of the MLLM it was trained with"])
+
+
 QWEN2_VL_7B = {
     "hidden_size": 3584,
     "intermediate_size": 18944,
@@ -347,69 +329,59 @@ QWEN2_VL_7B = {
     "vocab_size": 152064,
 }
 VISION = json.loads((golden.MLLM / "config.json").read_text())["vision_config"]
-CONFIGS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"num_attention_heads": "4"}, ["heads is '4'; wanted a whole number from 1"]),
-    ({"num_attention_heads": 0}, ["heads is 0; wanted a whole number from 1"]),
-    ({"num_attention_heads": 7}, ["is 64 wide, which 7 attention heads do not divide"]),
-    ({"rope_theta": float("nan")}, ["rope_theta is nan; wanted a positive number"]),
-    ({"rms_norm_eps": -1}, ["rms_norm_eps is -1; wanted a positive number"]),
-    (
-        {"max_position_embeddings": 10**30},
-        ["max_positions is 1000000000000000000000000000000; wanted"],
-    ),
-    ({"max_position_embeddings": 1}, ["the context (1) is not longer"]),
-    ({"vision_config": [1]}, ["vision_config is [1]; wanted a JSON object"]),
-    ({"hidden_size": 3584}, [BELONG.format("hidden_size: folder 3584, checkpoint 64"), TRAINED]),
-    ({"num_hidden_layers": 28}, [BELONG.format("num_hidden_layers: folder 28, checkpoint 4"), TRAINED]),
-    ({"vocab_size": 152064}, [BELONG.format("vocab_size: folder 152064, checkpoint 416"), TRAINED]),
-    (
-        {"intermediate_size": 18944},
-        [BELONG.format("intermediate_size: folder 18944, checkpoint 128"), TRAINED],
-    ),
-    ({"num_key_value_heads": 4}, [BELONG.format("num_key_value_heads: folder 4, checkpoint 2"), TRAINED]),
+CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"num_attention_heads": "4"}, "heads is '4'; wanted a whole number from 1"),
+    ({"num_attention_heads": 0}, "heads is 0; wanted a whole number from 1"),
+    ({"num_attention_heads": 7}, "is 64 wide, which 7 attention heads do not divide"),
+    ({"rope_theta": float("nan")}, "rope_theta is nan; wanted a positive number"),
+    ({"rms_norm_eps": -1}, "rms_norm_eps is -1; wanted a positive number"),
+    ({"max_position_embeddings": 10**30}, f"max_positions is {10**30}; wanted"),
+    ({"max_position_embeddings": 1}, "the context (1) is not longer"),
+    ({"vision_config": [1]}, "vision_config is [1]; wanted a JSON object"),
+    ({"hidden_size": 3584}, belongs("hidden_size: folder 3584, checkpoint 64")),
+    ({"num_hidden_layers": 28}, belongs("num_hidden_layers: folder 28, checkpoint 4")),
+    ({"vocab_size": 152064}, belongs("vocab_size: folder 152064, checkpoint 416")),
+    ({"intermediate_size": 18944}, belongs("intermediate_size: folder 18944, checkpoint 128")),
+    ({"num_key_value_heads": 4}, belongs("num_key_value_heads: folder 4, checkpoint 2")),
     # 28 heads do not divide the checkpoint's width either, but that is not what is wrong
-    (
-        QWEN2_VL_7B,
-        [BELONG.format("hidden_size: folder 3584, checkpoint 64") + ".", "It holds Qwen2-VL-7B.", TRAINED],
-    ),
+    (QWEN2_VL_7B, belongs("hidden_size: folder 3584, checkpoint 64", ". It holds Qwen2-VL-7B.")),
     (
         {"vision_config": VISION | {"spatial_patch_size": 16}},
-        ["patches of 1536 values, but the checkpoint's vision tower takes 1176", "Choose the MLLM folder"],
+        "patches of 1536 values, but the checkpoint's vision tower takes 1176 … Choose the MLLM folder",
     ),
     (
         {"model_type": "qwen2_5_vl", "hidden_size": 3584},
-        [
-            "config.json describes Qwen2.5-VL-7B, model type 'qwen2_5_vl'; EasyRef needs 'qwen2_vl'",
-            "Qwen/Qwen2-VL-2B-Instruct",
-        ],
+        "config.json describes Qwen2.5-VL-7B, model type 'qwen2_5_vl'; EasyRef needs 'qwen2_vl' … "
+        "Qwen/Qwen2-VL-2B-Instruct",
     ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "parts"), CONFIGS, ids=[str(changes)[:40] for changes, _ in CONFIGS])
-def test_config_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
+@pytest.mark.parametrize(("changes", "text"), CONFIGS, ids=[str(changes)[:40] for changes, _ in CONFIGS])
+def test_config_that_does_not_fit(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
     folder = folder_with(tmp_path / "mllm", **changes)
-    assert_refused(lambda: open_checkpoint(golden.CHECKPOINT, folder), *parts)
+    assert_refused(lambda: open_checkpoint(golden.CHECKPOINT, folder), text)
 
 
 @pytest.mark.parametrize(
-    ("content", "parts"),
+    ("content", "text"),
     [
-        ('{"a":' * 100_000, [" is damaged", "Download"]),
-        ('{"model_type": ', [" is damaged", "Download it again"]),
-        ("[]", ["holds a list", "wanted a JSON object"]),
+        ('{"a":' * 100_000, " is damaged … Download"),
+        ('{"model_type": ', " is damaged … Download it again"),
+        ("[]", "holds a list … wanted a JSON object"),
     ],
     ids=["deep", "cut", "list"],
 )
-def test_damaged_config(folder: Path, content: str, parts: list[str]) -> None:
+def test_damaged_config(folder: Path, content: str, text: str) -> None:
     (folder / "config.json").write_text(content)
-    assert_refused(lambda: open_checkpoint(golden.CHECKPOINT, folder), folder / "config.json", *parts)
+    assert_refused(lambda: open_checkpoint(golden.CHECKPOINT, folder), folder / "config.json", text)
 
 
-def test_code_in_an_mllm_folder_is_not_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokenizer_class", ["Own", "OwnFast", None])
+def test_code_in_an_mllm_folder_is_not_run(tmp_path: Path, tokenizer_class: str | None) -> None:
     folder = folder_with(tmp_path / "mllm", auto_map={"AutoConfig": "own.Own"})
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    changes = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    changes = {"tokenizer_class": tokenizer_class, "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config | changes))
     (folder / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Own: pass\n")
     with contextlib.suppress(ValueError):
@@ -435,37 +407,36 @@ UNQUANTIZED = [
     "Download Qwen/Qwen2-VL-2B-Instruct (https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct)",
     "precision fp8_e4m3fn",
 ]
-IN_CONFIG = "Qwen2-VL quantized (quantization_config in config.json: "
 
 
 @pytest.mark.parametrize(
-    ("changes", "parts"),
+    ("settings", "method"),
     [
-        *(
-            ({"quantization_config": settings}, [f"{IN_CONFIG}{method})", *UNQUANTIZED])
-            for settings, method in (
-                ({"quant_method": "gptq", "bits": 4}, "gptq"),
-                ({"quant_method": "awq"}, "awq"),
-                ({"load_in_4bit": True}, "bitsandbytes, load_in_4bit"),
-                ({"quant_method": "fp8", "fmt": "e4m3"}, "fp8"),
-                ({"bits": 8}, "unknown method"),
-                ("int8", "'int8'"),
-            )
-        ),
-        (
-            QWEN2_VL_7B | {"text_config": {"quantization_config": {"quant_method": "awq"}}},
-            ["Qwen2-VL-7B quantized (", "awq"],
-        ),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq"}, "awq"),
+        ({"load_in_4bit": True}, "bitsandbytes, load_in_4bit"),
+        ({"quant_method": "fp8", "fmt": "e4m3"}, "fp8"),
+        ({"bits": 8}, "unknown method"),
+        ("int8", "'int8'"),
     ],
 )
-def test_quantized_mllm(tmp_path: Path, stage_1: Path, changes: dict[str, Any], parts: list[str]) -> None:
-    folder = folder_with(tmp_path / "mllm", **changes)
-    assert_refused(lambda: open_checkpoint(stage_1, folder), f"{folder} holds {parts[0]}", *parts[1:])
+def test_quantized_mllm(tmp_path: Path, stage_1: Path, settings: object, method: str) -> None:
+    folder = folder_with(tmp_path / "mllm", quantization_config=settings)
+    found = f"{folder} holds Qwen2-VL quantized (quantization_config in config.json: {method})"
+    assert_refused(lambda: open_checkpoint(stage_1, folder), found, *UNQUANTIZED)
+
+
+def test_quantized_mllm_of_another_size(tmp_path: Path, stage_1: Path) -> None:
+    nested = {"text_config": {"quantization_config": {"quant_method": "awq"}}}
+    folder = folder_with(tmp_path / "mllm", **QWEN2_VL_7B, **nested)
+    assert_refused(lambda: open_checkpoint(stage_1, folder), f"{folder} holds Qwen2-VL-7B quantized (", "awq")
 
 
 @pytest.mark.parametrize("none", [None, {}])
-def test_config_that_names_no_quantization(tmp_path: Path, stage_1: Path, none: object) -> None:
-    assert open_checkpoint(stage_1, folder_with(tmp_path / "mllm", quantization_config=none)).sources
+def test_folder_that_is_not_quantized(tmp_path: Path, stage_1: Path, none: object) -> None:
+    folder = folder_with(tmp_path / "mllm", quantization_config=none)
+    (folder / "Qwen2-VL-2B-Q4_K_M.gguf").touch()  # ignored beside other weights
+    assert open_checkpoint(stage_1, folder).sources
 
 
 QUANTIZED = """
@@ -489,11 +460,6 @@ def test_folder_of_gguf_files_alone(stage_1: Path, folder: Path, with_config: bo
         (folder / "config.json").unlink()
     found = "quantized (a GGUF file, Qwen2-VL-2B-Q4_K_M.gguf)"
     assert_refused(lambda: open_checkpoint(stage_1, folder), folder, found, *UNQUANTIZED)
-
-
-def test_gguf_file_beside_the_weights_is_ignored(stage_1: Path, folder: Path) -> None:
-    (folder / "Qwen2-VL-2B-Q4_K_M.gguf").touch()
-    assert open_checkpoint(stage_1, folder).sources
 
 
 def test_quantized_folder_of_which_only_the_config_is_read(tmp_path: Path) -> None:

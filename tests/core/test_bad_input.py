@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,17 +42,14 @@ def sixteen_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
 
 
-CONVERTED: dict[str, tuple[Callable[[], Image.Image], Callable[[], Image.Image]]] = {
-    "RGBA": (lambda: with_alpha(color(), "RGBA"), color),
-    "grey": (lambda: color().convert("L"), lambda: color().convert("L").convert("RGB")),
-    "grey with alpha": (lambda: with_alpha(color(), "LA"), lambda: color().convert("L").convert("RGB")),
-    "palette": (lambda: color().quantize(16), lambda: color().quantize(16).convert("RGB")),
-    "black and white": (lambda: color().convert("1"), lambda: color().convert("1").convert("RGB")),
-    "16 bits": (lambda: sixteen_bits(color()), lambda: color().convert("L").convert("RGB")),
-    "16 bits in 32": (
-        lambda: Image.fromarray(np.asarray(sixteen_bits(color())).astype(np.int32)),
-        lambda: color().convert("L").convert("RGB"),
-    ),
+# an image, and the mode that it has the colours of
+CONVERTED: dict[str, tuple[Callable[[Image.Image], Image.Image], str]] = {
+    "RGBA": (lambda image: with_alpha(image, "RGBA"), "RGB"),
+    "grey": (lambda image: image.convert("L"), "L"),
+    "grey with alpha": (lambda image: with_alpha(image, "LA"), "L"),
+    "black and white": (lambda image: image.convert("1"), "1"),
+    "16 bits": (lambda image: sixteen_bits(image), "L"),
+    "16 bits in 32": (lambda image: Image.fromarray(np.asarray(sixteen_bits(image)).astype(np.int32)), "L"),
 }
 
 
@@ -63,9 +60,14 @@ def with_alpha(image: Image.Image, mode: str) -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize(("image", "rgb"), CONVERTED.values(), ids=CONVERTED)
-def test_pil_images_of_every_mode_are_converted(image: Callable, rgb: Callable) -> None:
-    assert np.array_equal(to_rgb(image()), rgb())
+@pytest.mark.parametrize(("convert", "mode"), CONVERTED.values(), ids=CONVERTED)
+def test_pil_images_of_every_mode_are_converted(convert: Callable, mode: str) -> None:
+    assert np.array_equal(to_rgb(convert(color())), color().convert(mode).convert("RGB"))
+
+
+def test_palette_is_converted() -> None:
+    palette = color().quantize(16)
+    assert np.array_equal(to_rgb(palette), palette.convert("RGB"))
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGB")])
@@ -130,9 +132,27 @@ def test_truncated_image_file(model: er.EasyRef) -> None:
     assert_refused(lambda: model.encode([cut]), *parts)
 
 
-@pytest.mark.parametrize("images", [3, None, True, "0.png", b"", {"a": 1}, (image for image in ())])
-def test_group_that_is_not_a_list(model: er.EasyRef, images: object) -> None:
-    assert_refused(lambda: model.encode(images), "images is a ", "wanted a list", kind=TypeError)
+NOT_A_LIST = "images is a … wanted a list of PIL images"
+NO_IMAGE = "reference 1 is a … wanted a PIL image"
+NOT_GROUPS = [
+    *((thing, NOT_A_LIST) for thing in (3, None, True, "0.png", b"", {"a": 1}, (image for image in ()))),
+    (Image.new("RGB", (20, 20)), "images is one image; wanted a list of them"),
+    ([np.zeros((28, 28, 3))], NO_IMAGE),
+    (np.zeros((3, 28, 28, 3), np.float32), NO_IMAGE),
+]
+
+
+@pytest.mark.parametrize(("images", "text"), NOT_GROUPS)
+def test_group_that_is_not_a_list_of_images(model: er.EasyRef, images: object, text: str) -> None:
+    assert_refused(lambda: model.encode(images), text, kind=TypeError)
+
+
+def test_batch_is_a_group_of_its_images(model: er.EasyRef) -> None:
+    batch = torch.rand(3, 20, 20, 3)
+    for group in (batch, tuple(batch)):
+        assert model.encode(group, size=golden.SIZE).provenance.references == 3
+    assert_refused(lambda: model.encode(batch[:0]), "The group holds no reference")
+    assert_refused(lambda: model.encode(batch[0]), "reference 1 has shape (20, 3)", FORM)
 
 
 # Length
@@ -155,34 +175,23 @@ def fitting(model: er.EasyRef, prompt: str) -> int:
     text = error_of(lambda: model.encode(many(40), prompt, size=golden.SIZE))
     assert_says(text, "The group is too long for the MLLM: 40 references and the text make", "184 fit beside")
     return int(
-        re.search(r"The first (\d+) references fit; remove the others or encode at a smaller size", text)[1]
+        re.search(r"first (\d+) references fit; remove the others or encode at a smaller size", text)[1]
     )
 
 
 @pytest.mark.parametrize("prompt", ["", golden.PROMPT, golden.PROMPT * 2])
-def test_the_references_said_to_fit_do_fit(short: er.EasyRef, prompt: str) -> None:
-    context = short.encode(many(fitting(short, prompt)), prompt, size=golden.SIZE)
+def test_the_references_said_to_fit_do_fit_and_one_more_does_not(short: er.EasyRef, prompt: str) -> None:
+    count = fitting(short, prompt)
+    context = short.encode(many(count), prompt, size=golden.SIZE)
     assert context.states.shape[1] <= 192 - short.config.num_tokens
-
-
-@pytest.mark.parametrize("prompt", ["", golden.PROMPT, golden.PROMPT * 2])
-def test_one_more_reference_does_not_fit(short: er.EasyRef, prompt: str) -> None:
-    one_more = many(fitting(short, prompt) + 1)
-    assert "too long" in error_of(lambda: short.encode(one_more, prompt, size=golden.SIZE))
-
-
-def filling(model: er.EasyRef) -> str:
-    """The prompt with which two references fill the context to the last token."""
-    length = model.encode(many(2), "", size=golden.SIZE).states.shape[1]
-    return "!" * (184 - length)  # one token each
+    assert "too long" in error_of(lambda: short.encode(many(count + 1), prompt, size=golden.SIZE))
 
 
 def test_a_context_filled_to_the_last_token_is_accepted(short: er.EasyRef) -> None:
-    assert short.encode(many(2), filling(short), size=golden.SIZE).states.shape[1] == 184
-
-
-def test_references_that_fill_the_context_to_the_last_token_are_said_to_fit(short: er.EasyRef) -> None:
-    assert fitting(short, filling(short)) == 2
+    length = short.encode(many(2), "", size=golden.SIZE).states.shape[1]
+    prompt = "!" * (184 - length)  # one token each
+    assert short.encode(many(2), prompt, size=golden.SIZE).states.shape[1] == 184
+    assert fitting(short, prompt) == 2
 
 
 def test_a_prompt_of_100000_characters(model: er.EasyRef) -> None:
@@ -222,17 +231,17 @@ def test_a_context_of_another_checkpoint(model: er.EasyRef, other: er.EasyRef) -
     )
 
 
-@pytest.mark.parametrize("side", ["tokens", "uncond"])
+@pytest.mark.parametrize("branch", ["tokens", "uncond"])
 def test_tokens_of_another_checkpoint(
     unet: UNet2DConditionModel,
     model: er.EasyRef,
     other: er.EasyRef,
     tokens: er.ReferenceTokens,
     uncond: er.ReferenceTokens,
-    side: str,
+    branch: str,
 ) -> None:
     others = other.unconditional(size=golden.SIZE)
-    pair = (tokens, others) if side == "tokens" else (others, uncond)
+    pair = (tokens, others) if branch == "tokens" else (others, uncond)
     assert_refused(
         lambda: er.diffusers_unet.apply(unet, other, *pair),
         f"was made by another EasyRef checkpoint ({model.fingerprint}",
@@ -257,14 +266,7 @@ def test_tokens_that_are_not_finite(model: er.EasyRef) -> None:
 
 # Special tokens in a text
 
-SPECIAL = [
-    "<|image_pad|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|im_end|>",
-    "<|im_start|>",
-    "<|endoftext|>",
-]
+SPECIAL = [f"<|{name}|>" for name in "image_pad vision_start vision_end im_end im_start endoftext".split()]
 
 
 @pytest.mark.parametrize("typed", SPECIAL)
@@ -300,45 +302,20 @@ def test_tokenizer_without_image_tokens() -> None:
 # UNets that do not fit
 
 
-def unet_of(blocks: Iterable[str], **sizes: object) -> UNet2DConditionModel:
-    from diffusers import UNet2DConditionModel
-
-    down = tuple(blocks)
-    up = tuple(block.replace("Down", "Up") for block in reversed(down))
-    with torch.device("meta"):
-        return UNet2DConditionModel(
-            down_block_types=down, up_block_types=up, attention_head_dim=8, cross_attention_dim=32, **sizes
-        )
-
-
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+UNETS: dict[str, tuple[list[str], list[int], int | tuple[int, ...], str]] = {
+    # down blocks, their widths, transformer blocks in each
+    "SD1.5": ([CROSS] * 3 + [PLAIN], [32, 64, 64, 64], 1, "16 cross-attentions (5 x 32 wide, 11 x 64 wide)"),
+    "SDXL refiner": ([PLAIN, CROSS, CROSS, PLAIN], [32] * 4, 1, "11 cross-attentions (11 x 32 wide)"),
+    "wider": ([PLAIN, CROSS, CROSS], [32, 64, 64], (1, 1, 2), "17 cross-attentions (17 x 64 wide)"),
+}
 
 
-@pytest.mark.parametrize(
-    ("blocks", "sizes", "found"),
-    [
-        (
-            [CROSS] * 3 + [PLAIN],
-            {"block_out_channels": (32, 64, 64, 64)},
-            "16 cross-attentions (5 x 32 wide, 11 x 64 wide)",
-        ),
-        (
-            [PLAIN, CROSS, CROSS, PLAIN],
-            {"block_out_channels": (32,) * 4},
-            "11 cross-attentions (11 x 32 wide)",
-        ),
-        (
-            [PLAIN, CROSS, CROSS],
-            {"block_out_channels": (32, 64, 64), "transformer_layers_per_block": (1, 1, 2)},
-            "17 cross-attentions (17 x 64 wide)",
-        ),
-    ],
-    ids=["SD1.5", "SDXL refiner", "wider"],
-)
+@pytest.mark.parametrize(("down", "widths", "depths", "found"), UNETS.values(), ids=UNETS)
 def test_a_unet_that_does_not_fit(
-    model: er.EasyRef, tokens: er.ReferenceTokens, blocks: list[str], sizes: dict, found: str
+    model: er.EasyRef, tokens: er.ReferenceTokens, down: list, widths: list, depths: object, found: str
 ) -> None:
-    unet = unet_of(blocks, **sizes)
+    unet = golden.empty_unet(down, widths, depths)
     assert_refused(
         lambda: er.diffusers_unet.apply(unet, model, tokens, None),
         f"The UNet does not fit the EasyRef checkpoint: it has {found}",
@@ -348,9 +325,10 @@ def test_a_unet_that_does_not_fit(
 
 
 def test_a_model_without_cross_attentions(model: er.EasyRef, tokens: er.ReferenceTokens) -> None:
-    found, wanted = (
-        "it has no cross-attentions of Stable Diffusion's kind",
+    found = "it has no cross-attentions of Stable Diffusion's kind"
+    linear = torch.nn.Linear(1, 1)
+    assert_refused(
+        lambda: er.diffusers_unet.apply(linear, model, tokens, None),
+        found,
         "not SD1.5, Flux or the SDXL refiner",
     )
-    linear = torch.nn.Linear(1, 1)
-    assert_refused(lambda: er.diffusers_unet.apply(linear, model, tokens, None), found, wanted)

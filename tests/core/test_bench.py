@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -86,23 +85,17 @@ def test_released_shapes_are_counted() -> None:
     assert {name: tuple(shape) for name, shape in loading.shapes(EASYREF).items()} == released_shapes()
 
 
-class TestPairs:
-    """Interleaved timing."""
+def test_order_of_a_pair_is_swapped_every_other_time() -> None:
+    order: list[str] = []
+    interleaved(lambda: order.append("A"), lambda: order.append("B"), 3)
+    assert "".join(order) == "AB" + "AB" + "BA" + "AB"
 
-    def test_order_is_swapped_every_other_pair(self) -> None:
-        order: list[str] = []
 
-        def way(name: str) -> Callable[[], None]:
-            return lambda: order.append(name)
-
-        interleaved(way("A"), way("B"), 3)
-        assert "".join(order) == "AB" + "AB" + "BA" + "AB"
-
-    def test_ratio_is_of_each_pair(self) -> None:
-        pairs, limit = Pairs((1.0, 10.0, 2.0), (2.0, 10.0, 3.0)), Limit("<=", 1.03)
-        assert pairs.medians == (2.0, 3.0)
-        assert pairs.row("a", limit) == Row("a", 3.0, "s", 1.5, (1.25, 1.75), limit)
-        assert Pairs((2.0,), (3.0,)).row("a") == Row("a", 3.0, "s", 1.5)
+def test_ratio_is_of_each_pair() -> None:
+    pairs, limit = Pairs((1.0, 10.0, 2.0), (2.0, 10.0, 3.0)), Limit("<=", 1.03)
+    assert pairs.medians == (2.0, 3.0)
+    assert pairs.row("a", limit) == Row("a", 3.0, "s", 1.5, (1.25, 1.75), limit)
+    assert Pairs((2.0,), (3.0,)).row("a") == Row("a", 3.0, "s", 1.5)
 
 
 def test_limit_is_of_the_ratio_where_there_is_one() -> None:
@@ -112,7 +105,7 @@ def test_limit_is_of_the_ratio_where_there_is_one() -> None:
     assert Row("a", 9.0, "s").met is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports anonymous memory")
 def test_peak_memory() -> None:
     with PeakMemory() as peak:
         block = torch.ones(2**26, dtype=torch.uint8)  # alive until the last sample
@@ -124,17 +117,6 @@ def test_report(tmp_path) -> None:
     rows = [Row("a", 2.0, "s", 1.5, (1.4, 1.6), Limit("<=", 1.03))]
     assert markdown({"CPU": "x"}, rows).endswith("| a | 2 s | 1.5 | 1.4 to 1.6 | <= 1.03 | **no** |")
     write_json(tmp_path / "rows.json", {"CPU": "x"}, rows)
-    assert json.loads((tmp_path / "rows.json").read_text()) == {
-        "machine": {"CPU": "x"},
-        "rows": [
-            {
-                "name": "a",
-                "value": 2.0,
-                "unit": "s",
-                "ratio": 1.5,
-                "spread": [1.4, 1.6],
-                "wanted": "<= 1.03",
-                "met": False,
-            }
-        ],
-    }
+    row = {"name": "a", "value": 2.0, "unit": "s", "ratio": 1.5, "spread": [1.4, 1.6]}
+    row |= {"wanted": "<= 1.03", "met": False}
+    assert json.loads((tmp_path / "rows.json").read_text()) == {"machine": {"CPU": "x"}, "rows": [row]}

@@ -207,8 +207,7 @@ def test_combined_tokens_condition_a_diffusers_unet(predicted, model, tokens, un
 def test_batched_tokens_condition_a_diffusers_unet(predicted, expected, tokens, uncond) -> None:
     frames = er.over_frames([tokens, er.combine([tokens, uncond], "average")], 2)
     alone = [predicted(row[None], uncond) for row in frames]
-    twice = {name: t.repeat_interleave(2, dim=0) for name, t in expected.items() if name.startswith("unet.")}
-    together = predicted(frames, uncond, twice)
+    together = predicted(frames, uncond, golden.twice(expected))
     assert golden.error(together, torch.stack(alone, dim=1).flatten(0, 1)) <= golden.EXACT
 
 

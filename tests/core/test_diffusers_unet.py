@@ -25,12 +25,6 @@ def apply(unet, model, tokens, uncond) -> Apply:
     return apply
 
 
-@pytest.fixture
-def twice(expected) -> golden.Tensors:
-    """The golden input with two images in each half of the batch."""
-    return {name: t.repeat_interleave(2, dim=0) for name, t in expected.items() if name.startswith("unet.")}
-
-
 def test_the_bare_unet_is_the_authors(unet, expected) -> None:
     assert error(predict(unet, expected), expected["unet.noise_pred.base"]) <= EXACT
 
@@ -46,12 +40,13 @@ def test_without_unconditional_tokens_all_rows_are_conditional(unet, expected, a
     assert error(predict(unet, expected)[1:], expected["unet.noise_pred.scale_1.0"][1:]) <= EXACT
 
 
-def test_a_batch_of_several_images_has_its_unconditional_rows_first(unet, twice, apply) -> None:
+def test_a_batch_of_several_images_has_its_unconditional_rows_first(unet, expected, apply) -> None:
     apply()
+    twice = golden.twice(expected)
     assert error(predict(unet, twice), twice["unet.noise_pred.scale_1.0"]) <= EXACT
 
 
-def test_a_batch_of_different_groups_is_each_group_alone(unet, model, tokens, expected, twice, apply) -> None:
+def test_a_batch_of_different_groups_is_each_group_alone(unet, model, tokens, expected, apply) -> None:
     groups = tokens, model.aggregate(model.encode(golden.references()[:1], "a cat", size=golden.SIZE))
     alone = []
     for group in groups:
@@ -60,6 +55,7 @@ def test_a_batch_of_different_groups_is_each_group_alone(unet, model, tokens, ex
         attachment.remove()
     apply(torch.cat([torch.Tensor(group) for group in groups]))
     assert error(alone[0], alone[1]) > 100 * EXACT
+    twice = golden.twice(expected)
     assert error(predict(unet, twice), torch.stack(alone, dim=1).flatten(0, 1)) <= EXACT
 
 

@@ -81,20 +81,20 @@ def test_budget_refuses_the_sides_that_encoding_refuses(model: er.EasyRef) -> No
 
 
 def noise(seed: int, height: int = 90, width: int = 120) -> torch.Tensor:
-    """A picture of coarse random squares."""
+    """An image of coarse random squares."""
     random = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 6, 6, generator=random)
     return torch.nn.functional.interpolate(coarse, (height, width))[0].movedim(0, -1)
 
 
-def test_exact_and_near_duplicates_are_told_apart() -> None:
+def test_exact_and_near_duplicates_are_distinguished() -> None:
     first, other = noise(0), noise(1)
     group = [first, other, first.clone(), noise(0, 180, 240), other * 0.99, noise(2)]
     found = [(pair.first, pair.second, pair.same) for pair in duplicates(group)]
     assert found == [(1, 3, True), (1, 4, False), (2, 5, False)]
 
 
-def test_other_pictures_are_no_duplicates() -> None:
+def test_other_images_are_not_duplicates() -> None:
     assert duplicates([noise(i) for i in range(6)]) == []
     assert duplicates([torch.zeros(64, 64, 3), torch.ones(64, 64, 3)]) == []
 
@@ -105,6 +105,6 @@ def test_pil_images_are_compared_too() -> None:
     assert (pair.first, pair.second, pair.same) == (1, 3, True)
 
 
-def test_what_holds_no_picture_is_like_nothing() -> None:
+def test_unusable_images_are_not_duplicates() -> None:
     broken = torch.full((64, 64, 3), torch.nan)
     assert duplicates([broken, broken, torch.zeros(1, 1, 3)]) == []

@@ -74,24 +74,6 @@ def test_layer_weights_replace_the_factors_only() -> None:
         assert choose("ease in", empty) == WEIGHT_TYPES["ease in"]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("3=1", r"'3=1', which is not index:weight"),
-        ("3", r"'3', which is not index:weight"),
-        ("a:1", r"'a:1', which is not index:weight"),
-        ("3:1:2", r"layer 3 has '1:2' where a number is wanted"),
-        ("11:1", r"names layer 11; wanted SDXL's layers 0 to 10"),
-        ("-1:1", r"names layer -1"),
-        ("3:1, 3:2", r"names layer 3 twice"),
-        ("3:nan", r"layer 3 has 'nan' where a number is wanted, from -100 to 100"),
-    ],
-)
-def test_invalid_layer_weights_are_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_layer_weights(text)
-
-
 def test_unknown_type_is_refused() -> None:
     with pytest.raises(ValueError, match="weight_type is 'bold'; wanted one of: linear, "):
         choose("bold")

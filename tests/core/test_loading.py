@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from devkit import golden
 from easyref_core.checkpoint.checkpoint import expected_shapes, open_checkpoint, save
-from easyref_core.mllm.config import EasyRefConfig
 from easyref_core.unet.layout import sdxl_sites
+
+from .errors import folder_with
 
 CORE = golden.ROOT / "easyref_core"
 HOST_MODULES = set("comfy comfy_api comfy_execution comfy_extras execution folder_paths nodes server".split())
@@ -95,28 +96,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     }
     save(folder / "mid.safetensors", sizes, sites, tensors)
     golden.write_deepspeed(folder / "mid.pt", load_file(folder / "mid.safetensors"))
-    write_mllm_folder(folder / "mllm", sizes)
+    vision = {"depth": sizes.vision_depth, "embed_dim": sizes.vision_width, "num_heads": sizes.vision_heads}
+    folder_with(  # the .pt file carries no sizes
+        folder / "mllm",
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.body_layers + sizes.final_layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        vision_config=vision,
+    )
     yield folder
     shutil.rmtree(folder)
-
-
-def write_mllm_folder(folder: Path, sizes: EasyRefConfig) -> None:
-    """The golden tokenizer with a config.json of these sizes, which a .pt file does not carry."""
-    shutil.copytree(golden.MLLM, folder, ignore=shutil.ignore_patterns("model.safetensors"))
-    config = json.loads((folder / "config.json").read_text()) | {
-        "vocab_size": sizes.vocab_size,
-        "hidden_size": sizes.hidden_size,
-        "intermediate_size": sizes.intermediate_size,
-        "num_hidden_layers": sizes.body_layers + sizes.final_layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "vision_config": {
-            "depth": sizes.vision_depth,
-            "embed_dim": sizes.vision_width,
-            "num_heads": sizes.vision_heads,
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 Measured = Callable[[str, str], dict[str, int]]

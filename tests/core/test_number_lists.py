@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,8 @@ from easyref_core.unet.weight_schedule import parse_schedule
 from easyref_core.utils.number_lists import parse_numbers, parse_reference_weights, parse_references
 
 SEPARATORS = (", ", ";", "; ", " ", "\n", "\t", " ,", "，", "；", "、", ",\n", " , ; ", "　")
+# by text: the numbers, (decimal, list) that a comma may mean, the references, the weights, the errors
+CASES = json.loads(Path(__file__).with_name("number_lists.json").read_text(encoding="utf-8"))
 NUMBERS = ("0", "1", "-1", "0.5", ".5", "2.", "+3", "1e-1", "-0.25")
 
 
@@ -25,44 +29,13 @@ def test_every_separator_separates_every_pair_of_numbers(separator: str) -> None
             assert parse_numbers(text, "weights") == [float(first), float(second)]
 
 
-@pytest.mark.parametrize(
-    ("text", "numbers"),
-    [
-        ("", []),
-        (" ,;\n", []),
-        ("0.5", [0.5]),
-        ("1,0.5,0", [1, 0.5, 0]),
-        ("1,0,0.5", [1, 0, 0.5]),
-        ("1,0.5 2", [1, 0.5, 2]),
-        (" 1, 0.5;2\n3，4 ", [1, 0.5, 2, 3, 4]),
-        ("0，5", [0, 5]),
-        ("１，０．５；－２", [1, 0.5, -2]),
-        ("-1,-2", [-1, -2]),
-        ("−0.5", [-0.5]),
-        ("0, 5", [0, 5]),
-    ],
-)
+@pytest.mark.parametrize(("text", "numbers"), CASES["numbers"].items())
 def test_numbers(text: str, numbers: list[float]) -> None:
     assert parse_numbers(text, "weights") == numbers
 
 
 @pytest.mark.parametrize(
-    ("text", "decimal", "listed"),
-    [
-        ("0,5", "0.5", "0; 5"),
-        ("0,4", "0.4", "0; 4"),
-        ("1,0,5", "1.0", "1; 0; 5"),
-        ("1,0,1", "1.0", "1; 0; 1"),
-        ("1,1", "1.1", "1; 1"),
-        ("-0,5", "-0.5", "-0; 5"),
-        ("1, 0,5", "0.5", "0; 5"),
-        ("0,5, 0.7", "0.5", "0; 5"),
-        ("0.7; 0,5", "0.5", "0; 5"),
-        ("1 ,5", "0.5", "5"),
-        ("1,-0,5", "-0.5", "1; -0; 5"),
-        ("０,５", "0.5", "0; 5"),
-        ("1,000", "1.000", "1; 000"),
-    ],
+    ("text", "decimal", "listed"), [(text, *pair) for text, pair in CASES["decimal_commas"].items()]
 )
 def test_possible_decimal_comma_is_refused(text: str, decimal: str, listed: str) -> None:
     with pytest.raises(ValueError, match=r"^weights has .* may be a decimal comma") as error:
@@ -94,24 +67,7 @@ def test_bounds_are_named() -> None:
 # References of a group
 
 
-@pytest.mark.parametrize(
-    ("text", "chosen"),
-    [
-        ("", []),
-        ("1,2,3", [1, 2, 3]),
-        ("3, 1", [3, 1]),
-        ("3 1;2", [3, 1, 2]),
-        ("２、1", [2, 1]),
-        ("1-3", [1, 2, 3]),
-        ("3-1", [3, 2, 1]),
-        ("5, 2 - 3, 1", [5, 2, 3, 1]),
-        ("1–2 4~5 2～1", [1, 2, 4, 5, 2, 1]),
-        ("2-2", [2]),
-        ("all", [1, 2, 3, 4, 5]),
-        ("All, 1", [1, 2, 3, 4, 5, 1]),
-        ("2.0", [2]),
-    ],
-)
+@pytest.mark.parametrize(("text", "chosen"), CASES["references"].items())
 def test_references(text: str, chosen: list[int]) -> None:
     assert parse_references(text, "references", 5, most=1000) == chosen
 
@@ -131,37 +87,9 @@ def test_many_references_are_refused_before_they_are_listed() -> None:
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize(
-    ("text", "weights"),
-    [
-        ("", [1, 1, 1, 1]),
-        ("1, 0.5, 1, 2", [1, 0.5, 1, 2]),
-        ("2:0.5", [1, 0.5, 1, 1]),
-        ("2-3 : 0, 1:4", [4, 0, 0, 1]),
-        ("all:0.5", [0.5] * 4),
-        ("1:0,4:2", [0, 1, 1, 2]),
-        ("1, 2", [1, 2]),  # too few: ContextStates.weighed says so
-    ],
-)
+@pytest.mark.parametrize(("text", "weights"), CASES["reference_weights"].items())
 def test_weights_of_references(text: str, weights: list[float]) -> None:
     assert parse_reference_weights(text, "weights", 4) == weights
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("1, 2:0.5", "mixes numbers and reference:weight pairs"),
-        ("2:0,5", "may be a decimal comma"),
-        ("1,2:0.5", "may be a decimal comma"),
-        ("5:1", "no such reference in a group of 4"),
-        ("1-2:1, 2:0", "names reference 2 twice"),
-        ("1:x", "'x' where a number is wanted"),
-        ("1:", "'' where a number is wanted"),
-    ],
-)
-def test_invalid_weights_of_references(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_reference_weights(text, "weights", 4)
 
 
 # Pairs
@@ -178,18 +106,18 @@ def test_pairs_are_parsed_alike_everywhere() -> None:
     assert parse_schedule("1; 0.5 0", 0, 1) == [(0, 1), (0.5, 0.5), (1, 0)]
 
 
-@pytest.mark.parametrize(
-    "text", ["1,0,5", "0,5", "0,2:1", "0,2:1, 0,8:0", "0.2:0,5", "0.2:1, 0.8:0,5", "0:1,0,5:0"]
-)
-def test_decimal_commas_in_a_schedule(text: str) -> None:
-    with pytest.raises(ValueError, match=r"^weight_schedule has .* may be a decimal comma"):
-        parse_schedule(text, 0, 1)
+PARSERS = {
+    "reference_weights": lambda text: parse_reference_weights(text, "weights", 4),
+    "layer_weights": parse_layer_weights,
+    "schedules": lambda text: parse_schedule(text, 0, 1),
+}
+INVALID = [(kind, *case) for kind in PARSERS for case in CASES[f"invalid_{kind}"].items()]
 
 
-@pytest.mark.parametrize("text", ["3:0,5", "3:1, 6:0,5", "3:0.5, 6:0,5"])
-def test_decimal_commas_in_layer_weights(text: str) -> None:
-    with pytest.raises(ValueError, match=r"^layer_weights has .* may be a decimal comma"):
-        parse_layer_weights(text)
+@pytest.mark.parametrize(("kind", "text", "message"), INVALID)
+def test_invalid_pairs_are_refused(kind: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PARSERS[kind](text)
 
 
 def test_decimal_comma_is_never_a_separator() -> None:

@@ -6,13 +6,11 @@ Each test holds our result within 1e-5 of the authors' and the "fixed" variant f
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import easyref_core as er
 from devkit import golden
@@ -21,19 +19,12 @@ from easyref_core.mllm import group_encoder, instructions, preprocess
 from easyref_core.mllm.instructions import chat, image_token_id
 from easyref_core.mllm.qwen2_vl import Rope, image_rope, rope_angles, text_rope
 from easyref_core.tokens import aggregator
-from easyref_core.unet.diffusers_unet import Attachment
 from easyref_core.utils.images import black_image
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+    pass
 
 FAR = 0.01  # a thousand times the difference of two correct implementations
-
-
-@pytest.fixture
-def fresh() -> er.EasyRef:
-    """A model that the test may change."""
-    return er.load(golden.CHECKPOINT, golden.MLLM)
 
 
 @pytest.fixture
@@ -108,27 +99,7 @@ def text_before_images(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]
     return pieces[:start] + [pieces[end]] + pieces[start:end] + pieces[end + 1 :]
 
 
-CHATS: dict[str, Callable] = {
-    "no system turn": lambda pieces: pieces[4:],
-    "text before images": text_before_images,
-    "no assistant header": lambda pieces: pieces[:-2],
-}
-
-
-@pytest.mark.parametrize("change", CHATS.values(), ids=CHATS)
-def test_another_chat_is_far_off(model: er.EasyRef, distance, monkeypatch, change: Callable) -> None:
-    assert distance(model) <= EXACT
-    monkeypatch.setattr(instructions, "chat", lambda *args: change(chat(*args)))
-    assert distance(model) > FAR
-
-
 # The MLLM body
-
-
-def test_norm_between_body_and_last_layer_stays(fresh: er.EasyRef, distance) -> None:
-    assert distance(fresh) <= EXACT
-    fresh.mllm.encoder.norm = nn.Identity()
-    assert distance(fresh) > 0.1
 
 
 def mrope(ids: torch.Tensor, grid: torch.Tensor, image_token: int, config: er.model.EasyRefConfig) -> Rope:
@@ -156,12 +127,9 @@ def mrope(ids: torch.Tensor, grid: torch.Tensor, image_token: int, config: er.mo
     return mixed.cos(), mixed.sin()
 
 
-def test_images_have_plain_positions(model: er.EasyRef, distance, expected: Tensors, monkeypatch) -> None:
-    assert distance(model) <= EXACT
+def golden_mrope(model: er.EasyRef, expected: Tensors) -> Rope:
     ids, grid = expected["cond.input_ids"], expected["cond.image_grid_thw"]
-    rope = mrope(ids, grid, image_token_id(model.tokenizer), model.config)
-    monkeypatch.setattr(group_encoder, "text_rope", lambda *_: rope)
-    assert distance(model) > 0.1
+    return mrope(ids, grid, image_token_id(model.tokenizer), model.config)
 
 
 def test_mrope_of_three_equal_axes_is_plain_rope(model: er.EasyRef) -> None:
@@ -183,26 +151,50 @@ def test_bidirectional_last_layer_is_far_off(model: er.EasyRef, distance) -> Non
     assert distance(bidirectional) > FAR
 
 
-def test_positions_continue_at_the_reference_tokens(model: er.EasyRef, distance, monkeypatch) -> None:
-    def restarted(length: int, config: er.model.EasyRefConfig, device: torch.device) -> Rope:
-        parts = [text_rope(n, config, device) for n in (length - config.num_tokens, config.num_tokens)]
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+def text_rope_restarted(length: int, config: er.model.EasyRefConfig, device: torch.device) -> Rope:
+    """RoPE whose positions start again at the reference tokens."""
+    parts = [text_rope(n, config, device) for n in (length - config.num_tokens, config.num_tokens)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
+
+Change = Callable[[er.EasyRef, Tensors], tuple[object, str, object]]
+
+
+def chat_changed(change: Callable[[list], list]) -> Change:
+    return lambda *_: (instructions, "chat", lambda *args: change(chat(*args)))
+
+
+# The attribute that is set, and the distance that the last layer then has at least.
+CHANGES: dict[str, tuple[Change, float]] = {
+    "no system turn": (chat_changed(lambda pieces: pieces[4:]), FAR),
+    "text before images": (chat_changed(text_before_images), FAR),
+    "no assistant header": (chat_changed(lambda pieces: pieces[:-2]), FAR),
+    "no norm between body and last layer": (
+        lambda model, _: (model.mllm.encoder.norm, "forward", lambda x: x),
+        0.1,
+    ),
+    "M-RoPE of the images": (lambda *args: (group_encoder, "text_rope", lambda *_: golden_mrope(*args)), 0.1),
+    "positions restart at the tokens": (lambda *_: (aggregator, "text_rope", text_rope_restarted), 0.1),
+    "the body's norm after the last layer": (
+        lambda model, _: (model.mllm.aggregator.norm, "forward", model.mllm.encoder.norm.forward),
+        FAR,
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "far"), CHANGES.values(), ids=CHANGES)
+def test_change_is_far_off(
+    model: er.EasyRef, expected: Tensors, distance, monkeypatch, change: Change, far: float
+) -> None:
     assert distance(model) <= EXACT
-    monkeypatch.setattr(aggregator, "text_rope", restarted)
-    assert distance(model) > 0.1
+    monkeypatch.setattr(*change(model, expected))
+    assert distance(model) > far
 
 
-def test_last_layer_has_another_norm(fresh: er.EasyRef, distance) -> None:
-    assert distance(fresh) <= EXACT
-    fresh.mllm.aggregator.norm = fresh.mllm.encoder.norm
-    assert distance(fresh) > FAR
+# The unconditional input
 
 
-# The unconditional side
-
-
-def test_unconditional_side_is_a_black_image_and_the_bare_instruction(uncond, expected: Tensors) -> None:
+def test_unconditional_input_is_a_black_image_and_the_bare_instruction(uncond, expected: Tensors) -> None:
     image, made = black_image(), uncond.provenance
     assert (image.size, image.getextrema()) == ((512, 512), ((0, 0), (0, 0), (0, 0)))
     assert (made.instruction, made.prompt, made.references) == (er.INSTRUCTION, "", 1)
@@ -221,46 +213,27 @@ def test_another_unconditional_input_is_far_off(model, expected: Tensors, color:
 # The UNet
 
 
-@pytest.fixture
-def attach(unet: UNet2DConditionModel, model: er.EasyRef, tokens, uncond) -> Callable[..., Attachment]:
-    """Apply the golden tokens to the UNet."""
-    return partial(er.diffusers_unet.apply, unet, model, tokens, uncond)
+UNET_CHANGES: dict[str, tuple[int, dict[str, float], dict[str, float]]] = {
+    # rows of the noise prediction (the first is the unconditional one), settings as the authors', and changed
+    "no LoRA at weight 0": (2, {"weight": 0.0}, {"weight": 0.0, "lora_strength": 0.0}),
+    "no LoRA on the unconditional rows": (1, {}, {"lora_strength": 0.0}),
+    "conditional tokens in all rows": (1, {}, {"uncond": "tokens"}),
+}
 
 
-@pytest.fixture
-def unet_error(unet: UNet2DConditionModel, expected: Tensors) -> Callable[..., float]:
-    """Relative error of the noise prediction for a weight; the first row is the unconditional one."""
-
-    def measure(weight: float, rows: int = 2) -> float:
-        wanted = expected[f"unet.noise_pred.scale_{weight}"][:rows]
-        return error(predict(unet, expected)[:rows], wanted)
-
-    return measure
-
-
-def test_lora_acts_at_weight_0(attach, unet_error) -> None:
-    attached = attach(weight=0.0)
-    assert unet_error(0.0) <= EXACT
-    attached.remove()
-    assert unet_error(0.0) > FAR
-
-
-def test_lora_acts_on_the_unconditional_rows(attach, unet_error) -> None:
-    attached = attach()
-    assert unet_error(1.0, rows=1) <= EXACT
-    attached.remove()
-    attach(lora_strength=0.0)
-    assert unet_error(1.0, rows=1) > FAR
-
-
-def test_unconditional_rows_attend_to_the_unconditional_tokens(
-    attach, unet_error, unet: UNet2DConditionModel, model: er.EasyRef, tokens: er.ReferenceTokens
+@pytest.mark.parametrize(("rows", "right", "changed"), UNET_CHANGES.values(), ids=UNET_CHANGES)
+def test_change_of_the_unet_is_far_off(
+    unet, model, tokens, uncond, expected: Tensors, rows: int, right: dict, changed: dict
 ) -> None:
-    attached = attach()
-    assert unet_error(1.0, rows=1) <= EXACT
-    attached.remove()
-    er.diffusers_unet.apply(unet, model, tokens, tokens)
-    assert unet_error(1.0, rows=1) > FAR
+    def unet_error(uncond: er.ReferenceTokens = uncond, weight: float = 1.0, **settings: float) -> float:
+        attached = er.diffusers_unet.apply(unet, model, tokens, uncond, weight, **settings)
+        found, wanted = predict(unet, expected), expected[f"unet.noise_pred.scale_{weight}"]
+        attached.remove()
+        return error(found[:rows], wanted[:rows])
+
+    changed = {name: tokens if value == "tokens" else value for name, value in changed.items()}
+    assert unet_error(**right) <= EXACT
+    assert unet_error(**changed) > FAR
 
 
 # Not computed

@@ -6,41 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from einops import rearrange, repeat
 
 import easyref_core as er
 from devkit import golden
 from devkit.golden import EXACT, error
-from easyref_core.mllm.config import EasyRefConfig
-from easyref_core.mllm.qwen2_vl import DecoderLayer, apply_rope, attention_mask, text_rope
+from easyref_core.mllm.qwen2_vl import attention_mask, text_rope
 from easyref_core.tokens.aggregator import ReferenceAggregator, weight_bias
 
+from .by_hand import attend
 from .errors import assert_says, error_of
-
-
-@pytest.fixture(scope="module")
-def context(model: er.EasyRef) -> er.ContextStates:
-    return model.encode(golden.references(), golden.PROMPT, size=golden.SIZE)
-
-
-@torch.inference_mode()
-def by_hand(
-    layer: DecoderLayer, config: EasyRefConfig, x: torch.Tensor, factor: torch.Tensor
-) -> torch.Tensor:
-    """Causal attention in float64, each key's exponential times its factor (S,): (1, S, heads * d)."""
-    attention, length = layer.self_attn, x.shape[1]
-    x = layer.input_layernorm(x)
-    heads = attention.heads
-    q = rearrange(attention.q_proj(x), "b n (h d) -> b n h d", h=heads)
-    k, v = (
-        rearrange(project(x), "b n (h d) -> b n h d", h=attention.kv_heads)
-        for project in (attention.k_proj, attention.v_proj)
-    )
-    rope = text_rope(length, config, x.device)
-    q, k = apply_rope(q, rope).double().transpose(1, 2), apply_rope(k, rope).double()
-    k, v = (repeat(t, "b n h d -> b (h g) n d", g=heads // attention.kv_heads) for t in (k, v))
-    exponential = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).exp().tril() * factor
-    return rearrange(exponential / exponential.sum(-1, keepdim=True) @ v, "b h n d -> b n (h d)")
 
 
 @torch.inference_mode()
@@ -58,12 +32,11 @@ def test_attention_matches_the_one_computed_by_hand(
     layer = aggregator.layers[-1]
     learned = aggregator.reference_tokens.weight[None]
     x = torch.cat([context.states.double(), learned], dim=1)
-    by_value = by_hand(layer, fresh.config, x, factor)[:, -tokens:]
-    attended = x[:, -tokens:] + layer.self_attn.o_proj(by_value)
+    _, values = attend(layer.self_attn, fresh.config, layer.input_layernorm(x), factor=factor)
+    attended = x[:, -tokens:] + layer.self_attn.o_proj(values)
     wanted = aggregator.norm(attended + layer.mlp(layer.post_attention_layernorm(attended)))
-    assert (
-        error(aggregator.gather(context.states.double(), attn_bias=bias), wanted) <= 1e-6
-    )  # RoPE is in float32
+    found = aggregator.gather(context.states.double(), attn_bias=bias)
+    assert error(found, wanted) <= 1e-6  # RoPE is in float32
 
 
 def test_weights_of_1_are_bit_identical(model: er.EasyRef, context: er.ContextStates) -> None:

@@ -16,8 +16,7 @@ from easyref_core.unet.layout import Site
 IMAGES = [torch.rand(48, 64, 3) for _ in range(2)]
 
 
-def test_attention_report_names_every_share(model: er.EasyRef) -> None:
-    context = model.encode(golden.references(), golden.PROMPT, size=golden.SIZE)
+def test_attention_report_names_every_share(model: er.EasyRef, context: er.ContextStates) -> None:
     shares = attention_shares(model, context)
     report = reports.attention_report(golden.references(), shares)
     for i, share in enumerate(shares.references):

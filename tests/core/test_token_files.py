@@ -17,7 +17,7 @@ from devkit import golden
 from devkit.project import pyproject
 from easyref_core.mllm.context import Provenance
 from easyref_core.tokens import files
-from easyref_core.tokens.files import METADATA_KEY, thumbnail
+from easyref_core.tokens.files import METADATA_KEY, padded_thumbnail
 
 from .errors import assert_says, error_of
 
@@ -106,9 +106,9 @@ def test_one_object_can_be_saved_as_both(tmp_path: Path) -> None:
 def test_thumbnails(saved: Path, tmp_path: Path) -> None:
     thumbnails = er.load_tokens(saved).thumbnails
     assert (thumbnails.shape, thumbnails.dtype) == ((3, 64, 64, 3), torch.uint8)
-    assert torch.equal(thumbnails[1], thumbnail(golden.references()[1]))
-    assert torch.equal(thumbnail(golden.as_tensor(golden.references()[1])), thumbnails[1])
-    wide = thumbnail(Image.new("RGB", (200, 100), "white"))
+    assert torch.equal(thumbnails[1], padded_thumbnail(golden.references()[1]))
+    assert torch.equal(padded_thumbnail(golden.as_tensor(golden.references()[1])), thumbnails[1])
+    wide = padded_thumbnail(Image.new("RGB", (200, 100), "white"))
     assert (wide.amax(dim=(1, 2)) > 0).sum() == 32
     assert len(saved_and_loaded(tmp_path, tokens(0), tokens(1, BLACK)).thumbnails) == 0
 
@@ -145,21 +145,8 @@ def test_an_image_and_a_pickle(tmp_path: Path) -> None:
         assert_says(load_error(tmp_path / name), name, "of another format")
 
 
-def test_other_safetensors_files(saved: Path) -> None:
+def test_another_safetensors_file() -> None:
     assert_says(load_error(golden.CHECKPOINT), "is not a file of reference tokens", "tensors such as")
-    text = load_error(changed(saved, unconditional=None))
-    assert_says(text, "2 tensors such as conditional, thumbnails", "conditional and unconditional")
-    assert_says(load_error(changed(saved, metadata={})), "is not a file of reference tokens")
-
-
-@pytest.mark.parametrize("about", ["not JSON", "[]", "{}", "1"])
-def test_damaged_metadata(saved: Path, about: str) -> None:
-    assert_says(load_error(changed(saved, about)), "damaged", about)
-
-
-def test_a_newer_format(saved: Path) -> None:
-    text = load_error(changed(saved, {"version": 2, "pack": "9.0.0"}))
-    assert_says(text, "of format 2", "'9.0.0'", "reads format 1", "Update")
 
 
 def nested(times: int) -> dict:
@@ -173,10 +160,7 @@ def nested(times: int) -> dict:
 @pytest.mark.parametrize(
     ("provenance", "fault"),
     [
-        (None, "the provenance of the conditional tokens is None"),
-        ("x", "the provenance of the conditional tokens is x"),
-        ([], "the provenance of the conditional tokens is []"),
-        ({}, "the provenance of the conditional tokens is {}"),
+        *((p, f"the provenance of the conditional tokens is {p}") for p in (None, "x", [], {})),
         ({"checkpoint": "x"}, "the provenance of the conditional tokens is {"),
         ({"parts": 1}, "the provenance of the conditional tokens is {"),
         (CAT_FIELDS | {"references": "3"}, "references of the conditional tokens is '3'"),
@@ -193,31 +177,33 @@ def test_damaged_provenance(saved: Path, provenance: object, fault: str) -> None
 
 
 def test_a_hundred_combinations_are_loaded(saved: Path) -> None:
-    assert (
-        er.load_tokens(changed(saved, {"conditional": nested(100)})).conditional.provenance.prompt
-        == CAT.prompt
-    )
+    loaded = er.load_tokens(changed(saved, {"conditional": nested(100)}))
+    assert loaded.conditional.provenance.prompt == CAT.prompt
 
 
-@pytest.mark.parametrize(
-    ("values", "fault"),
-    [
-        (torch.zeros(4, 8), "(4, 8)"),
-        (torch.zeros(0, 4, 8), "(0, 4, 8)"),
-        (torch.zeros(1, 4, 8, dtype=torch.int64), "int64"),
-        (torch.full((1, 4, 8), float("nan")), "NaN"),
-        (torch.full((1, 4, 8), 1e300, dtype=torch.float64), "tokens hold values that are NaN or infinite"),
-        (torch.zeros(1, 5, 8), "(1, 5, 8)"),
-        (torch.zeros(1, 4, 9), "(1, 4, 9)"),
-    ],
-)
-def test_tensors_that_are_not_tokens(saved: Path, values: torch.Tensor, fault: str) -> None:
-    assert_says(load_error(changed(saved, unconditional=values)), str(saved), fault)
+FEWER = "is not a file … 2 tensors such as conditional, thumbnails … conditional and unconditional"
+CHANGED: list[tuple[dict[str, object], str]] = [
+    *(({"about": about}, f"damaged … {about}") for about in ("not JSON", "[]", "{}", "1")),
+    ({"about": {"version": 2, "pack": "9.0.0"}}, "of format 2 … '9.0.0' … reads format 1 … Update"),
+    ({"metadata": {}}, "is not a file of reference tokens"),
+    ({"unconditional": None}, FEWER),
+    ({"unconditional": torch.zeros(4, 8)}, "(4, 8)"),
+    ({"unconditional": torch.zeros(0, 4, 8)}, "(0, 4, 8)"),
+    ({"unconditional": torch.zeros(1, 4, 8, dtype=torch.int64)}, "int64"),
+    ({"unconditional": torch.full((1, 4, 8), torch.nan)}, "NaN"),
+    (
+        {"unconditional": torch.full((1, 4, 8), 1e300, dtype=torch.float64)},
+        "hold values that are NaN or infinite",
+    ),
+    ({"unconditional": torch.zeros(1, 5, 8)}, "(1, 5, 8)"),
+    ({"unconditional": torch.zeros(1, 4, 9)}, "(1, 4, 9)"),
+    ({"thumbnails": torch.zeros(3, 64, 64)}, "the thumbnails are (3, 64, 64)"),
+]
 
 
-def test_tensors_that_are_not_thumbnails(saved: Path) -> None:
-    text = load_error(changed(saved, thumbnails=torch.zeros(3, 64, 64)))
-    assert_says(text, "the thumbnails are (3, 64, 64)")
+@pytest.mark.parametrize(("changes", "text"), CHANGED)
+def test_changed_file(saved: Path, changes: dict[str, object], text: str) -> None:
+    assert_says(load_error(changed(saved, **changes)), str(saved), text)
 
 
 def test_tokens_that_do_not_belong_together_are_not_saved(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
+from devkit import golden
 from easyref_core.unet.layout import (
     Site,
     in_processor_order,
@@ -82,18 +82,9 @@ def test_sites_of_the_tiny_unet(unet: UNet2DConditionModel) -> None:
     ],
 )
 def test_sites_of_a_unet_of_other_depths(depths: tuple, sites: int) -> None:
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(32, 32, 32),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=tuple(max(1, depth) for depth in depths[0]),
-            attention_head_dim=8,
-            cross_attention_dim=32,
-            use_linear_projection=True,
-        )
+    down = "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"
+    layers = [max(1, depth) for depth in depths[0]]
+    unet = golden.empty_unet(down, (32, 32, 32), layers, use_linear_projection=True)
     assert cross_attentions(unet) == sdxl_sites(depths)
     assert len(cross_attentions(unet)) == sites
 
