@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ..files.atomic_write import atomic_write_text
+from .config import load
 from .full_size import (
     EASYREF,
     IMAGE_TOKENS,
@@ -60,11 +61,18 @@ class Plan:
     zero2: bool  # DeepSpeed ZeRO-2 instead of replicas
 
 
+def _plan(file: str, references: int, zero2: bool) -> Plan:
+    """Plan of a YAML, whose accumulation is for 32 GPUs."""
+    [settings] = load(Path(__file__).parent / "configs" / file)
+    batch, updates = settings.batch_size, settings.updates
+    return Plan(settings.stage_spec, batch, batch * settings.accumulation * 32, updates, references, zero2)
+
+
 PLANS = (
-    Plan(STAGES["alignment"], 8, 256, updates=300_000, references=1, zero2=False),
-    Plan(STAGES["single_reference"], 4, 256, updates=125_000, references=1, zero2=True),
-    Plan(STAGES["multi_reference"], 1, 128, updates=50_000, references=10, zero2=True),
-    Plan(STAGES["multi_reference"], 1, 128, updates=50_000, references=28, zero2=True),
+    _plan("1_alignment.yaml", references=1, zero2=False),
+    _plan("2_single_reference.yaml", references=1, zero2=True),
+    _plan("3_multi_reference.yaml", references=10, zero2=True),
+    _plan("3_multi_reference.yaml", references=28, zero2=True),
 )
 
 

@@ -120,8 +120,6 @@ def inputs(batch: int, references: int) -> tuple[Tensor, Tensor, Text, Batch]:
     side = SIZE // EASYREF.patch_size
     length = context_length(references)
     examples = Batch(
-        pixels=None,
-        latents=None,
         prompts=("",) * batch,
         time_ids=empty(batch, 6, dtype=torch.float32),
         patches=empty(batch * references * side**2, EASYREF.patch_values, dtype=torch.float32),
