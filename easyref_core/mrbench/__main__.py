@@ -120,6 +120,9 @@ def _counts(manifest: Manifest) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .extractors import CLIP, DINO, TINY_CLASSIFIER
+    from .score import BATCH
+
     parser = argparse.ArgumentParser(prog="python -m easyref_core.mrbench", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
@@ -128,12 +131,6 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command.add_argument
 
-    _add_building(add)
-    _add_scoring(add)
-    return parser
-
-
-def _add_building(add: Callable[..., Callable[..., argparse.Action]]) -> None:
     option = add(build)
     option("folder", type=Path, help="one subfolder of images per topic; captions in x.txt or metadata.jsonl")
     option("--manifest", type=Path, help="file to write (default: manifest.json in the folder)")
@@ -153,12 +150,6 @@ def _add_building(add: Callable[..., Callable[..., argparse.Action]]) -> None:
     option("config", type=Path, help="YAML, see easyref_core/mrbench/configs")
     option("--methods", nargs="+", default=(), help="only these methods of the config")
     option("--references", type=int, help="use only the first so many references of each group")
-
-
-def _add_scoring(add: Callable[..., Callable[..., argparse.Action]]) -> None:
-    from .extractors import CLIP, DINO, TINY_CLASSIFIER
-    from .score import BATCH
-
     option = add(score)
     option("manifest", type=Path)
     option("out", type=Path, help="folder with <method>/<group id>/<seed>.png")
@@ -173,6 +164,7 @@ def _add_scoring(add: Callable[..., Callable[..., argparse.Action]]) -> None:
     option("results", type=Path, help="the folder that score wrote")
     option("--first", help='method whose win rates are reported (default "easyref" if it has scores)')
     option("--methods", nargs="+", default=(), help="only these methods, in this order")
+    return parser
 
 
 def _print(text: str, stream: TextIO | None = None) -> None:

@@ -60,7 +60,13 @@ def from_folder(
         name: name of the benchmark; the folder's if None.
     """
     folder = Path(folder)
-    _check_numbers(held_out, references)
+    if not 0 <= held_out <= 1:
+        raise ValueError(f"held_out is {held_out}; wanted a fraction of the topics, 0 to 1.")
+    if not 1 <= references[0] <= references[1]:
+        raise ValueError(
+            f"references is {references}; wanted the minimum and the maximum of a group, 1 <= minimum <= "
+            "maximum."
+        )
     images, exclusions = read_folder(folder, category)
     prints, broken = _fingerprints(images)
     exclusions += broken
@@ -198,13 +204,3 @@ def _write_group(folder: Path, split: str, category: str, group: ProceduralGroup
 def _list_pairs(lines: Sequence[Any]) -> str:
     more = [f"... and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
     return "\n  ".join([f"{len(lines)} pairs:", *map(str, lines[:MAX_LISTED]), *more])
-
-
-def _check_numbers(held_out: float, references: tuple[int, int]) -> None:
-    if not 0 <= held_out <= 1:
-        raise ValueError(f"held_out is {held_out}; wanted a fraction of the topics, 0 to 1.")
-    if not 1 <= references[0] <= references[1]:
-        raise ValueError(
-            f"references is {references}; wanted the minimum and the maximum of a group, 1 <= minimum <= "
-            "maximum."
-        )

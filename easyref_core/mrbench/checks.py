@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 TYPE_NAMES = {str: "a string", int: "a whole number", list: "a list", dict: "an object"}
-NOTHING: Mapping[str, type] = MappingProxyType({})
 
 
 def check_fields(
-    where: str, data: Any, required: Mapping[str, type], optional: Mapping[str, type] = NOTHING
+    where: str, data: Any, required: Mapping[str, type], optional: Mapping[str, type] = MappingProxyType({})
 ) -> None:
     """Raise ValueError unless `data` is a mapping with these keys and types (`object`: any type)."""
     known = required | optional
@@ -26,6 +26,13 @@ def check_fields(
     for key, kind in known.items():
         if key in data:
             check_type(where, key, data[key], kind)
+
+
+def check_dataclass(where: str, data: Any, kind: type, omit: Sequence[str] = ()) -> None:
+    """Raise ValueError unless `data` has the fields of a dataclass but those in `omit`, of any type."""
+    fields = {field.name: field.default for field in dataclasses.fields(kind) if field.name not in omit}
+    required = {name: object for name, default in fields.items() if default is dataclasses.MISSING}
+    check_fields(where, data, required, dict.fromkeys(fields, object))
 
 
 def check_type(where: str, key: str, value: Any, kind: type) -> None:

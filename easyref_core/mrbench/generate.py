@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checks import check_fields
+from .checks import check_dataclass
 from .images import Exclusion, load_image, save_image
 from .manifest import Group, Manifest, read_manifest, usable
 from .methods import Method, Sampling, Task, build, check
@@ -66,8 +66,8 @@ def read_config(path: Path | str) -> Config:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-    _check_dataclass(str(path), data, Config)
-    _check_dataclass(f"{path}: sampling", data["sampling"], Sampling)
+    check_dataclass(str(path), data, Config)
+    check_dataclass(f"{path}: sampling", data["sampling"], Sampling)
     if not isinstance(data["methods"], dict):
         raise ValueError(
             f"{path}: methods is {data['methods']!r}; wanted method names with their settings below them."
@@ -192,9 +192,3 @@ def _read_method(path: Path, name: str, entry: Any) -> dict[str, Any]:
     return {
         key: str(path.parent / value) if key in PATHS and value else value for key, value in entry.items()
     }
-
-
-def _check_dataclass(where: str, data: Any, kind: type) -> None:
-    fields = dataclasses.fields(kind)
-    required = {field.name: object for field in fields if field.default is dataclasses.MISSING}
-    check_fields(where, data, required, {field.name: object for field in fields})

@@ -90,13 +90,11 @@ def plot_win_rates(
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels that is drawn to files only."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(COLUMNS, count)
     lines = -(-count // columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for ax in axes[count:]:
         ax.set_axis_off()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -109,10 +110,7 @@ def read_parts(folder: Path) -> tuple[list[Row], list[Exclusion]]:
 
 def remove_parts(folder: Path) -> None:
     """Remove the files of all processes; call it when their rows are in pictures.csv."""
-    for file in (folder / PARTS).glob("*.jsonl"):
-        file.unlink()
-    if (folder / PARTS).is_dir():
-        (folder / PARTS).rmdir()
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
 def _parse_row(line: dict[str, str]) -> Row:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, normalize
 
 from ..files.atomic_write import atomic_write_text
-from ..mllm.preprocess import CLIP_MEAN, CLIP_STD
 from ..mrbench.methods.clip_pixels import clip_pixels_of
 from .classifier import to_tensor
 from .dataset import Dataset
@@ -23,13 +23,10 @@ from .images import COUNTS, IMAGE_SIZE, NAMES, all_combinations, caption, held_o
 from .optimizer import Log, OneCycleAdamW, Training
 from .tokenizer import CLIP_TOKEN_IDS, PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
 
-WIDTH, PROJECTION = 96, 64
-PATCH = 16  # pixels
-TOWER = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "projection_dim": PROJECTION}
-VISION = TOWER | {"num_attention_heads": 4, "num_hidden_layers": 3}
-VISION |= {"image_size": IMAGE_SIZE, "patch_size": PATCH}
-TEXT = TOWER | {"num_attention_heads": 4, "num_hidden_layers": 2}
-TEXT |= {"vocab_size": VOCABULARY, "max_position_embeddings": PROMPT_TOKENS, **CLIP_TOKEN_IDS}
+CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+VISION, PROJECTION = CONFIGS["vision"], CONFIGS["vision"]["projection_dim"]
+TEXT = CONFIGS["text"] | CLIP_TOKEN_IDS
+TEXT |= {"vocab_size": VOCABULARY, "max_position_embeddings": PROMPT_TOKENS}
 NAME_RATE = (0.4, 1.0)  # minimum and maximum probability that a caption names an attribute
 # Probability that all images of a batch share some attributes, so that the captions differ in the others
 # only.
@@ -78,7 +75,7 @@ def pretrain_clip(dataset: Dataset, folder: Path, training: Training, log: Log) 
             accuracy = matches[torch.arange(batch), nearest].float().mean().item()
             log(f"CLIP {step}: loss {loss.item():.4f}, accuracy {accuracy:.3f}")
     model.eval().save_pretrained(folder)
-    save_processor(folder)
+    atomic_write_text(folder / "preprocessor_config.json", json.dumps(CONFIGS["processor"], indent=1) + "\n")
     return zero_shot(model, tokenizer, rng)
 
 
@@ -88,7 +85,9 @@ def initialize(tower: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.xavier_uniform_(module.weight)
     torch.nn.init.normal_(tower.embeddings.position_embedding.weight, std=POSITION_STD)
-    torch.nn.init.normal_(tower.embeddings.patch_embedding.weight, std=(3 * PATCH**2) ** -0.5)
+    torch.nn.init.normal_(
+        tower.embeddings.patch_embedding.weight, std=(3 * VISION["patch_size"] ** 2) ** -0.5
+    )
 
 
 @torch.no_grad()
@@ -148,22 +147,3 @@ def contrastive_loss(logits: Tensor, matches: Tensor) -> Tensor:
         return -(target * log_softmax(logits, dim=1)).sum(dim=1).mean()
 
     return (one_way(logits, matches) + one_way(logits.T, matches.T)) / 2
-
-
-def save_processor(folder: Path) -> None:
-    """Write preprocessor_config.json: CLIP's preprocessing at the tiny size."""
-    settings = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": IMAGE_SIZE},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [round(float(value), 8) for value in CLIP_MEAN],
-        "image_std": [round(float(value), 8) for value in CLIP_STD],
-    }
-    atomic_write_text(folder / "preprocessor_config.json", json.dumps(settings, indent=1) + "\n")

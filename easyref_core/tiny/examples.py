@@ -17,7 +17,7 @@ from ..mllm.preprocess import patchify, preprocess
 from ..training.base_model import BaseModel
 from ..training.batches import Batch, generator, new_seed, pad_left
 from ..training.config import Settings, build
-from ..training.examples import Augmentation, check_rates, choose, drops
+from ..training.examples import Rates, choose, drops
 from ..utils.images import black_image
 from .classifier import to_tensor
 from .dataset import Dataset, draw_dataset
@@ -29,19 +29,15 @@ from .sdxl import encode_dataset
 MIN_REFERENCES = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class ProceduralSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProceduralSettings(Rates):
     """Settings of the procedural data in a training's YAML."""
 
     groups: bool  # groups with a held-out target (stage 3), or single images that are their own reference
     copies: int = 3  # images of each combination of attributes
-    truncation: float = 0.0  # these four: as for rows of JSON
-    drop_image: float = 0.05
-    drop_text: float = 0.05
-    drop_both: float = 0.05
 
     def __post_init__(self) -> None:
-        check_rates(self.truncation, self.drop_image, self.drop_text, self.drop_both)
+        super().__post_init__()
         if self.copies < 1:
             raise ValueError(f"copies is {self.copies}; wanted 1 or more.")
 
@@ -62,12 +58,6 @@ class ProceduralExamples:
         self.latents = encode_dataset(base, self.dataset)
         self.resized = resize_all(self.dataset.images, self.config)
         self.black, self.black_grid = preprocess([black_image()], self.config, SIZE)
-        self.rules = Augmentation(
-            truncation=settings.truncation,
-            drop_image=settings.drop_image,
-            drop_text=settings.drop_text,
-            drop_both=settings.drop_both,
-        )
 
     def __len__(self) -> int:
         return len(self.dataset.images)
@@ -77,7 +67,7 @@ class ProceduralExamples:
         for position in positions:
             rng = generator(position, self.seed)
             target, references, prompt = self._group(rng) if self.settings.groups else self._single(rng)
-            drop_image, drop_text = drops(self.rules, rng)
+            drop_image, drop_text = drops(self.settings, rng)
             prompt = "" if drop_text else prompt
             counts = [IMAGE_TOKENS] * (1 if drop_image else len(references))
             targets.append(target)
@@ -88,7 +78,6 @@ class ProceduralExamples:
         input_ids, padding_mask = pad_left(ids)
         patches, grid = self.patchify(groups)
         return Batch(
-            pixels=None,
             latents=self.latents[targets],
             prompts=tuple(prompts),
             time_ids=time_ids(len(ids)),
@@ -114,10 +103,8 @@ class ProceduralExamples:
 
     def _single(self, rng: np.random.Generator) -> tuple[int, list[int], str]:
         """An image that is its own reference."""
-        while True:
-            attributes = rng.integers(COUNTS)
-            if not held_out(attributes):
-                break
+        while held_out(attributes := rng.integers(COUNTS)):
+            pass
         named = _draw_names(rng)
         (image,) = self.dataset.sample(attributes[None], rng).tolist()
         return image, [image], caption(attributes, named)

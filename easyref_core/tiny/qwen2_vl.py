@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from .dataset import Dataset
 from .groups import plan_group
 from .images import caption
 from .optimizer import Log, OneCycleAdamW, Training
-from .tokenizer import COMPARE, DESCRIBE, VOCABULARY
+from .tokenizer import COMPARE, DESCRIBE
 from .vision_pretraining import pretrain_vision
 
 if TYPE_CHECKING:
@@ -33,66 +34,29 @@ IMAGE_TOKENS = 4  # of such an image, and of the black image
 IMAGE_GRID = torch.tensor([(1, 4, 4)])  # frames, rows and columns of its patches
 MAX_REFERENCES = 6
 
-# Sizes of the MLLM's config.json, with all decoder layers; the last one becomes EasyRef's final layer.
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-}
-VISION = {
-    "depth": 2,
-    "embed_dim": 64,
-    "mlp_ratio": 2,
-    "num_heads": 4,
-    "patch_size": 16,  # 4 x 4 patches of an image; with smaller ones, shapes are learnt more slowly
-    "spatial_merge_size": 2,
-}
-
-
-def config_json() -> dict:
-    """The contents of the MLLM's config.json."""
-    quarter = SIZES["hidden_size"] // SIZES["num_attention_heads"] // 8
-    rope = {"type": "mrope", "mrope_section": [2 * quarter, quarter, quarter]}
-    vision = VISION | {"hidden_size": SIZES["hidden_size"], "in_chans": 3, "model_type": "qwen2_vl"}
-    vision |= {"temporal_patch_size": 2, "spatial_patch_size": VISION["patch_size"]}
-    return {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
-        "tie_word_embeddings": True,
-        "bos_token_id": None,  # because transformers' defaults are of the large vocabulary
-        "eos_token_id": None,
-        "hidden_act": "silu",
-        "rope_scaling": rope,
-        **SIZES,
-        "vision_config": vision,
-    }
+CONFIG = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+VISION = CONFIG["vision_config"]
 
 
 def body_config() -> EasyRefConfig:
     """Sizes of the MLLM with all its layers in the GroupEncoder; the sizes of EasyRef's own parts are 0."""
     return EasyRefConfig(
-        vocab_size=SIZES["vocab_size"],
-        hidden_size=SIZES["hidden_size"],
-        intermediate_size=SIZES["intermediate_size"],
-        body_layers=SIZES["num_hidden_layers"],
+        vocab_size=CONFIG["vocab_size"],
+        hidden_size=CONFIG["hidden_size"],
+        intermediate_size=CONFIG["intermediate_size"],
+        body_layers=CONFIG["num_hidden_layers"],
         final_layers=0,
-        heads=SIZES["num_attention_heads"],
-        kv_heads=SIZES["num_key_value_heads"],
-        rms_norm_eps=SIZES["rms_norm_eps"],
-        rope_theta=SIZES["rope_theta"],
-        max_positions=SIZES["max_position_embeddings"],
+        heads=CONFIG["num_attention_heads"],
+        kv_heads=CONFIG["num_key_value_heads"],
+        rms_norm_eps=CONFIG["rms_norm_eps"],
+        rope_theta=CONFIG["rope_theta"],
+        max_positions=CONFIG["max_position_embeddings"],
         vision_depth=VISION["depth"],
         vision_width=VISION["embed_dim"],
         vision_mlp_width=VISION["embed_dim"] * VISION["mlp_ratio"],
         vision_heads=VISION["num_heads"],
         patch_size=VISION["patch_size"],
-        temporal_patch_size=2,
+        temporal_patch_size=VISION["temporal_patch_size"],
         merge_size=VISION["spatial_merge_size"],
         num_tokens=0,
         projector_width=0,
@@ -145,7 +109,7 @@ def save_mllm(folder: Path, model: GroupEncoder) -> None:
         if name == "visual.patch_embed.weight":
             name, tensor = "visual.patch_embed.proj.weight", tensor.unflatten(1, (3, 2, patch, patch))
         tensors[name if name.startswith("visual.") else f"model.{name}"] = tensor.half().contiguous()
-    atomic_write_text(folder / "config.json", json.dumps(config_json(), indent=1) + "\n")
+    atomic_write_text(folder / "config.json", json.dumps(CONFIG, indent=1) + "\n")
     # Written last: the folder is complete if it has this file.
     with atomic_write(folder / "model.safetensors") as partial:
         save_file(tensors, partial, {"format": "pt"})

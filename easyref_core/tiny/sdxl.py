@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from ..files.atomic_write import atomic_write, atomic_write_text
@@ -16,33 +17,7 @@ from .images import IMAGE_SIZE, NAMES, caption
 from .optimizer import Log, OneCycleAdamW, Training
 from .tokenizer import CLIP_TOKEN_IDS, PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
 
-WIDTH = 64  # channels of each text encoder, and of every stage of the UNet
-UNET = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (WIDTH,) * 3,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 1, 1),
-    "attention_head_dim": (4, 4, 4),  # heads, of 16 channels each
-    "cross_attention_dim": 2 * WIDTH,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": WIDTH + 6 * 8,
-    "use_linear_projection": True,
-}
-TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": 2 * WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "projection_dim": WIDTH,
-    "max_position_embeddings": PROMPT_TOKENS,
-}
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 NAME_RATE, EMPTY_RATE = 0.7, 0.1  # probability that a caption names an attribute; that it is empty
 # Maximum of the loss weights, as in Min-SNR (arXiv 2303.09556), because the small grid then learns colours
 # sooner.
@@ -58,11 +33,12 @@ def create_sdxl(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     for part in ("tokenizer", "tokenizer_2"):
         train_clip_tokenizer(folder / part)
-    text = CLIPTextConfig(**TEXT, **CLIP_TOKEN_IDS)
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": PROMPT_TOKENS, **CLIP_TOKEN_IDS}
+    text = CLIPTextConfig(**CONFIGS["text_encoders"], **sizes)
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")
     CLIPTextModelWithProjection(text).save_pretrained(folder / "text_encoder_2")
-    UNet2DConditionModel(**UNET).save_pretrained(folder / "unet")
-    DDPMScheduler(**SCHEDULE).save_pretrained(folder / "scheduler")
+    UNet2DConditionModel(**CONFIGS["unet"]).save_pretrained(folder / "unet")
+    DDPMScheduler(**CONFIGS["scheduler"]).save_pretrained(folder / "scheduler")
     tokenizer = ("transformers", "PreTrainedTokenizerFast")
     parts = {
         "scheduler": ("diffusers", "DDPMScheduler"),

@@ -17,13 +17,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # Qwen2-VL's special tokens, in its order.
-SPECIAL = tuple(
-    f"<|{name}|>"
-    for name in (
-        "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
-        "vision_start vision_end vision_pad image_pad video_pad"
-    ).split()
+_SPECIAL_NAMES = (
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
+    "vision_start vision_end vision_pad image_pad video_pad"
 )
+SPECIAL = tuple(f"<|{name}|>" for name in _SPECIAL_NAMES.split())
 TEMPLATE = ("system\nYou are a helpful assistant.", "user\n", "assistant\n", "\n", INSTRUCTION)
 # Questions of the pretraining; their words are part of the shipped vocabulary.
 DESCRIBE, COMPARE = "Describe each picture.", "What do the pictures have in common?"

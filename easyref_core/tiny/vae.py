@@ -5,19 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from .optimizer import Log, OneCycleAdamW, Training
 
-CONFIG = {
-    "block_out_channels": (32, 32, 64, 64),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 8,
-    "sample_size": 64,
-}
+CONFIG = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 KL_WEIGHT = 1e-3
 CROP = 32  # pixels; training is mostly on crops, four of which cost as much as an image
 FULL_IMAGES = 0.15  # last fraction of the training, on images without crops

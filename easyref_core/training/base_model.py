@@ -85,10 +85,8 @@ class BaseModel:
     def encode_text(self, prompts: Sequence[str]) -> Text:
         """Text conditioning of the prompts, each truncated to the length of the text encoders."""
         states = []
-        for tokenizer, encoder in (
-            (self.tokenizer, self.text_encoder),
-            (self.tokenizer_2, self.text_encoder_2),
-        ):
+        encoders = (self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)
+        for tokenizer, encoder in encoders:
             ids = tokenizer(
                 list(prompts),
                 padding="max_length",

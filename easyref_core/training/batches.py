@@ -31,12 +31,12 @@ class Sample:
     target_size: Size  # height, width
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """B collated samples. Exactly one of pixels and latents is set."""
 
-    pixels: Tensor | None  # (B, 3, H, W) in -1..1
-    latents: Tensor | None  # (B, 4, h, w), precomputed
+    pixels: Tensor | None = None  # (B, 3, H, W) in -1..1
+    latents: Tensor | None = None  # (B, 4, h, w), precomputed
     prompts: tuple[str, ...]
     time_ids: Tensor  # (B, 6) float: original height and width, crop top and left, target height and width
     patches: Tensor  # (patches of the whole batch, 1176), group by group
@@ -103,7 +103,6 @@ def collate(samples: Sequence[Sample], seeds: Sequence[int]) -> Batch:
     sizes = [(*sample.original_size, *sample.crop, *sample.target_size) for sample in samples]
     return Batch(
         pixels=_stack([sample.target for sample in samples]),
-        latents=None,
         prompts=tuple(sample.prompt for sample in samples),
         time_ids=torch.tensor(sizes, dtype=torch.float32),
         patches=torch.cat([sample.patches for sample in samples]),

@@ -74,16 +74,6 @@ def native_size(width: int, height: int, resolution: int) -> tuple[int, int]:
     return tuple(STRIDE * math.ceil(side / STRIDE) for side in (width, height))
 
 
-def crop_reference(image: Image.Image, resolution: int) -> Image.Image:
-    """Center crop of a single reference, for targets that are center-cropped too.
-
-    The authors crop it at the target's corner, which adds black bars where the two differ in aspect (a face
-    crop is square, its target seldom). With equal aspects, as when the reference is the target, the result is
-    the same.
-    """
-    return center_crop(image, resolution).image
-
-
 def face_crop(image: Image.Image, face: Box, rng: np.random.Generator) -> Image.Image:
     """Square crop of a face, expanded by a random 0 to 49 % per side and mirrored with probability 0.5."""
     percent = int(rng.integers(MAX_EXPANSION))

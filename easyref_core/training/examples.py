@@ -16,7 +16,7 @@ from ..mllm.instructions import INSTRUCTION, image_token_id, load_tokenizer, tok
 from ..mllm.preprocess import SIZE, preprocess
 from ..utils.images import black_image, to_rgb
 from .batches import Batch, Sample, collate, generator, new_seed, row_at
-from .crops import center_crop, crop_reference, face_crop, native_resize
+from .crops import center_crop, face_crop, native_resize
 from .rows import read_rows
 
 if TYPE_CHECKING:
@@ -29,37 +29,38 @@ if TYPE_CHECKING:
     from .rows import Row
 
 
-@dataclass(frozen=True)
-class Augmentation:
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Probabilities of dropping references and texts. Raises ValueError for values that are not."""
+
+    truncation: float = 0.0  # dropping some references of a group (stage 3: 0.4)
+    drop_image: float = 0.05  # of the three drops, at most one is made
+    drop_text: float = 0.05
+    drop_both: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("truncation", "drop_image", "drop_text", "drop_both"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a probability, 0 to 1.")
+        if (total := self.drop_image + self.drop_text + self.drop_both) > 1:
+            raise ValueError(f"drop_image, drop_text and drop_both add up to {total:g}, expected at most 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation(Rates):
     """Augmentation of rows. The defaults are the authors'; stage 3 sets native, truncation and max_length."""
 
     resolution: int = 1024  # pixels: short side of a crop, or square root of the area in native aspect
     native: bool = False  # resize in native aspect instead of a square crop (stage 3: True)
     size: int = SIZE  # pixels of a reference for the MLLM
     max_references: int = 28
-    truncation: float = 0.0  # probability of dropping some references of a group (stage 3: 0.4)
-    drop_image: float = 0.05
-    drop_text: float = 0.05
-    drop_both: float = 0.05
     max_length: int | None = 256  # MLLM tokens, truncated on the right (stage 3: None)
 
     def __post_init__(self) -> None:
-        check_rates(self.truncation, self.drop_image, self.drop_text, self.drop_both)
+        super().__post_init__()
         for name in ("resolution", "size", "max_references"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more.")
-
-
-def check_rates(truncation: float, drop_image: float, drop_text: float, drop_both: float) -> None:
-    """Raise ValueError unless all are probabilities and the mutually exclusive drops add up to at most 1."""
-    drops = {"drop_image": drop_image, "drop_text": drop_text, "drop_both": drop_both}
-    for name, rate in {"truncation": truncation, **drops}.items():
-        if not 0 <= rate <= 1:
-            raise ValueError(f"{name} is {rate}, expected a probability, 0 to 1.")
-    if sum(drops.values()) > 1:
-        raise ValueError(
-            f"drop_image, drop_text and drop_both add up to {sum(drops.values()):g}, expected at most 1."
-        )
 
 
 def load_rows(settings: Settings, base: BaseModel, config: EasyRefConfig) -> RowExamples:
@@ -104,7 +105,9 @@ class RowExamples:
         target, references = self.images(row, rng)
         crop = (native_resize if rules.native else center_crop)(target, rules.resolution)
         if len(references) == 1 and not rules.native:
-            references = [crop_reference(references[0], rules.resolution)]
+            # The authors crop it at the target's corner, which adds black bars where the two differ in aspect
+            # (a face crop is square, its target seldom).
+            references = [center_crop(references[0], rules.resolution).image]
 
         drop_image, drop_text = drops(rules, rng)
         text = "" if drop_text else text
@@ -179,7 +182,7 @@ def choose(files: Sequence[str], most: int, truncation: float, rng: np.random.Ge
     return chosen
 
 
-def drops(rules: Augmentation, rng: np.random.Generator) -> tuple[bool, bool]:
+def drops(rules: Rates, rng: np.random.Generator) -> tuple[bool, bool]:
     """Draw (drop the references, drop the text) from one number, so that the cases exclude each other."""
     image, text = rules.drop_image, rules.drop_text
     draw = rng.random()

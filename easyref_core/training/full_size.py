@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import yaml
 
 from ..checkpoint.checkpoint import expected_shapes
 from ..mllm.config import EasyRefConfig
@@ -25,58 +27,9 @@ if TYPE_CHECKING:
 
     from ..unet.layout import Site
 
-# config.json of Qwen/Qwen2-VL-2B-Instruct, with the aggregation of the released EasyRef
-EASYREF = EasyRefConfig(
-    vocab_size=151936,
-    hidden_size=1536,
-    intermediate_size=8960,
-    body_layers=27,
-    final_layers=1,
-    heads=12,
-    kv_heads=2,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    max_positions=32768,
-    vision_depth=32,
-    vision_width=1280,
-    vision_mlp_width=5120,
-    vision_heads=16,
-    patch_size=14,
-    temporal_patch_size=2,
-    merge_size=2,
-    num_tokens=64,
-    projector_width=1536,
-    token_width=2048,
-    lora_rank=128,
-)
-
-# stabilityai/stable-diffusion-xl-base-1.0: unet/config.json, vae/config.json, text_encoder*/config.json
-UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-}
-VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 1024,
-}
-TEXT_ENCODERS: tuple[dict[str, int], ...] = (
-    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
-)
+SIZES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+EASYREF = EasyRefConfig(**SIZES["easyref"])
+UNET: dict[str, Any] = SIZES["unet"]
 PROMPT_TOKENS = 77
 POOLED = 1280  # channels of the second text encoder's projection
 IMAGE_SIDE, LATENT_SIDE = 1024, 128  # pixels
@@ -143,7 +96,7 @@ def vae() -> torch.nn.Module:
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
-        return AutoencoderKL(**VAE).eval()
+        return AutoencoderKL(**SIZES["vae"]).eval()
 
 
 def text_encoders() -> list[torch.nn.Module]:
@@ -154,7 +107,7 @@ def text_encoders() -> list[torch.nn.Module]:
     with torch.device("meta"):
         return [
             kind(CLIPTextConfig(**sizes, projection_dim=POOLED)).to(DTYPE).eval()
-            for kind, sizes in zip(kinds, TEXT_ENCODERS, strict=True)
+            for kind, sizes in zip(kinds, SIZES["text_encoders"], strict=True)
         ]
 
 
@@ -167,8 +120,6 @@ def inputs(batch: int, references: int) -> tuple[Tensor, Tensor, Text, Batch]:
     side = SIZE // EASYREF.patch_size
     length = context_length(references)
     examples = Batch(
-        pixels=None,
-        latents=None,
         prompts=("",) * batch,
         time_ids=empty(batch, 6, dtype=torch.float32),
         patches=empty(batch * references * side**2, EASYREF.patch_values, dtype=torch.float32),

@@ -140,24 +140,16 @@ def _projector(hidden: int, token_width: int, seed: int) -> dict[str, Tensor]:
     """Projector (Linear, GELU, Linear, LayerNorm) with torch's default initialization."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = {
-            0: nn.Linear(hidden, hidden),
-            2: nn.Linear(hidden, token_width),
-            3: nn.LayerNorm(token_width),
-        }
-    return {
-        f"aggregator.projector.{number}.{name}": tensor.detach()
-        for number, layer in layers.items()
-        for name, tensor in layer.state_dict().items()
-    }
+        linears = nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, token_width)
+        projector = nn.Sequential(*linears, nn.LayerNorm(token_width))
+    return {f"aggregator.projector.{name}": tensor for name, tensor in projector.state_dict().items()}
 
 
 def _text_kv(unet: UNet2DConditionModel, sites: tuple[Site, ...]) -> dict[str, Tensor]:
     """Copy the UNet's text K and V as initial K and V of the reference tokens."""
     tensors = {}
     for number, site in enumerate(sites):
-        attn2 = unet.get_submodule(f"{site.diffusers}.attn2")
         for side in "kv":
-            weight = attn2.get_submodule(f"to_{side}").weight.detach()
+            weight = unet.get_submodule(f"{site.diffusers}.attn2.to_{side}").weight.detach()
             tensors[f"kv.to_{side}_ip.{number}.weight"] = weight.to("cpu", torch.float32, copy=True)
     return tensors

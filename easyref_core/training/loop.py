@@ -54,11 +54,15 @@ def make_accelerator(accumulation: int) -> Accelerator:
 
 
 def _run_updates(run: Run, run_log: RunLog, start: int) -> None:
+    from accelerate.utils import DistributedType
+
     settings, accelerator, end = run.settings, run.accelerator, run.settings.updates
     rank, world_size = accelerator.process_index, accelerator.num_processes
     micro_batches = MicroBatches(run.examples, settings.batch_size, rank, world_size)
     steps = range(start * settings.accumulation, end * settings.accumulation)
     batches = loader(micro_batches, steps, settings.workers)
+    # no process of FSDP holds the full model, so none can generate sample images
+    samples_every = 0 if accelerator.distributed_type == DistributedType.FSDP else settings.samples.every
     losses, since = [], time.perf_counter()
     for number in range(start, end):
         done = number + 1
@@ -78,11 +82,7 @@ def _run_updates(run: Run, run_log: RunLog, start: int) -> None:
             }
             run_log.log(done, values)
             losses, since = [], now
-        if (
-            _due(done, settings.samples.every, end)
-            and accelerator.is_main_process
-            and not _is_sharded(accelerator)
-        ):
+        if _due(done, samples_every, end) and accelerator.is_main_process:
             run_log.log_samples(done, run.sample_sheet())
         if _due(done, settings.save_every, end):
             save_state(accelerator, settings.output, done, settings.keep)
@@ -90,10 +90,3 @@ def _run_updates(run: Run, run_log: RunLog, start: int) -> None:
 
 def _due(done: int, every: int, end: int) -> bool:
     return bool(every) and (done % every == 0 or done == end)
-
-
-def _is_sharded(accelerator: Accelerator) -> bool:
-    """Return True if no process holds the full model, so that none can generate sample images."""
-    from accelerate.utils import DistributedType
-
-    return accelerator.distributed_type == DistributedType.FSDP

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +29,8 @@ FREE = frozenset(
 
 def saved_states(output: Path) -> dict[int, Path]:
     """Return {update: folder} of the complete states of a run, oldest first."""
-    folders = {
-        int(match[1]): path
-        for path in output.glob("state-*")
-        if (match := re.fullmatch(r"state-(\d+)", path.name))
-    }
-    return dict(sorted(folders.items()))
+    numbers = {path.name.removeprefix("state-"): path for path in output.glob("state-*")}
+    return dict(sorted((int(number), path) for number, path in numbers.items() if number.isdecimal()))
 
 
 def save_state(accelerator: Accelerator, output: Path, update: int, keep: int) -> None:
@@ -56,11 +51,9 @@ def save_state(accelerator: Accelerator, output: Path, update: int, keep: int) -
 
 def resume(accelerator: Accelerator, output: Path) -> int:
     """Load the newest state into the prepared objects and return its update, 0 without a state."""
-    states = saved_states(output)
-    if not states:
-        return 0
-    update = max(states)
-    accelerator.load_state(str(states[update]))
+    update, folder = max(saved_states(output).items(), default=(0, None))
+    if folder:
+        accelerator.load_state(str(folder))
     return update
 
 

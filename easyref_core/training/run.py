@@ -153,9 +153,10 @@ class Run:
     def sample_sheet(self) -> Image.Image:
         """Sheet of the first examples: references at the MLLM's size, target, generated image."""
         model, samples = self.model, self.settings.samples
+        options = {name: getattr(samples, name) for name in ("negative", "guidance", "steps")}
         rows = {}
         with self.accelerator.autocast():
-            empty = model.tokens(self.unconditional_batch().to(self.accelerator.device))
+            empty = self.unconditional_tokens()
             for number in range(samples.count):
                 batch = self.examples.batch(range(number, number + 1)).to(self.accelerator.device)
                 tokens = model.tokens(batch, self.cached_context(batch))
@@ -164,36 +165,19 @@ class Run:
                 model.condition(torch.cat([empty.repeat(1, repeats, 1), tokens]))
                 _, noise, draw = randomness(batch, self.base)
                 target = self.base.decode(self.latents(batch, draw))
-                images = generate_images(
-                    self.base,
-                    noise,
-                    batch.prompts,
-                    samples.negative,
-                    guidance=samples.guidance,
-                    steps=samples.steps,
-                )
+                images = generate_images(self.base, noise, batch.prompts, **options)
                 references = references_of(batch.patches, batch.grid, model.config)
                 label = f"{number + 1}: {len(references)} references, target, generated: {batch.prompts[0]}"
                 rows[label[:100]] = [*references, *to_images(target), *images]
         return contact_sheet(rows, cell=128)
 
-    def unconditional_batch(self) -> Batch:
-        """Batch of one group: the black image and the instruction without a prompt."""
+    def unconditional_tokens(self) -> Tensor:
+        """Reference tokens (1, T, C) of the black image and the instruction without a prompt."""
         config = self.weights.config
         patches, grid = preprocess([black_image()], config, self.settings.data.augmentation.size)
         ids = tokenize(self.tokenizer, INSTRUCTION, [int(grid.prod()) // config.merge_size**2])
-        return Batch(
-            pixels=None,
-            latents=None,
-            prompts=("",),
-            time_ids=torch.zeros(1, 6),
-            patches=patches,
-            grid=grid,
-            references=(1,),
-            input_ids=ids,
-            padding_mask=torch.ones_like(ids, dtype=torch.bool),
-            seeds=torch.zeros(1, dtype=torch.int64),
-        )
+        inputs = patches, grid, ids, torch.ones_like(ids, dtype=torch.bool)
+        return self.model.encode(*(tensor.to(self.accelerator.device) for tensor in inputs))
 
 
 def learning_rate(settings: Settings, update: int) -> float:

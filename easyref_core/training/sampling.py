@@ -65,21 +65,13 @@ def to_images(images: Tensor) -> list[Image.Image]:
 
 def references_of(patches: Tensor, grid: Tensor, config: EasyRefConfig) -> list[Image.Image]:
     """Invert preprocess.patchify: patches (sum, 1176) and grid (K, 3) -> references at the MLLM's size."""
-    images, m = [], config.merge_size
-    for reference, (_, rows, columns) in zip(
-        patches.cpu().split(grid.prod(dim=1).tolist()), grid.tolist(), strict=True
-    ):
-        frames = rearrange(
-            reference,
-            "(h w mh mw) (c t ph pw) -> t (h mh ph) (w mw pw) c",
-            h=rows // m,
-            w=columns // m,
-            mh=m,
-            mw=m,
-            t=config.temporal_patch_size,
-            ph=config.patch_size,
-            pw=config.patch_size,
-        )
+    images = []
+    sizes = {"ph": config.patch_size, "pw": config.patch_size, "t": config.temporal_patch_size}
+    sizes |= {"mh": config.merge_size, "mw": config.merge_size}
+    parts = patches.cpu().split(grid.prod(dim=1).tolist())
+    for reference, rows in zip(parts, grid[:, 1].tolist(), strict=True):
+        pattern = "(h w mh mw) (c t ph pw) -> t (h mh ph) (w mw pw) c"
+        frames = rearrange(reference, pattern, h=rows // config.merge_size, **sizes)
         pixels = frames[0].numpy() * CLIP_STD + CLIP_MEAN
         images.append(Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8)))
     return images

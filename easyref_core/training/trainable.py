@@ -120,13 +120,17 @@ class TrainableEasyRef(nn.Module):
             for ids in split_question(row[mask], self.image_token, count)
         ]
         ids, mask = (tensor.to(batch.input_ids.device) for tensor in pad_left(rows))
-        tokens = self._aggregate(self.context(batch.patches, batch.grid, ids, mask), mask)  # (sum of K, T, C)
+        tokens = self.encode(batch.patches, batch.grid, ids, mask)  # (sum of K, T, C)
         groups = tokens.split(batch.references)
         if self.aggregation == "average":
             return torch.stack([group.mean(dim=0) for group in groups]), None
         rows = [group.flatten(0, 1) for group in groups]
         mask = pad_sequence([row.new_ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
         return pad_sequence(rows, batch_first=True), _mask_or_none(mask)
+
+    def encode(self, patches: Tensor, grid: Tensor, input_ids: Tensor, padding_mask: Tensor) -> Tensor:
+        """Reference tokens (B, T, C) of a batch of groups, each encoded together."""
+        return self._aggregate(self.context(patches, grid, input_ids, padding_mask), padding_mask)
 
     def context(self, patches: Tensor, grid: Tensor, input_ids: Tensor, padding_mask: Tensor) -> Tensor:
         """Context states (B, S, D) of a batch of groups, without gradients if the body is frozen."""

@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ..training.tiny import write_clip_tokenizer
+
 LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = LAYERS | {"image_size": 32, "patch_size": 8}
 
@@ -77,12 +79,16 @@ def write_clip(folder: Path) -> Path:
     """A CLIP of two small layers with random weights, its tokenizer and its image processor's settings."""
     from transformers import CLIPConfig, CLIPModel
 
-    special = {"bos_token_id": 512, "eos_token_id": 513}
-    text = LAYERS | {"vocab_size": 190, "max_position_embeddings": 77} | special
+    text = LAYERS | {
+        "vocab_size": 190,
+        "max_position_embeddings": 77,
+        "bos_token_id": 188,
+        "eos_token_id": 189,
+    }
     vision = VISION | {"projection_dim": 12}
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
-    write_clip_tokenizer(folder)
+    write_clip_tokenizer(folder, "".join(map(chr, range(33, 127))))
     settings = {"crop_size": 32, "size": 32, "resample": 3, "do_center_crop": True, "do_resize": True}
     write_processor(folder, "CLIPFeatureExtractor", settings)
     return folder
@@ -103,13 +109,3 @@ def write_processor(folder: Path, kind: str, settings: Mapping[str, Any]) -> Non
     statistics = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]}
     data = {"feature_extractor_type": kind, **settings, **statistics}
     (folder / "preprocessor_config.json").write_text(json.dumps(data))
-
-
-def write_clip_tokenizer(folder: Path) -> None:
-    """CLIP's tokenizer without merges: every printable ASCII character is a token."""
-    letters = [chr(code) for code in range(33, 127)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    special = {"bos_token": words[-2], "eos_token": words[-1], "pad_token": words[-1], "unk_token": words[-1]}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **special}))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageEnhance
@@ -162,22 +163,19 @@ def jpeg(image: Image.Image) -> Image.Image:
     return Image.open(content).convert("RGB")
 
 
-NEAR = {
-    "saved again": jpeg,
-    "larger": lambda image: image.resize((48, 48), Image.Resampling.BICUBIC),
-    "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.05),
-}
-FAR = {
-    "another": lambda _: image(99),
-    "in other colours": lambda image: Image.merge("RGB", image.split()[::-1]),
-}
-
-
-@pytest.mark.parametrize("name", [*NEAR, *FAR])
-def test_near_duplicates(name: str) -> None:
-    change = (NEAR | FAR)[name]
+@pytest.mark.parametrize(
+    ("change", "near"),
+    [
+        (jpeg, True),
+        (lambda image: image.resize((48, 48), Image.Resampling.BICUBIC), True),
+        (lambda image: ImageEnhance.Brightness(image).enhance(1.05), True),
+        (lambda _: image(99), False),
+        (lambda image: Image.merge("RGB", image.split()[::-1]), False),  # other colours
+    ],
+)
+def test_near_duplicates(change: Callable[[Image.Image], Image.Image], near: bool) -> None:
     prints = {Path("a"): fingerprint(image(0)), Path("b"): fingerprint(change(image(0)))}
-    assert first_of_each(prints) == ({Path("b"): Path("a")} if name in NEAR else {})
+    assert first_of_each(prints) == ({Path("b"): Path("a")} if near else {})
     assert first_of_each(prints, near=False) == {}
 
 
@@ -234,22 +232,16 @@ def test_leaks(second: dict, replaced: str | None, expected: str | None, tmp_pat
 # Procedural groups
 
 
-@dataclass
-class Procedural:
-    references: list[Image.Image]
-    target: Image.Image
-    prompt: str = "a red thing"
-    shared: dict[str, str] = field(default_factory=lambda: {"shape": "circle"})
-    named: dict[str, str] = field(default_factory=lambda: {"colour": "red"})
-
-
-def procedural(*seeds: int) -> Procedural:
-    target, *references = map(image, seeds)
-    return Procedural(references, target)
+def procedural(target: Image.Image, *references: Image.Image) -> SimpleNamespace:
+    named = {"prompt": "a red thing", "shared": {"shape": "circle"}, "named": {"colour": "red"}}
+    return SimpleNamespace(references=references, target=target, **named)
 
 
 def test_procedural_groups_become_a_benchmark(tmp_path: Path) -> None:
-    groups = [("held-in", "plain", procedural(0, 1, 2)), ("held-out", "outsider", procedural(3, 4, 5, 6))]
+    groups = [
+        ("held-in", "plain", procedural(*map(image, (0, 1, 2)))),
+        ("held-out", "outsider", procedural(*map(image, (3, 4, 5, 6)))),
+    ]
     from_groups(tmp_path, groups, "made", seed=5)
     manifest = read_manifest(tmp_path / "manifest.json")
     assert (manifest.name, manifest.seed) == ("made", 5)
@@ -262,12 +254,15 @@ def test_procedural_groups_become_a_benchmark(tmp_path: Path) -> None:
 
 
 def test_procedural_groups_that_leak_are_refused(tmp_path: Path) -> None:
-    groups = [("held-in", "plain", procedural(0, 1, 2)), ("held-out", "plain", procedural(3, 1, 4))]
+    groups = [
+        ("held-in", "plain", procedural(*map(image, (0, 1, 2)))),
+        ("held-out", "plain", procedural(*map(image, (3, 1, 4)))),
+    ]
     text = error_of(lambda: from_groups(tmp_path, groups))
     assert text.startswith("The procedural groups leak. 1 pairs:\n  held-in and held-out share an image")
     assert not (tmp_path / "manifest.json").exists()
 
 
 def test_procedural_images_may_be_near_duplicates(tmp_path: Path) -> None:
-    from_groups(tmp_path, [("held-out", "plain", Procedural([jpeg(image(0)), image(2)], image(0)))])
+    from_groups(tmp_path, [("held-out", "plain", procedural(image(0), jpeg(image(0)), image(2)))])
     assert read_manifest(tmp_path / "manifest.json").groups

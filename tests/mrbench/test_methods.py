@@ -175,18 +175,11 @@ class TestEasyRef:
     def tokens(self, model: er.EasyRef, task: Task, aggregation: str = "easyref") -> Tensor:
         return reference_tokens(model, task, aggregation, er.INSTRUCTION, tiny.REFERENCE)
 
-    @pytest.fixture
-    def single(self, model: er.EasyRef) -> list[Tensor]:
-        """Tokens of each reference alone."""
+    def test_average_and_concatenation_are_of_single_tokens(self, model: er.EasyRef) -> None:
         tasks = [Task("", TASKS[1].prompt, (reference,)) for reference in TASKS[1].references]
-        return [self.tokens(model, task) for task in tasks]
-
-    def test_average_is_the_mean_of_single_tokens(self, model: er.EasyRef, single: list[Tensor]) -> None:
-        tokens = self.tokens(model, TASKS[1], "average")
-        torch.testing.assert_close(tokens, torch.cat(single).mean(dim=0, keepdim=True))
-
-    def test_concatenation_is_of_single_tokens(self, model: er.EasyRef, single: list[Tensor]) -> None:
-        tokens = self.tokens(model, TASKS[1], "concatenation")
+        single = [self.tokens(model, task) for task in tasks]
+        average, tokens = (self.tokens(model, TASKS[1], name) for name in ("average", "concatenation"))
+        torch.testing.assert_close(average, torch.cat(single).mean(dim=0, keepdim=True))
         assert torch.equal(tokens, torch.cat(single, dim=1))
         assert tokens.shape[1] == 3 * model.config.num_tokens
 

@@ -263,17 +263,9 @@ def test_two_processes_share_the_work(
     script = tmp_path / "launched.py"
     script.write_text(LAUNCHED.format(module="easyref_core.mrbench.__main__", call="main(sys.argv[1:])"))
     launcher = LAUNCHED.format(module="accelerate.commands.launch", call="main()")
-    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    command = [
-        sys.executable,
-        "-c",
-        launcher,
-        *options.split(),
-        "--main_process_port",
-        "0",
-        str(script),
-        "score",
-    ]
+    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    options += ["--main_process_port", "0"]
+    command = [sys.executable, "-c", launcher, *options, str(script), "score"]
     command += [str(tmp_path / name) for name in ("manifest.json", "out", "results")]
     command += ["--clip", str(clip_folder), "--dino", str(dino_folder), "--classifier", "none", "--offline"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -12,9 +12,7 @@ import torch
 from easyref_core.mrbench.methods.ip_adapter_training import initial_adapter, save_adapter
 from easyref_core.training.base_model import BaseModel
 
-from ..training.tiny import MLLM, REFERENCE, make_base
-from ..training.tiny import PICTURE as IMAGE_SIZE
-from ..training.tiny import picture as random_image
+from ..training.tiny import IMAGE_SIZE, MLLM, REFERENCE, make_base, random_image
 from .benchmarks import LAYERS
 
 __all__ = ["CHECKPOINT", "ENTRIES", "IMAGE_SIZE", "MLLM", "REFERENCE", "make_base", "random_image"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from easyref_core.tiny.dataset import Dataset
 from easyref_core.tiny.images import COUNTS
 from easyref_core.tiny.optimizer import Training
-from easyref_core.tiny.qwen2_vl import SIZES, VISION, body_config, pretrain_qwen2_vl, resize_all
+from easyref_core.tiny.qwen2_vl import CONFIG, VISION, body_config, pretrain_qwen2_vl, resize_all
 from easyref_core.tiny.tokenizer import train_mllm_tokenizer
 from easyref_core.tiny.vision_pretraining import VisionClassifier, pretrain_vision
 
@@ -47,4 +47,4 @@ def test_the_result_is_a_qwen2_vl_folder(dataset: Dataset, tmp_path: Path) -> No
     config = json.loads((tmp_path / "config.json").read_text())["vision_config"]
     side = config["patch_size"]
     assert tensors["visual.patch_embed.proj.weight"].shape == (config["embed_dim"], 3, 2, side, side)
-    assert tensors["model.embed_tokens.weight"].shape == (SIZES["vocab_size"], SIZES["hidden_size"])
+    assert tensors["model.embed_tokens.weight"].shape == (CONFIG["vocab_size"], CONFIG["hidden_size"])

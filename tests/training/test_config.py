@@ -21,7 +21,7 @@ stage: alignment
 base: base
 mllm: mllm
 output: out
-data: {rows: rows.json, root: pictures}
+data: {rows: rows.json, root: images}
 updates: 10
 learning_rate: 1e-4
 batch_size: 2

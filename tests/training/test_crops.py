@@ -8,7 +8,6 @@ from PIL import Image
 
 from easyref_core.training.crops import (
     center_crop,
-    crop_reference,
     expand_box,
     face_crop,
     native_resize,
@@ -76,13 +75,6 @@ def test_native_resize_crops_nothing_and_conditions_on_the_new_size() -> None:
     crop = native_resize(image, 64)
     assert crop.image.tobytes() == image.resize((128, 64), Image.Resampling.BICUBIC).tobytes()
     assert crop[1:] == ((64, 128), (0, 0), (64, 128))
-
-
-def test_single_reference_is_center_cropped() -> None:
-    """Cropping at the target's corner, as the authors do, would add black bars for another aspect."""
-    image, white = noise(190, 120), Image.new("RGB", (50, 50), "white")
-    assert crop_reference(image, 64).tobytes() == center_crop(image, 64).image.tobytes()
-    assert np.asarray(crop_reference(white, 64)).min() == 255
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,11 @@ def group(*names: str, **changes: Any) -> Row:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six images of 120 x 90 pixels in different colours."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Six images of 120 x 90 pixels in different colours, and a tall one."""
+    folder = tmp_path_factory.mktemp("images")
     for i, name in enumerate(NAMES):
-        tiny.picture(i).resize((120, 90)).save(folder / name)
+        tiny.random_image(i).resize((120, 90)).save(folder / name)
+    tiny.random_image(6).resize((60, 150)).save(folder / "tall.png")
     return folder
 
 
@@ -74,10 +75,12 @@ def assert_mllm_inputs(sample: Sample, references: list[Image.Image], text: str)
     assert torch.equal(sample.input_ids, ids)
 
 
-def test_single_reference_is_cropped_like_its_target(root: Path) -> None:
-    sample, cropped = draw(root, STAGE_1, row()), center_crop(image(root, "0.png"), 64).image
-    assert torch.equal(sample.target, to_tensor(cropped))
-    assert_mllm_inputs(sample, [cropped], "abc")
+@pytest.mark.parametrize("reference", ["0.png", "tall.png"])
+def test_target_and_single_reference_are_center_cropped(root: Path, reference: str) -> None:
+    """Cropping at the target's corner, as the authors do, would add black bars for another aspect."""
+    sample = draw(root, STAGE_1, group(reference))
+    assert torch.equal(sample.target, to_tensor(center_crop(image(root, "0.png"), 64).image))
+    assert_mllm_inputs(sample, [center_crop(image(root, reference), 64).image], "abc")
     assert sample.prompt == "abc"
     assert (sample.original_size, sample.crop, sample.target_size) == ((90, 120), (0, 10), (64, 64))
 

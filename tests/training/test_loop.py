@@ -124,7 +124,7 @@ class TestStages:
         model = er.load(chain[name], tiny.MLLM)
         assert model.config.num_tokens == tiny.TOKENS
         assert model.config.lora_rank == (4 if "lora" in STAGES[name].trains else 0)
-        tokens = model.aggregate(model.encode([tiny.picture(0)], "a", size=tiny.REFERENCE))
+        tokens = model.aggregate(model.encode([tiny.random_image(0)], "a", size=tiny.REFERENCE))
         assert tokens.shape == (1, tiny.TOKENS, 32)
 
     def test_first_stage_omits_the_body(self, base: BaseModel, chain: dict[str, Path]) -> None:
@@ -296,7 +296,7 @@ class TestSampling:
 
     def test_references_of_inverts_patchify(self) -> None:
         config = tiny.config()
-        patches, grid = preprocess([tiny.picture(1, 84), tiny.picture(2, 84)], config, 84)
+        patches, grid = preprocess([tiny.random_image(1, 84), tiny.random_image(2, 84)], config, 84)
         references = references_of(patches, grid, config)
         assert len(references) == 2
         assert torch.allclose(patches, preprocess(references, config, 84)[0], atol=1e-5)

@@ -16,7 +16,7 @@ from easyref_core.training.rows import Row, read_rows
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A folder of images of 100 x 80 pixels, a text file and a truncated image."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     for name in ("a.png", "b.png", "c.png", "sub/d.png"):
         Image.effect_noise((100, 80), 50).save(folder / name)

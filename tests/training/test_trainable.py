@@ -127,7 +127,7 @@ class TestInitialWeights:
         save(tmp_path / "model.safetensors", weights.config, weights.sites, weights.tensors)
         model = er.load(tmp_path / "model.safetensors", tiny.MLLM)
         assert (model.config.body_layers, model.config.final_layers) == (4 - final_layers, final_layers)
-        tokens = model.aggregate(model.encode([tiny.picture(0)], size=tiny.REFERENCE))
+        tokens = model.aggregate(model.encode([tiny.random_image(0)], size=tiny.REFERENCE))
         assert tokens.shape == (1, num_tokens, 32)
 
     def test_too_many_final_layers_are_refused(self, base: BaseModel) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from easyref_core.checkpoint.checkpoint import open_checkpoint
 from easyref_core.mllm.instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
 from easyref_core.mllm.preprocess import preprocess
+from easyref_core.tiny import sdxl, vae
 from easyref_core.training.batches import Batch, Sample, collate, generator, new_seed, row_at
 from easyref_core.training.config import Data, Settings
 from easyref_core.training.examples import Augmentation
@@ -29,7 +31,7 @@ Train = Callable[..., Path]  # type of the fixture `train_tiny`
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 MLLM = GOLDEN / "mllm"
-PICTURE = 64  # pixels; latents are 8 x 8
+IMAGE_SIZE = 64  # pixels; latents are 8 x 8
 REFERENCE = 84  # pixels of a reference for the MLLM
 TOKENS = 6  # reference tokens
 TEXT = 16  # width of each text encoder; the UNet's context is 2 x 16
@@ -38,64 +40,42 @@ TEXT = 16  # width of each text encoder; the UNet's context is 2 x 16
 def make_base(folder: Path) -> Path:
     """Write a diffusers SDXL folder: the golden UNet with a matching random VAE and text encoders."""
     from diffusers import AutoencoderKL, DDPMScheduler
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
     shutil.copytree(GOLDEN / "unet", folder / "unet")
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[8] * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=PICTURE,
-        latent_channels=4,
+    AutoencoderKL(**vae.CONFIG | {"block_out_channels": [8] * 4, "norm_num_groups": 4}).save_pretrained(
+        folder / "vae"
     )
-    vae.save_pretrained(folder / "vae")
-    _make_text_encoders(folder)
-    schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    schedule.save_pretrained(folder / "scheduler")
+    # the golden UNet's conditioning on sizes: 6 x 8 values, and 80 - 48 = 32 of the pooled text
+    sizes = sdxl.CONFIGS["text_encoders"] | {
+        "hidden_size": TEXT,
+        "intermediate_size": 32,
+        "projection_dim": 32,
+    }
+    sizes |= {"vocab_size": 56, "max_position_embeddings": 16, "num_hidden_layers": 3}
+    text = CLIPTextConfig(**sizes, bos_token_id=54, eos_token_id=55, pad_token_id=55)
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    CLIPTextModelWithProjection(text).save_pretrained(folder / "text_encoder_2")
+    for name in ("tokenizer", "tokenizer_2"):
+        write_clip_tokenizer(folder / name, f"{ascii_lowercase},", model_max_length=16)
+    DDPMScheduler(**sdxl.CONFIGS["scheduler"]).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     return folder
 
 
-def _make_text_encoders(folder: Path) -> None:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    sizes: dict[str, Any] = {
-        "vocab_size": 64,
-        "hidden_size": TEXT,
-        "intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 16,
-        "bos_token_id": 62,
-        "eos_token_id": 63,
-        "pad_token_id": 63,
-    }
-    # the golden UNet's conditioning on sizes: 6 x 8 values, and 80 - 48 = 32 of the pooled text
-    CLIPTextModel(CLIPTextConfig(**sizes)).save_pretrained(folder / "text_encoder")
-    CLIPTextModelWithProjection(CLIPTextConfig(**sizes, projection_dim=32)).save_pretrained(
-        folder / "text_encoder_2"
-    )
-    for name in ("tokenizer", "tokenizer_2"):
-        _make_tokenizer(folder / name)
-
-
-def _make_tokenizer(folder: Path) -> None:
-    """Write a CLIP tokenizer of single letters."""
-    folder.mkdir(parents=True)
-    letters = "abcdefghijklmnopqrstuvwxyz,"
-    words = [*letters, *(f"{letter}</w>" for letter in letters)]
-    vocab = {word: number for number, word in enumerate(words)}
-    vocab |= {"<|startoftext|>": 62, "<|endoftext|>": 63}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
+def write_clip_tokenizer(folder: Path, letters: str, **settings: Any) -> None:
+    """Write a CLIP tokenizer without merges: each letter is a token, and the last two tokens are special."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 16, "pad_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | special))
+    settings |= {"tokenizer_class": "CLIPTokenizer", "bos_token": words[-2], "eos_token": words[-1]}
+    settings |= {"pad_token": words[-1], "unk_token": words[-1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def picture(seed: int, side: int = PICTURE) -> Image.Image:
+def random_image(seed: int, side: int = IMAGE_SIZE) -> Image.Image:
     """An image of coarse random colours."""
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
@@ -122,15 +102,15 @@ class TinyExamples:
 
     def group(self, row: int) -> tuple[list[Image.Image], str]:
         """The references and the prompt of a row."""
-        references = [picture(10 * row + i, side=48 + 16 * i) for i in range(1 + row % 3)]
+        references = [random_image(10 * row + i, side=48 + 16 * i) for i in range(1 + row % 3)]
         return references, "abcdefgh"[: 1 + row % 5]
 
     def sample(self, row: int) -> Sample:
         references, prompt = self.group(row)
         patches, grid = preprocess(references, self.config, REFERENCE)
         counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
-        pixels = torch.from_numpy(np.array(picture(10 * row + 9))).permute(2, 0, 1) / 127.5 - 1
-        size = (PICTURE, PICTURE)
+        pixels = torch.from_numpy(np.array(random_image(10 * row + 9))).permute(2, 0, 1) / 127.5 - 1
+        size = (IMAGE_SIZE, IMAGE_SIZE)
         return Sample(
             target=pixels,
             prompt=prompt,

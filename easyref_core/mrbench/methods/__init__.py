@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from easyref_core.training.base_model import BaseModel
 
-from ..checks import check_fields
+from ..checks import check_dataclass
 from .easyref import EasyRefMethod
 from .ip_adapter import IPAdapter
 from .lora import LoRAMethod
@@ -24,11 +23,8 @@ def check(name: str, entry: Mapping[str, Any]) -> None:
     kind = entry.get("kind") if isinstance(entry, Mapping) else entry
     if not isinstance(entry, Mapping) or kind not in KINDS:
         raise ValueError(f"Method {name}: kind is {kind!r}; wanted one of {', '.join(KINDS)}.")
-    parameters = inspect.signature(KINDS[kind]).parameters.values()
-    known = {parameter.name: parameter.default for parameter in parameters if parameter.name != "base"}
-    required = {key: object for key, default in known.items() if default is inspect.Parameter.empty}
     settings = {key: value for key, value in entry.items() if key != "kind"}
-    check_fields(f"Method {name} of kind {kind}", settings, required, dict.fromkeys(known, object))
+    check_dataclass(f"Method {name} of kind {kind}", settings, KINDS[kind], omit=["base"])
 
 
 def build(name: str, entry: Mapping[str, Any], base: BaseModel) -> Method:

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from easyref_core.training.base_model import BaseModel, Text
-from easyref_core.training.batches import Batch
+from easyref_core.training.batches import Batch, Examples
 
 from ...files.atomic_write import atomic_write
 from .clip_pixels import clip_pixels_of
@@ -42,15 +42,6 @@ class IPAdapterTraining:
     drop: float = 0.05  # probability of each: image alone, text alone, both
     accumulation: int = 1
     mixed_precision: str | None = None
-
-
-class Images(Protocol):
-    """Training data: any training.batches.Examples whose batches have pixels. Their references are not used.
-
-    If a batch has latents too, the VAE is not run.
-    """
-
-    def batch(self, positions: Sequence[int]) -> Batch: ...
 
 
 class Draw(NamedTuple):
@@ -85,15 +76,16 @@ class TrainableIPAdapter(nn.Module):
 def train_ip_adapter(
     base: BaseModel,
     image_encoder: nn.Module,
-    images: Images,
+    images: Examples,
     out: Path | str,
     training: IPAdapterTraining,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[float]:
     """Train, save to `out` (.safetensors for diffusers' load_ip_adapter), and return each update's loss.
 
-    image_encoder: a CLIPVisionModelWithProjection in float32. images: must not drop texts, which are dropped
-    here.
+    image_encoder: a CLIPVisionModelWithProjection in float32. images: batches with pixels; their references
+    are not used, and texts must not be dropped, because that is done here. The VAE is not run if they have
+    latents too.
     """
     from accelerate import Accelerator
 

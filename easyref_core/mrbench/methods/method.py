@@ -16,8 +16,6 @@ from torch import Tensor
 
 from easyref_core.training.base_model import BaseModel
 
-LATENT_CHANNELS = 4
-
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -76,22 +74,21 @@ class Method(abc.ABC):
     def generate(
         self, tasks: Sequence[Task], conditions: Sequence[Any], seeds: Sequence[int], sampling: Sampling
     ) -> list[list[Image.Image]]:
-        """Generate the images of each task, one for each seed."""
+        """Images of each task, one for each seed. Raises ValueError for a size off the latent grid."""
         from easyref_core.training import sampling as sampler
 
-        shape = latent_shape(self.base, sampling)
+        (height, width), factor = sampling.sides, self.base.vae_scale_factor
+        if height % factor or width % factor:
+            raise ValueError(
+                f"The image size is {height}x{width}; wanted multiples of {factor}, the pixels of one "
+                "latent. Change `size` in the config."
+            )
+        shape = (4, height // factor, width // factor)
         noise = torch.stack([initial_noise(task.id, seed, shape) for task in tasks for seed in seeds])
         prompts = [task.prompt for task in tasks for _ in seeds]
+        settings = dataclasses.asdict(sampling) | {"size": sampling.sides}
         with torch.inference_mode(), self.attach(conditions, len(seeds)):
-            images = sampler.generate_images(
-                self.base,
-                noise.to(self.base.device),
-                prompts,
-                negative=sampling.negative,
-                guidance=sampling.guidance,
-                steps=sampling.steps,
-                size=sampling.sides,
-            )
+            images = sampler.generate_images(self.base, noise.to(self.base.device), prompts, **settings)
         return [images[i : i + len(seeds)] for i in range(0, len(images), len(seeds))]
 
 
@@ -102,18 +99,6 @@ class Plain(Method):
 
     def attach(self, conditions: Sequence[Any], seeds: int) -> AbstractContextManager[None]:
         return nullcontext()
-
-
-def latent_shape(base: BaseModel, sampling: Sampling) -> tuple[int, int, int]:
-    """Shape of one image's latents (4, h, w). Raises ValueError for a size that the VAE cannot decode."""
-    factor = base.vae_scale_factor
-    height, width = sampling.sides
-    if height % factor or width % factor:
-        raise ValueError(
-            f"The image size is {height}x{width}; wanted multiples of {factor}, the pixels of one latent. "
-            "Change `size` in the config."
-        )
-    return LATENT_CHANNELS, height // factor, width // factor
 
 
 def initial_noise(group: str, seed: int, shape: tuple[int, ...]) -> Tensor:
