@@ -78,7 +78,7 @@ class Easy:
     def two_sided_layout(self) -> tuple[Any, ...]:
         """The layout of a batch of [unconditional, conditional], of one 16 x 16 latent."""
         row = golden.part(self.pack, "nodes.unet_patch.batch_layout").Row
-        crop = golden.part(self.pack, "easyref_core.unet.masks").whole(16, 16)
+        crop = golden.part(self.pack, "easyref_core.unet.masks").full_crop(16, 16)
         return tuple(row(side, 0, 0, crop) for side in (True, False))
 
     @property
