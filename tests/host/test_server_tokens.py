@@ -9,11 +9,6 @@ from devkit.host.graphs import node
 from devkit.host.server import pixels
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _golden(server) -> None:
-    graphs.install_golden(server)
-
-
 @pytest.fixture(scope="module")
 def patched(server) -> bytes:
     """The image of the whole path with default settings."""

@@ -10,11 +10,6 @@ from devkit.host.server import ComfyServer
 pytestmark = pytest.mark.one_host
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _golden(server) -> None:
-    graphs.install_golden(server)
-
-
 def weighing(weights: str) -> graphs.Graph:
     graph = graphs.easyref()
     graph["weigh"] = graphs.node("EasyRefWeighReferences", context=["encode", 0], weights=weights)
@@ -36,10 +31,9 @@ def test_weights_of_1_give_the_same_image_and_others_do_not(server):
 
 def test_another_weight_does_not_encode_the_group_again(server):
     graphs.picture(server, weighing("1, 0.5, 1"))
-    prompt_id = server.queue(weighing("1, 0.25, 1"))
-    server.wait(prompt_id)
-    assert "encode" not in server.executed(prompt_id)
-    assert {"weigh", "aggregate"} <= set(server.executed(prompt_id))
+    executed, _ = graphs.run(server, weighing("1, 0.25, 1"))
+    assert "encode" not in executed
+    assert {"weigh", "aggregate"} <= executed
 
 
 @pytest.mark.parametrize(
@@ -54,9 +48,6 @@ def test_another_weight_does_not_encode_the_group_again(server):
 def test_invalid_weights_are_refused(server, weights: str, parts: list[str]):
     error = graphs.failure(server, weighing(weights))
     assert all(part in error for part in parts), error
-
-
-# Encode
 
 
 def test_encode_shows_sizes_and_tokens(server):
