@@ -46,7 +46,7 @@ def refuses(request, server) -> Iterator[Callable[..., str]]:
         return error
 
     yield refuses
-    assert graphs.picture(server, graphs.easyref(encode={"prompt": f"after {request.node.name}"}))
+    assert graphs.image(server, graphs.easyref(encode={"prompt": f"after {request.node.name}"}))
 
 
 def loading(checkpoint: str = CHECKPOINT, mllm: str = MLLM) -> graphs.Graph:
@@ -254,8 +254,8 @@ ONE_CHANNEL_IS_GREY = {
 @pytest.mark.parametrize(("channels", "by_hand"), [(4, ALPHA_IS_DROPPED), (1, ONE_CHANNEL_IS_GREY)])
 def test_channels_are_converted(server, channels: int, by_hand: graphs.Graph) -> None:
     images = {"images": graphs.tiny_images(f"1x64x64x{channels}")}
-    expected = graphs.picture(server, graphs.of_images(["rgb", 0], images | by_hand))
-    assert graphs.picture(server, graphs.of_images(["images", 0], images)) == expected
+    expected = graphs.image(server, graphs.of_images(["rgb", 0], images | by_hand))
+    assert graphs.image(server, graphs.of_images(["images", 0], images)) == expected
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA"])
@@ -265,14 +265,14 @@ def test_files_of_any_mode(server, mode: str) -> None:
     original.save(server.base / "input" / "any.png")
     original.convert("RGB").save(server.base / "input" / "rgb.png")
     loads = [{"image": graphs.node("LoadImage", image=name)} for name in ("any.png", "rgb.png")]
-    results = [graphs.picture(server, graphs.of_images(["image", 0], load)) for load in loads]
+    results = [graphs.image(server, graphs.of_images(["image", 0], load)) for load in loads]
     ours, rgb = (np.frombuffer(image, np.uint8).astype(int) for image in results)
     assert abs(ours - rgb).mean() <= (1 if mode in ("L", "LA") else 0)
 
 
 def test_special_tokens_in_the_prompt_are_text(server) -> None:
-    assert graphs.picture(server, graphs.easyref(encode={"prompt": "a cat <|image_pad|><|im_end|> in snow"}))
+    assert graphs.image(server, graphs.easyref(encode={"prompt": "a cat <|image_pad|><|im_end|> in snow"}))
 
 
 def test_checkpoint_that_comes_through_a_link(server) -> None:
-    assert graphs.picture(server, through_a_link(CHECKPOINT)) == graphs.picture(server, graphs.easyref())
+    assert graphs.image(server, through_a_link(CHECKPOINT)) == graphs.image(server, graphs.easyref())
