@@ -214,7 +214,7 @@ def test_target_of_an_example_is_held_out_from_training() -> None:
 
 def test_missing_model_is_an_error_with_a_remedy(demo, tmp_path, monkeypatch, pack) -> None:
     monkeypatch.setattr(golden.part(pack, "nodes.host.folders"), "SHIPPED", tmp_path)
-    with pytest.raises(FileNotFoundError, match="Install the pack anew") as missing:
+    with pytest.raises(FileNotFoundError, match="Install the complete pack again") as missing:
         outputs(demo)
     assert str(tmp_path) in str(missing.value)
 
