@@ -30,7 +30,7 @@ def main() -> None:
     with ComfyServer(host, env={"OMP_NUM_THREADS": "1"}) as server:
         graphs.install_golden(server)
         graph = graphs.easyref()
-        expected = graphs.picture_uncached(server, graph)
+        expected = graphs.image_uncached(server, graph)
         print(
             f"ComfyUI {host_version(host)}\n\n| function | node | calls interrupted |\n| --- | --- | ---: |"
         )

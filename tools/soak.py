@@ -80,12 +80,12 @@ class Soak:
 
     def cold(self, probe: Drawn) -> np.ndarray:
         """The probe's image from a server with empty caches."""
-        return np.frombuffer(graphs.picture_uncached(self.server, probe.graph), np.uint8)
+        return np.frombuffer(graphs.image_uncached(self.server, probe.graph), np.uint8)
 
     def warm(self, probe: Drawn) -> np.ndarray:
         """The probe's image right after that of a shorter group, whose prefix the server may have cached."""
-        graphs.picture(self.server, shorter(probe))
-        return np.frombuffer(graphs.picture(self.server, probe.graph), np.uint8)
+        graphs.image(self.server, shorter(probe))
+        return np.frombuffer(graphs.image(self.server, probe.graph), np.uint8)
 
     def measure(self) -> dict[str, float]:
         """Memory and handles of the server after /free. Its list of finished prompts is cleared."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -22,22 +24,20 @@ SETTINGS: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
 SIZE = SETTINGS["cond_image_size"]
 
 
+@functools.cache
 def expected() -> dict[str, torch.Tensor]:
     return load_file(GOLDEN / "expected.safetensors")
 
 
 def references() -> tuple[torch.Tensor, ...]:
     """The three references as ComfyUI's IMAGE, each (1, height, width, 3) in 0..1."""
-    images = [
-        Image.open(GOLDEN / "references" / f"{i}.png").convert("RGB") for i in range(SETTINGS["images"])
-    ]
-    return tuple(torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None] for image in images)
+    files = (GOLDEN / "references" / f"{i}.png" for i in range(SETTINGS["images"]))
+    images = (np.asarray(Image.open(file).convert("RGB"), np.float32) for file in files)
+    return tuple(torch.from_numpy(image / 255)[None] for image in images)
 
 
 def part(pack: ModuleType, name: str) -> ModuleType:
     """A module of the loaded pack, such as nodes.unet_patch.condition."""
-    import importlib
-
     return importlib.import_module(f"{pack.__name__}.{name}")
 
 
@@ -46,9 +46,15 @@ def node(pack: ModuleType, name: str) -> Any:
     return next(node for node in part(pack, "nodes").NODES if node.__name__ == name)
 
 
-def load(pack: ModuleType, precision: str = "auto") -> Any:
-    """The golden checkpoint as the loader node loads it."""
-    return part(pack, "nodes.host.hosted_model").load_hosted(CHECKPOINT, MLLM, MLLM, precision, None)
+@torch.inference_mode()
+def execute(pack: ModuleType, name: str, *inputs: Any, **named: Any) -> Any:
+    """Run a node as the host runs it; -> its NodeOutput."""
+    return node(pack, name).execute(*inputs, **named)
+
+
+def load(pack: ModuleType, precision: str = "auto", checkpoint: Path = CHECKPOINT) -> Any:
+    """A checkpoint with the golden MLLM folder, as the loader node loads it."""
+    return part(pack, "nodes.host.hosted_model").load_hosted(checkpoint, MLLM, MLLM, precision, None)
 
 
 def write_random(pack: ModuleType, folder: Path, layers: int, width: int, context: int = 4096) -> int:
@@ -93,12 +99,22 @@ def write_changed(path: Path, change: Callable[[dict[str, torch.Tensor]], None])
     save_file(tensors, path)
 
 
+def write_other_tokens(path: Path) -> None:
+    """Write a checkpoint that differs from the golden one in the learned reference tokens."""
+    write_changed(path, lambda tensors: tensors["mllm_final_layer.reference_tokens"].mul_(2))
+
+
+@torch.inference_mode()
+def encode(pack: ModuleType, easyref: Any, prompt: str = SETTINGS["prompt"], group: Any = None) -> Any:
+    """Context states of a group, by default the golden one, at the golden size."""
+    images = [image[0] for image in group or references()]
+    return easyref.encode(images, prompt, instruction(pack), SIZE)
+
+
+@torch.inference_mode()
 def tokens(pack: ModuleType, easyref: Any) -> Any:
     """Reference tokens of the golden group, through the nodes' own methods."""
-    context = easyref.encode(
-        [image[0] for image in references()], SETTINGS["prompt"], instruction(pack), SIZE
-    )
-    return easyref.aggregate(context)
+    return easyref.aggregate(encode(pack, easyref))
 
 
 def instruction(pack: ModuleType) -> str:

@@ -27,28 +27,17 @@ def install_golden(server: ComfyServer) -> None:
     folder.mkdir(exist_ok=True)
     shutil.copy(golden.CHECKPOINT, folder / "easyref.safetensors")
     shutil.copytree(golden.MLLM, folder / "golden-qwen2-vl", dirs_exist_ok=True)
-    for picture in (golden.GOLDEN / "references").glob("*.png"):
-        shutil.copy(picture, server.base / "input" / picture.name)
+    shutil.copytree(golden.GOLDEN / "references", server.base / "input", dirs_exist_ok=True)
 
 
 def sampled(model: list, **inputs: Any) -> Graph:
-    """The graph after a MODEL output: two steps on a 16x16 latent, decoded and saved. Node "tiny" must be
-    there.
-    """
-    sampler = {
-        "seed": 7,
-        "steps": 2,
-        "cfg": 5.0,
-        "sampler_name": "euler",
-        "scheduler": "normal",
-        "denoise": 1.0,
-        "positive": ["tiny", 1],
-        "negative": ["tiny", 2],
-        "latent_image": ["latent", 0],
-    }
+    """The graph after a MODEL output: two steps on a 16x16 latent, decoded and saved. It needs "tiny"."""
+    euler = {"sampler_name": "euler", "scheduler": "normal"}
+    sampler = {"seed": 7, "steps": 2, "cfg": 5.0, "denoise": 1.0, **euler}
+    links = {"positive": ["tiny", 1], "negative": ["tiny", 2], "latent_image": ["latent", 0]}
     return {
         "latent": node("EmptyLatentImage", width=128, height=128, batch_size=1),
-        "sample": node("KSampler", **{**sampler, "model": model, **inputs}),
+        "sample": node("KSampler", **{"model": model, **links, **sampler, **inputs}),
         "decode": node("VAEDecode", samples=["sample", 0], vae=["tiny", 3]),
         "save": node("SaveImage", images=["decode", 0], filename_prefix="easyref"),
     }
@@ -66,29 +55,19 @@ def easyref(
     **inputs: Any,
 ) -> Graph:
     """The whole path: three images, group, encode, aggregate, apply, sample."""
-    file = {
-        "checkpoint": "easyref.safetensors",
-        "mllm": "easyref/golden-qwen2-vl",
-        "precision": "auto",
-        "last_layer_attention": "from the checkpoint",
-    }
+    file = {"checkpoint": "easyref.safetensors", "mllm": "easyref/golden-qwen2-vl"}
+    choices = {"precision": "auto", "last_layer_attention": "from the checkpoint"}
     weights = {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, "lora_strength": 1.0}
-    text = {
-        "prompt": golden.SETTINGS["prompt"],
-        "instruction": golden.SETTINGS["instruction"],
-        "size": golden.SIZE,
-    }
+    text = {name: golden.SETTINGS[name] for name in ("prompt", "instruction")} | {"size": golden.SIZE}
+    group_and_model = {"easyref": ["load", 0], "group": ["group", 0]}
     images = range(golden.SETTINGS["images"])
     linked = {"model": ["tiny", 0], "easyref": ["load", 0], "tokens": ["aggregate", 0]}
     return {
         "tiny": node("TinySDXL", seed=0, prompt_tokens=77),
-        "load": node("EasyRefLoader", **{**file, **(load or {})}),
+        "load": node("EasyRefLoader", **{**file, **choices, **(load or {})}),
         **{f"image{i}": node("LoadImage", image=f"{i}.png") for i in images},
         "group": group(*([f"image{i}", 0] for i in images)),
-        "encode": node(
-            "EasyRefEncodeGroup",
-            **{"easyref": ["load", 0], "group": ["group", 0], **text, **(encode or {})},
-        ),
+        "encode": node("EasyRefEncodeGroup", **{**group_and_model, **text, **(encode or {})}),
         "aggregate": node("EasyRefAggregate", easyref=["load", 0], context=["encode", 0]),
         "apply": node("EasyRefApply", **{**linked, **weights, **(apply or {})}),
         **sampled(["apply", 0], **inputs),
@@ -144,25 +123,25 @@ def run(server: ComfyServer, graph: Graph) -> tuple[set[str], dict[str, Any]]:
     return set(server.executed(prompt_id)), history["outputs"]
 
 
-def picture(server: ComfyServer, graph: Graph) -> bytes:
+def image(server: ComfyServer, graph: Graph) -> bytes:
     """Pixels of a workflow's one output image; the bytes of its PNG file would include the workflow."""
-    return picture_of(server, server.queue(graph))
+    return image_of(server, server.queue(graph))
 
 
-def picture_of(server: ComfyServer, prompt_id: str) -> bytes:
+def image_of(server: ComfyServer, prompt_id: str) -> bytes:
     """The same for a queued workflow, after it has ended."""
     (png,) = server.images(server.wait(prompt_id), "output")
     return pixels(png).tobytes()
 
 
-def picture_uncached(server: ComfyServer, graph: Graph) -> bytes:
+def image_uncached(server: ComfyServer, graph: Graph) -> bytes:
     """The same from a run in which every node is executed, after the host has cleared its cache."""
     for _ in range(5):  # the host may take the first prompt before it empties the cache
         server.free()
         prompt_id = server.queue(graph)
-        image = picture_of(server, prompt_id)
+        output = image_of(server, prompt_id)
         if not server.cached(prompt_id):
-            return image
+            return output
     raise AssertionError("the host went on using its cache after /free")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -54,12 +53,10 @@ class Easy:
         **settings: Any,
     ) -> ModelPatcher:
         """settings: the optional inputs of Apply EasyRef."""
-        node = golden.node(self.pack, "EasyRefApply")
-        with torch.inference_mode():  # as the host runs nodes
-            inputs = model, self.easyref, tokens or self.tokens, weight, start, end, lora
-            return node.execute(*inputs, **settings).result[0]
+        inputs = model, self.easyref, tokens or self.tokens, weight, start, end, lora
+        return golden.execute(self.pack, "EasyRefApply", *inputs, **settings).result[0]
 
-    def _of(self, conditional: Tensor, unconditional: Tensor) -> Any:
+    def pair(self, conditional: Tensor, unconditional: Tensor) -> Any:
         """A TokenPair of this checkpoint."""
         pairs = (conditional, self.tokens.conditional), (unconditional, self.tokens.unconditional)
         return type(self.tokens)(*(like.of(values, like.provenance) for values, like in pairs))
@@ -67,18 +64,18 @@ class Easy:
     def other_tokens(self, seed: int = 0) -> Any:
         """Random tokens of this checkpoint, for tests that need two groups."""
         random = torch.Generator().manual_seed(seed)
-        return self._of(*(torch.randn(self.tokens.conditional.shape, generator=random) for _ in range(2)))
+        return self.pair(*(torch.randn(self.tokens.conditional.shape, generator=random) for _ in range(2)))
 
     def batched_tokens(self, count: int) -> tuple[Any, list[Any]]:
         """Tokens of `count` groups as one pair with one unconditional row, and each group's own pair."""
         rows = [Tensor(self.other_tokens(seed).conditional) for seed in range(count)]
         unconditional = Tensor(self.tokens.unconditional)
-        return self._of(torch.cat(rows), unconditional), [self._of(row, unconditional) for row in rows]
+        return self.pair(torch.cat(rows), unconditional), [self.pair(row, unconditional) for row in rows]
 
     def two_sided_layout(self) -> tuple[Any, ...]:
         """The layout of a batch of [unconditional, conditional], of one 16 x 16 latent."""
         row = golden.part(self.pack, "nodes.unet_patch.batch_layout").Row
-        crop = golden.part(self.pack, "easyref_core.unet.masks").whole(16, 16)
+        crop = golden.part(self.pack, "easyref_core.unet.masks").full_crop(16, 16)
         return tuple(row(side, 0, 0, crop) for side in (True, False))
 
     @property
@@ -88,10 +85,10 @@ class Easy:
             return self.easyref.key_values(self.tokens)
 
 
-def golden_easy(pack: ModuleType) -> Easy:
-    easyref = golden.load(pack)
-    with torch.inference_mode():
-        return Easy(pack, easyref, golden.tokens(pack, easyref))
+def golden_easy(pack: ModuleType, **options: Any) -> Easy:
+    """options: of golden.load."""
+    easyref = golden.load(pack, **options)
+    return Easy(pack, easyref, golden.tokens(pack, easyref))
 
 
 def sampling_options(model: ModelPatcher) -> dict[str, Any]:
@@ -104,13 +101,11 @@ def sigma_at(model: ModelPatcher, percent: float) -> float:
     return model.get_model_object("model_sampling").percent_to_sigma(percent)
 
 
-golden_data = functools.cache(golden.expected)
-
-
 def golden_adm() -> Tensor:
     """The golden pooled text and embedded sizes, as the UNet's y."""
-    time_ids = timestep_embedding(golden_data()["unet.time_ids"].flatten(), 8).reshape(2, -1)
-    return torch.cat([golden_data()["unet.text_embeds"], time_ids], dim=1)
+    expected = golden.expected()
+    time_ids = timestep_embedding(expected["unet.time_ids"].flatten(), 8).reshape(2, -1)
+    return torch.cat([expected["unet.text_embeds"], time_ids], dim=1)
 
 
 def predict(
@@ -118,7 +113,7 @@ def predict(
 ) -> Tensor:
     """The patched UNet's output for the golden input, a batch of [unconditional, conditional]."""
     comfy.model_management.load_models_gpu([model])
-    expected = golden_data()
+    expected = golden.expected()
     unet = model.model.diffusion_model
     options = sampling_options(model)
     options |= {"cond_or_uncond": list(cond_or_uncond), "sigmas": torch.full((2,), sigma)}

@@ -38,6 +38,37 @@ def pack() -> ModuleType:
     return load_pack()
 
 
+@pytest.fixture(scope="session")
+def execute(pack: ModuleType) -> Callable[..., Any]:
+    """Runs a node as the host runs it: execute(name, *inputs, **named) -> its NodeOutput."""
+    from devkit.host.golden import execute
+
+    return functools.partial(execute, pack)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The folder of `folders`."""
+    return tmp_path.resolve()
+
+
+@pytest.fixture
+def folders(pack: ModuleType, base: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """nodes.host.folders in a host whose output, input, temp and models folders are new ones in `base`."""
+    import folder_paths
+
+    from devkit.host.golden import part
+
+    for name in ("output", "input", "temp"):
+        (base / name).mkdir(parents=True)
+        monkeypatch.setattr(folder_paths, f"{name}_directory", str(base / name))
+    encoders = [str(base / "models" / "text_encoders")], folder_paths.supported_pt_extensions
+    monkeypatch.setattr(folder_paths, "models_dir", str(base / "models"))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {"text_encoders": encoders})
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return part(pack, "nodes.host.folders")
+
+
 @pytest.fixture(scope="module")
 def easy(pack: ModuleType) -> Any:
     """The golden EasyRef model and its tokens, in the host: a sampling.Easy."""
@@ -93,8 +124,10 @@ def torch_attention(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[object]:
-    """A running ComfyServer (server.py) that all tests of the session share."""
+    """A running ComfyServer that all tests of the session share, with the golden model and references."""
+    from devkit.host.graphs import install_golden
     from devkit.host.server import ComfyServer
 
     with ComfyServer(HOST) as running:
+        install_golden(running)
         yield running

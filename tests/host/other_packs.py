@@ -19,9 +19,7 @@ from torch import Tensor
 ANYWHERE = {"sigma_start": 1e9, "sigma_end": 0.0}  # a window above and below every schedule
 
 
-def foreign_term(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any], **_: Any
-) -> Tensor:
+def foreign_term(out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict, **_: Any) -> Tensor:
     """Another pack's term: it depends on nothing of EasyRef's and differs at each site."""
     return q * (0.1 + 0.05 * extra_options["block"][1])
 
@@ -151,15 +149,12 @@ class ReUNetModel(UNetModel):
 
     style_rows = 0  # rows that a style guide adds to each
 
-    def _forward(
-        self, x: Tensor, t: Tensor, context: Tensor, y: Tensor, control: Any, options: dict, **more: Any
-    ) -> Tensor:
+    def _forward(self, *args: Any, **more: Any) -> Tensor:
+        *per_row, control, options = args  # x, timesteps, context, y
         out = []
         for i in range(len(options["cond_or_uncond"])):
             rows = torch.tensor([i] * (1 + self.style_rows))
-            out.append(
-                super()._forward(x[rows], t[rows], context[rows], y[rows], control, options, **more)[:1]
-            )
+            out.append(super()._forward(*(part[rows] for part in per_row), control, options, **more)[:1])
         return torch.cat(out)
 
 
@@ -191,12 +186,8 @@ def nag(model: ModelPatcher, negative: Tensor, scale: float) -> ModelPatcher:
         roles = args[2]["cond_or_uncond"]  # y, control, transformer_options
         if 0 not in roles:
             return executor(x, t, context, *args, **more)
-        modules = executor.class_obj.named_modules()
-        attentions = [
-            module
-            for name, module in modules
-            if name.endswith("attn2") and isinstance(module, CrossAttention)
-        ]
+        named = (each for name, each in executor.class_obj.named_modules() if name.endswith("attn2"))
+        attentions = [module for module in named if isinstance(module, CrossAttention)]
         for attention in attentions:
             attention.forward = MethodType(guided, attention)
         try:

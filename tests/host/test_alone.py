@@ -25,10 +25,7 @@ SHOWING: dict[str, tuple[dict[str, Any], str]] = {
         "Nothing is cropped.",
     ),
     "select": (node("EasyRefSelectReferences", group=["group", 0], references="2"), "1 reference"),
-    "instruction": (
-        node("EasyRefInstruction", preset="custom", language="English", text="Look."),
-        "Look.",
-    ),
+    "instruction": (node("EasyRefInstruction", preset="custom", language="English", text="Look."), "Look."),
     "pairs": (node("EasyRefWeightSheet", weights="0.5, 1", end_percents="1"), "2 pairs."),
 }
 UNFINISHED = {
@@ -41,7 +38,6 @@ UNFINISHED = {
 
 @pytest.fixture(scope="module", autouse=True)
 def files(server: ComfyServer) -> None:
-    graphs.install_golden(server)
     (server.base / "input" / "faces").mkdir(exist_ok=True)
     for number in range(2):
         shutil.copy(server.base / "input" / "0.png", server.base / "input" / "faces" / f"{number}.png")
@@ -74,9 +70,6 @@ def test_outputs_of_the_budget_can_be_connected(server):
     executed, outputs = run(server, graph)
     assert {"budget", "encode", "save"} <= executed
     assert f"{golden.SIZE} pixels" in outputs["budget"]["text"][0]
-
-
-# Nodes that do not run alone
 
 
 @pytest.mark.parametrize("name", ["encode", "weigh"])

@@ -7,6 +7,7 @@ latent.
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ from .by_hand import by_hand
 
 pytestmark = pytest.mark.one_host
 
+STRONG = {"weight_type": "strong style and composition"}
 EVERY_LAYER = ", ".join(f"{layer}:1" for layer in range(11))
 
 
@@ -46,8 +48,7 @@ def watched(easy: Easy, model: ModelPatcher, sigma: float = 1.0) -> list:
 
 def weight_of(easy: Easy, call: Attended) -> float:
     """The weight in V of a term. Each row is found among the tokens' own by its K, which has no weight."""
-    stored = dict(zip(easy.easyref.model.checkpoint.sites, easy.key_values, strict=True))
-    keys, values = next(rows for site, rows in stored.items() if f"{site.comfy}.attn2" == call.site)
+    keys, values = dict(zip(layer_of(easy), easy.key_values, strict=True))[call.site]
     weights = []
     for key, value in zip(*call.key_value, strict=True):
         for unweighted in (values[i] for i in range(len(keys)) if torch.equal(keys[i], key)):
@@ -63,9 +64,8 @@ def weights_at(easy: Easy, model: ModelPatcher, percent: float) -> list[float]:
 
 def layer_of(easy: Easy) -> dict[str, int]:
     """The layer of each attention, by its path in the host's UNet."""
-    layers = golden.part(easy.pack, "easyref_core.unet.layer_weights").layers_of(
-        easy.easyref.model.checkpoint.sites
-    )
+    layers_of = golden.part(easy.pack, "easyref_core.unet.layer_weights").layers_of
+    layers = layers_of(easy.easyref.model.checkpoint.sites)
     return {f"{site.comfy}.attn2": layer for site, layer in layers.items()}
 
 
@@ -73,39 +73,22 @@ def layer_of(easy: Easy) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("weight", "settings"),
     [
-        {"mask": torch.ones(1, 7, 9)},
-        {"mask": torch.ones(5, 64, 64)},
-        {"mask": torch.ones(33, 21)},
-        {"weight_type": "linear"},
-        {"layer_weights": EVERY_LAYER},
-        {"weight_schedule": "1"},
-        {"weight_schedule": "0:1, 1:1"},
-        {"embeds_scaling": "V only"},
-        {
-            "weight_type": "strong style and composition",
-            "mask": torch.ones(1, 1, 1),
-            "weight_schedule": "1, 1, 1",
-        },
+        *((1.0, {"mask": torch.ones(size)}) for size in ((1, 7, 9), (5, 64, 64), (33, 21))),
+        (1.0, {"weight_type": "linear"}),
+        (1.0, {"layer_weights": EVERY_LAYER}),
+        *((1.0, {"weight_schedule": points}) for points in ("1", "0:1, 1:1")),
+        (1.0, {"embeds_scaling": "V only"}),
+        (1.0, {**STRONG, "mask": torch.ones(1, 1, 1), "weight_schedule": "1, 1, 1"}),
+        *((0.0, {"mask": torch.zeros(size)}) for size in ((1, 7, 9), (3, 16, 16))),
+        (0.0, {"layer_weights": "3:0"}),
+        *((0.0, {"weight_schedule": points}) for points in ("0", "0:0, 1:0")),
     ],
 )
-def test_neutral_value_is_the_identity(easy, model, settings: dict) -> None:
-    assert torch.equal(predict(easy.apply(model, **settings)), predict(easy.apply(model)))
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"mask": torch.zeros(1, 7, 9)},
-        {"mask": torch.zeros(3, 16, 16)},
-        {"layer_weights": "3:0"},
-        {"weight_schedule": "0"},
-        {"weight_schedule": "0:0, 1:0"},
-    ],
-)
-def test_nothing_is_weight_0(easy, model, settings: dict) -> None:
-    assert torch.equal(predict(easy.apply(model, **settings)), predict(easy.apply(model, weight=0.0)))
+def test_settings_that_equal_a_weight(easy, model, weight: float, settings: dict) -> None:
+    """Neutral values leave weight 1 bit for bit; values that remove every term equal weight 0."""
+    assert torch.equal(predict(easy.apply(model, **settings)), predict(easy.apply(model, weight)))
 
 
 def test_zero_mask_without_lora_is_the_untouched_model(easy, model) -> None:
@@ -182,18 +165,13 @@ def test_settings_that_cannot_be_read(easy, model, settings: dict, message: str)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "percent", "factor"),
-    [
-        ("1, 0", 0.25, 0.75),
-        ("1, 0", 0.5, 0.5),
-        ("0.2:1, 0.6:0.5", 0.1, 1.0),
-        ("0.2:1, 0.6:0.5", 0.4, 0.75),
-        ("0.2:1, 0.6:0.5", 0.9, 0.5),
-    ],
+    ("schedule", "factors"),
+    [("1, 0", {0.25: 0.75, 0.5: 0.5}), ("0.2:1, 0.6:0.5", {0.1: 1.0, 0.4: 0.75, 0.9: 0.5})],
 )
-def test_schedule(easy, model, schedule: str, percent: float, factor: float) -> None:
+def test_schedule(easy, model, schedule: str, factors: dict[float, float]) -> None:
     patched = easy.apply(model, weight=2.0, weight_schedule=schedule)
-    assert weights_at(easy, patched, percent) == pytest.approx([2 * factor] * SITES, abs=1e-4)
+    for percent, factor in factors.items():
+        assert weights_at(easy, patched, percent) == pytest.approx([2 * factor] * SITES, abs=1e-4), percent
 
 
 def test_schedule_is_spread_over_the_window(easy, model) -> None:
@@ -292,10 +270,10 @@ def test_area_uses_its_own_part_of_the_mask(easy, model) -> None:
 
     area = host_nodes.ConditioningSetAreaPercentage()
     conds = tuple(area.append(prompt, 0.5, 1.0, 0.5, 0.0, 1.0)[0] for prompt in PROMPTS)
-    settings = {"weight": 0.0}, {}, {"mask": LEFT}, {"mask": 1 - LEFT}
-    without, everywhere, left, right = (
-        sample_cfg(easy.apply(model, **each), conds=conds) for each in settings
+    applied = (
+        easy.apply(model, **each) for each in ({"weight": 0.0}, {}, {"mask": LEFT}, {"mask": 1 - LEFT})
     )
+    without, everywhere, left, right = (sample_cfg(each, conds=conds) for each in applied)
     assert torch.equal(left, without)
     assert torch.equal(right, everywhere)
     assert not torch.equal(without, everywhere)
@@ -307,8 +285,6 @@ def test_area_is_cut_off_as_the_host_does(pack) -> None:
     assert area_crop((8, 12, 4, 10), (16, 16)) == masks.Crop((16, 16), 4, 10, 8, 6)
     assert area_crop(None, (16, 8)) == masks.full_crop(16, 8)
 
-
-# Fractions of the sampling are those of the model that samples
 
 SAMPLINGS: dict[str, tuple] = {  # name of the node's class, and its inputs after the model
     "v-prediction zsnr": ("ModelSamplingDiscrete", "v_prediction", True),
@@ -347,9 +323,6 @@ def test_two_models_that_share_an_injection_have_their_own_sigmas(easy, model) -
     assert torch.equal(sample_cfg(applied, steps=4), plain)
 
 
-# Frames
-
-
 @pytest.mark.parametrize(
     "settings",
     [{}, {"weight": 0.7, "embeds_scaling": "K+V"}, {"weight": 0.7, "weight_type": "style transfer precise"}],
@@ -382,9 +355,6 @@ def test_frames_that_are_sampled(pack, options: dict, frames: tuple) -> None:
     assert golden.part(pack, "nodes.unet_patch.sub_batch").frames_of(options, 2) == frames
 
 
-# The recorder
-
-
 def recorded(easy: Easy, model: ModelPatcher, **settings) -> tuple:
     with_record = golden.part(easy.pack, "nodes.unet_patch.recording").with_record
     patched, record = with_record(easy.apply(model, **settings))
@@ -398,9 +368,8 @@ def test_recorder_changes_nothing(easy, model) -> None:
 def test_recorder_records_every_site_and_side(easy, model) -> None:
     _, shares = recorded(easy, model)
     assert {key.sigma for key in shares} == {1.0}
-    assert {(key.site, key.is_unconditional) for key in shares} == {
-        (site, side) for site in easy.easyref.model.checkpoint.sites for side in (True, False)
-    }
+    sides = itertools.product(easy.easyref.model.checkpoint.sites, (True, False))
+    assert {(key.site, key.is_unconditional) for key in shares} == set(sides)
     assert {tuple(share.grid.shape) for share in shares.values()} == {(8, 8), (4, 4)}
     assert all(math.isfinite(share.share) and share.share > 0 for share in shares.values())
 
@@ -408,9 +377,8 @@ def test_recorder_records_every_site_and_side(easy, model) -> None:
 def test_share_grows_with_the_weight_and_is_0_outside_the_mask(easy, model) -> None:
     key = golden.part(easy.pack, "easyref_core.inspect.reference_share").ShareKey
     first = key(1.0, easy.easyref.model.checkpoint.sites[0], False)
-    once, twice, masked = (
-        recorded(easy, model, **settings)[1][first] for settings in ({}, {"weight": 2.0}, {"mask": LEFT})
-    )
+    settings = {}, {"weight": 2.0}, {"mask": LEFT}
+    once, twice, masked = (recorded(easy, model, **each)[1][first] for each in settings)
     assert twice.share == pytest.approx(2 * once.share, rel=1e-5)
     assert (masked.grid[:, 4:] == 0).all()
     torch.testing.assert_close(masked.grid[:, :4], once.grid[:, :4])
@@ -432,9 +400,7 @@ def test_share_grows_with_the_weight_and_is_0_outside_the_mask(easy, model) -> N
         ("layer_weights", 3, "a text"),
     ],
 )
-def test_a_value_that_the_schema_does_not_allow(
-    easy, model, setting: str, value: object, wanted: str
-) -> None:
+def test_a_value_that_the_schema_does_not_allow(easy, model, setting: str, value, wanted: str) -> None:
     inputs = {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, "lora_strength": 1.0, setting: value}
     node = golden.node(easy.pack, "EasyRefApply")
     with pytest.raises((ValueError, TypeError), match=f"^{setting} is .*; wanted {wanted}"):

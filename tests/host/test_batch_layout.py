@@ -52,9 +52,8 @@ def test_mask_is_cut_with_the_tile(easy, model, log, shift: int) -> None:
     shifted = LEFT.roll(-shift, dims=-1)
     how = {"tiles": tiles, "batch": 2, "shift": shift}
     masked = sample_cfg(other_packs.tiled(easy.apply(model, mask=shifted), **how), steps=1)
-    everywhere, nowhere = (
-        sample_cfg(other_packs.tiled(easy.apply(model, w), **how), steps=1) for w in (1.0, 0.0)
-    )
+    unmasked = (other_packs.tiled(easy.apply(model, weight), **how) for weight in (1.0, 0.0))
+    everywhere, nowhere = (sample_cfg(each, steps=1) for each in unmasked)
     left = LEFT.roll(-shift, dims=-1).bool().expand_as(masked)
     assert golden.error(masked[left], everywhere[left]) <= 1e-5
     assert golden.error(masked[~left], nowhere[~left]) <= 1e-5
@@ -123,7 +122,7 @@ def test_couple_of_the_same_prompt_changes_nothing(easy, model, key: str, region
 
 @pytest.mark.parametrize("key", KEYS)
 def test_couple_adds_the_term_of_each_side_to_every_region(easy, model, key: str) -> None:
-    """The term, added to the regions, is the same as added to what they make together."""
+    """The term, added to the regions, is the same as the term added to their combination."""
     couple = other_packs.coupled(model, [OTHER[0][0]], HALVES, key)
     wanted = sample_cfg(with_terms_after(easy, couple))
     assert golden.error(sample_cfg(easy.apply(couple, lora=0.0)), wanted) <= 1e-5
@@ -181,12 +180,10 @@ def test_sides_that_a_wrapper_evaluates_one_by_one(easy, model, outside: bool, o
         *per_row, control, options = args
         roles = options["cond_or_uncond"]
         per_side = [part.chunk(len(roles)) for part in per_row]
-        out = [
-            executor(
-                *(part[i] for part in per_side), control, {**options, "cond_or_uncond": [roles[i]]}, **more
-            )
-            for i in range(len(roles))[::order]
-        ]
+        out = []
+        for i in range(len(roles))[::order]:
+            of_side = {**options, "cond_or_uncond": [roles[i]]}
+            out.append(executor(*(part[i] for part in per_side), control, of_side, **more))
         return torch.cat(out[::order])
 
     batch, _ = easy.batched_tokens(2)
@@ -226,9 +223,7 @@ def test_rows_of_queries(pack) -> None:
     layout = golden.part(pack, "nodes.unet_patch.batch_layout")
     crop = golden.part(pack, "easyref_core.unet.masks").full_crop(16, 16)
 
-    def rows(
-        queries: int, latents: int, sides: int = 2, tokens: int = 16, calls: int | None = None, **options: Any
-    ) -> Any:
+    def rows(queries: int, latents: int, sides=2, tokens=16, calls=None, **options: Any) -> Any:
         of_latents = [(side, latent) for side in (True, False)[-sides:] for latent in range(latents)]
         batch = tuple(layout.Row(side, latent, latent, crop) for side, latent in of_latents)
         shape = layout.Queries(queries, tokens, (4, 4), calls or 0, calls is not None)
@@ -271,9 +266,6 @@ def test_rows_of_key_values(pack) -> None:
     assert index.gather(torch.tensor([[1.0], [2.0], [3.0]])).flatten().tolist() == [3, 0, 1]
 
 
-# NAG
-
-
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
 def test_nag_guides_the_text_and_the_term_is_added(easy, model, cfg: float) -> None:
     """Expected: the term of each side, added to the guided attention before its output projection."""
@@ -289,9 +281,7 @@ def test_nag_guides_the_text_and_the_term_is_added(easy, model, cfg: float) -> N
 
 def test_keys_of_more_rows_than_queries_are_refused_where_no_forward_is_set(easy, model) -> None:
     applied = easy.apply(model)
-    applied.set_model_attn2_patch(
-        lambda n, context, value, _: (n, context.repeat(2, 1, 1), value.repeat(2, 1, 1))
-    )
+    applied.set_model_attn2_patch(lambda n, *key_value: (n, *(t.repeat(2, 1, 1) for t in key_value[:2])))
     with pytest.raises(ValueError, match="NAG"):
         sample_cfg(applied)
 
@@ -299,16 +289,13 @@ def test_keys_of_more_rows_than_queries_are_refused_where_no_forward_is_set(easy
 # Parts of a batch
 
 
-def sampled_as_ksampler(
-    model: ModelPatcher, numbers: list[int] | None, latents: int, size: int = 16
-) -> Tensor:
+@torch.inference_mode()
+def sampled_as_ksampler(model: ModelPatcher, numbers: list[int]) -> Tensor:
     """As KSampler samples a latent whose batch_index is `numbers`."""
-    latent = torch.zeros(latents, 4, size, size)
+    latent = torch.zeros(len(numbers), 4, 16, 16)
     noise = comfy.sample.prepare_noise(latent, 5, numbers)
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            model, noise, 2, 5.0, "euler", "normal", *PROMPTS, latent, disable_pbar=True, seed=5
-        )
+    settings = 2, 5.0, "euler", "normal", *PROMPTS, latent
+    return comfy.sample.sample(model, noise, *settings, disable_pbar=True, seed=5)
 
 
 def masks_of(count: int) -> Tensor:
@@ -319,29 +306,29 @@ def test_part_of_a_batch_has_the_tokens_and_masks_of_the_whole(easy, model) -> N
     """As RebatchLatents and LatentFromBatch make it."""
     batch, _ = easy.batched_tokens(3)
     applied = easy.apply(model, tokens=batch, mask=masks_of(3))
-    whole = sampled_as_ksampler(applied, [0, 1, 2, 3], 4)
-    for numbers in ([0], [1], [2], [1, 2], [3, 0], [100]):
-        part = sampled_as_ksampler(applied, numbers, len(numbers))
-        if numbers != [100]:
-            assert golden.error(part, whole[numbers]) <= 1e-5
-        else:  # beyond the last row, which repeats
-            assert golden.error(part, sampled_as_ksampler(last_alone(easy, model, batch), numbers, 1)) <= 1e-5
+    whole = sampled_as_ksampler(applied, [0, 1, 2, 3])
+    for numbers in ([0], [1], [2], [1, 2], [3, 0]):
+        part = sampled_as_ksampler(applied, numbers)
+        assert golden.error(part, whole[numbers]) <= 1e-5
+    last = easy.apply(model, tokens=row(batch, 2), mask=masks_of(3)[-1:])
+    beyond = (sampled_as_ksampler(each, [100]) for each in (applied, last))  # the last row repeats
+    assert golden.error(*beyond) <= 1e-5
 
 
-def last_alone(easy: Easy, model: ModelPatcher, batch: Any) -> ModelPatcher:
-    """The model with the last row of the tokens and the last mask alone."""
-    tokens = batch.conditional
-    last = type(tokens).of(Tensor(tokens)[-1:].clone(), tokens.provenance)
-    return easy.apply(model, tokens=type(batch)(last, batch.unconditional), mask=masks_of(3)[-1:])
+def row(pair: Any, i: int) -> Any:
+    """The tokens of one latent; the last row repeats."""
+    sides = pair.conditional, pair.unconditional
+    rows = (Tensor(side)[min(i, len(side) - 1)][None].clone() for side in sides)
+    return type(pair)(*(type(side).of(row, side.provenance) for side, row in zip(sides, rows, strict=True)))
 
 
 @pytest.mark.parametrize("numbers", [[0, 0], [0, 1, 0]])
 def test_latents_of_one_noise_are_identified_by_position(easy, model, log, numbers: list[int]) -> None:
     """As Latent Batch and Latent Batch Seed Behavior make them: batch_index repeats, for the noise only."""
     batch, singles = easy.batched_tokens(len(numbers))
-    together = sampled_as_ksampler(easy.apply(model, tokens=batch), numbers, len(numbers))
+    together = sampled_as_ksampler(easy.apply(model, tokens=batch), numbers)
     for i, tokens in enumerate(singles):
-        alone = sampled_as_ksampler(easy.apply(model, tokens=tokens), numbers, len(numbers))
+        alone = sampled_as_ksampler(easy.apply(model, tokens=tokens), numbers)
         assert golden.error(together[i], alone[i]) <= 1e-5
     assert not log.text
 
@@ -370,25 +357,10 @@ def test_reading_the_noise_leaves_the_random_numbers_as_they_are(pack) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# Token pairs with a row for each latent
-
-
 def combined(easy: Easy, node: str, *pairs: Any, **inputs: Any) -> Any:
     """Output of a node that combines several token pairs."""
     tokens = {f"tokens{i}": pair for i, pair in enumerate(pairs)}
-    with torch.inference_mode():
-        return golden.node(easy.pack, node).execute(tokens=tokens, **inputs).result[0]
-
-
-def row(pair: Any, i: int) -> Any:
-    """The tokens of one latent; the last row repeats."""
-    sides = (pair.conditional, pair.unconditional)
-    return type(pair)(
-        *(
-            type(side).of(torch.Tensor(side)[min(i, len(side) - 1)][None].clone(), side.provenance)
-            for side in sides
-        )
-    )
+    return golden.execute(easy.pack, node, tokens=tokens, **inputs).result[0]
 
 
 @pytest.mark.one_host

@@ -89,10 +89,8 @@ def following(prompt: graphs.Graph, nodes: list[str]) -> set[str]:
     return reached
 
 
-# Seeds: by default the frontend randomizes them
-
-
 def test_seeds_of_new_nodes_are_fixed(page) -> None:
+    """By default the frontend randomizes them."""
     controls = page.evaluate("""() => Object.keys(LiteGraph.registered_node_types)
         .filter(type => type.startsWith('EasyRef'))
         .flatMap(type => (LiteGraph.createNode(type).widgets ?? []).flatMap(widget =>
@@ -112,26 +110,14 @@ def test_workflows_saved_with_a_randomized_seed_keep_their_values(page) -> None:
     assert values == aggregate["widgets_values"]
 
 
-# The prompt of CLIP and of the MLLM
-
-
 def test_one_text_node_feeds_clip_and_mllm_unchanged(page) -> None:
     browser.open_workflow(page, WORKFLOW)
     typed = "a {red|blue} (cat:1.2) // a note"
-    page.evaluate(
-        """typed => {
-            app.graph._nodes.find(node => node.type === 'PrimitiveStringMultiline').widgets[0].value = typed
-        }""",
-        typed,
-    )
+    browser.set_widgets(page, {"PrimitiveStringMultiline": {"value": typed}})
     output = prompt_of(page)
     encode = next(node for node in output.values() if node["class_type"] == "EasyRefEncodeGroup")
     source = encode["inputs"]["prompt"]
-    readers = [
-        node["class_type"]
-        for node in output.values()
-        if source in (node["inputs"].get("text"), node["inputs"].get("prompt"))
-    ]
+    readers = [node["class_type"] for node in output.values() if source in node["inputs"].values()]
     assert sorted(readers) == ["CLIPTextEncode", "EasyRefEncodeGroup"]
     assert output[source[0]]["inputs"]["value"] == typed
 
@@ -158,8 +144,6 @@ def test_choice_is_drawn_for_clip_only(page) -> None:
     assert typed == dict.fromkeys(types, "{red|blue}")
 
 
-# A node that runs before the rest
-
 ADD_BUDGET = """() => {
     const of = type => app.graph._nodes.find(node => node.type === type)
     const budget = LiteGraph.createNode('EasyRefGroupBudget')
@@ -183,9 +167,6 @@ def test_budget_runs_alone_by_the_button_of_its_selection(server, page) -> None:
     (text,) = history["outputs"][budget]["text"]
     assert text.startswith("It fits.")
     page.wait_for_function(SHOWS, arg=[budget, text], timeout=10_000)
-
-
-# The workflow without files
 
 
 def test_try_it_now_runs_without_changes(server, page) -> None:

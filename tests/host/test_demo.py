@@ -164,7 +164,7 @@ def demo(pack, stand_in: Path, monkeypatch):
 def outputs(demo, **changes) -> dict:
     inputs = {"prompt": "", "negative_prompt": "", "example": 3, "references": 4, "with_outsider": False}
     with torch.inference_mode():
-        result = demo.EasyRefDemo.execute(**{**inputs, **changes}).result
+        result = demo.EasyRefDemo.execute(**inputs | changes).result
     names = ("model", "positive", "negative", "vae", "references", "prompt", "shared")
     return dict(zip(names, result, strict=True))
 
@@ -214,12 +214,9 @@ def test_target_of_an_example_is_held_out_from_training() -> None:
 
 def test_missing_model_is_an_error_with_a_remedy(demo, tmp_path, monkeypatch, pack) -> None:
     monkeypatch.setattr(golden.part(pack, "nodes.host.folders"), "SHIPPED", tmp_path)
-    with pytest.raises(FileNotFoundError, match="Install the pack anew") as missing:
+    with pytest.raises(FileNotFoundError, match="Install the complete pack again") as missing:
         outputs(demo)
     assert str(tmp_path) in str(missing.value)
-
-
-# The workflow
 
 
 def test_workflow_needs_neither_files_nor_other_packs() -> None:

@@ -47,9 +47,8 @@ KINDS = {
 INT64_ALLOWED = set("arange to to_copy eq embedding index_select unsqueeze detach getitem".split())
 # eye is empty on DirectML (microsoft/DirectML#431), multinomial runs on the CPU (#372), upsample_nearest1d
 # too (#718); the others wait for the device, because their results' sizes are numbers on it.
-UNSUPPORTED = set(
-    "eye multinomial upsample_nearest1d nonzero masked_select unique unique2 cumsum sort".split()
-)
+WAITING = "nonzero masked_select unique unique2 cumsum sort".split()
+UNSUPPORTED = {"eye", "multinomial", "upsample_nearest1d", *WAITING}
 
 
 @pytest.fixture
@@ -102,9 +101,7 @@ def build_arguments(pack: Any, monkeypatch, precision: str) -> tuple[torch.devic
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", KINDS)
-def test_arithmetic_is_bf16_where_the_host_says_so_and_else_fp32(
-    pack, monkeypatch, simulate, name: str, precision: str
-) -> None:
+def test_arithmetic_is_bf16_where_the_host_says_so(pack, monkeypatch, simulate, name, precision) -> None:
     simulated = simulate(name)
     device, dtype, _ = build_arguments(pack, monkeypatch, precision)
     assert device == simulated  # with its index
@@ -141,24 +138,18 @@ def loaded(pack, simulate) -> Callable[[str], tuple[Any, FakeDevice]]:
     return load
 
 
-def encode(pack: Any, easyref: Any) -> Any:
-    images = [image[0] for image in golden.references()]
-    return easyref.encode(images, golden.SETTINGS["prompt"], golden.instruction(pack), golden.SIZE)
-
-
 @pytest.mark.parametrize("name", ["CUDA", "DirectML"])
 def test_a_group_is_encoded_on_the_device_and_cached_where_the_host_says(pack, loaded, name: str) -> None:
     easyref, fake = loaded(name)
     with torch.inference_mode(), fake:
-        context = encode(pack, easyref)
+        context = golden.encode(pack, easyref)
         assert len(fake.brought) == 3  # patches, ids, and the patches' positions: nothing in a block or layer
         # for the caches, after all is computed: features, the states, keys and values of each layer
         assert len(fake.read_back) == 2 + 2 * easyref.model.config.body_layers
         assert context.states.device == mm.intermediate_device()
         assert context.states.dtype == easyref.model.dtype
-        weighed = golden.part(pack, "easyref_core.tokens.aggregator").weight_bias(
-            context.weighed([1, 2, 0]), easyref.model.config.num_tokens
-        )
+        weight_bias = golden.part(pack, "easyref_core.tokens.aggregator").weight_bias
+        weighed = weight_bias(context.weighed([1, 2, 0]), easyref.model.config.num_tokens)
         for bias in (None, fake.like(weighed.to(easyref.model.dtype))):
             states = fake.like(context.states)
             fake.read_back.clear()
@@ -192,9 +183,8 @@ def test_a_step_waits_for_the_device_at_no_layer(torch_attention, easy, pack) ->
     fake.adopt(unet)
     options = sampling.sampling_options(model)
     options |= {"cond_or_uncond": [1, 0], golden.part(pack, "nodes.unet_patch.step").SIGMA: 1.0}
-    x, time, text = (
-        fake.like(expected[f"unet.{name}"]) for name in ("sample", "timestep", "encoder_hidden_states")
-    )
+    names = "sample", "timestep", "encoder_hidden_states"
+    x, time, text = (fake.like(expected[f"unet.{name}"]) for name in names)
     y = fake.like(torch.zeros(2, unet.label_emb[0][0].in_features))
     for brought in (2 * sites, 0):
         with torch.inference_mode(), fake:
@@ -222,17 +212,14 @@ class NoUNet:
         return args[5]
 
 
-def steps(
-    pack: Any, model: Any, fake: FakeDevice, sigmas: list[float], recorder: Any = None
-) -> Iterator[None]:
+def steps(pack: Any, model: Any, fake: FakeDevice, sigmas: list, recorder: Any = None) -> Iterator[None]:
     """Compute two sites in each step of a batch of two runs of two latents; yields after each step."""
     (injection,) = model.get_attachment("easyref").injections
     if recorder is not None:
         injection = dataclasses.replace(injection, recorder=recorder)
     module = golden.part(pack, "nodes.unet_patch.step")
-    wrapper = golden.part(pack, "nodes.unet_patch.step_wrapper").StepWrapper(
-        (injection,), model.get_model_object("model_sampling")
-    )
+    wrapper_of = golden.part(pack, "nodes.unet_patch.step_wrapper").StepWrapper
+    wrapper = wrapper_of((injection,), model.get_model_object("model_sampling"))
     patches = list(model.model_options["transformer_options"]["patches_replace"]["attn2"].items())
     x = fake.like(torch.zeros(4, 4, 16, 16))
     for sigma in sigmas:
@@ -264,18 +251,17 @@ def test_no_setting_waits_for_the_device(torch_attention, pack, easy, setting: s
 def test_batched_tokens_are_copied_once(torch_attention, pack, easy) -> None:
     """The rows of the sampled frames, and where one row is for several, their indices."""
     fake, other = FakeDevice(CUDA), easy.other_tokens()
-    tokens = golden.node(pack, "EasyRefBatchTokens").execute
-    with torch.inference_mode():
-        shared = type(other)(other.conditional, easy.tokens.unconditional)
-        for second, numbers in ((other, 0), (shared, 1)):
-            pair = tokens(tokens={"tokens0": easy.tokens, "tokens1": second}).result[0]
-            model = easy.apply(load_tiny_sdxl(), tokens=pair)
-            with fake:
-                runs = steps(pack, model, fake, [1.0, 1.0])
-                next(runs)
-                assert len(fake.brought) == 2 * len(easy.key_values) + numbers
-                next(runs)
-                assert (fake.brought, fake.read_back) == ([], [])
+    shared = easy.pair(other.conditional, easy.tokens.unconditional)
+    for second, numbers in ((other, 0), (shared, 1)):
+        pairs = {"tokens0": easy.tokens, "tokens1": second}
+        pair = golden.execute(pack, "EasyRefBatchTokens", tokens=pairs).result[0]
+        model = easy.apply(load_tiny_sdxl(), tokens=pair)
+        with torch.inference_mode(), fake:
+            runs = steps(pack, model, fake, [1.0, 1.0])
+            next(runs)
+            assert len(fake.brought) == 2 * len(easy.key_values) + numbers
+            next(runs)
+            assert (fake.brought, fake.read_back) == ([], [])
 
 
 def test_the_fake_device_detects_synchronization() -> None:

@@ -1,4 +1,4 @@
-"""Nodes read replaced files again, and only those, for typed and for linked names."""
+"""Nodes load replaced files again, and only those, for typed and for linked names."""
 
 from __future__ import annotations
 
@@ -23,23 +23,19 @@ def replace(file: Path) -> None:
     replacement.replace(file)
 
 
-def linked(kind: str, name: str, **values: tuple[str, Any]) -> Graph:
+def linked(kind: str, output: int, **values: tuple[str, Any]) -> Graph:
     """A node called "read" whose inputs come from nodes of these types."""
     sources = {key: node(source, value=value) for key, (source, value) in values.items()}
-    return {**sources, "read": node(kind, **{key: [key, 0] for key in sources}), "show": shown(name)}
+    read = {key: (kind, [key, 0]) for key, (kind, _) in values.items()}
+    return {**sources, **typed(kind, output, **read)}
 
 
-def typed(kind: str, name: str, **values: tuple[str, Any]) -> Graph:
-    return {"read": node(kind, **{key: value for key, (_, value) in values.items()}), "show": shown(name)}
+def typed(kind: str, output: int, **values: tuple[str, Any]) -> Graph:
+    read = node(kind, **{key: value for key, (_, value) in values.items()})
+    return {"read": read, "show": node("PreviewAny", source=["read", output])}
 
 
-def shown(output: str) -> dict[str, Any]:
-    return node("PreviewAny", source=["read", int(output)])
-
-
-FOLDER = ("EasyRefGroupFromFolder", "1")
-LOADER = ("EasyRefLoader", "0")
-TOKENS = ("EasyRefLoadTokens", "1")
+FOLDER = ("EasyRefGroupFromFolder", 1)
 IN_FOLDER = {"folder": (TEXT, "changing"), "limit": (NUMBER, 2), "start": (NUMBER, 0)}
 CHECKPOINT = {
     "checkpoint": (CHOICE, "easyref.safetensors"),
@@ -50,16 +46,15 @@ CHECKPOINT = {
 SAVED = {"file": (CHOICE, "changes_00001_.safetensors")}
 READERS = {
     "folder": (*FOLDER, IN_FOLDER, "input/changing/1.png"),
-    "checkpoint": (*LOADER, CHECKPOINT, "models/easyref/easyref.safetensors"),
-    "mllm": (*LOADER, CHECKPOINT, "models/easyref/golden-qwen2-vl/config.json"),
-    "tokens": (*TOKENS, SAVED, "output/easyref/changes_00001_.safetensors"),
+    "checkpoint": ("EasyRefLoader", 0, CHECKPOINT, "models/easyref/easyref.safetensors"),
+    "mllm": ("EasyRefLoader", 0, CHECKPOINT, "models/easyref/golden-qwen2-vl/config.json"),
+    "tokens": ("EasyRefLoadTokens", 1, SAVED, "output/easyref/changes_00001_.safetensors"),
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def files(server: ComfyServer) -> None:
-    """Two folders of images, the golden model, and its tokens."""
-    graphs.install_golden(server)
+    """Two folders of images, and the golden tokens."""
     for folder in ("changing", "places"):
         (server.base / "input" / folder).mkdir()
         for number in range(3):
@@ -74,7 +69,7 @@ def executed(server: ComfyServer, graph: Graph) -> set[str]:
 
 @pytest.mark.parametrize("inputs", [linked, typed])
 @pytest.mark.parametrize("reader", READERS)
-def test_replaced_file_is_read_again_once(server, reader: str, inputs):
+def test_replaced_file_is_loaded_again_once(server, reader: str, inputs):
     kind, output, values, file = READERS[reader]
     graph = inputs(kind, output, **values)
     executed(server, graph)
@@ -120,9 +115,6 @@ def test_replaced_file_reruns_an_equal_node_of_another_id(server):
     assert executed(server, renamed) == {"other", "show"}
 
 
-# FileChanges alone
-
-
 @pytest.fixture
 def changes(pack: ModuleType) -> tuple[Any, dict[str, str]]:
     """FileChanges over files in a dictionary: {name: state}."""
@@ -130,13 +122,9 @@ def changes(pack: ModuleType) -> tuple[Any, dict[str, str]]:
     return golden.part(pack, "nodes.host.file_changes").FileChanges(states.__getitem__), states
 
 
-def test_fingerprint_of_a_typed_value_is_the_state_of_its_files(changes):
+def test_fingerprint_is_the_state_of_typed_files_or_changes_with_the_recorded_ones(changes):
     record, states = changes
     assert record.fingerprint("a") == "1"
-
-
-def test_fingerprint_of_a_linked_value_changes_with_the_recorded_files(changes):
-    record, states = changes
     first = record.fingerprint(None)
     record.record("a")
     states["b"] = "2"

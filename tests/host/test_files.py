@@ -18,18 +18,10 @@ from devkit.host import golden
 
 
 @pytest.fixture
-def files(pack, tmp_path, monkeypatch):
-    """nodes.host.folders in a host with an empty models folder, tmp_path/models, and without the shipped
-    model.
-    """
-    models = tmp_path / "models"
-    text_encoders = [str(models / "text_encoders")], folder_paths.supported_pt_extensions
-    monkeypatch.setattr(folder_paths, "models_dir", str(models))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {"text_encoders": text_encoders})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    files = golden.part(pack, "nodes.host.folders")
-    monkeypatch.setattr(files, "SHIPPED", tmp_path / "shipped")
-    return files
+def files(folders, tmp_path, monkeypatch):
+    """The folders, without the shipped model."""
+    monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped")
+    return folders
 
 
 @pytest.fixture
@@ -105,9 +97,6 @@ def test_extra_model_paths_are_searched_beside_the_own_folder(files, tmp_path):
     assert files.checkpoints() == ["extra.safetensors", "own.safetensors"]
     assert files.find_checkpoint("extra.safetensors") == tmp_path / "adapters" / "extra.safetensors"
     assert files.mllm_folders() == {"LLM/qwen": tmp_path / "llms" / "qwen"}
-
-
-# The folder itself
 
 
 def test_the_folder_of_checkpoints_is_created(files, tmp_path):
@@ -320,9 +309,6 @@ def test_loader_notices_new_files_in_the_mllm_folder(pack, models):
     assert before == loader.fingerprint_inputs(checkpoint="a.safetensors", mllm="LLM/qwen")
     touch(models / "LLM" / "qwen" / "model.safetensors")
     assert before != loader.fingerprint_inputs(checkpoint="a.safetensors", mllm="LLM/qwen")
-
-
-# The tokenizer of the host
 
 
 def test_host_has_the_tokenizer_of_qwen2_vl(pack, files):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import folder_paths
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -29,26 +27,11 @@ WIDGETS = ("INT", "FLOAT", "BOOLEAN", "STRING", "COMBO")
 FILES = {"checkpoint", "mllm", "file", "folder", "filename_prefix"}  # names of files: see test_paths
 
 
-@pytest.fixture
-def base(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the host's input, output, temp and models folders."""
-    base = Path(os.path.realpath(tmp_path))
-    for name in ("input", "output", "temp"):
-        (base / name).mkdir()
-        monkeypatch.setattr(folder_paths, f"{name}_directory", str(base / name))
+@pytest.fixture(autouse=True)
+def _models(folders: ModuleType, base: Path) -> None:
     for name in ("easyref", "LLM", "text_encoders"):
         (base / "models" / name).mkdir(parents=True)
-    encoders = [str(base / "models" / "text_encoders")], folder_paths.supported_pt_extensions
-    monkeypatch.setattr(folder_paths, "models_dir", str(base / "models"))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {"text_encoders": encoders})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    golden.part(pack, "nodes.host.folders").register_folders()
-    return base
-
-
-@torch.inference_mode()
-def run_node(pack: ModuleType, node: str, *inputs: Any, **named: Any) -> tuple:
-    return golden.node(pack, node).execute(*inputs, **named).result or ()
+    folders.register_folders()
 
 
 # Numbers, choices and texts
@@ -93,18 +76,13 @@ def fitting_inputs(easy: sampling.Easy, model: Any, context: Any) -> dict[str, d
     three = {"tokens0": easy.tokens, "tokens1": easy.other_tokens(1), "tokens2": easy.other_tokens(2)}
     weights = {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, "lora_strength": 1.0}
     language = next(e for e in INFO["EasyRefInstruction"]["inputs"] if e["name"] == "language")["default"]
+    demo = {"example": 1, "references": 3, "with_outsider": False}
     crop = {"crop": ["square around the mask"], "mask": [torch.ones(1, 8, 8)], "padding": [1.5]}
     return {
         "EasyRefApply": {"model": model, "tokens": easy.tokens, **easyref, **weights},
         "EasyRefEncodeGroup": {**encode, "when_too_large": "error"},
         "EasyRefAggregate": {"context": context, **easyref},
-        "EasyRefDemo": {
-            "prompt": "",
-            "negative_prompt": "",
-            "example": 1,
-            "references": 3,
-            "with_outsider": False,
-        },
+        "EasyRefDemo": {"prompt": "", "negative_prompt": "", **demo},
         "EasyRefCombineTokens": {"tokens": three, "method": "add", "factor": 0.5, "weights": ""},
         "EasyRefTokensOverFrames": {"tokens": three, "frames": 8, "easing": "linear"},
         "EasyRefCropReference": {"images": [batch], **crop},
@@ -136,11 +114,9 @@ def test_numerics(pack: ModuleType, base: Path, easy: sampling.Easy, model: Any)
         return [result_of(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def run(node: str, odd: dict[str, Any]) -> object:
-        return result_of(run_node(pack, node, **fitting[node] | odd))
+        return result_of(golden.execute(pack, node, **fitting[node] | odd).result)
 
-    good = (
-        "EasyRefApply EasyRefEncodeGroup EasyRefAggregate EasyRefTokensOverFrames EasyRefWeightSheet".split()
-    )
+    good = [f"EasyRef{name}" for name in "Apply EncodeGroup Aggregate TokensOverFrames WeightSheet".split()]
     campaign = Campaign(base, writable=(base / "temp", base / "output" / "easyref"))
     campaign.run(
         odd_executions(sorted(fitting)),
@@ -186,11 +162,8 @@ def fill(pack: ModuleType, base: Path, tokens: Any) -> None:
     """A good file of each kind, one outside the host's folders that must not be read, and links to it."""
     save = golden.part(pack, "easyref_core.tokens.files").save_tokens
     outside, saved, inputs = base / "outside", base / "output" / "easyref", base / "input"
-    for folder in (
-        outside / "deep",
-        saved / "faces",
-        *(inputs / name for name in ("easyref", "pictures", "linked")),
-    ):
+    in_input = (inputs / name for name in ("easyref", "pictures", "linked"))
+    for folder in (outside / "deep", saved / "faces", *in_input):
         folder.mkdir(parents=True)
     both = tokens.conditional, tokens.unconditional
     save(saved / "good_00001_.safetensors", *both)
@@ -204,9 +177,9 @@ def fill(pack: ModuleType, base: Path, tokens: Any) -> None:
     without_weights = shutil.ignore_patterns("*.safetensors")
     shutil.copytree(golden.MLLM, base / "models" / "LLM" / "golden", ignore=without_weights)
     for folder in (saved, inputs / "easyref", inputs):
-        os.symlink(outside, folder / "link")
-        os.symlink(outside / "secret.safetensors", folder / "link.safetensors")
-    os.symlink(outside / "secret.png", inputs / "linked" / "link.png")
+        (folder / "link").symlink_to(outside)
+        (folder / "link.safetensors").symlink_to(outside / "secret.safetensors")
+    (inputs / "linked" / "link.png").symlink_to(outside / "secret.png")
 
 
 def raise_same(refusal: object, call: Callable[[], object]) -> None:
@@ -222,14 +195,13 @@ def load_tokens(pack: ModuleType, base: Path, file: str) -> object:
     if (refusal := node.validate_inputs(file)) is not True:
         raise_same(refusal, lambda: node.execute(file))
     fingerprint = node.fingerprint_inputs(file)
-    pair, prompt = run_node(pack, "EasyRefLoadTokens", file)
+    pair, prompt = golden.execute(pack, "EasyRefLoadTokens", file).result
     assert prompt != SECRET, "the tokens outside were read"
     return [pair.conditional, prompt, fingerprint.split()[0]]
 
 
 def save_tokens(pack: ModuleType, base: Path, tokens: Any, prefix: str) -> str:
-    with torch.inference_mode():
-        (saved,) = golden.node(pack, "EasyRefSaveTokens").execute(tokens, prefix).ui["easyref_tokens"]
+    (saved,) = golden.execute(pack, "EasyRefSaveTokens", tokens, prefix).ui["easyref_tokens"]
     path = base / "output" / saved["subfolder"] / saved["filename"]
     assert path.is_file(), f"saved as {path}"
     assert path.resolve().is_relative_to(base / "output" / "easyref"), f"saved as {path}"
@@ -238,7 +210,7 @@ def save_tokens(pack: ModuleType, base: Path, tokens: Any, prefix: str) -> str:
 
 def load_folder(pack: ModuleType, folder: str) -> object:
     golden.node(pack, "EasyRefGroupFromFolder").fingerprint_inputs(folder, 4, 0)
-    group, names = run_node(pack, "EasyRefGroupFromFolder", folder, 4, 0)
+    group, names = golden.execute(pack, "EasyRefGroupFromFolder", folder, 4, 0).result
     red = torch.tensor([1.0, 0, 0])
     assert not any(torch.equal(image[0, 0, 0], red) for image in group), "the image outside was read"
     return [group, names]

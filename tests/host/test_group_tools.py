@@ -23,18 +23,15 @@ pytestmark = pytest.mark.one_host
 
 
 @pytest.fixture(autouse=True)
-def inputs(tmp_path, monkeypatch) -> Path:
-    """The test's own input folder; previews go to a folder of the test too. The server has others."""
-    folder = tmp_path / "input"
-    (folder / "a").mkdir(parents=True)
-    monkeypatch.setattr(folder_paths, "input_directory", str(folder))
-    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
-    return folder
+def inputs(folders, base) -> Path:
+    """The test's own input folder. The server has another."""
+    return base / "input"
 
 
 @pytest.fixture
 def folder(inputs) -> Path:
     """A folder in the input folder."""
+    (inputs / "a").mkdir()
     return inputs / "a"
 
 
@@ -46,9 +43,6 @@ def draw(path: Path, width: int = 30, height: int = 20, seed: int = 0, **options
 
 def text_of(output: Any) -> str:
     return output.ui["text"][0]
-
-
-# The group
 
 
 def test_group_shows_thumbnails_sizes_and_duplicates(pack):
@@ -64,7 +58,6 @@ def test_group_shows_thumbnails_sizes_and_duplicates(pack):
 
 
 def test_preview_of_a_group_is_served(server):
-    graphs.install_golden(server)
     nodes = {"images": graphs.tiny_images("7x64x64x3", seed=70), "group": graphs.group(["images", 0])}
     outputs = server.run(graphs.of_images(["group", 0], nodes))["outputs"]
     assert outputs["group"]["text"] == ["7 references"]
@@ -124,13 +117,11 @@ def bare_system(monkeypatch) -> None:
     monkeypatch.setattr(folder_paths, "extension_mimetypes_cache", {})
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        *(("a.jfif", "JPEG"), ("a.JPE", "JPEG"), ("a.avif", "AVIF"), ("a.tga", "TGA")),
-        *(("a.mpo", "MPO"), ("a.jp2", "JPEG2000"), ("a.webp", "WEBP"), ("a.qoi", "QOI")),
-    ],
-)
+FORMATS = {"a.jfif": "JPEG", "a.JPE": "JPEG", "a.avif": "AVIF", "a.tga": "TGA"}
+FORMATS |= {"a.mpo": "MPO", "a.jp2": "JPEG2000", "a.webp": "WEBP", "a.qoi": "QOI"}
+
+
+@pytest.mark.parametrize(("name", "kind"), FORMATS.items())
 @pytest.mark.usefixtures("bare_system")
 def test_formats_of_pillow_are_loaded_whatever_the_system_knows(load, folder, name: str, kind: str):
     if kind == "AVIF" and not features.check("avif"):
@@ -295,15 +286,14 @@ def test_square_around_a_mask_for_all_and_one_for_each(crop):
 
 
 def test_crops_go_on_to_a_group(server):
-    graphs.install_golden(server)
     settings = {"crop": "square in the middle", "padding": 1.5}
     nodes = {
         "images": graphs.tiny_images("2x64x96x3 1x84x64x3", seed=80),
         "crop": graphs.node("EasyRefCropReference", images=["images", 0], **settings),
     }
     through_list = {**nodes, "group": graphs.group(["crop", 1])}
-    expected = graphs.picture(server, graphs.of_images(["crop", 0], nodes))
-    assert graphs.picture(server, graphs.of_images(["group", 0], through_list)) == expected
+    expected = graphs.image(server, graphs.of_images(["crop", 0], nodes))
+    assert graphs.image(server, graphs.of_images(["group", 0], through_list)) == expected
 
 
 # Instructions
@@ -322,25 +312,21 @@ def test_instruction_is_the_presets_text_or_the_users(pack):
 
 
 def test_general_preset_gives_the_image_of_encode_alone(server):
-    graphs.install_golden(server)
-    plain = graphs.picture(server, graphs.easyref())
+    plain = graphs.image(server, graphs.easyref())
 
     def instructed(preset: str) -> graphs.Graph:
         graph = graphs.easyref(encode={"instruction": ["instruction", 0]})
         graph["instruction"] = graphs.node("EasyRefInstruction", preset=preset, language="English", text="")
         return graph
 
-    assert graphs.picture(server, instructed("general")) == plain
-    assert graphs.picture(server, instructed("style")) != plain
+    assert graphs.image(server, instructed("general")) == plain
+    assert graphs.image(server, instructed("style")) != plain
 
 
 def test_help_page_has_the_english_texts(pack):
     page = (Path(pack.__file__).parent / "web/docs/EasyRefInstruction.md").read_text(encoding="utf-8")
     presets = golden.part(pack, "nodes.group.instruction").PRESETS
     assert [name for name in presets if f"- {name}: {presets[name]['English'].strip()}" not in page] == []
-
-
-# Budget
 
 
 def test_budget_before_encoding(pack):
@@ -355,7 +341,7 @@ def test_budget_before_encoding(pack):
     assert "assumed" in report
     assert report.startswith("It fits.")
 
-    context = easyref.encode([image[0] for image in golden.references()], "a cat", text, 84)
+    context = golden.encode(pack, easyref, "a cat")
     report = budget(golden.references(), "a cat", 84)[2]
     assert f"{context.states.shape[1]} of " in report
     assert "measured at the last encoding" in report

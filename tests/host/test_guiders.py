@@ -61,12 +61,10 @@ class Probe:
     def runs(self) -> set[tuple[str, str]]:
         return {run for call in self.calls for run in call}
 
-    def unet(
-        self, executor: Any, x: Tensor, timesteps: Any, context: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def unet(self, executor: Any, x: Tensor, t: Any, context: Tensor, *args: Any, **kwargs: Any) -> Any:
         transformer_options = args[2]  # y, control, transformer_options
         with watch_attention(self.easy.pack, self.model) as attended:
-            out = executor(x, timesteps, context, *args, **kwargs)
+            out = executor(x, t, context, *args, **kwargs)
         keys, *others = [attention.key_value[0] for attention in attended]
         assert all(len(other) == len(keys) for other in others)
         of_rows = keys.repeat_interleave(len(x) // len(keys), dim=0)
@@ -145,22 +143,20 @@ def test_guider_gives_each_side_its_tokens(case: str, model, probe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "unconditional"),
+    ("names", "unconditional"),
     [
-        *((name, False) for name in ("positive", "middle", "cond", "subject", "style", "prompt_2")),
-        *(
-            (name, True)
-            for name in ("negative", "empty_negative_prompt", "uncond", "neg", "Negative", "null", "empty")
-        ),
+        ("positive middle cond subject style prompt_2", False),
+        ("negative empty_negative_prompt uncond neg Negative null empty", True),
     ],
 )
-def test_side_follows_from_the_name_of_the_conditioning(pack, name: str, unconditional: bool) -> None:
-    assert golden.part(pack, "nodes.unet_patch.cond_roles").is_unconditional(name) == unconditional
+def test_side_follows_from_the_name_of_the_conditioning(pack, names: str, unconditional: bool) -> None:
+    is_unconditional = golden.part(pack, "nodes.unet_patch.cond_roles").is_unconditional
+    assert {name: is_unconditional(name) for name in names.split()} == dict.fromkeys(
+        names.split(), unconditional
+    )
 
 
-@pytest.mark.skipif(
-    not hasattr(nodes_custom_sampler, "Guider_DualModel"), reason="this host has no such guider"
-)
+@pytest.mark.skipif(not hasattr(nodes_custom_sampler, "Guider_DualModel"), reason="not in this host")
 @pytest.mark.parametrize("scale", [4.0, 1.0])
 def test_dual_model_guider_gives_each_side_its_tokens(easy, model, probe, scale: float) -> None:
     guider = nodes_custom_sampler.Guider_DualModel(model, easy.apply(load_tiny_sdxl()))
@@ -203,7 +199,7 @@ def test_batch_split_to_save_memory(model, probe, monkeypatch) -> None:
     assert probe.runs == {POSITIVE, NEGATIVE, EMPTY}
 
 
-def test_split_batch_predicts_what_the_whole_batch_does(model, monkeypatch) -> None:
+def test_split_batch_predicts_the_same_as_the_whole_batch(model, monkeypatch) -> None:
     whole = sample(cfg(model, 5.0))
     monkeypatch.setattr(model, "get_free_memory", lambda device: 0)
     assert golden.error(sample(cfg(model, 5.0)), whole) <= 1e-5
@@ -293,35 +289,24 @@ def test_context_windows(model, probe, case: str) -> None:
     assert probe.runs == runs
 
 
-# Without a guider
-
-
-@pytest.mark.parametrize("order", [[0, 1], [1, 0], [0], [1], [2, 0, 1], [0, 0, 1]])
-def test_convention_without_roles_of_a_guider(pack, order: list[int]) -> None:
-    runs = golden.part(pack, "nodes.unet_patch.cond_roles").unconditional_runs
-    assert runs({"cond_or_uncond": order}) == tuple(index != 0 for index in order)
-    assert runs({}) == (False,)
-
-
-def test_index_without_a_role(pack) -> None:
-    """Packs that rewrite cond_or_uncond may number runs that the guider did not list."""
+def test_convention_without_roles_of_a_guider(pack) -> None:
+    """Also for a run that the guider did not list, as packs that rewrite cond_or_uncond may number them."""
     roles = golden.part(pack, "nodes.unet_patch.cond_roles")
-    runs = roles.unconditional_runs({"cond_or_uncond": [0, 1, 2], roles.ROLES: (True, None)})
-    assert runs == (True, True, True)
-
-
-# In numbers
+    runs = roles.unconditional_runs
+    for order in ([0, 1], [1, 0], [0], [1], [2, 0, 1], [0, 0, 1]):
+        assert runs({"cond_or_uncond": order}) == tuple(index != 0 for index in order), order
+    assert runs({}) == (False,)
+    assert runs({"cond_or_uncond": [0, 1, 2], roles.ROLES: (True, None)}) == (True, True, True)
 
 
 def test_cfg_is_combined_from_separately_evaluated_sides(easy) -> None:
     """Euler by hand, from a model of each side, with that side's tokens and prompt only."""
     tokens = easy.tokens
     swapped = type(tokens)(conditional=tokens.unconditional, unconditional=tokens.conditional)
-    sides = {}
-    for name, pair in (("positive", tokens), ("negative", swapped)):
-        guider = nodes_custom_sampler.Guider_Basic(easy.apply(load_tiny_sdxl(), tokens=pair))
-        guider.set_conds(text(name))
-        sides[name] = guider
+    sides = {
+        name: guider_of(nodes_custom_sampler.Guider_Basic, name)(easy.apply(load_tiny_sdxl(), tokens=pair))
+        for name, pair in (("positive", tokens), ("negative", swapped))
+    }
 
     model, scale = easy.apply(load_tiny_sdxl()), 5.0
     sampling = model.get_model_object("model_sampling")
@@ -341,9 +326,7 @@ def denoised(guider: Any, x: Tensor, sigma: Tensor) -> Tensor:
     """The guider's prediction at one step, from a sampling of this step only."""
     predictions, zeros = [], torch.zeros_like(x)
 
-    def sampler(
-        model: Any, noise: Tensor, sigmas: Tensor, extra_args: dict | None = None, **_: Any
-    ) -> Tensor:
+    def sampler(model: Any, noise: Tensor, sigmas: Tensor, *, extra_args: dict, **_: Any) -> Tensor:
         predictions.append(model(x, sigma.expand(len(x)), **extra_args))
         return noise
 

@@ -43,11 +43,12 @@ def test_projected_rows_are_the_held_rows_bit_for_bit(easy, model, monkeypatch, 
 def test_rows_of_a_window_alone_are_on_the_device(easy, model, no_table, monkeypatch) -> None:
     rows = golden.part(easy.pack, "nodes.host.key_values").KeyValueProjector
     taken, take = [], rows.take
-    monkeypatch.setattr(
-        rows,
-        "take",
-        lambda self, numbers, *target: taken.append(list(numbers)) or take(self, numbers, *target),
-    )
+
+    def record(self: Any, numbers: Any, *target: Any) -> Any:
+        taken.append(list(numbers))
+        return take(self, numbers, *target)
+
+    monkeypatch.setattr(rows, "take", record)
     sampled(in_windows(applied(easy, model)), steps=1)
     anchored = "causal_window_fix" in inspect.signature(windows.IndexListContextHandler).parameters
     # Of each window, after the one unconditional row. Newer hosts sample the frame before a window with it.
@@ -67,9 +68,7 @@ def test_projections_are_loaded_with_the_unet(easy, model, no_table) -> None:
     assert any(module is easy.easyref.model.kv for module in loaded)
 
 
-def test_the_projections_are_loaded_once_for_a_chain_and_for_several_devices(
-    easy, model, monkeypatch
-) -> None:
+def test_projections_are_loaded_once_for_a_chain_and_several_devices(easy, model, monkeypatch) -> None:
     """As models of the patches, of which the host makes no copies for other devices; a table needs none."""
     assert not applied(easy, model).model_patches_models()
     monkeypatch.setattr(golden.part(easy.pack, "nodes.host.hosted_model"), "MAX_TABLE_BYTES", 0)

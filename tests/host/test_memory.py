@@ -74,11 +74,8 @@ def test_fp8_is_for_the_matrices_on_which_the_tokens_depend_less(pack, monkeypat
     monkeypatch.setattr(hosted, "looks_up_fp8", lambda _: lookup)
     easyref = golden.load(pack, "fp8_e4m3fn")
     fp8 = {name for name, weight in weights(easyref).items() if weight.dtype == torch.float8_e4m3fn}
-    matrices = {
-        name
-        for name, weight in weights(easyref).items()
-        if weight.ndim == 2 and (not name.startswith("aggregator.") or "mlp" in name)
-    }
+    in_matrices = {name for name, weight in weights(easyref).items() if weight.ndim == 2}
+    matrices = {name for name in in_matrices if not name.startswith("aggregator.") or "mlp" in name}
     assert fp8 == (matrices if lookup else matrices - {"encoder.embed_tokens.weight"})
 
 
@@ -102,14 +99,10 @@ def released(pack) -> list[tuple[str, torch.Tensor]]:
     layout = json.loads((golden.GOLDEN / "released_layout.json").read_text())["keys"]
     formats = golden.part(pack, "easyref_core.checkpoint.formats")
     named = formats.translate(layout, formats.EASYREF_NAMES)
-    tensors = (
-        (new, torch.empty(layout[name], dtype=torch.bfloat16, device="meta")) for name, new in named.items()
-    )
-    return [
-        (name, t.flatten(1) if "patch_embed" in name else t)
-        for name, t in tensors
-        if not name.startswith("unet.")
-    ]
+    shapes = {new: layout[name] for name, new in named.items() if not new.startswith("unet.")}
+    with torch.device("meta"):
+        tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    return [(name, t.flatten(1) if "patch_embed" in name else t) for name, t in tensors.items()]
 
 
 @pytest.mark.parametrize(("precision", "least"), [("bf16", 0.9999), ("fp8_e4m3fn", 0.995)])
@@ -166,9 +159,8 @@ def test_dynamic_vram(pack, monkeypatch):
 @pytest.fixture(scope="module")
 def size(pack, server) -> int:
     """Installs a checkpoint large enough to show in the process's memory; -> its bytes in float32."""
-    graphs.install_golden(server)
     # a first run, whose imports and allocations do not belong to the model
-    graphs.picture(server, graphs.easyref())
+    graphs.image(server, graphs.easyref())
     return golden.write_random(pack, server.base / "models" / "easyref", layers=32, width=512)
 
 

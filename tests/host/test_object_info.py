@@ -18,16 +18,7 @@ from .conftest import HOST
 
 SNAPSHOT = Path(__file__).with_name("object_info.json")
 NAMES = sorted(json.loads(SNAPSHOT.read_text()))
-OPTIONS = (
-    "default",
-    "min",
-    "max",
-    "step",
-    "control_after_generate",
-    "multiline",
-    "dynamicPrompts",
-    "advanced",
-)
+OPTIONS = "default min max step control_after_generate multiline dynamicPrompts advanced".split()
 FILES = ("checkpoint", "mllm", "file")  # inputs with options that depend on the folders
 
 
@@ -92,9 +83,6 @@ def test_help_page_is_served_and_explains_every_setting(server, nodes, name: str
     assert [setting for setting in settings if setting not in page.decode()] == []
 
 
-# Import
-
-
 IMPORT = """
 import asyncio, contextlib, io, json, logging, sys, time
 from pathlib import Path
@@ -121,24 +109,13 @@ json.dump(result, sys.__stdout__)
 """
 
 
-@pytest.fixture(scope="module")
-def imported() -> dict[str, Any]:
-    """Cost of importing the pack in a process with the host imported, from its second start on."""
+def test_import_prints_nothing_takes_less_than_a_tenth_of_a_second_and_needs_no_transformers() -> None:
+    """In a process with the host imported, from its second start on. The tokenizer imports transformers."""
     for name in ("easyref_core", "nodes"):  # the first one compiles, where it may write what it has compiled
         compileall.compile_dir(ROOT / name, quiet=1)
     script = IMPORT.format(root=str(ROOT), host=str(HOST))
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def test_import_prints_nothing(imported):
+    imported = json.loads(run.stdout.splitlines()[-1])
     assert imported["printed"] == ""
-
-
-def test_import_takes_less_than_a_tenth_of_a_second(imported):
     assert imported["seconds"] < 0.1
-
-
-def test_import_does_not_import_transformers(imported):
-    """It takes seconds, so the tokenizer imports it on first use."""
     assert "transformers" not in imported["foreign"]

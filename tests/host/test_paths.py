@@ -10,7 +10,6 @@ from typing import Any
 
 import folder_paths
 import pytest
-import torch
 from PIL import Image
 
 from devkit.host import golden
@@ -20,23 +19,17 @@ LONG = "x" * 200
 
 
 @pytest.fixture
-def files(pack, tmp_path, monkeypatch) -> Any:
-    """nodes.host.folders, with the host's models, input and output folders in one with an awkward name."""
-    base = tmp_path / NAME
-    monkeypatch.setattr(folder_paths, "models_dir", str(base / "models"))
-    monkeypatch.setattr(
-        folder_paths,
-        "folder_names_and_paths",
-        {"text_encoders": ([str(base / "models" / "text_encoders")], {".safetensors"})},
-    )
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(folder_paths, "output_directory", str(base / "output"))
-    monkeypatch.setattr(folder_paths, "input_directory", str(base / "input"))
-    for folder in ("models/easyref", "models/LLM", "output/easyref", "input"):
+def base(tmp_path) -> Path:
+    return tmp_path / NAME
+
+
+@pytest.fixture
+def files(folders, base) -> Any:
+    """The folders, in one with an awkward name."""
+    for folder in ("models/easyref", "models/LLM", "output/easyref"):
         (base / folder).mkdir(parents=True)
-    files = golden.part(pack, "nodes.host.folders")
-    files.register_folders()
-    return files
+    folders.register_folders()
+    return folders
 
 
 @pytest.mark.parametrize("name", [NAME, LONG])
@@ -50,10 +43,8 @@ def test_a_checkpoint_and_an_mllm_of_any_name_are_listed_and_found(files, name: 
 
 
 @pytest.mark.parametrize("name", [NAME, LONG, f"{NAME}/{LONG}"])
-def test_tokens_of_any_name_are_saved_and_found(pack, files, easy, name: str) -> None:
-    save = golden.node(pack, "EasyRefSaveTokens")
-    with torch.inference_mode():
-        save.execute(tokens=easy.tokens, filename_prefix=name)
+def test_tokens_of_any_name_are_saved_and_found(pack, files, execute, easy, name: str) -> None:
+    execute("EasyRefSaveTokens", tokens=easy.tokens, filename_prefix=name)
     (listed,) = files.token_files()
     assert listed == f"{name}_00001_.safetensors"
     assert golden.part(pack, "easyref_core").load_tokens(files.find_tokens(listed)).conditional.shape

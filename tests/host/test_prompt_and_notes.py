@@ -1,4 +1,4 @@
-"""The plain text of a prompt that the MLLM reads, and the notes of Encode Reference Group on its inputs."""
+"""The plain text of a prompt for the MLLM, and the notes of Encode Reference Group on its inputs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def images() -> torch.Tensor:
 
 
 def execute(easy: Easy, node: str, *inputs: Any) -> Any:
-    with torch.inference_mode():
-        return golden.node(easy.pack, node).execute(easy.easyref, *inputs)
+    return golden.execute(easy.pack, node, easy.easyref, *inputs)
 
 
 def encode(easy: Easy, group: Any, prompt: str = PROMPT) -> tuple[Any, str]:
@@ -36,7 +35,7 @@ def encode(easy: Easy, group: Any, prompt: str = PROMPT) -> tuple[Any, str]:
 # The prompt
 
 
-def test_weights_are_read_as_the_host_reads_them() -> None:
+def test_weights_are_parsed_as_the_host_parses_them() -> None:
     """Against ComfyUI's own parser, on random texts of its syntax."""
     from comfy.sd1_clip import escape_important, token_weights, unescape_important
 
@@ -50,7 +49,7 @@ def test_weights_are_read_as_the_host_reads_them() -> None:
         assert plain_text(text) == "".join(unescape_important(segment) for segment, _ in segments), text
 
 
-def test_the_mllm_reads_plain_text(easy, images) -> None:
+def test_plain_text_is_encoded(easy, images) -> None:
     plain, shown = encode(easy, images, "a smiling cat, on grass")
     assert "The MLLM reads" not in shown
     weighted, shown = encode(easy, images, "a (smiling:1.3) cat, embedding:fur, on ((grass)) <lora:x:1>")
@@ -64,7 +63,7 @@ def test_an_unresolved_choice_is_refused(easy, images) -> None:
         encode(easy, images, "a {red|blue} cat")
 
 
-def test_budget_counts_what_encode_reads(easy, images) -> None:
+def test_budget_counts_the_tokens_of_the_encoding(easy, images) -> None:
     prompt = "a (smiling:1.3) cat, embedding:fur, <lora:x:1>"
     context, _ = encode(easy, images, prompt)
     output = execute(easy, "EasyRefGroupBudget", images, prompt, "Look:\n", SIZE)
@@ -72,7 +71,7 @@ def test_budget_counts_what_encode_reads(easy, images) -> None:
     assert "text encoders: a smiling cat" in output.result[2]
 
 
-def test_influence_reads_what_encode_reads(easy, images) -> None:
+def test_influence_encodes_the_plain_text(easy, images) -> None:
     plain, weighted = (
         execute(easy, "EasyRefReferenceInfluence", images, prompt, "Look:\n", SIZE).result[1]
         for prompt in ("a cat", "a (cat:1.3)")
@@ -124,12 +123,10 @@ def test_window(pack) -> None:
         assert f"start_percent is {start:g} and end_percent is {end:g}" in note(start, end)
 
 
-def test_a_window_that_never_opens_is_shown_on_apply(pack, easy, model) -> None:
-    apply = golden.node(pack, "EasyRefApply").execute
-
+def test_a_window_that_never_opens_is_shown_on_apply(easy, model) -> None:
     def shown(weight: float, start: float, end: float) -> object:
-        with torch.inference_mode():
-            return apply(model, easy.easyref, easy.tokens, weight, start, end, 1.0).ui
+        inputs = model, easy.easyref, easy.tokens, weight, start, end, 1.0
+        return golden.execute(easy.pack, "EasyRefApply", *inputs).ui
 
     assert "start_percent is 0.6 and end_percent is 0.4" in str(shown(1.0, 0.6, 0.4))
     assert shown(1.0, 0.4, 0.6) is None

@@ -71,12 +71,8 @@ def test_interrupt_stops_the_running_node(server: ComfyServer):
 def test_freeing_memory_empties_the_cache(server: ComfyServer):
     server.run(workflow(seed=5))
     server.free()
-    executed = []
-    for seed in (6, 7):  # the host may take the first prompt before it empties the cache
-        prompt_id = server.queue(workflow(seed=seed))
-        server.wait(prompt_id)
-        executed += server.executed(prompt_id)
-    assert "tiny" in executed
+    # the host may take the first prompt before it empties the cache
+    assert any("tiny" in graphs.run(server, workflow(seed=seed))[0] for seed in (6, 7))
 
 
 def test_folder_of_checkpoints_exists_after_the_start():

@@ -16,11 +16,11 @@ from comfy_extras import (
     nodes_freelunch,
     nodes_hypertile,
     nodes_model_advanced,
-    nodes_model_downscale,
     nodes_pag,
     nodes_sag,
     nodes_tomesd,
 )
+from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from torch import Tensor
 
 from devkit.host import golden
@@ -75,9 +75,7 @@ BESIDE: dict[str, Patch] = {
     "HyperTile": lambda model: output(nodes_hypertile.HyperTile.execute(model, 32, 2, 2, False)),
     "ToMe": lambda model: output(nodes_tomesd.TomePatchModel.execute(model, 0.5)),
     "Deep Shrink": lambda model: output(
-        nodes_model_downscale.PatchModelAddDownscale.execute(
-            model, 3, 1.7, 0.0, 1.0, True, "bicubic", "bicubic"
-        )
+        PatchModelAddDownscale.execute(model, 3, 1.7, 0.0, 1.0, True, "bicubic", "bicubic")
     ),
     "LCM": lambda model: output(nodes_model_advanced.ModelSamplingDiscrete().patch(model, "lcm", False)),
     "LoRA": with_lora,
@@ -194,9 +192,8 @@ def nine_channels(model: ModelPatcher) -> Tensor:
     x, context, y = (torch.randn(2, *shape, generator=random) for shape in ((9, 16, 16), (77, 32), (80,)))
     options = sampling_options(model) | {"cond_or_uncond": [1, 0], "sigmas": torch.ones(2)}
     with torch.inference_mode():
-        return model.model.diffusion_model(
-            x, torch.ones(2), context=context, y=y, transformer_options=options
-        )
+        unet = model.model.diffusion_model
+        return unet(x, torch.ones(2), context=context, y=y, transformer_options=options)
 
 
 def test_unet_stored_in_fp8(easy) -> None:

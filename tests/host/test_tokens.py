@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,40 +19,17 @@ PROMPT = golden.SETTINGS["prompt"]
 
 
 @pytest.fixture
-def files(pack, tmp_path, monkeypatch) -> Any:
-    """nodes.host.folders in a host whose output, input and temp folders are new."""
-    for name in ("output", "input", "temp"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    folders = golden.part(pack, "nodes.host.folders")
+def output(folders, tmp_path) -> Path:
     folders.register_folders()
-    return folders
-
-
-@pytest.fixture
-def output(files, tmp_path) -> Path:
     return tmp_path / "output" / "easyref"
 
 
 @pytest.fixture(scope="module")
-def run(pack) -> Callable[..., Any]:
-    """Run a node as the host runs it: run(name, **inputs) -> its NodeOutput."""
-
-    def execute(name: str, **inputs: Any) -> Any:
-        with torch.inference_mode():
-            return golden.node(pack, name).execute(**inputs)
-
-    return execute
-
-
-@pytest.fixture(scope="module")
-def save(easy, run) -> Callable[..., str]:
+def save(easy, execute) -> Callable[..., str]:
     """Save tokens, by default the golden ones -> the name under which the loader lists them."""
 
     def save_as(prefix: str = "tokens", **inputs: Any) -> str:
-        saved = run("EasyRefSaveTokens", **{"tokens": easy.tokens, "filename_prefix": prefix, **inputs})
+        saved = execute("EasyRefSaveTokens", **{"tokens": easy.tokens, "filename_prefix": prefix, **inputs})
         (file,) = saved.ui["easyref_tokens"]
         return str(Path(file["subfolder"], file["filename"]).relative_to("easyref"))
 
@@ -60,8 +37,8 @@ def save(easy, run) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="module")
-def load(run) -> Callable[[str], Any]:
-    return lambda file: run("EasyRefLoadTokens", file=file).result[0]
+def load(execute) -> Callable[[str], Any]:
+    return lambda file: execute("EasyRefLoadTokens", file=file).result[0]
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -72,13 +49,13 @@ def equal(first: Any, second: Any) -> bool:
 # Files
 
 
-def test_saved_tokens_give_the_same_prediction_bit_for_bit(easy, model, output, save, load, run) -> None:
+def test_saved_tokens_give_the_same_prediction_bit_for_bit(easy, model, output, save, load, execute) -> None:
     name = save()
     loaded = load(name)
     assert equal(loaded, easy.tokens)
     assert loaded.conditional.provenance == easy.tokens.conditional.provenance
     assert torch.equal(predict(easy.apply(model, tokens=loaded)), predict(easy.apply(model)))
-    shown = run("EasyRefLoadTokens", file=name)
+    shown = execute("EasyRefLoadTokens", file=name)
     assert shown.result[1] == PROMPT
     assert shown.ui is None  # the file has no thumbnails
 
@@ -100,28 +77,28 @@ def test_prefix_that_is_not_a_portable_name_in_the_folder_is_refused(save, outpu
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_files_are_never_overwritten(easy, files, output, save, load) -> None:
+def test_files_are_never_overwritten(easy, folders, output, save, load) -> None:
     names = [save(), save(), save("faces/anna"), save("猫")]
     assert names[:2] == ["tokens_00001_.safetensors", "tokens_00002_.safetensors"]
-    assert sorted(files.token_files()) == sorted(names)
+    assert sorted(folders.token_files()) == sorted(names)
     assert all(equal(load(name), easy.tokens) for name in names)
 
 
 @pytest.mark.parametrize("references", [torch.zeros(3, 64, 96, 3), golden.references()])
-def test_thumbnails_are_shown_when_saved_and_when_loaded(easy, run, output, references) -> None:
-    saved = run("EasyRefSaveTokens", tokens=easy.tokens, filename_prefix="a", references=references)
-    loaded = run("EasyRefLoadTokens", file=saved.ui["easyref_tokens"][0]["filename"])
+def test_thumbnails_are_shown_when_saved_and_when_loaded(easy, execute, output, references) -> None:
+    saved = execute("EasyRefSaveTokens", tokens=easy.tokens, filename_prefix="a", references=references)
+    loaded = execute("EasyRefLoadTokens", file=saved.ui["easyref_tokens"][0]["filename"])
     assert len(saved.ui["images"]) == len(loaded.ui.as_dict()["images"]) == 3
 
 
-def test_file_in_the_input_folder_is_found(easy, files, output, tmp_path, save, load) -> None:
+def test_file_in_the_input_folder_is_found(easy, folders, output, tmp_path, save, load) -> None:
     (tmp_path / "input" / "easyref").mkdir()
     (output / save()).rename(tmp_path / "input" / "easyref" / "theirs.safetensors")
-    assert files.token_files() == ["theirs.safetensors"]
+    assert folders.token_files() == ["theirs.safetensors"]
     assert equal(load("theirs.safetensors"), easy.tokens)
 
 
-def test_no_path_leads_out_of_the_folders(pack, files, output, tmp_path, save) -> None:
+def test_no_path_leads_out_of_the_folders(pack, folders, output, tmp_path, save) -> None:
     name, secret = save(), tmp_path / "secret.safetensors"
     (output / name).rename(secret)
     (output / "link.safetensors").symlink_to(secret)
@@ -129,12 +106,12 @@ def test_no_path_leads_out_of_the_folders(pack, files, output, tmp_path, save) -
     paths = ["../../secret.safetensors", str(secret), "link.safetensors", "folder/secret.safetensors"]
     for path in [*paths, "a/../../../secret.safetensors", "a\0b"]:
         with pytest.raises(FileNotFoundError, match="was not found"):
-            files.find_tokens(path)
+            folders.find_tokens(path)
         assert "was not found" in golden.node(pack, "EasyRefLoadTokens").validate_inputs(path)
-    assert files.token_files() == [files.NO_TOKENS]
+    assert folders.token_files() == [folders.NO_TOKENS]
     message = r"no \.safetensors files\. Save tokens with Save Reference Tokens"
     with pytest.raises(FileNotFoundError, match=message):
-        files.find_tokens(files.NO_TOKENS)
+        folders.find_tokens(folders.NO_TOKENS)
 
 
 def test_file_of_something_else_is_refused(output, load) -> None:
@@ -161,10 +138,10 @@ def sockets(*pairs: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def combine(run) -> Callable[..., Any]:
+def combine(execute) -> Callable[..., Any]:
     def combined(*pairs: Any, method: str = "concat", factor: float = 0.5, weights: str = "") -> Any:
         inputs = {"method": method, "factor": factor, "weights": weights}
-        return run("EasyRefCombineTokens", tokens=sockets(*pairs), **inputs).result[0]
+        return execute("EasyRefCombineTokens", tokens=sockets(*pairs), **inputs).result[0]
 
     return combined
 
@@ -215,22 +192,21 @@ def test_weights_as_text(pack) -> None:
 
 
 @pytest.fixture
-def batch(run) -> Callable[..., Any]:
-    return lambda *pairs: run("EasyRefBatchTokens", tokens=sockets(*pairs)).result[0]
+def batch(execute) -> Callable[..., Any]:
+    return lambda *pairs: execute("EasyRefBatchTokens", tokens=sockets(*pairs)).result[0]
 
 
 @pytest.fixture
 def others(easy) -> list[Any]:
     """Other tokens with the golden unconditional branch, as tokens of other groups have it."""
-    return [
-        type(easy.tokens)(easy.other_tokens(seed).conditional, easy.tokens.unconditional) for seed in (1, 2)
-    ]
+    unconditional = easy.tokens.unconditional
+    return [easy.pair(easy.other_tokens(seed).conditional, unconditional) for seed in (1, 2)]
 
 
-def test_sockets_are_read_by_their_numbers(easy, run) -> None:
+def test_sockets_are_read_by_their_numbers(easy, execute) -> None:
     pairs = [easy.other_tokens(seed) for seed in range(11)]
     tokens = {f"tokens{i}": pairs[i] for i in (10, *range(10))}
-    rows = run("EasyRefBatchTokens", tokens=tokens).result[0]
+    rows = execute("EasyRefBatchTokens", tokens=tokens).result[0]
     assert torch.equal(rows.conditional, torch.cat([pair.conditional for pair in pairs]))
 
 
@@ -249,9 +225,9 @@ def test_rows_of_both_branches_belong_together_in_a_batch_of_batches(easy, batch
     assert torch.equal(rows.unconditional[2:], other.unconditional)
 
 
-def test_frames_fade_from_one_group_to_the_next(easy, run, others) -> None:
+def test_frames_fade_from_one_group_to_the_next(easy, execute, others) -> None:
     tokens = sockets(easy.tokens, others[0])
-    rows = run("EasyRefTokensOverFrames", tokens=tokens, frames=5, easing="linear").result[0]
+    rows = execute("EasyRefTokensOverFrames", tokens=tokens, frames=5, easing="linear").result[0]
     assert torch.equal(rows.conditional[:1], easy.tokens.conditional)
     assert torch.equal(rows.conditional[4:], others[0].conditional)
     half = (easy.tokens.conditional + others[0].conditional) / 2
@@ -265,19 +241,14 @@ def test_frames_fade_from_one_group_to_the_next(easy, run, others) -> None:
 @pytest.fixture(scope="module")
 def contexts(easy) -> list[Any]:
     """Context states of the golden group, and of its first reference alone."""
-    images, text = [image[0] for image in golden.references()], golden.instruction(easy.pack)
-    with torch.inference_mode():
-        return [
-            easy.easyref.encode(images[:count], prompt, text, golden.SIZE)
-            for count, prompt in ((len(images), PROMPT), (1, "blurred"))
-        ]
+    groups = (PROMPT, None), ("blurred", golden.references()[:1])
+    return [golden.encode(easy.pack, easy.easyref, prompt, group) for prompt, group in groups]
 
 
 @pytest.fixture(scope="module")
-def aggregate(easy, run) -> Callable[..., Any]:
-    return lambda context, **inputs: run(
-        "EasyRefAggregate", easyref=easy.easyref, context=context, **inputs
-    ).result[0]
+def aggregate(easy, execute) -> Callable[..., Any]:
+    node = functools.partial(execute, "EasyRefAggregate", easy.easyref)
+    return lambda context, **inputs: node(context, **inputs).result[0]
 
 
 @pytest.mark.parametrize(

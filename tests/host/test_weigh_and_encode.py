@@ -10,11 +10,6 @@ from devkit.host.server import ComfyServer
 pytestmark = pytest.mark.one_host
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _golden(server) -> None:
-    graphs.install_golden(server)
-
-
 def weighing(weights: str) -> graphs.Graph:
     graph = graphs.easyref()
     graph["weigh"] = graphs.node("EasyRefWeighReferences", context=["encode", 0], weights=weights)
@@ -27,19 +22,18 @@ def text_of_encode(server: ComfyServer, graph: graphs.Graph) -> str:
 
 
 def test_weights_of_1_give_the_same_image_and_others_do_not(server):
-    plain = graphs.picture(server, graphs.easyref())
-    assert {graphs.picture(server, weighing(weights)) for weights in ("1, 1, 1", "")} == {plain}
-    assert graphs.picture(server, weighing("1, 0, 2")) != plain
-    pairs, list_of_all = (graphs.picture(server, weighing(text)) for text in ("2-3:0.5", "1, 0.5, 0.5"))
+    plain = graphs.image(server, graphs.easyref())
+    assert {graphs.image(server, weighing(weights)) for weights in ("1, 1, 1", "")} == {plain}
+    assert graphs.image(server, weighing("1, 0, 2")) != plain
+    pairs, list_of_all = (graphs.image(server, weighing(text)) for text in ("2-3:0.5", "1, 0.5, 0.5"))
     assert pairs == list_of_all
 
 
 def test_another_weight_does_not_encode_the_group_again(server):
-    graphs.picture(server, weighing("1, 0.5, 1"))
-    prompt_id = server.queue(weighing("1, 0.25, 1"))
-    server.wait(prompt_id)
-    assert "encode" not in server.executed(prompt_id)
-    assert {"weigh", "aggregate"} <= set(server.executed(prompt_id))
+    graphs.image(server, weighing("1, 0.5, 1"))
+    executed, _ = graphs.run(server, weighing("1, 0.25, 1"))
+    assert "encode" not in executed
+    assert {"weigh", "aggregate"} <= executed
 
 
 @pytest.mark.parametrize(
@@ -54,9 +48,6 @@ def test_another_weight_does_not_encode_the_group_again(server):
 def test_invalid_weights_are_refused(server, weights: str, parts: list[str]):
     error = graphs.failure(server, weighing(weights))
     assert all(part in error for part in parts), error
-
-
-# Encode
 
 
 def test_encode_shows_sizes_and_tokens(server):
@@ -82,4 +73,4 @@ def test_group_that_is_too_large_is_an_error_or_encoded_smaller(server):
 
 def test_group_that_fits_is_encoded_at_its_size(server):
     graph = graphs.easyref(encode={"when_too_large": "lower the size"})
-    assert graphs.picture(server, graph) == graphs.picture(server, graphs.easyref())
+    assert graphs.image(server, graph) == graphs.image(server, graphs.easyref())

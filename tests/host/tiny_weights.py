@@ -1,4 +1,4 @@
-"""A stand-in for the tiny model's folder, of other sizes and random: what the shipped one is built like, from code."""
+"""A stand-in for the tiny model's folder: the layout of the shipped one, other sizes, random weights."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from devkit.host.graphs import Graph, node
 if TYPE_CHECKING:
     from devkit.host.server import ComfyServer
 
-SMALL = 128  # pixels, side of a picture
+SMALL = 128  # pixels, side of an image
 TEXT = "CLIPTextEncode"
 OUTPUTS = {"CheckpointLoaderSimple": {0: 0, 2: 3}}  # output of TinySDXL for each of the loader's
 SIZED = ("EmptyLatentImage", "SolidMask")
@@ -26,8 +26,7 @@ CHANGES = {
 
 
 def install(server: ComfyServer) -> None:
-    """The golden checkpoint, the host's example picture, and a LoRA for one matrix of the tiny UNet."""
-    graphs.install_golden(server)
+    """The host's example image, and a LoRA for one matrix of the tiny UNet."""
     (server.base / "input" / "example.png").write_bytes((server.host / "input" / "example.png").read_bytes())
     name = "diffusion_model.middle_block.1.proj_in"
     lora = {f"{name}.lora_up.weight": torch.ones(32, 1), f"{name}.lora_down.weight": torch.ones(1, 32)}
@@ -36,7 +35,7 @@ def install(server: ComfyServer) -> None:
 
 
 def tiny(workflow: Path) -> Graph:
-    """The workflow as it is queued, with TinySDXL for the checkpoint and its texts, and small pictures."""
+    """The workflow as it is queued, with TinySDXL for the checkpoint and its texts, and small images."""
     graph = graphs.from_file(workflow)
     kept = {name: entry for name, entry in graph.items() if entry["class_type"] not in (*OUTPUTS, TEXT)}
     made = {name: _small(entry) for name, entry in kept.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
@@ -12,6 +13,7 @@ from comfy.patcher_extension import CallbacksMP
 from comfy_execution.utils import CurrentNodeContext
 
 from devkit.host import golden
+from devkit.host.sampling import golden_easy
 
 IMAGES = [image[0] for image in golden.references()]
 
@@ -23,28 +25,15 @@ def easyref(pack):
 
 @pytest.fixture
 def encode(pack):
-    def context(easyref, prompt: str = "a cat"):
-        return easyref.encode(IMAGES, prompt, golden.instruction(pack), golden.SIZE)
-
-    return context
-
-
-@pytest.fixture
-def apply(pack):
-    """condition(model, easyref, tokens) with the weight, window and LoRA strength after these."""
-    patch = golden.part(pack, "nodes.unet_patch.condition")
-    return lambda model, easyref, tokens, *settings: patch.condition(
-        model, easyref, tokens, patch.ApplySettings(*settings)
-    )
+    return functools.partial(golden.encode, pack)
 
 
 @pytest.fixture
 def vision_calls(easyref):
     """Numbers of images in each call of the vision tower."""
     counts = []
-    easyref.model.mllm.encoder.visual.register_forward_pre_hook(
-        lambda _, inputs: counts.append(len(inputs[1]))
-    )
+    visual = easyref.model.mllm.encoder.visual
+    visual.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[1])))
     return counts
 
 
@@ -97,10 +86,11 @@ def test_unload_models_clears_the_cache_unless_a_prompt_runs(easyref, encode):
     assert easyref.model.group_encoder.caches.nbytes == 0
 
 
-def test_unload_models_clears_the_cache_after_the_mllm_was_unloaded(pack, easyref, encode, apply, model):
-    tokens = golden.tokens(pack, easyref)
+def test_unload_models_clears_the_cache_after_the_mllm_was_unloaded(pack, encode, model):
+    easy = golden_easy(pack)
+    easyref = easy.easyref
     encode(easyref)
-    patched = apply(model, easyref, tokens, 1.0, 0.0, 1.0, 0.0)
+    patched = easy.apply(model, lora=0.0)
     with CurrentNodeContext("prompt", "node"):
         mm.unload_all_models()
         mm.load_models_gpu([patched])
@@ -109,12 +99,10 @@ def test_unload_models_clears_the_cache_after_the_mllm_was_unloaded(pack, easyre
     assert easyref.model.group_encoder.caches.nbytes == 0
 
 
-def test_callback_is_attached_once_and_only_to_patched_models(pack, easyref, apply, model):
-    tokens = golden.tokens(pack, easyref)
-    for neutral in ((0.0, 0.0, 1.0, 0.0), (1.0, 0.5, 0.5, 0.0)):
-        assert apply(model, easyref, tokens, *neutral).callbacks == model.callbacks
-    once = apply(model, easyref, tokens, 1.0, 0.0, 1.0, 0.0)
-    twice = apply(once, easyref, tokens, 1.0, 0.0, 1.0, 0.0)
+def test_callback_is_attached_once_and_only_to_patched_models(easy, model):
+    for neutral in ({"weight": 0.0}, {"start": 0.5, "end": 0.5}):
+        assert easy.apply(model, lora=0.0, **neutral).callbacks == model.callbacks
+    twice = easy.apply(easy.apply(model, lora=0.0), lora=0.0)
     assert len(twice.get_all_callbacks(CallbacksMP.ON_DETACH)) == 1
 
 
