@@ -1,8 +1,8 @@
-"""Run ruff, all tests in the first ComfyUI found, and in each further one the tests that depend on its version.
+"""Run ruff, all tests in the first ComfyUI found, and the version-dependent tests in each further one.
 
-pytest-xdist spreads the files over the cores; each worker computes with one thread. Without a ComfyUI the tests
-in tests/host are skipped. `--all` also runs the tests marked one_host in every ComfyUI. Other arguments go to
-pytest.
+pytest-xdist spreads the files over the cores; each worker computes with one thread. Without a ComfyUI, the
+tests in tests/host are skipped. `--all` also runs the tests marked one_host in every ComfyUI. Other arguments
+go to pytest.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python tools/workflows.py [name ...]
 
-The frontend itself creates, links and lays out the nodes, so a file is the same as one that a user saves. Run it
-again when a node gains an input.
+The frontend itself creates, links and lays out the nodes, so a file is the same as one that a user saves. Run
+it again when a node gains an input.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
             place.parent.mkdir(exist_ok=True)
             place.touch()
         for name in names:
-            # a page for each: the frontend keeps values by node number and widget name, beyond the node itself
+            # a page for each: the frontend keeps values by node number and widget name
             with browser.frontend(server, *VIEW) as page:
                 file = WORKFLOWS / f"{name}.json"
                 saved = build(page, PLANS[name])

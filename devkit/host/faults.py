@@ -75,6 +75,6 @@ def check_interruption(server: ComfyServer, graph: Graph, expected: bytes, stage
     # an operation that cannot be interrupted, such as a matrix product, ends at the next check of the host
     if error.kind != "execution_interrupted":
         raise AssertionError(f"interrupted at call {call} of {stage.where}, the run ended with {error}")
-    if graphs.picture(server, graph) != expected:
+    if graphs.image(server, graph) != expected:
         raise AssertionError(f"after an interruption at call {call} of {stage.where} the image differs")
     return True

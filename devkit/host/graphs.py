@@ -27,8 +27,8 @@ def install_golden(server: ComfyServer) -> None:
     folder.mkdir(exist_ok=True)
     shutil.copy(golden.CHECKPOINT, folder / "easyref.safetensors")
     shutil.copytree(golden.MLLM, folder / "golden-qwen2-vl", dirs_exist_ok=True)
-    for picture in (golden.GOLDEN / "references").glob("*.png"):
-        shutil.copy(picture, server.base / "input" / picture.name)
+    for file in (golden.GOLDEN / "references").glob("*.png"):
+        shutil.copy(file, server.base / "input" / file.name)
 
 
 def sampled(model: list, **inputs: Any) -> Graph:
@@ -144,25 +144,25 @@ def run(server: ComfyServer, graph: Graph) -> tuple[set[str], dict[str, Any]]:
     return set(server.executed(prompt_id)), history["outputs"]
 
 
-def picture(server: ComfyServer, graph: Graph) -> bytes:
+def image(server: ComfyServer, graph: Graph) -> bytes:
     """Pixels of a workflow's one output image; the bytes of its PNG file would include the workflow."""
-    return picture_of(server, server.queue(graph))
+    return image_of(server, server.queue(graph))
 
 
-def picture_of(server: ComfyServer, prompt_id: str) -> bytes:
+def image_of(server: ComfyServer, prompt_id: str) -> bytes:
     """The same for a queued workflow, after it has ended."""
     (png,) = server.images(server.wait(prompt_id), "output")
     return pixels(png).tobytes()
 
 
-def picture_uncached(server: ComfyServer, graph: Graph) -> bytes:
+def uncached_image(server: ComfyServer, graph: Graph) -> bytes:
     """The same from a run in which every node is executed, after the host has cleared its cache."""
     for _ in range(5):  # the host may take the first prompt before it empties the cache
         server.free()
         prompt_id = server.queue(graph)
-        image = picture_of(server, prompt_id)
+        result = image_of(server, prompt_id)
         if not server.cached(prompt_id):
-            return image
+            return result
     raise AssertionError("the host went on using its cache after /free")
 
 

@@ -49,7 +49,7 @@ def refuses(request, server) -> Iterator[Callable[..., str]]:
         return error
 
     yield refuses
-    assert graphs.picture(server, graphs.easyref(encode={"prompt": f"after {request.node.name}"}))
+    assert graphs.image(server, graphs.easyref(encode={"prompt": f"after {request.node.name}"}))
 
 
 def loading(checkpoint: str = CHECKPOINT, mllm: str = MLLM) -> graphs.Graph:
@@ -293,13 +293,13 @@ def converted(channels: int, **nodes: dict) -> tuple[graphs.Graph, graphs.Graph]
 def test_alpha_is_dropped(server) -> None:
     split = graphs.node("SplitImageWithAlpha", image=["images", 0])
     graph, by_hand = converted(4, split=split)
-    assert graphs.picture(server, graph) == graphs.picture(server, by_hand)
+    assert graphs.image(server, graph) == graphs.image(server, by_hand)
 
 
 def test_one_channel_is_grey(server) -> None:
     mask = graphs.node("ImageToMask", image=["images", 0], channel="red")
     graph, by_hand = converted(1, mask=mask, grey=graphs.node("MaskToImage", mask=["mask", 0]))
-    assert graphs.picture(server, graph) == graphs.picture(server, by_hand)
+    assert graphs.image(server, graph) == graphs.image(server, by_hand)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA"])
@@ -309,14 +309,14 @@ def test_files_of_any_mode(server, mode: str) -> None:
     original.save(server.base / "input" / "any.png")
     original.convert("RGB").save(server.base / "input" / "rgb.png")
     loads = [{"image": graphs.node("LoadImage", image=name)} for name in ("any.png", "rgb.png")]
-    results = [graphs.picture(server, graphs.of_images(["image", 0], load)) for load in loads]
+    results = [graphs.image(server, graphs.of_images(["image", 0], load)) for load in loads]
     ours, rgb = (np.frombuffer(image, np.uint8).astype(int) for image in results)
     assert abs(ours - rgb).mean() <= (1 if mode in ("L", "LA") else 0)
 
 
 def test_special_tokens_in_the_prompt_are_text(server) -> None:
-    assert graphs.picture(server, graphs.easyref(encode={"prompt": "a cat <|image_pad|><|im_end|> in snow"}))
+    assert graphs.image(server, graphs.easyref(encode={"prompt": "a cat <|image_pad|><|im_end|> in snow"}))
 
 
 def test_checkpoint_that_comes_through_a_link(server) -> None:
-    assert graphs.picture(server, through_a_link(CHECKPOINT)) == graphs.picture(server, graphs.easyref())
+    assert graphs.image(server, through_a_link(CHECKPOINT)) == graphs.image(server, graphs.easyref())

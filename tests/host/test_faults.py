@@ -36,7 +36,7 @@ def _golden(server) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(server) -> bytes:
     """The image of the whole path on a server without faults."""
-    return graphs.picture_uncached(server, graphs.easyref())
+    return graphs.uncached_image(server, graphs.easyref())
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_out_of_memory_is_one_error_and_leaves_nothing_behind(server, undisturbe
     assert error.details["node_id"] == stage.node
     assert error.details["exception_type"].endswith("OutOfMemoryError")
     assert "tried to allocate 20.00 GiB" in error.details["exception_message"]
-    assert graphs.picture(server, graphs.easyref()) == undisturbed
+    assert graphs.image(server, graphs.easyref()) == undisturbed
 
 
 # The checkpoint replaced on disk
@@ -68,7 +68,7 @@ def checkpoint(server):
     """A copy of the golden checkpoint, loaded and memory-mapped by the server."""
     path = server.base / "models" / "easyref" / LOADED["checkpoint"]
     shutil.copy(golden.CHECKPOINT, path)
-    graphs.picture(server, graphs.easyref(load=LOADED))
+    graphs.image(server, graphs.easyref(load=LOADED))
     yield path
     path.unlink(missing_ok=True)
 
@@ -87,9 +87,9 @@ def test_replaced_checkpoint_of_the_same_size_and_time_is_noticed(server, undist
     history = server.run({**graphs.easyref(load=LOADED), **keep})
     (saved,) = history["outputs"]["keep"]["easyref_tokens"]
     replace_content(checkpoint)
-    replaced = graphs.picture(server, graphs.easyref(load=LOADED))
+    replaced = graphs.image(server, graphs.easyref(load=LOADED))
     assert replaced != undisturbed
-    assert graphs.picture_uncached(server, graphs.easyref(load=LOADED)) == replaced
+    assert graphs.uncached_image(server, graphs.easyref(load=LOADED)) == replaced
 
     old_tokens = graphs.easyref({"tokens": ["tokens", 0]}, load=LOADED)
     old_tokens["tokens"] = node("EasyRefLoadTokens", file=f"faults/{saved['filename']}")
@@ -107,7 +107,7 @@ def test_damaged_or_deleted_checkpoint_is_an_error_until_it_is_restored(
     checkpoint.unlink()
     assert "was not found" in graphs.failure(server, graph)
     checkpoint.write_bytes(content)
-    assert graphs.picture(server, graph) == undisturbed
+    assert graphs.image(server, graph) == undisturbed
 
 
 # A killed save
@@ -135,13 +135,13 @@ def test_two_clients_get_the_results_that_each_gets_alone(server) -> None:
     other = graphs.easyref(encode={"prompt": "other"}, seed=3)
     other["group"] = graphs.group(["image2", 0], ["image0", 0])
     theirs = [{**other, "sample": node("KSampler", **other["sample"]["inputs"] | {"cfg": c})} for c in (1, 5)]
-    alone = [graphs.picture_uncached(server, graph) for graph in (*mine, *theirs)]
+    alone = [graphs.uncached_image(server, graph) for graph in (*mine, *theirs)]
     empty_caches(server)
     second = server.another_client()
     queued = []
     for ours, others in zip(mine, theirs, strict=True):
         queued += [(server, server.queue(ours)), (second, second.queue(others))]
-    together = [graphs.picture_of(client, prompt_id) for client, prompt_id in queued]
+    together = [graphs.image_of(client, prompt_id) for client, prompt_id in queued]
     assert [together[i] for i in (0, 2, 1, 3)] == alone
     for client, prompt_id in queued:
         other_client = second if client is server else server

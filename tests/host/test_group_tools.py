@@ -302,8 +302,8 @@ def test_crops_go_on_to_a_group(server):
         "crop": graphs.node("EasyRefCropReference", images=["images", 0], **settings),
     }
     through_list = {**nodes, "group": graphs.group(["crop", 1])}
-    expected = graphs.picture(server, graphs.of_images(["crop", 0], nodes))
-    assert graphs.picture(server, graphs.of_images(["group", 0], through_list)) == expected
+    expected = graphs.image(server, graphs.of_images(["crop", 0], nodes))
+    assert graphs.image(server, graphs.of_images(["group", 0], through_list)) == expected
 
 
 # Instructions
@@ -323,15 +323,15 @@ def test_instruction_is_the_presets_text_or_the_users(pack):
 
 def test_general_preset_gives_the_image_of_encode_alone(server):
     graphs.install_golden(server)
-    plain = graphs.picture(server, graphs.easyref())
+    plain = graphs.image(server, graphs.easyref())
 
     def instructed(preset: str) -> graphs.Graph:
         graph = graphs.easyref(encode={"instruction": ["instruction", 0]})
         graph["instruction"] = graphs.node("EasyRefInstruction", preset=preset, language="English", text="")
         return graph
 
-    assert graphs.picture(server, instructed("general")) == plain
-    assert graphs.picture(server, instructed("style")) != plain
+    assert graphs.image(server, instructed("general")) == plain
+    assert graphs.image(server, instructed("style")) != plain
 
 
 def test_help_page_has_the_english_texts(pack):

@@ -168,7 +168,7 @@ def size(pack, server) -> int:
     """Installs a checkpoint large enough to show in the process's memory; -> its bytes in float32."""
     graphs.install_golden(server)
     # a first run, whose imports and allocations do not belong to the model
-    graphs.picture(server, graphs.easyref())
+    graphs.image(server, graphs.easyref())
     return golden.write_random(pack, server.base / "models" / "easyref", layers=32, width=512)
 
 

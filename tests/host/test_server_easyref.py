@@ -26,13 +26,13 @@ def _golden(server) -> None:
 @pytest.fixture(scope="module")
 def plain(server) -> bytes:
     """The image of the unpatched model."""
-    return graphs.picture(server, graphs.plain())
+    return graphs.image(server, graphs.plain())
 
 
 @pytest.fixture(scope="module")
 def patched(server) -> bytes:
     """The image of the whole path with default settings."""
-    return graphs.picture(server, graphs.easyref())
+    return graphs.image(server, graphs.easyref())
 
 
 # Caching
@@ -59,20 +59,20 @@ def test_only_what_depends_on_a_change_is_executed(server, changes: dict, execut
 
 
 def test_three_uncached_runs_give_the_same_pixels(server):
-    assert len({graphs.picture_uncached(server, graphs.easyref()) for _ in range(3)}) == 1
+    assert len({graphs.uncached_image(server, graphs.easyref()) for _ in range(3)}) == 1
 
 
 def test_settings_come_back_to_the_first_picture():
     """With the cache that drops what the last workflow did not use, so Apply runs again on the same MODEL."""
     with ComfyServer(HOST, args=["--cache-classic"]) as server:
         graphs.install_golden(server)
-        first = graphs.picture(server, graphs.easyref())
+        first = graphs.image(server, graphs.easyref())
         for other in ({"weight": 0.3}, {"lora_strength": 0.5}, {"end_percent": 0.5}):
-            assert graphs.picture(server, graphs.easyref(apply=other)) != first, other
+            assert graphs.image(server, graphs.easyref(apply=other)) != first, other
         again = server.queue(graphs.easyref())
         server.wait(again)
         assert set(server.executed(again)) == {"apply", "sample", "decode", "save"}
-        assert graphs.picture(server, graphs.easyref()) == first
+        assert graphs.image(server, graphs.easyref()) == first
 
 
 # Untouched models
@@ -83,22 +83,22 @@ def test_references_change_the_image(plain, patched):
 
 
 def test_weight_and_lora_strength_0_is_the_unpatched_model(server, plain):
-    assert graphs.picture(server, graphs.easyref(apply=NEUTRAL)) == plain
+    assert graphs.image(server, graphs.easyref(apply=NEUTRAL)) == plain
 
 
 def test_bypassed_apply_is_the_unpatched_model(server, plain, patched):
     graph = graphs.easyref()
     graph["sample"]["inputs"]["model"] = graph.pop("apply")["inputs"]["model"]
-    assert graphs.picture_uncached(server, graph) == plain
+    assert graphs.uncached_image(server, graph) == plain
 
 
 def test_weight_0_keeps_the_lora(server, plain, patched):
-    assert graphs.picture(server, graphs.easyref(apply={"weight": 0.0})) not in (plain, patched)
+    assert graphs.image(server, graphs.easyref(apply={"weight": 0.0})) not in (plain, patched)
 
 
 def test_upstream_model_is_unchanged(server):
     """One workflow samples the patched model, then the same MODEL unpatched; its latent waits for the first."""
-    expected = graphs.picture(server, graphs.plain(seed=11))
+    expected = graphs.image(server, graphs.plain(seed=11))
     graph = graphs.easyref(seed=11)
     graph["after"] = graphs.node("LatentMultiply", samples=["sample", 0], multiplier=0.0)
     branch = graphs.sampled(["tiny", 0], latent_image=["after", 0], seed=11)
@@ -115,9 +115,9 @@ def test_upstream_model_is_unchanged(server):
 
 def test_weight_0_ignores_the_references(server):
     graph = graphs.easyref(apply={"weight": 0.0})
-    first = graphs.picture(server, graph)
+    first = graphs.image(server, graph)
     graph["encode"]["inputs"]["prompt"] = "something else"
-    assert graphs.picture(server, graph) == first
+    assert graphs.image(server, graph) == first
 
 
 # Groups
@@ -129,7 +129,7 @@ def three(server) -> bytes:
     names = [f"image{i}" for i in range(3)]
     images = {name: graphs.tiny_images("1x64x96x3", seed=i) for i, name in enumerate(names)}
     group = graphs.group(*([name, 0] for name in names))
-    return graphs.picture(server, graphs.of_images(["group", 0], {**images, "group": group}))
+    return graphs.image(server, graphs.of_images(["group", 0], {**images, "group": group}))
 
 
 TWO, THIRD = graphs.tiny_images("2x64x96x3"), graphs.tiny_images("1x64x96x3", seed=2)
@@ -154,7 +154,7 @@ TWO, THIRD = graphs.tiny_images("2x64x96x3"), graphs.tiny_images("1x64x96x3", se
     ids=["batch in the encoder", "batch at a socket", "chained groups", "another order"],
 )
 def test_group_is_its_images_in_order(server, three, nodes: graphs.Graph, same: bool):
-    assert (graphs.picture(server, graphs.of_images(["group", 0], nodes)) == three) == same
+    assert (graphs.image(server, graphs.of_images(["group", 0], nodes)) == three) == same
 
 
 SIZES = [f"1x{64 + 28 * (i % 3)}x{64 + 28 * (i % 4)}x3" for i in range(11)]
@@ -170,9 +170,9 @@ def eleven_sockets(order: list[int]) -> graphs.Graph:
 
 def test_list_of_different_sizes_is_one_group_in_socket_order(server):
     listed = {"list": graphs.tiny_images(" ".join(SIZES)), "group": graphs.group(["list", 0])}
-    expected = graphs.picture(server, graphs.of_images(["group", 0], listed))
-    assert graphs.picture(server, eleven_sockets([*range(11)])) == expected
-    assert graphs.picture(server, eleven_sockets([0, 1, 10, *range(2, 10)])) != expected
+    expected = graphs.image(server, graphs.of_images(["group", 0], listed))
+    assert graphs.image(server, eleven_sockets([*range(11)])) == expected
+    assert graphs.image(server, eleven_sockets([0, 1, 10, *range(2, 10)])) != expected
 
 
 # While it runs
@@ -227,15 +227,15 @@ def test_cancel_stops_the_encoding_at_once_and_harms_nothing(server):
     assert failed.value.kind == "execution_interrupted"
     assert "aggregate" not in server.executed(prompt_id)
 
-    after = graphs.picture(server, deep("2x84x84x3", size=84))
-    assert graphs.picture_uncached(server, deep("2x84x84x3", size=84)) == after
+    after = graphs.image(server, deep("2x84x84x3", size=84))
+    assert graphs.uncached_image(server, deep("2x84x84x3", size=84)) == after
 
 
 # Files
 
 
 def from_file(server: ComfyServer, checkpoint: str) -> bytes:
-    return graphs.picture(server, graphs.easyref(load={"checkpoint": checkpoint}))
+    return graphs.image(server, graphs.easyref(load={"checkpoint": checkpoint}))
 
 
 def test_deepspeed_file_gives_the_same_image(server, patched):
@@ -296,4 +296,4 @@ def test_mllm_in_a_hugging_face_cache_gives_the_same_image(server, patched):
     name = "LLM/Qwen/Qwen2-VL-2B-Instruct (Hugging Face cache)"
     options = server.object_info()["EasyRefLoader"]["input"]["required"]["mllm"][1]["options"]
     assert name in options
-    assert graphs.picture_uncached(server, graphs.easyref(load={"mllm": name})) == patched
+    assert graphs.uncached_image(server, graphs.easyref(load={"mllm": name})) == patched

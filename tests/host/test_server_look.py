@@ -74,7 +74,7 @@ def test_maps_have_the_size_of_each_reference(server, history) -> None:
 
 def test_recording_does_not_change_the_image(server, history) -> None:
     (image,) = images_of(server, history, "save")
-    assert image.tobytes() == graphs.picture(server, graphs.easyref())
+    assert image.tobytes() == graphs.image(server, graphs.easyref())
 
 
 def test_record_outlives_the_cached_sampler(server, history) -> None:
@@ -108,7 +108,7 @@ def test_sheet_runs_every_pair(server) -> None:
     images = images_of(server, history, "save")
     assert len(images) == 6
     single = graphs.easyref(apply={"weight": 0.5, "end_percent": 1.0})
-    assert images[4].tobytes() == graphs.picture(server, single)
+    assert images[4].tobytes() == graphs.image(server, single)
 
 
 def test_invalid_list_of_weights_is_refused(server) -> None:

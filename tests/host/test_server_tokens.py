@@ -17,7 +17,7 @@ def _golden(server) -> None:
 @pytest.fixture(scope="module")
 def patched(server) -> bytes:
     """The image of the whole path with default settings."""
-    return graphs.picture(server, graphs.easyref())
+    return graphs.image(server, graphs.easyref())
 
 
 def through(nodes: graphs.Graph, aggregate: dict | None = None) -> graphs.Graph:
@@ -69,22 +69,22 @@ def test_files_outside_the_folders_are_not_found(server, file: str):
 
 
 def test_joined_groups_make_another_image_and_one_set_the_same(server, patched):
-    assert graphs.picture(server, through(combine(["aggregate", 0]))) == patched
+    assert graphs.image(server, through(combine(["aggregate", 0]))) == patched
     links = ["aggregate", 0], ["other tokens", 0]
-    assert graphs.picture(server, through({**other_group(), **combine(*links)})) != patched
+    assert graphs.image(server, through({**other_group(), **combine(*links)})) != patched
     left_out = combine(*links, weights="1, 0")
-    assert graphs.picture(server, through({**other_group(), **left_out})) == patched
+    assert graphs.image(server, through({**other_group(), **left_out})) == patched
 
 
 def test_negatives(server, patched):
     of_group = {"negative": "group", "negative_context": ["other", 0]}
     noise = {"negative": "noise", "noise_seed": 3, "noise_strength": 1.0}
-    images = [graphs.picture(server, through(other_group(), settings)) for settings in (of_group, noise)]
+    images = [graphs.image(server, through(other_group(), settings)) for settings in (of_group, noise)]
     assert len({patched, *images}) == 3
     for neutral in ({"negative": "black image"}, {**noise, "noise_strength": 0.0}):
-        assert graphs.picture(server, through({}, neutral)) == patched
+        assert graphs.image(server, through({}, neutral)) == patched
 
-    connected = graphs.picture(server, through(other_group(), {"negative_context": ["other", 0]}))
+    connected = graphs.image(server, through(other_group(), {"negative_context": ["other", 0]}))
     assert connected == images[0]
     graph = through(other_group(), {"negative": "noise", "negative_context": ["other", 0]})
     assert "would not use it" in graphs.failure(server, graph)

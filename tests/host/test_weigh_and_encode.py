@@ -27,15 +27,15 @@ def text_of_encode(server: ComfyServer, graph: graphs.Graph) -> str:
 
 
 def test_weights_of_1_give_the_same_image_and_others_do_not(server):
-    plain = graphs.picture(server, graphs.easyref())
-    assert {graphs.picture(server, weighing(weights)) for weights in ("1, 1, 1", "")} == {plain}
-    assert graphs.picture(server, weighing("1, 0, 2")) != plain
-    pairs, list_of_all = (graphs.picture(server, weighing(text)) for text in ("2-3:0.5", "1, 0.5, 0.5"))
+    plain = graphs.image(server, graphs.easyref())
+    assert {graphs.image(server, weighing(weights)) for weights in ("1, 1, 1", "")} == {plain}
+    assert graphs.image(server, weighing("1, 0, 2")) != plain
+    pairs, list_of_all = (graphs.image(server, weighing(text)) for text in ("2-3:0.5", "1, 0.5, 0.5"))
     assert pairs == list_of_all
 
 
 def test_another_weight_does_not_encode_the_group_again(server):
-    graphs.picture(server, weighing("1, 0.5, 1"))
+    graphs.image(server, weighing("1, 0.5, 1"))
     prompt_id = server.queue(weighing("1, 0.25, 1"))
     server.wait(prompt_id)
     assert "encode" not in server.executed(prompt_id)
@@ -82,4 +82,4 @@ def test_group_that_is_too_large_is_an_error_or_encoded_smaller(server):
 
 def test_group_that_fits_is_encoded_at_its_size(server):
     graph = graphs.easyref(encode={"when_too_large": "lower the size"})
-    assert graphs.picture(server, graph) == graphs.picture(server, graphs.easyref())
+    assert graphs.image(server, graph) == graphs.image(server, graphs.easyref())
