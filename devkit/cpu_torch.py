@@ -32,7 +32,7 @@ def complete_cpu_torch() -> None:
 
 
 def _forget(package: str) -> None:
-    """Drop what a failed import left behind, so that the next import starts afresh."""
+    """Remove the modules of a failed import."""
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         del sys.modules[name]
 
@@ -45,7 +45,7 @@ def _define_missing_operators() -> None:
 
 
 def _put_empty_torchaudio() -> None:
-    """Stand in for torchaudio: it can be imported, and whatever an audio node asks of it is missing."""
+    """Put an empty stand-in for torchaudio into sys.modules, which can be imported."""
     for name in TORCHAUDIO_MODULES:
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, loader=None, is_package=True)  # transformers looks for a spec

@@ -1,4 +1,4 @@
-"""Which ComfyUI checkouts the tests and the demo run against, and where their own packages lie."""
+"""The ComfyUI checkouts that the tests and the demo run in, and the folders of their own packages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ DEFAULT_HOST = Path.home() / "comfy" / "ComfyUI"
 
 
 def is_host(folder: Path) -> bool:
-    """Whether `folder` is a ComfyUI checkout."""
+    """True if `folder` is a ComfyUI checkout."""
     return (folder / "main.py").is_file() and (folder / "comfyui_version.py").is_file()
 
 
 def find_hosts() -> list[Path]:
-    """The ComfyUI checkouts to use, the main one first; an empty COMFYUI_PATH asks for none.
+    """The ComfyUI checkouts to use, the main one first; none if COMFYUI_PATH is empty.
 
-    COMFYUI_PATH (one or several, separated as in PATH) decides alone when it is set. Otherwise
+    If COMFYUI_PATH is set, only its folders (separated as in PATH). Otherwise
     ~/comfy/ComfyUI and its siblings ~/comfy/ComfyUI-*, otherwise the ComfyUI this pack is installed in.
     """
     if (named := os.environ.get("COMFYUI_PATH")) is not None:
@@ -33,7 +33,7 @@ def find_hosts() -> list[Path]:
 
 
 def host_version(host: Path) -> str:
-    """The version a ComfyUI checkout says it is, such as "0.33.0"."""
+    """Version of a ComfyUI checkout, such as "0.33.0"."""
     return runpy.run_path(str(host / "comfyui_version.py"))["__version__"]
 
 

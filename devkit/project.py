@@ -1,4 +1,4 @@
-"""The contents of pyproject.toml."""
+"""Contents of pyproject.toml."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from devkit.hosts import ROOT
 
 try:
     import tomllib
-# Python 3.10. tools/setup_env.py runs before anything is installed, and pip comes with venv.
 except ModuleNotFoundError:
+    # Python 3.10; tools/setup_env.py runs before anything is installed, and pip comes with venv
     from pip._vendor import tomli as tomllib
 
 

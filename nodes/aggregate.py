@@ -87,13 +87,13 @@ class EasyRefAggregate(io.ComfyNode):
         # BLACK is the default, so a connected negative_context takes precedence; NOISE is an explicit choice
         if negative_context is not None and negative == NOISE:
             raise ValueError(
-                f"negative_context is connected, but negative is {NOISE!r}, which would not use it. Set negative "
-                f"to {GROUP!r}, or disconnect negative_context."
+                f"negative_context is connected, but negative is {NOISE!r}, which would not use it. Set "
+                f"negative to {GROUP!r}, or disconnect negative_context."
             )
         if negative_context is None and negative == GROUP:
             raise ValueError(
-                f"negative is {GROUP!r}, but negative_context is not connected. Connect a second Encode Reference "
-                f"Group to it, or set negative to {BLACK!r}."
+                f"negative is {GROUP!r}, but negative_context is not connected. Connect a second Encode "
+                f"Reference Group to it, or set negative to {BLACK!r}."
             )
         strength = noise_strength if negative == NOISE else 0.0
         return io.NodeOutput(easyref.aggregate(context, negative_context, noise_seed, strength))

@@ -12,7 +12,7 @@ from .host.validation import validates_inputs
 
 
 def state_of(checkpoint: str, mllm: str) -> str:
-    """State of the checkpoint and of the files in the MLLM folder; raises FileNotFoundError if one is missing."""
+    """State of the checkpoint and of the MLLM folder's files; FileNotFoundError if one is missing."""
     folder = folders.find_mllm(mllm)
     # links may be broken
     mllm_files = sorted(file for file in folder.iterdir() if file.exists()) if folder else []
@@ -76,8 +76,8 @@ class EasyRefLoader(io.ComfyNode):
     def validate_inputs(cls, checkpoint: str | None) -> bool | str:
         """Check in place of the host's, whose 'value not in list' does not name the file's folder.
 
-        It is only of the checkpoint, because the host repeats the result for every input in the signature; the
-        host itself compares the MLLM with the list. None: unknown, because it comes through a link.
+        Only of the checkpoint, because the host repeats the result for every input in the signature; the host
+        itself compares the MLLM with the list. None: unknown, because it comes through a link.
         """
         try:
             if checkpoint is not None:

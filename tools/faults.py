@@ -1,4 +1,4 @@
-"""Interrupts a real ComfyUI at every call of every stage, and makes the image again each time.
+"""Interrupt a real ComfyUI at every call of every stage, and generate the image again each time.
 
     python tools/faults.py [--largest 1000]
 
@@ -30,7 +30,7 @@ def main() -> None:
     with ComfyServer(host, env={"OMP_NUM_THREADS": "1"}) as server:
         graphs.install_golden(server)
         graph = graphs.easyref()
-        expected = graphs.image_uncached(server, graph)
+        expected = graphs.uncached_image(server, graph)
         print(
             f"ComfyUI {host_version(host)}\n\n| function | node | calls interrupted |\n| --- | --- | ---: |"
         )

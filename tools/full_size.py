@@ -1,4 +1,4 @@
-"""The released checkpoint's full size, with random weights, through the loader node on this machine's CPU.
+"""The released checkpoint's full size, with random weights, in the loader node on this machine's CPU.
 
     python tools/full_size.py [PRECISION]
 
@@ -48,14 +48,14 @@ def write_checkpoint(path: Path) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def measure(what: str, call: Callable[[], Any]) -> Any:
+def measure(name: str, call: Callable[[], Any]) -> Any:
     """Result of a call; prints its time and the most memory that the process held meanwhile."""
     start = time.monotonic()
     with PeakMemory() as peak:
         result = call()
     seconds = time.monotonic() - start
     anonymous, mapped = (f"{size / GIB:.2f} GiB" for size in (peak.anonymous, peak.mapped))
-    print(f"{what}: {seconds:.1f} s, peak anonymous {anonymous}, mapped file pages {mapped}", flush=True)
+    print(f"{name}: {seconds:.1f} s, peak anonymous {anonymous}, mapped file pages {mapped}", flush=True)
     return result
 
 
@@ -69,8 +69,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         import folder_paths
 
-        def run(what: str, node: str, *inputs: Any) -> Any:
-            return measure(what, lambda: getattr(nodes, node).execute(*inputs).result[0])
+        def run(name: str, node: str, *inputs: Any) -> Any:
+            return measure(name, lambda: getattr(nodes, node).execute(*inputs).result[0])
 
         import_module(f"{pack.__name__}.nodes.host.folders").register_folders()
         folder_paths.folder_names_and_paths["easyref"] = ([folder], {".safetensors"})

@@ -61,10 +61,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     arguments = parser.parse_args()
-    rows, start = (
-        ["| kind | cases | right results | clear errors | distinct errors | result |"],
-        time.monotonic(),
-    )
+    start = time.monotonic()
+    rows = ["| kind | cases | right results | clear errors | distinct errors | result |"]
     rows.append("| --- | ---: | ---: | ---: | ---: | --- |")
     results = set()
     for kind in [arguments.only] if arguments.only else KINDS:

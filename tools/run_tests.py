@@ -1,6 +1,6 @@
-"""Run ruff, then all tests in the first ComfyUI found, then those that depend on its version in the others.
+"""Run ruff, all tests in the first ComfyUI found, and the version-dependent tests in each further one.
 
-pytest-xdist spreads the files over the cores; each worker computes with one thread. Without a ComfyUI the
+pytest-xdist spreads the files over the cores; each worker computes with one thread. Without a ComfyUI, the
 tests in tests/host are skipped. `--all` also runs the tests marked one_host in every ComfyUI. Other arguments
 go to pytest.
 """

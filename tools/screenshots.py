@@ -1,12 +1,11 @@
-"""Renews the pictures of the workflows: their thumbnails for the template browser, and the README's screenshots.
+"""Renew the images of the workflows: their thumbnails for the template browser, and the README's screenshots.
 
-All are of the real frontend. easyref_basic is shown as it opens, and after it ran with the tiny random models of the tests
-in the place of SDXL and the released checkpoint; try_it_now after it ran as it is.
+All are taken in the real frontend. easyref_basic is shown as it opens, and after a run with the tests' tiny
+random models in place of SDXL and the released checkpoint; try_it_now after a run as it is.
 """
 
 from __future__ import annotations
 
-import io
 import shutil
 import sys
 from pathlib import Path
@@ -28,13 +27,6 @@ VIEW = (2300, 880)  # pixels
 THUMBNAIL = (800, 450)
 LANCZOS = Image.Resampling.LANCZOS
 NOTICES = 6000  # milliseconds until the frontend's notices are gone
-FRAME = """([x, y, scale]) => {
-    app.canvas.ds.scale = scale
-    app.canvas.ds.offset = [x, y]
-    app.canvas.setDirty(true, true)
-    for (const part of ['.graph-canvas-menu', '.minimap-main-container', '.p-toast', '.litegraph-minimap'])
-        document.querySelectorAll(part).forEach(element => element.remove())
-}"""
 
 
 def main() -> None:
@@ -44,7 +36,6 @@ def main() -> None:
         sdxl = server.base / "models" / "checkpoints" / "sd_xl_base_1.0.safetensors"
         sdxl.parent.mkdir(exist_ok=True)
         sdxl.touch()  # the frontend marks loaders whose file is missing
-        server.post("/api/settings", {"Comfy.Minimap.Visible": False})
         with browser.frontend(server, *VIEW) as page:
             basic(server, page)
             try_it_now(server, page)
@@ -54,12 +45,12 @@ def basic(server: ComfyServer, page: Page) -> None:
     """The thumbnail of easyref_basic as it opens, docs/workflow.png after a run with tiny models."""
     workflow = WORKFLOWS / "easyref_basic.json"
     browser.open_workflow(page, workflow)
-    opened = shot(page, (640, 140, 0.74), 1000)
+    opened = browser.screenshot(page, (640, 140, 0.74), 1000)
     thumbnail(opened.crop((460, 60, 1660, 735)), workflow)
 
     browser.use_tiny_models(page, 256, 4)
     browser.queue(server, page)
-    ran = shot(page, (640, 140, 0.74), NOTICES)
+    ran = browser.screenshot(page, (640, 140, 0.74), NOTICES)
     ran.crop((60, 60, *VIEW)).resize((1494, 547), LANCZOS).save(ROOT / "docs" / "workflow.png", optimize=True)
 
 
@@ -68,23 +59,16 @@ def try_it_now(server: ComfyServer, page: Page) -> None:
     workflow = WORKFLOWS / "try_it_now.json"
     browser.open_workflow(page, workflow)
     browser.queue(server, page)
-    ran = shot(page, (-339, 134, 0.88), NOTICES)
+    ran = browser.screenshot(page, (-339, 134, 0.88), NOTICES)
     thumbnail(ran.crop((60, 85, 1473, 880)), workflow)
-    ran = shot(page, (640, 150, 0.8), 1000)
+    ran = browser.screenshot(page, (640, 150, 0.8), 1000)
     ran.crop((60, 60, *VIEW)).resize((1494, 547), LANCZOS).save(
         ROOT / "docs" / "try_it_now.png", optimize=True
     )
 
 
-def shot(page: Page, frame: tuple[float, float, float], wait: int) -> Image.Image:
-    """The page, `wait` milliseconds after it was moved to `frame` (x, y and scale of the canvas)."""
-    page.evaluate(FRAME, frame)
-    page.wait_for_timeout(wait)
-    return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-
-
-def thumbnail(picture: Image.Image, workflow: Path) -> None:
-    picture.resize(THUMBNAIL, LANCZOS).save(workflow.with_suffix(".jpg"), quality=85)
+def thumbnail(image: Image.Image, workflow: Path) -> None:
+    image.resize(THUMBNAIL, LANCZOS).save(workflow.with_suffix(".jpg"), quality=85)
 
 
 if __name__ == "__main__":

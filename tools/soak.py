@@ -1,13 +1,12 @@
-"""Hundreds of drawn workflows on one real ComfyUI, cancelled and freed at random; memory and handles must not
-grow.
+"""Soak test: hundreds of random workflows on one real ComfyUI, cancelled and freed at random.
 
     python tools/soak.py [--prompts 300] [--seed 0]
 
 Starts a ComfyUI with this pack and the tiny models of the tests, on the CPU, and queues workflows drawn from
 the seed (tools/soak_prompts.py), in bursts. Some are interrupted while they run, some deleted from the queue,
 and /free is requested in both its forms. Every 20 prompts the server is emptied and measured
-(devkit/host/watch_nodes). Prints tables; the exit code is 1 if anything failed, each failure on a line of its
-own.
+(devkit/host/watch_nodes); memory and handles must not grow. Prints tables and one line for each failure; the
+exit code is 1 if there was one.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class Soak:
         self.failures: list[str] = []
 
     def run(self, prompts: int) -> None:
-        """Queue so many prompts, in bursts, and measure every MEASURE_EVERY."""
+        """Queue this number of prompts, in bursts; measure after every MEASURE_EVERY."""
         done = 0
         while done < prompts:
             size = min(self.random.randint(1, 4), prompts - done, MEASURE_EVERY - done % MEASURE_EVERY)
@@ -80,7 +79,7 @@ class Soak:
 
     def cold(self, probe: Drawn) -> np.ndarray:
         """The probe's image from a server with empty caches."""
-        return np.frombuffer(graphs.image_uncached(self.server, probe.graph), np.uint8)
+        return np.frombuffer(graphs.uncached_image(self.server, probe.graph), np.uint8)
 
     def warm(self, probe: Drawn) -> np.ndarray:
         """The probe's image right after that of a shorter group, whose prefix the server may have cached."""
@@ -177,8 +176,8 @@ class Soak:
         for file in outputs.get("keep", {}).get("easyref_tokens", []):
             self.saved.append(Saved(f"soak/{file['filename']}", drawn.checkpoint))
 
-    def fail(self, what: str) -> None:
-        self.failures.append(what)
+    def fail(self, message: str) -> None:
+        self.failures.append(message)
 
     # Checks at the end
 

@@ -134,7 +134,7 @@ def image_of(server: ComfyServer, prompt_id: str) -> bytes:
     return pixels(png).tobytes()
 
 
-def image_uncached(server: ComfyServer, graph: Graph) -> bytes:
+def uncached_image(server: ComfyServer, graph: Graph) -> bytes:
     """The same from a run in which every node is executed, after the host has cleared its cache."""
     for _ in range(5):  # the host may take the first prompt before it empties the cache
         server.free()

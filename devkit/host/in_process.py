@@ -22,7 +22,7 @@ def enter_host(host: Path) -> None:
 
 
 def load_pack() -> ModuleType:
-    """This pack, loaded from its folder under the name ComfyUI gives it."""
+    """This pack, loaded from its folder under the name that ComfyUI gives it."""
     name = str(ROOT).replace(".", "_x_")
     spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py")
     module = importlib.util.module_from_spec(spec)

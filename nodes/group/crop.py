@@ -90,7 +90,7 @@ class EasyRefCropReference(io.ComfyNode):
             for i, (old, new, box) in enumerate(zip(references, crops, boxes, strict=True))
             if old.shape != new.shape
         ]
-        ui = {**preview.pictures(crops), **preview.text("\n".join(lines) or "Nothing is cropped.")}
+        ui = {**preview.images(crops), **preview.text("\n".join(lines) or "Nothing is cropped.")}
         return io.NodeOutput(crops, list(crops), ui=ui)
 
 

@@ -16,7 +16,7 @@ from ...easyref_core.utils.errors import shorten
 from ...easyref_core.utils.images import to_rgb
 from ..host import folders
 from ..host.file_changes import FileChanges
-from ..host.images import image_of
+from ..host.images import to_tensor
 from ..host.socket_types import EasyRefGroupSocket
 from ..host.validation import validates_inputs
 from .summary import group_preview
@@ -208,4 +208,4 @@ def load_image(path: Path) -> Tensor:
     """Load an image file, or an animation's first frame, as (1, H, W, 3) in 0..1, oriented by EXIF."""
     image: Image.Image = node_helpers.pillow(open_image, path)
     image = node_helpers.pillow(ImageOps.exif_transpose, image)
-    return image_of(to_rgb(image))
+    return to_tensor(to_rgb(image))

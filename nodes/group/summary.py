@@ -22,7 +22,7 @@ def group_preview(references: Sequence[Tensor], notes: Sequence[str] = ()) -> di
     """Return the ui of a node that made a group: contact sheet, number of references, notes, duplicates."""
     doubles = duplicate_notes(duplicates([reference[0] for reference in references]))
     lines = [count_text(len(references)), *notes, *small_group_notes(len(references)), *doubles]
-    return {**preview.pictures(references), **preview.text("\n".join(lines))}
+    return {**preview.images(references), **preview.text("\n".join(lines))}
 
 
 def count_text(references: int) -> str:

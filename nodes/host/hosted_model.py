@@ -86,9 +86,8 @@ class HostedEasyRef:
         self._load_for(plan.patches, plan.new_tokens, plan.cached_tokens)
         start = time.monotonic()
         context = self.model.encode_plan(plan, progress or counted(len(group.images)))
-        if (
-            not plan.cached_tokens
-        ):  # a few tokens read on take the time of the weights, not of their operations
+        # a few tokens after a cached prefix take the time of the weights, not of their operations
+        if not plan.cached_tokens:
             done = flops(self.model.config, plan.patches, plan.new_tokens)
             self.rate = done / max(time.monotonic() - start, 1e-3)
         return context
@@ -163,7 +162,7 @@ class HostedEasyRef:
     def _load_for(
         self, patches: Sequence[int], tokens: int, cached_tokens: int = 0, at_least: int = 0
     ) -> None:
-        """Load the MLLM with memory for its activations, at_least in bytes; the rest as for activation_bytes."""
+        """Load the MLLM with memory for its activations: at_least in bytes, the rest as activation_bytes."""
         config = self.model.config
         tokens += config.num_tokens
         needed = activation_bytes(config, patches, tokens, self.model.dtype.itemsize, cached_tokens)

@@ -24,13 +24,13 @@ def references_of(group: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return list(group) if isinstance(group, tuple) else split(group)
 
 
-def pictures_of(images: Tensor | list[Tensor]) -> list[Image.Image]:
+def to_pil(images: Tensor | list[Tensor]) -> list[Image.Image]:
     """IMAGE (batch, height, width, channels), or a list of single ones -> RGB images."""
     return [
         to_rgb(image[0] if image.ndim == 4 else image, f"image {i + 1}") for i, image in enumerate(images)
     ]
 
 
-def image_of(image: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> Tensor:
     """A PIL image -> IMAGE (1, height, width, 3) in 0..1."""
     return torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32) / 255)[None]

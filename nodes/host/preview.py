@@ -10,7 +10,7 @@ from comfy_execution.utils import get_executing_context
 
 from ...easyref_core.inspect.drawing import contact_sheet, vstack
 from ...easyref_core.utils.images import thumbnail
-from .images import image_of
+from .images import to_tensor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +33,7 @@ def text(content: str) -> dict[str, Any]:
     return ui.PreviewText(content).as_dict()
 
 
-def pictures(references: Sequence[Tensor]) -> dict[str, Any]:
+def images(references: Sequence[Tensor]) -> dict[str, Any]:
     """The ui part with references, each (1, height, width, C), in rows of six, with numbers and sizes."""
     captions = [f"{i + 1}: {image.shape[2]}x{image.shape[1]}" for i, image in enumerate(references)]
     cells = [_cell(reference[0]) for reference in references]
@@ -43,7 +43,7 @@ def pictures(references: Sequence[Tensor]) -> dict[str, Any]:
         row += [None] * (min(COLUMNS, len(cells)) - len(row))
         headings = dict(enumerate(captions[start : start + COLUMNS]))
         rows.append(contact_sheet({"": row}, CELL, headings))
-    return ui.PreviewImage(image_of(vstack(rows))).as_dict()
+    return ui.PreviewImage(to_tensor(vstack(rows))).as_dict()
 
 
 def _cell(image: Tensor) -> Image.Image | None:

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ...easyref_core.inspect.influence import cosine_matrix
 from ...easyref_core.inspect.reports import consistency_report
 from ..host.hosted_model import counted
-from ..host.images import image_of, pictures_of, references_of, split
+from ..host.images import references_of, split, to_pil, to_tensor
 from ..host.inputs import group_input
 from ..host.validation import validates_inputs
 
@@ -69,13 +69,14 @@ class EasyRefConsistency(io.ComfyNode):
         batch, references = split(images), references_of(group)
         if not batch or not references:
             raise ValueError(
-                f"There are {len(batch)} pictures and {len(references)} references. Connect at least one of each."
+                f"There are {len(batch)} pictures and {len(references)} references. Connect at least one of "
+                "each."
             )
         embeddings = embed(clip_vision, [*batch, *references], crop)
         cosines = cosine_matrix(embeddings[: len(batch)], embeddings[len(batch) :])
         sizes = [tuple(image.shape[1:3]) for image in references]
-        report = consistency_report(pictures_of(batch), cosines, sizes, crop == CROPS[0])
-        chart, means = image_of(report.image), cosines.mean(dim=1)
+        report = consistency_report(to_pil(batch), cosines, sizes, crop == CROPS[0])
+        chart, means = to_tensor(report.image), cosines.mean(dim=1)
         best = int(means.argmax())
         values = chart, batch[best], float(means.mean()), best, report.text
         return io.NodeOutput(*values, ui=ui.PreviewImage(chart, cls=cls))

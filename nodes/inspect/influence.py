@@ -11,7 +11,7 @@ from ...easyref_core import INSTRUCTION, SIZE
 from ...easyref_core.inspect.influence import leave_one_out
 from ...easyref_core.inspect.reports import influence_report
 from ..host.hosted_model import counted
-from ..host.images import image_of, pictures_of, references_of
+from ..host.images import references_of, to_pil, to_tensor
 from ..host.inputs import group_input, instruction_input, prompt_input, size_input
 from ..host.notes import read_prompt
 from ..host.socket_types import EasyRefGroupSocket, EasyRefModel
@@ -78,7 +78,7 @@ class EasyRefReferenceInfluence(io.ComfyNode):
             tokens,
             counted(len(references) + 2),
         )
-        report = influence_report(pictures_of(references), influence)
-        chart, text = image_of(report.image), "\n".join([report.text, *notes])
+        report = influence_report(to_pil(references), influence)
+        chart, text = to_tensor(report.image), "\n".join([report.text, *notes])
         others = tuple(image for i, image in enumerate(references) if i != influence.outlier)
         return io.NodeOutput(chart, text, influence.outlier, others, ui=ui.PreviewImage(chart, cls=cls))

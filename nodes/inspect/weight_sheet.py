@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ...easyref_core.inspect.reports import weight_sheet
 from ...easyref_core.utils.number_lists import parse_numbers
 from ..host import preview
-from ..host.images import image_of
+from ..host.images import to_tensor
 from ..host.validation import validates_inputs
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class EasyRefSheet(io.ComfyNode):
     def execute(
         cls, images: list[Tensor], weight: list[float], end_percent: list[float], cell: list[int] = (256,)
     ) -> io.NodeOutput:
-        sheet = image_of(weight_sheet([list(batch) for batch in images], weight, end_percent, cell[0]))
+        sheet = to_tensor(weight_sheet([list(batch) for batch in images], weight, end_percent, cell[0]))
         return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))
 
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.one_host
 @pytest.fixture(scope="module")
 def undisturbed(server) -> bytes:
     """The image of the whole path on a server without faults."""
-    return graphs.image_uncached(server, graphs.easyref())
+    return graphs.uncached_image(server, graphs.easyref())
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_replaced_checkpoint_of_the_same_size_and_time_is_noticed(server, undist
     replace_content(checkpoint)
     replaced = graphs.image(server, graphs.easyref(load=LOADED))
     assert replaced != undisturbed
-    assert graphs.image_uncached(server, graphs.easyref(load=LOADED)) == replaced
+    assert graphs.uncached_image(server, graphs.easyref(load=LOADED)) == replaced
 
     old_tokens = graphs.easyref({"tokens": ["tokens", 0]}, load=LOADED)
     old_tokens["tokens"] = node("EasyRefLoadTokens", file=f"faults/{saved['filename']}")
@@ -120,7 +120,7 @@ def test_two_clients_get_the_results_that_each_gets_alone(server) -> None:
     other = graphs.easyref(encode={"prompt": "other"}, seed=3)
     other["group"] = graphs.group(["image2", 0], ["image0", 0])
     theirs = [{**other, "sample": node("KSampler", **other["sample"]["inputs"] | {"cfg": c})} for c in (1, 5)]
-    alone = [graphs.image_uncached(server, graph) for graph in (*mine, *theirs)]
+    alone = [graphs.uncached_image(server, graph) for graph in (*mine, *theirs)]
     empty_caches(server)
     second = server.another_client()
     queued = []

@@ -49,7 +49,7 @@ def test_change_executes_the_nodes_that_depend_on_it(server, changes: dict, exec
 
 
 def test_three_uncached_runs_give_the_same_pixels(server):
-    assert len({graphs.image_uncached(server, graphs.easyref()) for _ in range(3)}) == 1
+    assert len({graphs.uncached_image(server, graphs.easyref()) for _ in range(3)}) == 1
 
 
 def test_settings_come_back_to_the_first_image():
@@ -207,7 +207,7 @@ def test_cancel_stops_the_encoding_at_once_and_harms_nothing(server):
     assert "aggregate" not in server.executed(prompt_id)
 
     after = graphs.image(server, deep("2x84x84x3", size=84))
-    assert graphs.image_uncached(server, deep("2x84x84x3", size=84)) == after
+    assert graphs.uncached_image(server, deep("2x84x84x3", size=84)) == after
 
 
 # Files
@@ -273,4 +273,4 @@ def test_mllm_in_a_hugging_face_cache_gives_the_same_image(server, patched):
     name = "LLM/Qwen/Qwen2-VL-2B-Instruct (Hugging Face cache)"
     options = server.object_info()["EasyRefLoader"]["input"]["required"]["mllm"][1]["options"]
     assert name in options
-    assert graphs.image_uncached(server, graphs.easyref(load={"mllm": name})) == patched
+    assert graphs.uncached_image(server, graphs.easyref(load={"mllm": name})) == patched

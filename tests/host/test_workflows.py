@@ -6,7 +6,7 @@ import pytest
 
 from devkit.host import graphs
 from devkit.hosts import ROOT
-from tools.workflow_plans import PLANS, Link
+from tools.workflow_plans import PLANS
 
 from . import tiny_workflow
 
@@ -33,7 +33,7 @@ def test_workflow_matches_its_plan_and_the_defaults(server, name):
         sections = schemas[plan.type]["input"]
         inputs = sections["required"] | sections.get("optional", {})
         for key, value in node["inputs"].items():
-            if isinstance(plan.inputs.get(key), Link):
+            if isinstance(plan.inputs.get(key), list):
                 assert isinstance(value, list), key
             elif key in plan.inputs:
                 assert value == plan.inputs[key], key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,11 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 UNET = (
     Path(__file__).resolve().parents[3] / "tests" / "golden" / "unet" / "diffusion_pytorch_model.safetensors"
 )
-CONTEXT_WIDTH = 32
 POOLED_WIDTH = 32
 TIME_ID_WIDTH = 8  # per time id, of which SDXL has six: 32 + 6 * 8 = 80 = adm_in_channels
 SPREAD = 64  # standard deviation of the random UNet's colours, divided out so that no pixel saturates
 
-UNET_CONFIG = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "channel_mult": [1, 1, 1],
-    "num_res_blocks": [2, 2, 2],
-    "num_classes": "sequential",
-    "adm_in_channels": 80,
-    "use_spatial_transformer": True,
-    "use_linear_in_transformer": True,
-    "legacy": False,
-    "transformer_depth": [0, 0, 1, 1, 2, 2],
-    "transformer_depth_middle": 2,
-    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
-    "context_dim": CONTEXT_WIDTH,
-    "use_temporal_attention": False,
-    "dtype": torch.float32,
-}
+UNET_CONFIG = json.loads(Path(__file__).with_suffix(".json").read_text()) | {"dtype": torch.float32}
 
 
 class TinyConfig(comfy.supported_models.SDXL):
@@ -112,7 +94,7 @@ def _wrapped(model: TinyModel) -> comfy.model_patcher.ModelPatcher:
 def random_conditioning(seed: int, tokens: int) -> list:
     """Return a random CONDITIONING with this number of tokens."""
     random = torch.Generator().manual_seed(seed)
-    context = torch.randn(1, tokens, CONTEXT_WIDTH, generator=random)
+    context = torch.randn(1, tokens, UNET_CONFIG["context_dim"], generator=random)
     pooled = torch.randn(1, POOLED_WIDTH, generator=random)
     return [[context, {"pooled_output": pooled}]]
 

@@ -1,0 +1,5 @@
+id => {
+    const node = app.graph.getNodeById(id)
+    app.canvas.centerOnNode(node)
+    app.canvas.selectNode(node)
+}
