@@ -45,7 +45,7 @@ def overlay(host: Path) -> Path:
 def _checked(folder: Path) -> Path:
     if not is_host(folder):
         raise FileNotFoundError(
-            f"COMFYUI_PATH names {folder}, which is no ComfyUI checkout (it has no main.py and "
+            f"COMFYUI_PATH names {folder}, which is not a ComfyUI checkout (it has no main.py and "
             "comfyui_version.py): name the folder that ComfyUI is started from"
         )
     return folder
