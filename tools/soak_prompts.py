@@ -84,7 +84,9 @@ def probes() -> dict[str, Drawn]:
     settings = {"weight_schedule": "1, 0.5, 0", "weight_type": "style transfer", "lora_strength": 0.5}
     load = {"checkpoint": CHECKPOINTS[1], "precision": "fp32"}
     second = graphs.easyref({"weight": 0.8, **settings}, load=load, seed=3)
-    masked = graphs.easyref({"mask": ["mask", 0], "embeds_scaling": SCALINGS[1]}, {"prompt": PROMPTS[1]})
+    masked = graphs.easyref(
+        {"mask": ["mask", 0], "embeds_scaling": list(SCALINGS)[1]}, {"prompt": PROMPTS[1]}
+    )
     masked["mask"] = node("SolidMask", value=0.7, width=64, height=32)
     combined = graphs.easyref({"tokens": ["tokens", 0]})
     _second_group(combined, [["image0", 0], ["image2", 0]], PROMPTS[2])

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fields = vars(commands.parse_args(arguments))
     parts, file = fields.pop("parts").split(","), fields.pop("json")
     for name in set(parts) - set(PARTS):
-        commands.error(f"there is no part {name!r}; choose from {', '.join(PARTS)}")
+        commands.error(f"unknown part {name!r}; choose from {', '.join(PARTS)}")
     fields["pairs"] = fields["pairs"] or (QUICK_PAIRS if fields["quick"] else Options.pairs)
     options, machine, rows, say = Options(**fields), describe(), [], partial(print, flush=True)
     for part in parts:
