@@ -89,21 +89,30 @@ class CachedGroupEncoder:
     def _encode_images(self, plan: EncodePlan, steps: Progress) -> list[Tensor]:
         """Return the features of each uncached reference, on the model's device."""
         features = {digest: cached.to(self.device) for digest, cached in plan.features.items()}
+        encoded: dict[bytes, Tensor] = {}  # cached after the last chunk: a retry evicts what is in the cache
         largest = max(plan.patches, default=1)
         run_in_chunks(
             len(plan.unencoded_images),
             lambda _: self.memory.vision_chunk_patches // largest,
             min_chunk=1,
-            step=partial(self._encode_chunk, plan, features, steps),
+            step=partial(self._encode_chunk, plan, (features, encoded), steps),
             on_oom=partial(self._free_memory, steps.rollback),
             hint=HINT,
         )
+        for digest, part in encoded.items():
+            self.caches.features.put(digest, part, part.nbytes)
         return [features[plan.group.images[index].digest] for index in plan.uncached_references]
 
     def _encode_chunk(
-        self, plan: EncodePlan, features: dict[bytes, Tensor], steps: Progress, start: int, end: int
+        self,
+        plan: EncodePlan,
+        outputs: tuple[dict[bytes, Tensor], ...],
+        steps: Progress,
+        start: int,
+        end: int,
     ) -> None:
-        """Encode unencoded images start .. end into `features` and the cache."""
+        """Encode unencoded images start .. end. outputs: features on the model's, on the caches' device."""
+        features, encoded = outputs
         config = self.encoder.config
         images = [plan.group.images[index] for index in plan.unencoded_images[start:end]]
         pixels = [image.pixels for image in images]
@@ -117,7 +126,7 @@ class CachedGroupEncoder:
         for image, part, cached in parts:
             features[image.digest] = part
             # a copy, because a view would keep the features of all images alive
-            self.caches.features.put(image.digest, cached.clone(), cached.nbytes)
+            encoded[image.digest] = cached.clone()
 
     def _chunk_tokens(self, plan: EncodePlan, start: int) -> int:
         # Only the first chunk is plain causal; later ones attend to the cache and need an explicit mask.

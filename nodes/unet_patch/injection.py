@@ -87,8 +87,15 @@ class StepCache:
     def __init__(self) -> None:
         self.curves: LatestCache[Any, None, WeightCurve] = LatestCache()  # by model_sampling
         self.rows: LatestCache[BatchSlot, Frames, list[KeyValue]] = LatestCache()
-        self.weighted: LatestCache[BatchSlot, tuple[Frames, float], list[KeyValue]] = LatestCache()
+        self.weighted: LatestCache[BatchSlot, Frames, list[KeyValue]] = LatestCache()  # at one weight
         self.masks: ByteLRUCache[Tensor] = ByteLRUCache(MASK_CACHE_BYTES)
+        self._weight = 0.0
+
+    def keep_weight(self, weight: float) -> None:
+        """Drop K and V of another weight, in every slot: the device need not hold those of earlier steps."""
+        if weight != self._weight:
+            self.weighted.clear()
+        self._weight = weight
 
     def clear(self) -> None:
         for cache in (self.curves, self.rows, self.weighted, self.masks):
@@ -171,7 +178,8 @@ class Injection(CopyByReference):
         slot = call.device, call.dtype, tuple(run.unconditional for run in runs)
         frames = tuple(run.frame for run in runs)
         rows = self.cache.rows.get(slot, frames, lambda: self._take(runs, call))
-        return self.cache.weighted.get(slot, (frames, weight), lambda: self._apply_weight(rows, weight))
+        self.cache.keep_weight(weight)
+        return self.cache.weighted.get(slot, frames, lambda: self._apply_weight(rows, weight))
 
     def _take(self, runs: tuple[Run, ...], call: UNetCall) -> list[KeyValue]:
         """K and V per site for these runs, (runs, T, inner)."""

@@ -417,6 +417,14 @@ def test_out_of_memory_evicts_other_groups_and_progress_counts_once(part: str) -
     assert error(found, uncached("ABC")) <= EXACT
 
 
+def test_features_before_a_failure_are_cached_by_the_retry() -> None:
+    patches = max(plan_of(load(), "ABCD").patches)
+    model = load(vision_chunk_patches=2 * patches)
+    with hooked((last_block(model, "vision tower"), failing(2))):
+        encode(model, "ABCD")
+    assert not plan_of(model, "DCBA", use_prefix=False).unencoded_images
+
+
 @PARTS
 def test_error_if_nothing_fits(fresh: er.EasyRef, part: str) -> None:
     with hooked((last_block(fresh, part), failing(1, 10**9))):

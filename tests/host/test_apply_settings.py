@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -187,6 +188,20 @@ def test_scaled_keys_follow_the_schedule(easy, model, scaling: str) -> None:
         sigma = sigma_at(model, percent)
         constant = easy.apply(model, weight=weight, embeds_scaling=scaling)
         assert golden.error(predict(scheduled, sigma), predict(constant, sigma)) <= 1e-5
+
+
+def test_key_values_of_earlier_weights_are_released(easy, model) -> None:
+    """Also if the batch has other branches than in the step before, as where CFG ends early."""
+    (injection,) = easy.apply(model, weight=2.0, weight_schedule="1, 0").get_attachment("easyref").injections
+    call = golden.part(easy.pack, "nodes.unet_patch.step").UNetCall(
+        model.get_model_object("model_sampling"), torch.device("cpu"), torch.float32
+    )
+    layout = easy.two_sided_layout()
+    first = injection.at(sigma_at(model, 0.25), layout, call)
+    values = [weakref.ref(v) for _, v in first.key_values]
+    del first
+    injection.at(sigma_at(model, 0.5), layout[1:], call)
+    assert [value() for value in values] == [None] * SITES
 
 
 def test_scaled_keys_are_made_once_while_the_weight_stays(easy, model) -> None:
