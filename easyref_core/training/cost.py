@@ -64,8 +64,8 @@ class Plan:
 def _plan(file: str, references: int, zero2: bool) -> Plan:
     """Plan of a YAML, whose accumulation is for 32 GPUs."""
     [settings] = load(Path(__file__).parent / "configs" / file)
-    batch, updates = settings.batch_size, settings.updates
-    return Plan(settings.stage_spec, batch, batch * settings.accumulation * 32, updates, references, zero2)
+    sizes = {"global_batch": 32 * settings.accumulation * settings.batch_size, "updates": settings.updates}
+    return Plan(settings.stage_spec, settings.batch_size, **sizes, references=references, zero2=zero2)
 
 
 PLANS = (
