@@ -16,6 +16,8 @@ def enter_host(host: Path) -> None:
     The host comes first, because this pack has a `nodes` folder and the host a nodes.py.
     """
     sys.path[:0] = [str(host), str(overlay(host))]
+    # before any test imports the host's nodes.py, which puts comfy/ with a utils.py of its own before it
+    importlib.import_module("utils.extra_config")
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True  # read when comfy.model_management is imported
