@@ -1,4 +1,4 @@
-"""Encode Reference Group."""
+"""Node Encode Reference Group: group and prompt -> context states (EASYREF_CONTEXT)."""
 
 from __future__ import annotations
 

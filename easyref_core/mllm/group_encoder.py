@@ -1,4 +1,4 @@
-"""The MLLM body: patches and token ids of a group -> context states."""
+"""The MLLM body; forward is for training, inference runs its parts through prefill.CachedGroupEncoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cost model of the three stages at full size: memory and time from counted parameters and FLOPs.
+"""Cost model of the three stages at full size; it generates docs/training_cost.md.
 
     python -m easyref_core.training.cost [docs/training_cost.md]
 

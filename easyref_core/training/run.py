@@ -1,4 +1,4 @@
-"""One stage in training: models, optimizer and examples; one update; the checkpoint."""
+"""One stage in training: models, optimizer, LR schedule, data set lookup, noise, loss, sample sheets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image generation with a base model: Euler sampling with classifier-free guidance."""
+"""Image generation by Euler sampling with CFG, and conversion of tensors and patches to PIL images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference attention on a diffusers SDXL UNet; removing it restores the UNet bit for bit."""
+"""Reference attention and LoRA (by hooks) on a diffusers SDXL UNet, also in training; fully removable."""
 
 from __future__ import annotations
 

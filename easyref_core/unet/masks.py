@@ -1,4 +1,4 @@
-"""Attention masks: the share of the reference term at each query token, from a mask on the image."""
+"""Attention masks: weight of the reference term at each query token, from a mask on the image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoupled cross-attention to the reference tokens, beside the text (IP-Adapter, arXiv 2308.06721)."""
+"""Decoupled cross-attention to reference tokens (IP-Adapter, arXiv 2308.06721): K/V projections, scalings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text for error messages, and the bounds that several rooms share."""
+"""shorten() for values in error messages, and the bound of every factor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Group Budget."""
+"""Node Group Budget: estimates tokens, memory and time of encoding a group, without encoding it."""
 
 from __future__ import annotations
 

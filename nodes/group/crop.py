@@ -1,4 +1,4 @@
-"""Crop References."""
+"""Node Crop References: images -> group of square crops."""
 
 from __future__ import annotations
 

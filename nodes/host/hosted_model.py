@@ -1,4 +1,4 @@
-"""An EasyRef model whose weights the host manages: it streams, pages and evicts them like any model's."""
+"""HostedEasyRef: facade of a model with host-managed weights: encode, aggregate, K/V, precision."""
 
 from __future__ import annotations
 

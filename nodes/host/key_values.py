@@ -1,4 +1,4 @@
-"""Keys and values of reference tokens at every cross-attention: a table, or a projector of single rows."""
+"""K and V of reference tokens: precomputed, or projected row by row above MAX_TABLE_BYTES."""
 
 from __future__ import annotations
 

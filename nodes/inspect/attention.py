@@ -1,4 +1,4 @@
-"""Reference Attention."""
+"""Node Reference Attention: attention maps of the reference tokens over each reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference Consistency."""
+"""Node Reference Consistency: similarity of generated images to each reference."""
 
 from __future__ import annotations
 

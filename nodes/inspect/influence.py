@@ -1,4 +1,4 @@
-"""Reference Influence."""
+"""Node Reference Influence: change of the tokens when each reference is left out, and outliers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Save Reference Tokens and Load Reference Tokens."""
+"""Nodes Save Reference Tokens and Load Reference Tokens: token files with thumbnails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contribution of one Apply EasyRef node, and its cache of what the UNet calls of a sampling share."""
+"""One Apply EasyRef node's contribution, with values cached between UNet calls."""
 
 from __future__ import annotations
 

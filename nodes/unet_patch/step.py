@@ -1,4 +1,4 @@
-"""State of one UNet call, handed to the attentions in transformer_options."""
+"""State of one UNet call, in transformer_options for the attentions, and computation of its masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames: the index that each latent of a UNet call has in the whole batch or animation.
+"""Recovers each latent's index in the full batch from its noise.
 
 Rebatch Latents, Latent From Batch and detailers sample a batch in parts. The index of each latent in the
 whole batch (`batch_index`) selects its noise and does not reach the model, so it is recovered from the noise:
