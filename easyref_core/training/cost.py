@@ -65,7 +65,14 @@ def _plan(file: str, references: int, zero2: bool) -> Plan:
     """Plan of a YAML, whose accumulation is for 32 GPUs."""
     [settings] = load(Path(__file__).parent / "configs" / file)
     batch, updates = settings.batch_size, settings.updates
-    return Plan(settings.stage_spec, batch, batch * settings.accumulation * 32, updates, references, zero2)
+    return Plan(
+        settings.stage_spec,
+        batch,
+        batch * settings.accumulation * 32,
+        updates,
+        references=references,
+        zero2=zero2,
+    )
 
 
 PLANS = (
@@ -188,7 +195,7 @@ def flops_table() -> str:
         cells = (plain.step, recomputing.step, plain.body, plain.vae, plain.text)
         rows.append((label(plan), *(f"{cell.flops / plan.batch / 1e12:.2f}" for cell in cells)))
     return table(
-        "stage | step | step, checkpointing | of it the MLLM body's forward | VAE | text encoders", rows
+        "stage | step | step, checkpointing | thereof: MLLM body forward | VAE | text encoders", rows
     )
 
 

@@ -73,7 +73,7 @@ WEIGHT_TYPES: dict[str, WeightType] = {
     "style transfer": _only({STYLE: 1.0}),
     "composition": _only({COMPOSITION: 1.0}),
     "strong style transfer": _only({COMPOSITION: 0.0}, rest=1.0),
-    # One group is both references of these two; two groups are two Apply nodes, one of each kind.
+    # One group serves as both style and composition reference. For two groups use two Apply nodes.
     "style and composition": _only({COMPOSITION: 1.0, STYLE: 1.0}),
     "strong style and composition": _only({}, rest=1.0),
     "style transfer precise": _only({COMPOSITION: 1.0, STYLE: 1.0})._replace(

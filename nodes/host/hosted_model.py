@@ -86,7 +86,7 @@ class HostedEasyRef:
         self._load_for(plan.patches, plan.new_tokens, plan.cached_tokens)
         start = time.monotonic()
         context = self.model.encode_plan(plan, progress or counted(len(group.images)))
-        # a few tokens after a cached prefix take the time of the weights, not of their operations
+        # a short continuation is bound by reading the weights, not by FLOPs: not used for the estimate
         if not plan.cached_tokens:
             done = flops(self.model.config, plan.patches, plan.new_tokens)
             self.rate = done / max(time.monotonic() - start, 1e-3)

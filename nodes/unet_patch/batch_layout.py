@@ -238,7 +238,7 @@ def _rows_of_sides(count: int, layout: BatchLayout, options: Mapping[str, Any]) 
     rows: dict[tuple[bool, int], int] = {}
     for number, row in enumerate(layout):
         first = layout[rows.setdefault((row.unconditional, row.latent), number)]
-        if first != row:  # tiles or areas: the queries do not say of which
+        if first != row:  # ambiguous: the queries do not identify the tile
             return None
     selected = [rows.get((side, latent)) for side in sides for latent in range(latents)]
     return None if None in selected else tuple(selected)

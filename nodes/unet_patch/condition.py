@@ -62,8 +62,8 @@ class ApplySettings:
     embeds_scaling: str = V_ONLY
 
     @property
-    def acts(self) -> bool:
-        """True if the weight, the window and the mask are not empty."""
+    def has_effect(self) -> bool:
+        """True if the weight is not 0, the window is not empty and the mask is not all zero."""
         masked_out = self.mask is not None and not self.mask.any()
         return bool(self.weight) and self.start_percent < self.end_percent and not masked_out
 
@@ -84,7 +84,7 @@ def condition(
     points = tuple(parse_schedule(settings.weight_schedule, *window))
     require_scaling(settings.embeds_scaling)
     patched = model.clone()
-    if settings.acts and any(chosen.factors):
+    if settings.has_effect and any(chosen.factors):
         factors, branches = _per_site(checkpoint.sites, chosen)
         strength = Strength(settings.weight, window, factors, points, settings.embeds_scaling)
         mask = settings.mask
@@ -158,7 +158,7 @@ def attach_injections(model: ModelPatcher, attachment: Attachment) -> None:
 
 
 def _strengthen_lora(model: ModelPatcher, easyref: HostedEasyRef, strength: float) -> None:
-    """Raise the checkpoint's LoRA to this strength: of a chain of Apply nodes the strongest counts, once."""
+    """Raise its LoRA: chained Apply nodes of one checkpoint use the maximum strength, not the sum."""
     lora, fingerprint = easyref.model.checkpoint.lora(), easyref.model.fingerprint
     attachment = model.get_attachment(KEY) or Attachment()
     strengths = dict(attachment.lora)

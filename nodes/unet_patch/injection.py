@@ -112,7 +112,7 @@ class Injection(CopyByReference):
 
     @property
     def rows(self) -> int:
-        """Rows of tokens, or masks, of which each latent takes its own; 1 where all latents share one."""
+        """Number of per-latent rows of tokens or masks; 1 if shared by all latents."""
         masks = 1 if self.mask is None else len(self.mask)
         return max(*self.key_values.counts, masks)
 

@@ -175,7 +175,7 @@ def large(loader: str = "load", prompt: str = "") -> graphs.Graph:
 
 
 def emptied(server) -> int:
-    """The server's memory after /free, repeated until nothing more is freed; the host ignores it during a run."""
+    """The server's memory after /free, repeated until nothing more is freed; ignored during a run."""
     sizes = [server.resident_bytes]
     while len(sizes) < 6 or sizes[-1] < sizes[-4] - 2**20:
         server.free()
