@@ -65,14 +65,8 @@ def _plan(file: str, references: int, zero2: bool) -> Plan:
     """Plan of a YAML, whose accumulation is for 32 GPUs."""
     [settings] = load(Path(__file__).parent / "configs" / file)
     batch, updates = settings.batch_size, settings.updates
-    return Plan(
-        settings.stage_spec,
-        batch,
-        batch * settings.accumulation * 32,
-        updates,
-        references=references,
-        zero2=zero2,
-    )
+    total = batch * settings.accumulation * 32
+    return Plan(settings.stage_spec, batch, total, updates, references=references, zero2=zero2)
 
 
 PLANS = (

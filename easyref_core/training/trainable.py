@@ -58,7 +58,7 @@ class TrainableEasyRef(nn.Module):
         self.config, self.sites, self.stage, self.image_token = config, weights.sites, stage, image_token
         self.aggregation = aggregation
         self.__dict__["unet"] = unet
-        widths = dict(zip(weights.sites, weights.inner, strict=True))
+        widths = dict(zip(weights.sites, weights.widths, strict=True))
         modules = CheckpointModules(config, widths, SkipInit, device="meta")
         lora = {name: t for name, t in weights.tensors.items() if name.startswith(LORA_PREFIX)}
         modules.load_state_dict({n: t for n, t in weights.tensors.items() if n not in lora}, assign=True)

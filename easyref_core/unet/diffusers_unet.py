@@ -49,7 +49,7 @@ class ReferenceProcessor:
         self._references: tuple[KeyValue, Tensor | None] | None = None
 
     def attend_to(self, key_value: KeyValue, padding_mask: Tensor | None = None) -> None:
-        """Add the term of K and V (rows, T, inner), pre-multiplied by the weight. padding_mask: Attachment."""
+        """Add the term of K and V (rows, T, inner), times the weight. padding_mask: see Attachment."""
         self._references = key_value, padding_mask
 
     def __call__(
