@@ -4,7 +4,7 @@ The flow, in reading order (K references, S about 145 K + 60 tokens of context, 
 
     mllm/        images and prompt          -> context states (1, S, D)         MLLM body, prefix caching
     tokens/      64 learned tokens appended -> reference tokens (1, 64, 2048)   last layer and projector
-    unet/        reference tokens           -> K, V (1, 64, C) at 70 sites, and their term
+    unet/        reference tokens           -> K, V (rows, 64, inner) at 70 sites, and their term
     checkpoint/  a file                     -> the modules of all three
     model.py     load() and EasyRef: encode, aggregate, unconditional, key_values, save
     inspect/     what the tokens read and where they act, as numbers and drawings

@@ -1,4 +1,4 @@
-"""Aggregate Reference Tokens."""
+"""Node Aggregate Reference Tokens: context states -> reference tokens (EASYREF_TOKENS)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Apply EasyRef."""
+"""Node Apply EasyRef: MODEL and reference tokens -> MODEL that attends to the tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encode Reference Group."""
+"""Node Encode Reference Group: group and prompt -> context states (EASYREF_CONTEXT)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from .group.fitting import fitting_size, image_sizes
 from .group.summary import count_text, size_lines, small_group_notes
 from .host import preview
-from .host.images import references_of
+from .host.images import split_group
 from .host.inputs import group_input, instruction_input, prompt_input, size_input
 from .host.notes import empty_prompt_note, image_notes, read_prompt
 from .host.socket_types import EasyRefContext, EasyRefModel
@@ -81,18 +81,21 @@ class EasyRefEncodeGroup(io.ComfyNode):
         size: int,
         when_too_large: str = ERROR,
     ) -> io.NodeOutput:
-        references, (text, notes) = references_of(group), read_prompt(prompt)
+        references, (text, notes) = split_group(group), read_prompt(prompt)
         if when_too_large == LOWER and references:
-            asked, size = size, fitting_size(easyref, image_sizes(references), text, instruction, size)
-            if size < asked:
-                notes.append(f"The size was lowered from {asked} to {size} pixels, so that the group fits.")
+            requested_size = size
+            size = fitting_size(easyref, image_sizes(references), text, instruction, size)
+            if size < requested_size:
+                notes.append(
+                    f"The size was lowered from {requested_size} to {size} pixels, so that the group fits."
+                )
         prepared = easyref.model.prepare([image[0] for image in references], text, instruction, size)
         context = easyref.encode_prepared(prepared)
-        took = easyref.model.budget(image_sizes(references), text, instruction, size)
+        budget = easyref.model.budget(image_sizes(references), text, instruction, size)
         lines = [
-            f"{count_text(len(references))}, {took.total:,} of {took.limit:,} tokens.",
+            f"{count_text(len(references))}, {budget.total:,} of {budget.limit:,} tokens.",
             *notes,
-            *size_lines(took),
+            *size_lines(budget),
             *small_group_notes(len(references)),
             empty_prompt_note(text),
             *image_notes(prepared),

@@ -1,4 +1,4 @@
-"""Load EasyRef."""
+"""Node Load EasyRef: checkpoint and MLLM files -> EASYREF_MODEL."""
 
 from __future__ import annotations
 

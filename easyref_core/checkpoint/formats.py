@@ -1,4 +1,4 @@
-"""Checkpoint formats as data: how EasyRef files are recognized, and the name of each stored tensor here.
+"""Checkpoint formats as data: recognition of EasyRef files, and the mapping from stored to module names.
 
 Understood: the released safetensors; DeepSpeed's mp_rank_00_model_states.pt; stage-1 files without the MLLM
 or without LoRA; adapters saved once more as adapter_modules.<i>; a frozen UNet beside them; MLLM keys

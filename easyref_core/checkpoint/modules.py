@@ -1,4 +1,4 @@
-"""The modules of an EasyRef model under the names of their tensors."""
+"""CheckpointModules: encoder, aggregator and K/V projections, whose state dict has the translated names."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Progress = Callable[[float], None]  # called with the finished fraction, up to 1; may raise to stop
 
 MIN_REFERENCES = 4  # an outlier is reported only in groups of at least this size
-# Measured on code-made groups with the shipped model, half of them with an outlier (4 and 6 references, 96
+# Measured on procedural groups with the shipped model, half of them with an outlier (4 and 6 references, 96
 # groups): pooled vision features found 23 of 48 outliers at 5 and flagged 2 references of the 48 groups
 # without one; at 3.5, 27 and 5. The tokens of each reference alone found 13 and flagged 4. The leave-one-out
 # change does not help, because the model is trained to ignore outliers.

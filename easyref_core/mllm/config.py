@@ -36,7 +36,7 @@ class EasyRefConfig:
     hidden_size: int  # D, 1536 in the released model
     intermediate_size: int
     body_layers: int  # 27: all decoder layers of the MLLM but the last
-    final_layers: int  # 1: the layers that attend to the reference tokens
+    final_layers: int  # 1: the decoder layers that process the reference tokens
     heads: int
     kv_heads: int
     rms_norm_eps: float

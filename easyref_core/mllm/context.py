@@ -1,4 +1,4 @@
-"""Records that encoding returns: context states, and the provenance of states and tokens."""
+"""Records that encoding returns: context states, their provenance, and per-reference weights."""
 
 from __future__ import annotations
 

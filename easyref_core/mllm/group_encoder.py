@@ -1,4 +1,4 @@
-"""The MLLM body: patches and token ids of a group -> context states."""
+"""The MLLM body; forward is for training, inference runs its parts through prefill.CachedGroupEncoder."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class GroupEncoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, operations, **factory) for _ in range(config.body_layers)
         )
-        # The MLLM's final norm stays, although its last layer is cut off: the authors put the identity on the
-        # wrong object (multimodal_llm.norm instead of multimodal_llm.model.norm) and trained with the norm.
+        # The MLLM's final norm stays, although its last layer is cut off: the authors replaced
+        # `multimodal_llm.norm` by Identity, which has no effect on `multimodal_llm.model.norm`.
         self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
 
     def forward(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Instructions by name and language. Only `general` in English is the text that the released model was trained
-# with (the authors' finetune_sdxl.py). The others put the same request for one aspect; the released model may
+# with (the authors' finetune_sdxl.py). The other presets ask for one aspect only; the released model may
 # follow them less well. The prompt follows an instruction directly, so each ends in a line break.
 PRESETS: dict[str, dict[str, str]] = json.loads(
     Path(__file__).with_name("presets.json").read_text(encoding="utf-8")

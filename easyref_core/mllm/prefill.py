@@ -1,4 +1,4 @@
-"""Runs the MLLM body with prefix caching; on out-of-memory it retries in smaller chunks."""
+"""CachedGroupEncoder: vision tower and decoder prefill, with caches and retries after out of memory."""
 
 from __future__ import annotations
 

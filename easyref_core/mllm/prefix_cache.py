@@ -1,4 +1,4 @@
-"""Caches of pixels, vision features and decoder prefixes, and the plan of what a group still needs.
+"""Caches of pixels, vision features and decoder prefixes; the prepared group and the encode plan.
 
 The body is causal and the images come before the text, so the keys and values of a group's images do not
 depend on what follows them. They are cached with their context states, and a group that begins with the same

@@ -1,4 +1,4 @@
-"""Vision tower and decoder layer of Qwen2-VL, built from an `operations` namespace.
+"""Qwen2-VL's vision tower and decoder layer, RoPE, KV cache and masks, on an `operations` namespace.
 
 `operations` is torch.nn by default; a host passes its own Linear, LayerNorm, RMSNorm and Embedding, so that
 it can stream, cast and evict the weights. Padding masks are (B, S), True at tokens and False at padding,

@@ -1,4 +1,4 @@
-"""Scores of the images of some groups; every model runs once over all of them."""
+"""Scores of the images of several groups, with one batched pass of each feature extractor."""
 
 from __future__ import annotations
 

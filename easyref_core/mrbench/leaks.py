@@ -19,7 +19,7 @@ class Use(NamedTuple):
 
 
 def leaks(manifest: Manifest, near: bool = True) -> list[str]:
-    """Describe every pair of equal images that leaks an answer; `near` includes near-duplicates."""
+    """Describe every pair of identical images that leak a target; `near` includes near-duplicates."""
     uses: dict[Path, list[Use]] = {}
     for group in manifest.groups:
         for file in (*group.references, group.target):

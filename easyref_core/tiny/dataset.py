@@ -1,4 +1,4 @@
-"""The images of a training, rendered once: every allowed combination of attributes, several times."""
+"""Training images of the procedural dataset, rendered once: each allowed combination, several times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training examples from the procedural dataset, whose latents are encoded once."""
+"""Training examples from the procedural dataset: groups for EasyRef, single images for the IP-Adapter."""
 
 from __future__ import annotations
 

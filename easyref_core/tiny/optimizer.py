@@ -1,4 +1,4 @@
-"""The optimizer of every pretraining, and helpers for its log lines and output folders."""
+"""Optimizer shared by all pretraining scripts, and helpers for log lines and output folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tiny Qwen2-VL, pretrained to describe and compare images after its vision tower."""
+"""The tiny Qwen2-VL: its sizes, and its pretraining to describe and compare images."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def add(sets: Weighted) -> Tensor:
 
 
 def average(sets: Weighted) -> Tensor:
-    """The weighted mean; for equal sets exactly that set. The mean of different vectors is shorter."""
+    """The weighted mean; for equal sets exactly that set. Averaging different vectors reduces their norm."""
     first, _ = sets[0]
     if len(sets) == 1:
         return first
@@ -136,8 +136,8 @@ def require_one_checkpoint(tokens: Sequence[ReferenceTokens]) -> None:
         other = next(i for i, checkpoint in enumerate(checkpoints) if checkpoint != checkpoints[0])
         raise ValueError(
             f"Set 1 and set {other + 1} of the reference tokens are of different EasyRef checkpoints "
-            f"({checkpoints[0]} and {checkpoints[other]}); their numbers do not compare. Encode all groups "
-            "with one checkpoint."
+            f"({checkpoints[0]} and {checkpoints[other]}); tokens of different checkpoints are incompatible. "
+            "Encode all groups with one checkpoint."
         )
 
 
@@ -147,7 +147,7 @@ def require_equal_counts(sets: Sequence[Tensor], purpose: str) -> None:
     if len(set(counts)) > 1:
         raise ValueError(
             f"The sets have {', '.join(map(str, counts))} reference tokens; {purpose} needs as many in each. "
-            "Sets that were joined by concat only go with sets joined from as many."
+            "Sets joined by concat can only be combined with sets of equal token count."
         )
 
 

@@ -67,7 +67,7 @@ def save_tokens(
         for branch, tokens in pair.items()
     }
     if len(references):
-        tensors[THUMBNAILS] = torch.stack([padded_thumbnail(image) for image in references])
+        tensors[THUMBNAILS] = torch.stack([thumbnail_tensor(image) for image in references])
     about = {"version": FORMAT, "pack": VERSION}
     about |= {branch: dataclasses.asdict(tokens.provenance) for branch, tokens in pair.items()}
     with atomic_write(path) as partial:
@@ -101,7 +101,7 @@ def load_tokens(path: Path | str) -> SavedTokens:
     return SavedTokens(**pair, thumbnails=tensors.get(THUMBNAILS, no_thumbnails))
 
 
-def padded_thumbnail(image: Image.Image | Tensor) -> Tensor:
+def thumbnail_tensor(image: Image.Image | Tensor) -> Tensor:
     """A small copy of a reference at its own aspect, on black: (64, 64, 3) in bytes."""
     small = ImageOps.pad(to_rgb(image), THUMBNAIL_SHAPE[:2], Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(small))

@@ -1,4 +1,4 @@
-"""Samples, batches of samples, and the endless shuffled stream of positions that a run draws them from."""
+"""Sample, Batch, collate, and the deterministic sample order, resumable by step."""
 
 from __future__ import annotations
 

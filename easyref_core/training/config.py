@@ -164,10 +164,10 @@ def parse_yaml(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return content, sections
 
 
-def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge `over` into a copy of `under`, section by section."""
-    merged = dict(under)
-    for key, value in over.items():
+def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge `override` into a copy of `base`, section by section."""
+    merged = dict(base)
+    for key, value in override.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge(merged[key], value) if both else value
     return merged

@@ -1,4 +1,4 @@
-"""Cost model of the three stages at full size: memory and time from counted parameters and FLOPs.
+"""Cost model of the three stages at full size; it generates docs/training_cost.md.
 
     python -m easyref_core.training.cost [docs/training_cost.md]
 
@@ -188,7 +188,7 @@ def flops_table() -> str:
         cells = (plain.step, recomputing.step, plain.body, plain.vae, plain.text)
         rows.append((label(plan), *(f"{cell.flops / plan.batch / 1e12:.2f}" for cell in cells)))
     return table(
-        "stage | step | step, checkpointing | of it the MLLM body's forward | VAE | text encoders", rows
+        "stage | step | step, checkpointing | thereof: MLLM body forward | VAE | text encoders", rows
     )
 
 

@@ -100,16 +100,16 @@ class RowExamples:
 
     def sample(self, row: Row, rng: np.random.Generator) -> Sample:
         """Draw a sample of a row. Raises ValueError for an unreadable image and for too many tokens."""
-        rules = self.augmentation
+        augmentation = self.augmentation
         text = row.texts[rng.integers(len(row.texts))]
         target, references = self.images(row, rng)
-        crop = (native_resize if rules.native else center_crop)(target, rules.resolution)
-        if len(references) == 1 and not rules.native:
+        crop = (native_resize if augmentation.native else center_crop)(target, augmentation.resolution)
+        if len(references) == 1 and not augmentation.native:
             # The authors crop it at the target's corner, which adds black bars where the two differ in aspect
             # (a face crop is square, its target seldom).
-            references = [center_crop(references[0], rules.resolution).image]
+            references = [center_crop(references[0], augmentation.resolution).image]
 
-        drop_image, drop_text = drops(rules, rng)
+        drop_image, drop_text = drops(augmentation, rng)
         text = "" if drop_text else text
         patches, grid, input_ids = self.mllm_inputs([black_image()] if drop_image else references, text, row)
         return Sample(
@@ -182,12 +182,12 @@ def choose(files: Sequence[str], most: int, truncation: float, rng: np.random.Ge
     return chosen
 
 
-def drops(rules: Rates, rng: np.random.Generator) -> tuple[bool, bool]:
+def drops(augmentation: Rates, rng: np.random.Generator) -> tuple[bool, bool]:
     """Draw (drop the references, drop the text) from one number, so that the cases exclude each other."""
-    image, text = rules.drop_image, rules.drop_text
+    image, text = augmentation.drop_image, augmentation.drop_text
     draw = rng.random()
-    drop_image = draw < image or image + text <= draw < image + text + rules.drop_both
-    return drop_image, image <= draw < image + text + rules.drop_both
+    drop_image = draw < image or image + text <= draw < image + text + augmentation.drop_both
+    return drop_image, image <= draw < image + text + augmentation.drop_both
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -30,7 +30,7 @@ class Weights:
 
     config: EasyRefConfig
     sites: tuple[Site, ...]
-    inner: tuple[int, ...]  # width of each site's attention
+    widths: tuple[int, ...]  # width of each site's attention
     tensors: dict[str, Tensor]  # encoder.*, aggregator.*, kv.*, unet.<path>.processor.to_q_lora.down.weight
     body_is_base: bool  # True if encoder.* is the base MLLM's, so a checkpoint may omit it
 

@@ -58,7 +58,7 @@ def resume(accelerator: Accelerator, output: Path) -> int:
 
 
 def require_same_run(settings: Settings, processes: int) -> None:
-    """Write settings.json. Raises ValueError if the output folder has states of a run with others."""
+    """Write settings.json. ValueError if the output folder has states of a run with different settings."""
     file = settings.output / "settings.json"
     current = {**flatten(settings), "processes": processes, **input_hashes(settings)}
     if file.is_file() and saved_states(settings.output):

@@ -1,4 +1,4 @@
-"""Reader and validator of JSON rows; it reports each invalid row by line and reason before a run starts.
+"""Reader and validator of JSON rows; reports each invalid row by line and reason before the first update.
 
 A row has one of these forms:
 

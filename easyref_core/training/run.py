@@ -1,4 +1,4 @@
-"""One stage in training: models, optimizer and examples; one update; the checkpoint."""
+"""One stage in training: models, optimizer, LR schedule, data set lookup, noise, loss, sample sheets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .base_model import BaseModel
 from .batches import Batch, Examples
 from .cache import TensorCache, cached_contexts, cached_moments
 from .initial import Weights, from_base, from_checkpoint
-from .sampling import generate_images, references_of, to_images
+from .sampling import generate_images, to_images, unpatchify
 from .trainable import TrainableEasyRef, tensor_name
 
 if TYPE_CHECKING:
@@ -90,22 +90,22 @@ class Run:
     def loss(self, batch: Batch) -> Tensor:
         """Mean squared error of the predicted noise over one micro-batch."""
         batch = batch.to(self.accelerator.device)
-        timesteps, noise, draw = randomness(batch, self.base)
-        latents = self.latents(batch, draw)
+        timesteps, noise, vae_noise = randomness(batch, self.base)
+        latents = self.latents(batch, vae_noise)
         noisy = self.base.schedule.add_noise(latents, noise, timesteps)
         text, context = self.base.encode_text(batch.prompts), self.cached_context(batch)
         predicted = self.prepared(noisy, timesteps, text, batch, context)
         return mse_loss(predicted.float(), noise)
 
-    def latents(self, batch: Batch, draw: Tensor) -> Tensor:
+    def latents(self, batch: Batch, vae_noise: Tensor) -> Tensor:
         """The targets' latents (B, 4, h, w): precomputed, or drawn from the VAE's distribution.
 
-        draw: standard normal, (B, 4, h, w).
+        vae_noise: standard normal, (B, 4, h, w).
         """
         if batch.latents is not None:
             return batch.latents
         mean, deviation = self.latent_moments(batch.pixels)
-        return mean.to(draw.device) + deviation.to(draw.device) * draw
+        return mean.to(vae_noise.device) + deviation.to(vae_noise.device) * vae_noise
 
     def cached_context(self, batch: Batch) -> Tensor | None:
         """Context states (B, S, D) from the cache; None if the run caches none."""
@@ -163,10 +163,10 @@ class Run:
                 # repeated to the length of concatenated tokens, which does not change the attention
                 repeats = tokens.shape[1] // empty.shape[1]
                 model.condition(torch.cat([empty.repeat(1, repeats, 1), tokens]))
-                _, noise, draw = randomness(batch, self.base)
-                target = self.base.decode(self.latents(batch, draw))
+                _, noise, vae_noise = randomness(batch, self.base)
+                target = self.base.decode(self.latents(batch, vae_noise))
                 images = generate_images(self.base, noise, batch.prompts, **options)
-                references = references_of(batch.patches, batch.grid, model.config)
+                references = unpatchify(batch.patches, batch.grid, model.config)
                 label = f"{number + 1}: {len(references)} references, target, generated: {batch.prompts[0]}"
                 rows[label[:100]] = [*references, *to_images(target), *images]
         return contact_sheet(rows, cell=128)
@@ -190,7 +190,7 @@ def learning_rate(settings: Settings, update: int) -> float:
 
 
 def randomness(batch: Batch, base: BaseModel) -> tuple[Tensor, Tensor, Tensor]:
-    """Timesteps (B,), noise and the VAE's draw (B, 4, h, w), each sample's from its seed alone."""
+    """Timesteps (B,), noise and the VAE's noise (B, 4, h, w), each sample's from its seed alone."""
     if batch.latents is not None:
         shape = batch.latents.shape[1:]
     else:
@@ -202,8 +202,8 @@ def randomness(batch: Batch, base: BaseModel) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         timestep = torch.randint(steps, (), generator=generator)
         rows.append((timestep, *torch.randn(2, *shape, generator=generator)))
-    timesteps, noise, draw = (torch.stack(column).to(base.device) for column in zip(*rows, strict=True))
-    return timesteps, noise, draw
+    timesteps, noise, vae_noise = (torch.stack(column).to(base.device) for column in zip(*rows, strict=True))
+    return timesteps, noise, vae_noise
 
 
 def load_weights(settings: Settings, base: BaseModel) -> Weights:

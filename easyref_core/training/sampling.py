@@ -1,4 +1,4 @@
-"""Image generation with a base model: Euler sampling with classifier-free guidance."""
+"""Image generation by Euler sampling with CFG, and conversion of tensors and patches to PIL images."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def to_images(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in rearrange(pixels, "b c h w -> b h w c").numpy()]
 
 
-def references_of(patches: Tensor, grid: Tensor, config: EasyRefConfig) -> list[Image.Image]:
+def unpatchify(patches: Tensor, grid: Tensor, config: EasyRefConfig) -> list[Image.Image]:
     """Invert preprocess.patchify: patches (sum, 1176) and grid (K, 3) -> references at the MLLM's size."""
     images = []
     sizes = {"ph": config.patch_size, "pw": config.patch_size, "t": config.temporal_patch_size}

@@ -58,7 +58,7 @@ class TrainableEasyRef(nn.Module):
         self.config, self.sites, self.stage, self.image_token = config, weights.sites, stage, image_token
         self.aggregation = aggregation
         self.__dict__["unet"] = unet
-        widths = dict(zip(weights.sites, weights.inner, strict=True))
+        widths = dict(zip(weights.sites, weights.widths, strict=True))
         modules = CheckpointModules(config, widths, SkipInit, device="meta")
         lora = {name: t for name, t in weights.tensors.items() if name.startswith(LORA_PREFIX)}
         modules.load_state_dict({n: t for n, t in weights.tensors.items() if n not in lora}, assign=True)
@@ -89,7 +89,7 @@ class TrainableEasyRef(nn.Module):
         return self.predict(noisy, timesteps, text, batch.time_ids)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, time_ids: Tensor) -> Tensor:
-        """Run the UNet under the last `condition`."""
+        """Run the UNet with the most recently set reference tokens."""
         dtype = next(self.unet.parameters()).dtype
         sizes = {"text_embeds": text.pooled.to(dtype), "time_ids": time_ids}
         return self.unet(
@@ -117,7 +117,7 @@ class TrainableEasyRef(nn.Module):
         rows = [
             ids
             for row, mask, count in zip(batch.input_ids, batch.padding_mask, batch.references, strict=True)
-            for ids in split_question(row[mask], self.image_token, count)
+            for ids in split_references(row[mask], self.image_token, count)
         ]
         ids, mask = (tensor.to(batch.input_ids.device) for tensor in pad_left(rows))
         tokens = self.encode(batch.patches, batch.grid, ids, mask)  # (sum of K, T, C)
@@ -149,8 +149,8 @@ def _mask_or_none(mask: Tensor) -> Tensor | None:
     return None if mask.all() else mask
 
 
-def split_question(input_ids: Tensor, image_token: int, references: int) -> list[Tensor]:
-    """Split the ids (S,) of a question about a group into the same question about each reference."""
+def split_references(input_ids: Tensor, image_token: int, references: int) -> list[Tensor]:
+    """Split the ids (S,) of a group's input into the same input for each reference."""
     image = input_ids == image_token
     edges = torch.diff(image.int(), prepend=image.new_zeros(1).int(), append=image.new_zeros(1).int())
     # each span includes the <|vision_start|> and <|vision_end|> around it

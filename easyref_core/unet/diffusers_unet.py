@@ -1,4 +1,4 @@
-"""Reference attention on a diffusers SDXL UNet; removing it restores the UNet bit for bit."""
+"""Reference attention and LoRA (by hooks) on a diffusers SDXL UNet, also in training; fully removable."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ReferenceProcessor:
         self._references: tuple[KeyValue, Tensor | None] | None = None
 
     def attend_to(self, key_value: KeyValue, padding_mask: Tensor | None = None) -> None:
-        """Add the term of K and V (rows, T, inner), with the weight in them. padding_mask: see Attachment."""
+        """Add the term of K and V (rows, T, inner), times the weight. padding_mask: see Attachment."""
         self._references = key_value, padding_mask
 
     def __call__(
@@ -219,6 +219,6 @@ def _expand_rows(uncond: Tensor, tokens: Tensor) -> Tensor:
     if len(uncond) not in (1, len(tokens)):
         raise ValueError(
             f"There are {len(uncond)} rows of unconditional tokens for {len(tokens)} groups; wanted 1, or "
-            "one a group."
+            "one per group."
         )
     return uncond.expand(len(tokens), -1, -1)

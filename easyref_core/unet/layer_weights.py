@@ -33,17 +33,17 @@ class BranchTokens(NamedTuple):
     conditional: bool | None = False
 
 
-OWN = BranchTokens()
-SWAPPED = BranchTokens(unconditional=False, conditional=True)
+DEFAULT_BRANCHES = BranchTokens()
+SWAPPED_BRANCHES = BranchTokens(unconditional=False, conditional=True)
 # Only the negative branch attends to the references.
-AGAINST = BranchTokens(unconditional=False, conditional=None)
+NEGATIVE_ONLY = BranchTokens(unconditional=False, conditional=None)
 
 
 class WeightType(NamedTuple):
     """A factor of the weight, and the tokens of each branch, by layer."""
 
     factors: tuple[float, ...]
-    branch_tokens: tuple[BranchTokens, ...] = (OWN,) * LAYERS
+    branch_tokens: tuple[BranchTokens, ...] = (DEFAULT_BRANCHES,) * LAYERS
 
 
 def _ramp(height: list[float]) -> WeightType:
@@ -51,8 +51,8 @@ def _ramp(height: list[float]) -> WeightType:
     return WeightType(tuple(0.05 + 0.95 * h for h in height))
 
 
-def _only(factors: Mapping[int, float], rest: float = 0.0) -> WeightType:
-    return WeightType(tuple(factors.get(layer, rest) for layer in range(LAYERS)))
+def _only(factors: Mapping[int, float], default: float = 0.0) -> WeightType:
+    return WeightType(tuple(factors.get(layer, default) for layer in range(LAYERS)))
 
 
 _INPUT, _OUTPUT = range(MIDDLE), range(MIDDLE + 1, LAYERS)
@@ -61,31 +61,35 @@ _rise = [layer / LAYERS for layer in range(LAYERS)]
 _valley = [abs(layer / LAYERS - 0.5) * 2 for layer in range(LAYERS)]
 
 WEIGHT_TYPES: dict[str, WeightType] = {
-    LINEAR: _only({}, rest=1.0),
+    LINEAR: _only({}, default=1.0),
     "ease in": _ramp(_fall),
     "ease out": _ramp(_rise),
     "ease in-out": _ramp([1 - height for height in _valley]),
     "reverse in-out": _ramp(_valley),
-    "weak input": _only(dict.fromkeys(_INPUT, WEAK), rest=1.0),
-    "weak output": _only(dict.fromkeys(_OUTPUT, WEAK), rest=1.0),
-    "weak middle": _only({MIDDLE: WEAK}, rest=1.0),
-    "strong middle": _only({MIDDLE: 1.0}, rest=WEAK),
+    "weak input": _only(dict.fromkeys(_INPUT, WEAK), default=1.0),
+    "weak output": _only(dict.fromkeys(_OUTPUT, WEAK), default=1.0),
+    "weak middle": _only({MIDDLE: WEAK}, default=1.0),
+    "strong middle": _only({MIDDLE: 1.0}, default=WEAK),
     "style transfer": _only({STYLE: 1.0}),
     "composition": _only({COMPOSITION: 1.0}),
-    "strong style transfer": _only({COMPOSITION: 0.0}, rest=1.0),
-    # One group is both references of these two; two groups are two Apply nodes, one of each kind.
+    "strong style transfer": _only({COMPOSITION: 0.0}, default=1.0),
+    # One group serves as both style and composition reference. For two groups use two Apply nodes.
     "style and composition": _only({COMPOSITION: 1.0, STYLE: 1.0}),
-    "strong style and composition": _only({}, rest=1.0),
+    "strong style and composition": _only({}, default=1.0),
     "style transfer precise": _only({COMPOSITION: 1.0, STYLE: 1.0})._replace(
-        branch_tokens=tuple(AGAINST if layer == COMPOSITION else OWN for layer in range(LAYERS))
+        branch_tokens=tuple(
+            NEGATIVE_ONLY if layer == COMPOSITION else DEFAULT_BRANCHES for layer in range(LAYERS)
+        )
     ),
-    "composition precise": _only({COMPOSITION: 1.0, STYLE: 1.0}, rest=0.1)._replace(
-        branch_tokens=tuple(OWN if layer == COMPOSITION else SWAPPED for layer in range(LAYERS))
+    "composition precise": _only({COMPOSITION: 1.0, STYLE: 1.0}, default=0.1)._replace(
+        branch_tokens=tuple(
+            DEFAULT_BRANCHES if layer == COMPOSITION else SWAPPED_BRANCHES for layer in range(LAYERS)
+        )
     ),
 }
 
 
-def choose(weight_type: str, layer_weights: str = "") -> WeightType:
+def resolve_weight_type(weight_type: str, layer_weights: str = "") -> WeightType:
     """The weight type of this name; layer_weights, if any, replace its factors.
 
     Raises ValueError for an unknown name and for layer weights that cannot be read.

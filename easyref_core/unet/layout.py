@@ -1,4 +1,4 @@
-"""Addresses of SDXL's cross-attentions, in diffusers and in ComfyUI, computed from the shape of the UNet."""
+"""Site: address of a cross-attention, and its conversion between diffusers and ComfyUI paths."""
 
 from __future__ import annotations
 

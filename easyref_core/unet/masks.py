@@ -1,4 +1,4 @@
-"""Attention masks: the share of the reference term at each query token, from a mask on the image."""
+"""Attention masks: weight of the reference term at each query token, from a mask on the image."""
 
 from __future__ import annotations
 
@@ -56,5 +56,5 @@ def _overlaps(pixels: int, latent: int, start: int, length: int, tokens: int) ->
     upper = torch.minimum(edges[1:, None], marks[None, 1:])
     lower = torch.maximum(edges[:-1, None], marks[None, :-1])
     overlaps = (upper - lower).clamp(min=0)
-    # the second half is the same axis again, beyond its end
+    # columns [pixels, 2 * pixels) are the wrapped-around axis
     return overlaps[:, :pixels] + overlaps[:, pixels:]

@@ -1,4 +1,4 @@
-"""Decoupled cross-attention to the reference tokens, beside the text (IP-Adapter, arXiv 2308.06721)."""
+"""Decoupled cross-attention to reference tokens (IP-Adapter, arXiv 2308.06721): K/V projections, scalings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def require_finite(key_values: Sequence[KeyValue], computed_in: torch.dtype) -> 
 def reference_attention(
     q: Tensor, key_value: KeyValue, heads: int, padding_mask: Tensor | None = None
 ) -> Tensor:
-    """The reference term softmax(Q K^T) V, to be added to the text's attention before the output projection.
+    """Attention to the references softmax(Q K^T) V of weighted K and V: the term added to the text attention.
 
     q: (batch, tokens, inner), the query that the text attention uses too (LoRA included). key_value: (chunks,
     T, inner), weighted by apply_weight; the batch is `chunks` equal runs of rows that share their references.
@@ -101,7 +101,7 @@ def require_scaling(scaling: str) -> None:
 
 
 def apply_weight(key_value: KeyValue, weight: float, scaling: str = V_ONLY, widest: int = 0) -> KeyValue:
-    """K and V (rows, T, inner) with the weight in them, so that no layer multiplies its term at each step.
+    """K and V (rows, T, inner) pre-multiplied by the weight, so it is not applied again at every step.
 
     "V only" is the term times the weight; "K+V" also makes the attention sharper with the weight; "C penalty"
     weakens narrow layers, by inner / widest (widest: inner width of the UNet's widest attention, 1280 in

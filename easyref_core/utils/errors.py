@@ -1,9 +1,9 @@
-"""Text for error messages, and the bounds that several rooms share."""
+"""shorten() for values in error messages, and the bound of every factor."""
 
 from __future__ import annotations
 
 MAX_SHORTENED = 200  # characters
-# Bound of every factor of a weight: half precision still holds a weight of 3 times two such factors.
+# Bound of every factor of a weight: 3 * 100 * 100 = 30,000 is below float16's maximum, 65,504.
 MAX_FACTOR = 100
 
 

@@ -1,4 +1,4 @@
-"""Tiny Demo Model."""
+"""Node Tiny Demo Model: tiny SDXL, its VAE, an EasyRef model and an example group."""
 
 from __future__ import annotations
 

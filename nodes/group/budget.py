@@ -1,4 +1,4 @@
-"""Group Budget."""
+"""Node Group Budget: estimates tokens, memory and time of encoding a group, without encoding it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import comfy.model_management as mm
 from comfy_api.latest import io
 
 from ..host import preview
-from ..host.images import references_of
+from ..host.images import split_group
 from ..host.inputs import group_input, instruction_input, prompt_input, size_input
 from ..host.notes import read_prompt
 from ..host.socket_types import EasyRefModel
@@ -67,23 +67,23 @@ class EasyRefGroupBudget(io.ComfyNode):
         instruction: str,
         size: int,
     ) -> io.NodeOutput:
-        sizes = image_sizes(references_of(group))
+        sizes = image_sizes(split_group(group))
         model, memory, (text, notes) = easyref.model, usable_memory(easyref), read_prompt(prompt)
-        needed = model.budget(sizes, text, instruction, size)
+        budget = model.budget(sizes, text, instruction, size)
         largest = model.largest_size(sizes, text, instruction, size, memory) or 0
         report = "\n".join(
             [
-                verdict(needed, memory, largest),  # first, because a small node shows only the first lines
-                f"{count_text(len(sizes))} at {size} pixels: {needed.total:,} of {needed.limit:,} tokens "
-                f"({needed.text_tokens:,} of them text).",
+                verdict(budget, memory, largest),  # first, because a small node shows only the first lines
+                f"{count_text(len(sizes))} at {size} pixels: {budget.total:,} of {budget.limit:,} tokens "
+                f"({budget.text_tokens:,} of them text).",
                 *notes,
-                *size_lines(needed),
+                *size_lines(budget),
                 *small_group_notes(len(sizes)),
-                memory_line(easyref, needed),
-                time_line(easyref, needed),
+                memory_line(easyref, budget),
+                time_line(easyref, budget),
             ]
         )
-        return io.NodeOutput(needed.fits(memory), largest, report, ui=preview.text(report))
+        return io.NodeOutput(budget.fits(memory), largest, report, ui=preview.text(report))
 
 
 def memory_line(easyref: HostedEasyRef, budget: Budget) -> str:

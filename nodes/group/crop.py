@@ -1,4 +1,4 @@
-"""Crop References."""
+"""Node Crop References: images -> group of square crops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ...easyref_core.utils.images import Box, middle_square, square_around
 from ..host import preview
-from ..host.images import references_of
+from ..host.images import split_group
 from ..host.socket_types import EasyRefGroupSocket
 from ..host.validation import validates_inputs
 
@@ -76,7 +76,7 @@ class EasyRefCropReference(io.ComfyNode):
         mask: list[Tensor] | None = None,
         padding: Sequence[float] = (1.5,),
     ) -> io.NodeOutput:
-        references = [reference for batch in images for reference in references_of(batch)]
+        references = [reference for batch in images for reference in split_group(batch)]
         if not references:
             raise ValueError("Nothing to crop. Connect at least one image.")
         boxes = crop_boxes(references, crop[0], mask, padding[0])

@@ -1,4 +1,4 @@
-"""Sizes and memory: the largest size at which a group fits the MLLM's context and the device."""
+"""The largest size at which a group fits."""
 
 from __future__ import annotations
 

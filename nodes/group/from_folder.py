@@ -1,4 +1,4 @@
-"""Reference Group from Folder."""
+"""Node Reference Group from Folder: image files of a folder -> reference group."""
 
 from __future__ import annotations
 

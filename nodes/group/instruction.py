@@ -1,4 +1,4 @@
-"""Reference Instruction."""
+"""Node Reference Instruction: preset, or text of one's own -> instruction to the MLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference Group and Select References."""
+"""Nodes Reference Group (images -> group) and Select References (group -> part of it)."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ MIN_ADVISED = 3  # references, as the authors advise
 
 def group_preview(references: Sequence[Tensor], notes: Sequence[str] = ()) -> dict[str, Any]:
     """Return the ui of a node that made a group: contact sheet, number of references, notes, duplicates."""
-    doubles = duplicate_notes(duplicates([reference[0] for reference in references]))
-    lines = [count_text(len(references)), *notes, *small_group_notes(len(references)), *doubles]
+    duplicate_lines = duplicate_notes(duplicates([reference[0] for reference in references]))
+    lines = [count_text(len(references)), *notes, *small_group_notes(len(references)), *duplicate_lines]
     return {**preview.images(references), **preview.text("\n".join(lines))}
 
 

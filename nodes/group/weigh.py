@@ -1,4 +1,4 @@
-"""Weigh References."""
+"""Node Weigh References: context states -> context states with a weight per reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An EasyRef model whose weights the host manages: it streams, pages and evicts them like any model's."""
+"""HostedEasyRef: facade of a model with host-managed weights: encode, aggregate, K/V, precision."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class HostedEasyRef:
         self.patcher = _hosted(model.mllm, model.device)
         self._kv_patcher = _hosted(model.kv, model.device)
         for patcher in self.get_models():
-            self.forget_with(patcher)
+            self.clear_caches_on_detach(patcher)
         self._key_values: WeakKeyDictionary[TokenPair, list[KeyValue]] = WeakKeyDictionary()
         self.rate: float | None = None  # FLOPs per second of the last encoding, for estimates
 
     def get_models(self) -> list[ModelPatcher]:
         return [self.patcher, self._kv_patcher]
 
-    def forget_with(self, patcher: ModelPatcher) -> None:
+    def clear_caches_on_detach(self, patcher: ModelPatcher) -> None:
         """Clear the caches of the MLLM when the user unloads this patcher's model.
 
         The MLLM itself may have been evicted before, so its own patchers are not enough.
@@ -85,8 +85,8 @@ class HostedEasyRef:
         plan = self.model.plan(group)
         self._load_for(plan.patches, plan.new_tokens, plan.cached_tokens)
         start = time.monotonic()
-        context = self.model.encode_plan(plan, progress or counted(len(group.images)))
-        # a few tokens after a cached prefix take the time of the weights, not of their operations
+        context = self.model.encode_plan(plan, progress or progress_callback(len(group.images)))
+        # a short continuation is bound by reading the weights, not by FLOPs: not used for the estimate
         if not plan.cached_tokens:
             done = flops(self.model.config, plan.patches, plan.new_tokens)
             self.rate = done / max(time.monotonic() - start, 1e-3)
@@ -110,12 +110,12 @@ class HostedEasyRef:
             self._load_for((), max(context.states.shape[1], negative.states.shape[1]))
             tokens = self.model.aggregate(context), self.model.aggregate(negative)
         else:
-            made = context.provenance
-            black = self.model.budget([black_image().size], "", made.instruction, made.size)
+            provenance = context.provenance
+            black = self.model.budget([black_image().size], "", provenance.instruction, provenance.size)
             self._load_for((), context.states.shape[1], at_least=black.activation_bytes)
             tokens = (
                 self.model.aggregate(context),
-                self.model.unconditional(made.instruction, made.size, noise_seed, noise_strength),
+                self.model.unconditional(provenance.instruction, provenance.size, noise_seed, noise_strength),
             )
         return TokenPair(*(ReferenceTokens.of(t.to(mm.intermediate_device()), t.provenance) for t in tokens))
 
@@ -260,7 +260,7 @@ def _forget(model: ref[EasyRef], _: ModelPatcher, unpatch_all: bool) -> None:
         unloaded.clear_cache()
 
 
-def counted(references: int) -> Callable[[float], None]:
+def progress_callback(references: int) -> Callable[[float], None]:
     """A callback that advances a progress bar of `references` steps, and raises if the user has cancelled."""
     bar = comfy.utils.ProgressBar(references)
 

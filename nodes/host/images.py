@@ -19,7 +19,7 @@ def split(batch: Tensor) -> list[Tensor]:
     return [batch[i : i + 1] for i in range(len(batch))]
 
 
-def references_of(group: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+def split_group(group: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     """The references of an EASYREF_GROUP or an IMAGE batch, each (1, height, width, channels)."""
     return list(group) if isinstance(group, tuple) else split(group)
 

@@ -9,7 +9,7 @@ from .socket_types import EasyRefGroupSocket
 
 
 def group_input(tooltip: str) -> io.MultiType.Input:
-    """A reference group or an image batch. images.references_of splits either into references."""
+    """A reference group or an image batch. images.split_group splits either into references."""
     return io.MultiType.Input("group", [EasyRefGroupSocket, io.Image], tooltip=tooltip)
 
 

@@ -1,4 +1,4 @@
-"""Keys and values of reference tokens at every cross-attention: a table, or a projector of single rows."""
+"""K and V of reference tokens: precomputed, or projected row by row above MAX_TABLE_BYTES."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class KeyValueTable:
         # a table of two rows is used itself, without a copy of selected rows
         self.resident_rows = 0 if self.counts == (1, 1) else sum(self.counts)
 
-    def take(self, numbers: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[KeyValue]:
+    def select(self, numbers: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[KeyValue]:
         """K and V per site of these rows, each (len(numbers), T, inner)."""
         if (device, dtype) not in self._copies:
             self._copies[device, dtype] = [
@@ -59,8 +59,8 @@ class KeyValueTable:
 class KeyValueProjector:
     """Tokens whose K and V exceed MAX_TABLE_BYTES; attributes and methods as of KeyValueTable.
 
-    Each row is projected when it is taken, and separately, as for KeyValueTable, so that its numbers do not
-    depend on the other rows.
+    Each row is projected when it is selected, and separately, as for KeyValueTable, so that its numbers do
+    not depend on the other rows.
     """
 
     resident_rows = 0
@@ -78,7 +78,7 @@ class KeyValueProjector:
         self.counts = unconditional_rows, len(tokens) - unconditional_rows
         self.row_numel, self.model = row_numel, model
 
-    def take(self, numbers: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[KeyValue]:
+    def select(self, numbers: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[KeyValue]:
         rows: list[KeyValue] = []
         for position, number in enumerate(numbers):
             row = self._project(self._tokens[number : number + 1])

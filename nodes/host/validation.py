@@ -97,7 +97,9 @@ def _require_filled(name: str, values: Any) -> Any:
     return values
 
 
-def _unfit(entry: Any, value: Any, allowed: str, remedy: str = "Check what is linked to it.") -> str:
+def _invalid_value_message(
+    entry: Any, value: Any, allowed: str, remedy: str = "Check what is linked to it."
+) -> str:
     return f"{entry.id} is {shorten(repr(value))}; wanted {allowed}. {remedy}"
 
 
@@ -109,20 +111,22 @@ def _require_number(entry: io.Float.Input | io.Int.Input, value: Any) -> None:
     if within and not isinstance(value, bool) and (isinstance(value, Integral) or math.isfinite(value)):
         return
     bounds = "" if low is None or high is None else f" from {low} to {high}"
-    raise ValueError(_unfit(entry, value, noun + bounds))
+    raise ValueError(_invalid_value_message(entry, value, noun + bounds))
 
 
 def _require_bool(entry: io.Boolean.Input, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(_unfit(entry, value, "true or false"))
+        raise TypeError(_invalid_value_message(entry, value, "true or false"))
 
 
 def _require_text(entry: io.String.Input, value: Any) -> None:
     if not isinstance(value, str):
-        raise TypeError(_unfit(entry, value, "a text"))
+        raise TypeError(_invalid_value_message(entry, value, "a text"))
     require_text(value, entry.id)
 
 
 def _require_option(entry: io.Combo.Input, value: Any) -> None:
     if not isinstance(value, str) or value not in entry.options:
-        raise ValueError(_unfit(entry, value, f"one of: {', '.join(entry.options)}", "Choose one of them."))
+        raise ValueError(
+            _invalid_value_message(entry, value, f"one of: {', '.join(entry.options)}", "Choose one of them.")
+        )

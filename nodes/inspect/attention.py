@@ -1,4 +1,4 @@
-"""Reference Attention."""
+"""Node Reference Attention: attention maps of the reference tokens over each reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 
 from ...easyref_core.inspect.attention_maps import require_same_group
 from ...easyref_core.inspect.reports import attention_report, heat_maps
-from ..host.images import references_of, to_pil, to_tensor
+from ..host.images import split_group, to_pil, to_tensor
 from ..host.inputs import group_input
 from ..host.socket_types import EasyRefContext, EasyRefModel
 from ..host.validation import validates_inputs
@@ -65,7 +65,7 @@ class EasyRefReferenceAttention(io.ComfyNode):
         group: Tensor | tuple[Tensor, ...],
         token: int = -1,
     ) -> io.NodeOutput:
-        images = to_pil(references_of(group))
+        images = to_pil(split_group(group))
         shares = easyref.attention(context, token)
         require_same_group(images, context, easyref.model.config)
         report = attention_report(images, shares, token)

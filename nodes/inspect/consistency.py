@@ -1,4 +1,4 @@
-"""Reference Consistency."""
+"""Node Reference Consistency: similarity of generated images to each reference."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from comfy_api.latest import io, ui
 
 from ...easyref_core.inspect.influence import cosine_matrix
 from ...easyref_core.inspect.reports import consistency_report
-from ..host.hosted_model import counted
-from ..host.images import references_of, split, to_pil, to_tensor
+from ..host.hosted_model import progress_callback
+from ..host.images import split, split_group, to_pil, to_tensor
 from ..host.inputs import group_input
 from ..host.validation import validates_inputs
 
@@ -66,7 +66,7 @@ class EasyRefConsistency(io.ComfyNode):
         group: Tensor | tuple[Tensor, ...],
         crop: str = CROPS[0],
     ) -> io.NodeOutput:
-        batch, references = split(images), references_of(group)
+        batch, references = split(images), split_group(group)
         if not batch or not references:
             raise ValueError(
                 f"There are {len(batch)} pictures and {len(references)} references. Connect at least one of "
@@ -84,7 +84,7 @@ class EasyRefConsistency(io.ComfyNode):
 
 def embed(clip_vision: Any, images: list[Tensor], crop: str) -> Tensor:
     """Return the embeddings (N, D) of images, each (1, height, width, C); can be cancelled between images."""
-    progress, rows = counted(len(images)), []
+    progress, rows = progress_callback(len(images)), []
     for i, image in enumerate(images):
         rows.append(clip_vision.encode_image(image[..., :3], crop=crop == CROPS[0])["image_embeds"].flatten())
         progress((i + 1) / len(images))

@@ -1,4 +1,4 @@
-"""Reference Influence."""
+"""Node Reference Influence: change of the tokens when each reference is left out, and outliers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from comfy_api.latest import io, ui
 from ...easyref_core import INSTRUCTION, SIZE
 from ...easyref_core.inspect.influence import leave_one_out
 from ...easyref_core.inspect.reports import influence_report
-from ..host.hosted_model import counted
-from ..host.images import references_of, to_pil, to_tensor
+from ..host.hosted_model import progress_callback
+from ..host.images import split_group, to_pil, to_tensor
 from ..host.inputs import group_input, instruction_input, prompt_input, size_input
 from ..host.notes import read_prompt
 from ..host.socket_types import EasyRefGroupSocket, EasyRefModel
@@ -67,7 +67,7 @@ class EasyRefReferenceInfluence(io.ComfyNode):
         instruction: str = INSTRUCTION,
         size: int = SIZE,
     ) -> io.NodeOutput:
-        references, (text, notes) = references_of(group), read_prompt(prompt)
+        references, (text, notes) = split_group(group), read_prompt(prompt)
 
         def tokens(images: Sequence[Tensor], progress: Progress) -> Tensor:
             return easyref.aggregate(easyref.encode(images, text, instruction, size, progress)).conditional
@@ -76,7 +76,7 @@ class EasyRefReferenceInfluence(io.ComfyNode):
             [image[0] for image in references],
             lambda images, progress: easyref.vision_features(images, size, progress),
             tokens,
-            counted(len(references) + 2),
+            progress_callback(len(references) + 2),
         )
         report = influence_report(to_pil(references), influence)
         chart, text = to_tensor(report.image), "\n".join([report.text, *notes])

@@ -1,4 +1,4 @@
-"""Record Where It Acts and Where It Acts."""
+"""Nodes Record Where It Acts and Where It Acts: size of the reference term by layer, step and position."""
 
 from __future__ import annotations
 

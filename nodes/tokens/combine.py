@@ -1,4 +1,4 @@
-"""Combine Reference Tokens, Batch Reference Tokens, and Reference Tokens over Frames."""
+"""Nodes that combine or batch sets of reference tokens, or spread them over frames."""
 
 from __future__ import annotations
 

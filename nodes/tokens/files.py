@@ -1,4 +1,4 @@
-"""Save Reference Tokens and Load Reference Tokens."""
+"""Nodes Save Reference Tokens and Load Reference Tokens: token files with thumbnails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ...easyref_core.tokens.files import SavedTokens, load_tokens, save_tokens
 from ..host import folders
 from ..host.file_changes import FileChanges
-from ..host.images import references_of
+from ..host.images import split_group
 from ..host.socket_types import EasyRefGroupSocket, EasyRefTokens, TokenPair
 from ..host.validation import validates_inputs
 
@@ -59,7 +59,7 @@ class EasyRefSaveTokens(io.ComfyNode):
         filename_prefix: str,
         references: Tensor | tuple[Tensor, ...] | None = None,
     ) -> io.NodeOutput:
-        images = [] if references is None else references_of(references)
+        images = [] if references is None else split_group(references)
         path = folders.new_tokens_file(filename_prefix)
         save_tokens(path, tokens.conditional, tokens.unconditional, [image[0] for image in images])
         log.info("EasyRef: saved reference tokens as %s", path)

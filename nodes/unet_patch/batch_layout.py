@@ -188,7 +188,7 @@ class Queries(NamedTuple):
     tokens: int
     grid: tuple[int, int]  # rows and columns of the tokens of an untiled row
     earlier_calls: int = 0  # of this attention in this UNet call, where the UNet runs one row at a time
-    one_by_one: bool = False  # True if the UNet runs its attentions on one row after the other (RES4LYF)
+    rowwise: bool = False  # True if the UNet runs its attentions on one row after the other (RES4LYF)
 
 
 def rows_of_queries(
@@ -208,7 +208,7 @@ def rows_of_queries(
     """
     count, rows = queries.rows, len(layout)
     selected: tuple[int, ...] | None = None
-    if queries.one_by_one:
+    if queries.rowwise:
         if count == 1 and queries.earlier_calls < rows:
             selected = (queries.earlier_calls,)
     elif count == rows:
@@ -238,7 +238,7 @@ def _rows_of_sides(count: int, layout: BatchLayout, options: Mapping[str, Any]) 
     rows: dict[tuple[bool, int], int] = {}
     for number, row in enumerate(layout):
         first = layout[rows.setdefault((row.unconditional, row.latent), number)]
-        if first != row:  # tiles or areas: the queries do not say of which
+        if first != row:  # ambiguous: the queries do not identify the tile
             return None
     selected = [rows.get((side, latent)) for side in sides for latent in range(latents)]
     return None if None in selected else tuple(selected)

@@ -1,4 +1,4 @@
-"""torch.compile around the UNet: a compiled call where its result is exact, an uncompiled one elsewhere.
+"""torch.compile support: runs compiled if all guards can be expressed, otherwise eager with a warning.
 
 ComfyUI compiles with all guards on transformer_options dropped, so a Python branch on anything in them is
 frozen at the first trace, for later prompts of the process too. Therefore

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ...easyref_core.unet.layer_weights import LINEAR, OWN, BranchTokens, choose, layers_of
+from ...easyref_core.unet.layer_weights import (
+    DEFAULT_BRANCHES,
+    LINEAR,
+    BranchTokens,
+    layers_of,
+    resolve_weight_type,
+)
 from ...easyref_core.unet.layout import Site, parse_comfy, require_fit
 from ...easyref_core.unet.reference_attention import V_ONLY, require_scaling
 from ...easyref_core.unet.weight_schedule import parse_schedule
@@ -62,8 +68,8 @@ class ApplySettings:
     embeds_scaling: str = V_ONLY
 
     @property
-    def acts(self) -> bool:
-        """True if the weight, the window and the mask are not empty."""
+    def has_effect(self) -> bool:
+        """True if the weight is not 0, the window is not empty and the mask is not all zero."""
         masked_out = self.mask is not None and not self.mask.any()
         return bool(self.weight) and self.start_percent < self.end_percent and not masked_out
 
@@ -79,12 +85,12 @@ def condition(
     checkpoint = easyref.model.checkpoint
     require_fit(describe(model), cross_attention_widths(model), checkpoint.widths)
     easyref.require_same_checkpoint(tokens)
-    chosen = choose(settings.weight_type, settings.layer_weights)
+    chosen = resolve_weight_type(settings.weight_type, settings.layer_weights)
     window = settings.start_percent, settings.end_percent
     points = tuple(parse_schedule(settings.weight_schedule, *window))
     require_scaling(settings.embeds_scaling)
     patched = model.clone()
-    if settings.acts and any(chosen.factors):
+    if settings.has_effect and any(chosen.factors):
         factors, branches = _per_site(checkpoint.sites, chosen)
         strength = Strength(settings.weight, window, factors, points, settings.embeds_scaling)
         mask = settings.mask
@@ -94,7 +100,7 @@ def condition(
     if settings.lora_strength:
         _strengthen_lora(patched, easyref, settings.lora_strength)
     if patched.get_attachment(KEY):
-        easyref.forget_with(patched)
+        easyref.clear_caches_on_detach(patched)
     return patched
 
 
@@ -111,8 +117,8 @@ def _per_site(
     sites: tuple[Site, ...], chosen: WeightType
 ) -> tuple[tuple[float, ...], tuple[BranchTokens, ...]]:
     """Factor and BranchTokens of each site."""
-    if chosen == choose(LINEAR):  # needs no layers, so it fits UNets without SDXL's
-        return (1.0,) * len(sites), (OWN,) * len(sites)
+    if chosen == resolve_weight_type(LINEAR):  # needs no layers, so it fits UNets without SDXL's
+        return (1.0,) * len(sites), (DEFAULT_BRANCHES,) * len(sites)
     layers = layers_of(sites)
     return tuple(
         tuple(values[layers[site]] for site in sites) for values in (chosen.factors, chosen.branch_tokens)
@@ -158,7 +164,7 @@ def attach_injections(model: ModelPatcher, attachment: Attachment) -> None:
 
 
 def _strengthen_lora(model: ModelPatcher, easyref: HostedEasyRef, strength: float) -> None:
-    """Raise the checkpoint's LoRA to this strength: of a chain of Apply nodes the strongest counts, once."""
+    """Raise its LoRA: chained Apply nodes of one checkpoint use the maximum strength, not the sum."""
     lora, fingerprint = easyref.model.checkpoint.lora(), easyref.model.fingerprint
     attachment = model.get_attachment(KEY) or Attachment()
     strengths = dict(attachment.lora)

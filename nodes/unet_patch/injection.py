@@ -1,4 +1,4 @@
-"""Contribution of one Apply EasyRef node, and its cache of what the UNet calls of a sampling share."""
+"""One Apply EasyRef node's contribution, with values cached between UNet calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...easyref_core.unet.weight_schedule import Point, Schedule
 from ...easyref_core.utils.lru_cache import ByteLRUCache
 from ..host.attach import CopyByReference
 from .batch_layout import UNKNOWN, BatchLayout
-from .row_selection import RowIndex, Run, runs_of, select_rows
+from .row_selection import RowBlock, RowIndex, runs_of, select_rows
 from .step import ActiveInjection, MaskTable, StepMasks, UNetCall
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Injection(CopyByReference):
 
     @property
     def rows(self) -> int:
-        """Rows of tokens, or masks, of which each latent takes its own; 1 where all latents share one."""
+        """Number of per-latent rows of tokens or masks; 1 if shared by all latents."""
         masks = 1 if self.mask is None else len(self.mask)
         return max(*self.key_values.counts, masks)
 
@@ -129,7 +129,7 @@ class Injection(CopyByReference):
         rows = 2 * each + self.key_values.resident_rows
         return rows * self.key_values.row_numel * itemsize
 
-    def at(self, sigma: float, layout: BatchLayout, call: UNetCall) -> ActiveInjection | None:
+    def active_at(self, sigma: float, layout: BatchLayout, call: UNetCall) -> ActiveInjection | None:
         """The injection in a UNet call; None outside the window.
 
         Raises ValueError where latents have tokens or masks of their own and the frames of the batch are
@@ -154,7 +154,7 @@ class Injection(CopyByReference):
         """The injection in a form that is the same at every step: V = 0 outside the window, masks of all
         grids.
 
-        active: the result of `at`. size: (height, width) of the latent that the UNet is given.
+        active: the result of `active_at`. size: (height, width) of the latent that the UNet is given.
         """
         if active is None:
             key_values = [(k, torch.zeros_like(v)) for k, v in self._weighted_rows(layout, call, 1.0)]
@@ -177,14 +177,14 @@ class Injection(CopyByReference):
         runs = runs_of(layout, max(self.key_values.counts))
         slot = call.device, call.dtype, tuple(run.unconditional for run in runs)
         frames = tuple(run.frame for run in runs)
-        rows = self.cache.rows.get(slot, frames, lambda: self._take(runs, call))
+        rows = self.cache.rows.get(slot, frames, lambda: self._select(runs, call))
         self.cache.keep_weight(weight)
         return self.cache.weighted.get(slot, frames, lambda: self._apply_weight(rows, weight))
 
-    def _take(self, runs: tuple[Run, ...], call: UNetCall) -> list[KeyValue]:
+    def _select(self, runs: tuple[RowBlock, ...], call: UNetCall) -> list[KeyValue]:
         """K and V per site for these runs, (runs, T, inner)."""
         selection = select_rows(runs, self.key_values.counts, self.branch_tokens)
-        key_values = self.key_values.take(selection.rows, call.device, call.dtype)
+        key_values = self.key_values.select(selection.rows, call.device, call.dtype)
         index = {
             branch: RowIndex.of(positions, len(selection.rows), call.device)
             for branch, positions in selection.positions.items()

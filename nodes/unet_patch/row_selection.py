@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .batch_layout import BatchLayout
 
 
-class Run(NamedTuple):
+class RowBlock(NamedTuple):
     """A run of equal rows of a batch."""
 
     unconditional: bool
@@ -38,9 +38,11 @@ def equal_runs(rows: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
     return rows
 
 
-def runs_of(layout: BatchLayout, frames: int) -> tuple[Run, ...]:
+def runs_of(layout: BatchLayout, frames: int) -> tuple[RowBlock, ...]:
     """The equal runs of a batch, where `frames` frames have tokens of their own; the last repeats."""
-    return equal_runs(tuple(Run(row.unconditional, min(max(row.frame, 0), frames - 1)) for row in layout))
+    return equal_runs(
+        tuple(RowBlock(row.unconditional, min(max(row.frame, 0), frames - 1)) for row in layout)
+    )
 
 
 class RowSelection(NamedTuple):
@@ -52,7 +54,7 @@ class RowSelection(NamedTuple):
 
 
 def select_rows(
-    runs: Sequence[Run], counts: tuple[int, int], branches: Iterable[BranchTokens]
+    runs: Sequence[RowBlock], counts: tuple[int, int], branches: Iterable[BranchTokens]
 ) -> RowSelection:
     """The rows for these runs. counts: unconditional and conditional rows; branches: of all sites."""
     selected = {branch: [_row_of(branch, run, counts) for run in runs] for branch in dict.fromkeys(branches)}
@@ -65,7 +67,7 @@ def select_rows(
     return RowSelection(rows, positions)
 
 
-def _row_of(branch: BranchTokens, run: Run, counts: tuple[int, int]) -> int | None:
+def _row_of(branch: BranchTokens, run: RowBlock, counts: tuple[int, int]) -> int | None:
     unconditional_tokens = branch.unconditional if run.unconditional else branch.conditional
     if unconditional_tokens is None:
         return None

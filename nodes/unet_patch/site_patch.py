@@ -82,10 +82,10 @@ class SitePatch:
     ) -> tuple[int, ...] | None:
         """See rows_of_queries. Counts this attention's calls where it runs on one row after the other."""
         calls = 0
-        if step.one_by_one:
+        if step.rowwise:
             calls = step.calls[self.slot, self.site]
             step.calls[self.slot, self.site] += 1
-        queries = Queries(*q.shape[:2], grid, calls, step.one_by_one)
+        queries = Queries(*q.shape[:2], grid, calls, step.rowwise)
         return rows_of_queries(queries, step.layout, extra_options)
 
     def add(self, callback: Callable[..., Tensor], **options: Any) -> None:

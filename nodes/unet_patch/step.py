@@ -1,4 +1,4 @@
-"""State of one UNet call, handed to the attentions in transformer_options."""
+"""State of one UNet call, in transformer_options for the attentions, and computation of its masks."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Step:
     active: dict[int, ActiveInjection]  # by the number of the Apply node in its chain
     layout: BatchLayout = ()
     unet: nn.Module | None = None
-    one_by_one: bool = False  # True if the UNet runs its attentions on one row after the other
+    rowwise: bool = False  # True if the UNet runs its attentions on one row after the other
     # attn2 replacements of whole blocks, by (block, number)
     block_patches: dict[tuple, Callable[..., Tensor]] = dataclasses.field(default_factory=dict)
     # Apply nodes and sites whose patch ran; not recorded where compiled

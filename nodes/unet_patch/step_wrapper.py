@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ...easyref_core.unet.layout import Site
 
 KEY = "easyref"  # of the attachment, the wrappers and the callbacks of a conditioned MODEL
-ONE_BY_ONE = "ReUNetModel"  # class of RES4LYF's UNet, which runs its attentions on one row after the other
+ROWWISE_UNET = "ReUNetModel"  # class of RES4LYF's UNet, which runs its attentions on one row after the other
 STEP_ROWS = "easyref_step_rows"  # in transformer_options: the RowNumbers of this step
 
 
@@ -124,14 +124,14 @@ class StepWrapper(CopyByReference):
 
     def _step(self, options: dict[str, Any], layout: BatchLayout, call: UNetCall, unet: nn.Module) -> Step:
         sigma = options[SIGMA] if SIGMA in options else read_sigma(options.get("sigmas"))
-        active = {slot: injection.at(sigma, layout, call) for slot, injection in enumerate(self.injections)}
+        active = {slot: each.active_at(sigma, layout, call) for slot, each in enumerate(self.injections)}
         replaced = options.get("patches_replace", {}).get("attn2", {})
         return Step(
             sigma,
             {slot: injection for slot, injection in active.items() if injection},
             layout,
             unet,
-            one_by_one=type(unet).__name__ == ONE_BY_ONE,
+            rowwise=type(unet).__name__ == ROWWISE_UNET,
             block_patches={address: patch for address, patch in replaced.items() if len(address) == 2},
         )
 
@@ -157,7 +157,7 @@ class StepWrapper(CopyByReference):
         if any(active.recorder for active in step.active.values()):
             return "Record Where It Acts reads every attention"
         patches = options.get("patches_replace", {}).get("attn2", {}).values()
-        if step.one_by_one:
+        if step.rowwise:
             return "RES4LYF runs its rows one after the other"
         foreign = step.block_patches or any(is_foreign(patch) for patch in patches)
         if foreign or options.get("patches", {}).get("attn2_patch"):

@@ -1,4 +1,4 @@
-"""Frames: the index that each latent of a UNet call has in the whole batch or animation.
+"""Recovers each latent's index in the full batch from its noise.
 
 Rebatch Latents, Latent From Batch and detailers sample a batch in parts. The index of each latent in the
 whole batch (`batch_index`) selects its noise and does not reach the model, so it is recovered from the noise:
@@ -78,7 +78,7 @@ def frames_by_noise(noise: Tensor, seed: Any, max_draws: int) -> tuple[int, ...]
     """Index of each latent of the noise (B, ...) among the draws with this seed.
 
     None where a latent's noise is not among the first `max_draws`, and where two latents have the same noise
-    (as latents that were joined or share a seed), because their positions in the batch say more then.
+    (as latents that were joined or share a seed); in that case the batch position is used instead.
     """
     generator = torch.Generator()  # a separate one: the global random state must not change
     try:

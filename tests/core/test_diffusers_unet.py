@@ -61,7 +61,7 @@ def test_a_batch_of_different_groups_is_each_group_alone(unet, model, tokens, ex
 
 def test_unconditional_rows_that_match_no_group_are_refused(tokens, apply) -> None:
     two, three = (torch.Tensor(tokens).repeat(n, 1, 1) for n in (2, 3))
-    message = r"2 rows of unconditional tokens for 3 groups; wanted 1, or one a group"
+    message = r"2 rows of unconditional tokens for 3 groups; wanted 1, or one per group"
     with pytest.raises(ValueError, match=message):
         apply(three, two)
 

@@ -7,13 +7,13 @@ from collections import Counter
 import pytest
 
 from easyref_core.unet.layer_weights import (
-    AGAINST,
-    OWN,
-    SWAPPED,
+    DEFAULT_BRANCHES,
+    NEGATIVE_ONLY,
+    SWAPPED_BRANCHES,
     WEIGHT_TYPES,
-    choose,
     layers_of,
     parse_layer_weights,
+    resolve_weight_type,
 )
 from easyref_core.unet.layout import Site, sdxl_sites
 
@@ -46,10 +46,14 @@ def test_factors() -> None:
 
 def test_only_precise_types_change_the_branches() -> None:
     style, composition = WEIGHT_TYPES["style transfer precise"], WEIGHT_TYPES["composition precise"]
-    assert style.branch_tokens == tuple(AGAINST if layer == 3 else OWN for layer in range(11))
-    assert composition.branch_tokens == tuple(OWN if layer == 3 else SWAPPED for layer in range(11))
+    assert style.branch_tokens == tuple(
+        NEGATIVE_ONLY if layer == 3 else DEFAULT_BRANCHES for layer in range(11)
+    )
+    assert composition.branch_tokens == tuple(
+        DEFAULT_BRANCHES if layer == 3 else SWAPPED_BRANCHES for layer in range(11)
+    )
     others = {kind.branch_tokens for name, kind in WEIGHT_TYPES.items() if "precise" not in name}
-    assert others == {(OWN,) * 11}
+    assert others == {(DEFAULT_BRANCHES,) * 11}
 
 
 def test_layers_are_numbered_as_the_unet_runs() -> None:
@@ -67,13 +71,13 @@ def test_unet_of_another_shape_is_refused() -> None:
 
 def test_layer_weights_replace_the_factors_only() -> None:
     assert parse_layer_weights(" 3 : 1, 6:0.5,\n10:-2 ") == (0, 0, 0, 1, 0, 0, 0.5, 0, 0, 0, -2)
-    precise = choose("style transfer precise", "4:1")
+    precise = resolve_weight_type("style transfer precise", "4:1")
     assert precise.factors == (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0)
     assert precise.branch_tokens == WEIGHT_TYPES["style transfer precise"].branch_tokens
     for empty in ("", " ", ",\n"):
-        assert choose("ease in", empty) == WEIGHT_TYPES["ease in"]
+        assert resolve_weight_type("ease in", empty) == WEIGHT_TYPES["ease in"]
 
 
 def test_unknown_type_is_refused() -> None:
     with pytest.raises(ValueError, match="weight_type is 'bold'; wanted one of: linear, "):
-        choose("bold")
+        resolve_weight_type("bold")

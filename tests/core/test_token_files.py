@@ -17,7 +17,7 @@ from devkit import golden
 from devkit.project import pyproject
 from easyref_core.mllm.context import Provenance
 from easyref_core.tokens import files
-from easyref_core.tokens.files import METADATA_KEY, padded_thumbnail
+from easyref_core.tokens.files import METADATA_KEY, thumbnail_tensor
 
 from .errors import assert_says, error_of
 
@@ -106,9 +106,9 @@ def test_one_object_can_be_saved_as_both(tmp_path: Path) -> None:
 def test_thumbnails(saved: Path, tmp_path: Path) -> None:
     thumbnails = er.load_tokens(saved).thumbnails
     assert (thumbnails.shape, thumbnails.dtype) == ((3, 64, 64, 3), torch.uint8)
-    assert torch.equal(thumbnails[1], padded_thumbnail(golden.references()[1]))
-    assert torch.equal(padded_thumbnail(golden.as_tensor(golden.references()[1])), thumbnails[1])
-    wide = padded_thumbnail(Image.new("RGB", (200, 100), "white"))
+    assert torch.equal(thumbnails[1], thumbnail_tensor(golden.references()[1]))
+    assert torch.equal(thumbnail_tensor(golden.as_tensor(golden.references()[1])), thumbnails[1])
+    wide = thumbnail_tensor(Image.new("RGB", (200, 100), "white"))
     assert (wide.amax(dim=(1, 2)) > 0).sum() == 32
     assert len(saved_and_loaded(tmp_path, tokens(0), tokens(1, BLACK)).thumbnails) == 0
 

@@ -197,10 +197,10 @@ def test_key_values_of_earlier_weights_are_released(easy, model) -> None:
         model.get_model_object("model_sampling"), torch.device("cpu"), torch.float32
     )
     layout = easy.two_sided_layout()
-    first = injection.at(sigma_at(model, 0.25), layout, call)
+    first = injection.active_at(sigma_at(model, 0.25), layout, call)
     values = [weakref.ref(v) for _, v in first.key_values]
     del first
-    injection.at(sigma_at(model, 0.5), layout[1:], call)
+    injection.active_at(sigma_at(model, 0.5), layout[1:], call)
     assert [value() for value in values] == [None] * SITES
 
 

@@ -257,11 +257,16 @@ def test_rows_of_key_values(pack) -> None:
     batch = [layout.Row(side, 0, frame, crop) for side in (True, False) for frame in (1, 1, 7, 7)]
     runs = rows.runs_of(batch, frames=3)
     assert runs == ((True, 1), (True, 2), (False, 1), (False, 2))
-    selection = rows.select_rows(runs, (1, 3), [layers.OWN, layers.AGAINST, layers.OWN])
+    selection = rows.select_rows(
+        runs, (1, 3), [layers.DEFAULT_BRANCHES, layers.NEGATIVE_ONLY, layers.DEFAULT_BRANCHES]
+    )
     assert selection.rows == (0, 2, 3)
-    assert selection.positions == {layers.OWN: (0, 0, 1, 2), layers.AGAINST: (1, 2, None, None)}
-    nothing = rows.select_rows(runs[2:], (1, 3), [layers.AGAINST])
-    assert nothing == ((0,), {layers.AGAINST: (None, None)})
+    assert selection.positions == {
+        layers.DEFAULT_BRANCHES: (0, 0, 1, 2),
+        layers.NEGATIVE_ONLY: (1, 2, None, None),
+    }
+    nothing = rows.select_rows(runs[2:], (1, 3), [layers.NEGATIVE_ONLY])
+    assert nothing == ((0,), {layers.NEGATIVE_ONLY: (None, None)})
     index = rows.RowIndex.of((2, None, 0), 3, torch.device("cpu"))
     assert index.gather(torch.tensor([[1.0], [2.0], [3.0]])).flatten().tolist() == [3, 0, 1]
 

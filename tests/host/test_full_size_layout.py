@@ -48,7 +48,7 @@ def released(pack) -> SimpleNamespace:
         model=model,
         key_value_rows=lambda tokens: golden.part(pack, "nodes.host.key_values").KeyValueTable(key_values, 1),
         require_same_checkpoint=lambda tokens: None,
-        forget_with=lambda model: None,
+        clear_caches_on_detach=lambda model: None,
     )
 
 

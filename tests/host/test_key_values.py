@@ -42,13 +42,13 @@ def test_projected_rows_are_the_held_rows_bit_for_bit(easy, model, monkeypatch, 
 
 def test_rows_of_a_window_alone_are_on_the_device(easy, model, no_table, monkeypatch) -> None:
     rows = golden.part(easy.pack, "nodes.host.key_values").KeyValueProjector
-    taken, take = [], rows.take
+    taken, select = [], rows.select
 
     def record(self: Any, numbers: Any, *target: Any) -> Any:
         taken.append(list(numbers))
-        return take(self, numbers, *target)
+        return select(self, numbers, *target)
 
-    monkeypatch.setattr(rows, "take", record)
+    monkeypatch.setattr(rows, "select", record)
     sampled(in_windows(applied(easy, model)), steps=1)
     anchored = "causal_window_fix" in inspect.signature(windows.IndexListContextHandler).parameters
     # Of each window, after the one unconditional row. Newer hosts sample the frame before a window with it.

@@ -21,7 +21,7 @@ def prepared(easy, model, **settings) -> tuple:
     layout = easy.two_sided_layout()
     q, k, v = (torch.randn(2, tokens, 32) for tokens in (16, 77, 77))
     call = step.UNetCall(model.get_model_object("model_sampling"), q.device, q.dtype)
-    state = step.Step(1.0, {site.slot: injected.at(1.0, layout, call)}, layout)
+    state = step.Step(1.0, {site.slot: injected.active_at(1.0, layout, call)}, layout)
     return site, (q, k, v), {step.STEP: state, "n_heads": 2, "activations_shape": (2, 32, 4, 4)}
 
 

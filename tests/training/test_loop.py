@@ -25,7 +25,7 @@ from easyref_core.training.initial import from_checkpoint
 from easyref_core.training.loop import make_accelerator, train
 from easyref_core.training.run import DATASETS, Run, learning_rate, randomness
 from easyref_core.training.run_log import read_metrics
-from easyref_core.training.sampling import generate_images, references_of
+from easyref_core.training.sampling import generate_images, unpatchify
 from easyref_core.training.stages import STAGES
 
 from . import tiny
@@ -294,9 +294,9 @@ class TestSampling:
         )
         assert (first - second).abs().max() <= 1
 
-    def test_references_of_inverts_patchify(self) -> None:
+    def test_unpatchify_inverts_patchify(self) -> None:
         config = tiny.config()
         patches, grid = preprocess([tiny.random_image(1, 84), tiny.random_image(2, 84)], config, 84)
-        references = references_of(patches, grid, config)
+        references = unpatchify(patches, grid, config)
         assert len(references) == 2
         assert torch.allclose(patches, preprocess(references, config, 84)[0], atol=1e-5)

@@ -61,7 +61,7 @@ def with_references(pack: ModuleType, model: Any, start: float = 0.0) -> Any:
         model=SimpleNamespace(checkpoint=checkpoint),
         key_value_rows=lambda _: tables.KeyValueTable(key_values, 1),
         require_same_checkpoint=lambda _: None,
-        forget_with=lambda _: None,
+        clear_caches_on_detach=lambda _: None,
     )
     tokens = SimpleNamespace(conditional=torch.empty(TOKENS), unconditional=torch.empty(TOKENS))
     settings = unet_patch.ApplySettings(start_percent=start, lora_strength=0.0)

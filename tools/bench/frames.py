@@ -54,7 +54,7 @@ def injection_of(pack: ModuleType, frames: int) -> Any:
     else:
         rows = key_values.KeyValueProjector(tokens, 1, row_numel, project)
     strength = injection.Strength(1.0, (0.0, 1.0), (1.0,) * len(widths))
-    return injection.Injection(rows, strength, (layers.OWN,) * len(widths))
+    return injection.Injection(rows, strength, (layers.DEFAULT_BRANCHES,) * len(widths))
 
 
 def measure(pack: ModuleType, frames: int, window: int) -> tuple[list[int], float]:
@@ -68,7 +68,7 @@ def measure(pack: ModuleType, frames: int, window: int) -> tuple[list[int], floa
     rows = tuple(layout.Row(side, i, first + i, crop) for side in (True, False) for i in range(count))
     call = step.UNetCall(Sampling(), torch.device("cpu"), torch.float16)
     active: list[Any] = []
-    took = seconds(lambda: active.append(applied.at(0.5, rows, call)))
+    took = seconds(lambda: active.append(applied.active_at(0.5, rows, call)))
     placed = {id(tensor): tensor.nbytes for pair in active[0].key_values for tensor in pair}
     held = (1 + frames) * applied.key_values.row_numel * 4
     on_device = sum(placed.values()) + applied.key_values.resident_rows * applied.key_values.row_numel * 2

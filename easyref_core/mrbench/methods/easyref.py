@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from easyref_core import INSTRUCTION, SIZE, EasyRef, load
-from easyref_core.training.trainable import AGGREGATIONS
-from easyref_core.unet import diffusers_unet
-
+from ...mllm.instructions import INSTRUCTION
+from ...mllm.preprocess import SIZE
+from ...model import EasyRef, load
+from ...training.trainable import AGGREGATIONS
+from ...unet import diffusers_unet
 from .method import Method, Task
 
 

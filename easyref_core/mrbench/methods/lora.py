@@ -1,6 +1,6 @@
 """LoRA trained on each group's references with peft, as DreamBooth-LoRA does, and removed after generating.
 
-This is test-time tuning: each group has a training of its own before its first image. It needs no held-in
+This is test-time tuning: a LoRA is trained per group before generation. It needs no held-in
 data, so it runs on both splits. The paper's "LoRA fails on held-out" is about another use: one LoRA for each
 held-in topic, applied to a topic that none was trained on.
 """
