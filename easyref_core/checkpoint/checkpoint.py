@@ -121,7 +121,7 @@ def open_checkpoint(path: Path, mllm: Path | None = None, causal: bool | None = 
 
     mllm: folder of the base MLLM: its config.json, and its weights where the checkpoint has none.
     causal: overrides the checkpoint's setting of the final layer's attention.
-    Raises FileNotFoundError, or ValueError that names the thing, what was found and wanted, and the remedy.
+    Raises FileNotFoundError, and ValueError for a file that is not a complete EasyRef checkpoint.
     """
     file = open_tensors(path)
     names = {name.removeprefix("module."): name for name in file.shapes}

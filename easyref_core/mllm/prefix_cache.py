@@ -91,8 +91,8 @@ class EncodePlan:
     prefix: Prefix | None
     cached_tokens: int  # positions that are taken from the prefix
     uncached_references: tuple[int, ...]  # references that the decoder has to prefill
-    features: Mapping[bytes, Tensor]  # those of them that are cached, by digest
-    unencoded_images: tuple[int, ...]  # those that the vision tower has to encode, equal images once
+    features: Mapping[bytes, Tensor]  # cached vision features of the uncached references, by digest
+    unencoded_images: tuple[int, ...]  # references for the vision tower, equal images once
 
     @property
     def new_tokens(self) -> int:

@@ -16,8 +16,9 @@ In reading order:
     examples.py            training examples for the three stages of easyref_core/training and the IP-Adapter
     evaluate.py            accuracy of images generated for held-out groups
     demo_group.py          numbered example groups
+    clip_text.py, diffusers_folder.py      the text encoders of the demo, from a diffusers folder
     clip.py, baselines.py, benchmark.py    MRBench with baselines trained on the same dataset
 
-weights/ is the output of `make tiny`: base/ (a diffusers SDXL folder), tiny-qwen2-vl/ (config and tokenizer),
+    clip_text.py, diffusers_folder.py      text encoders of the demo
 tiny_easyref.safetensors (checkpoint of the third stage, with the MLLM) and the classifier.
 """

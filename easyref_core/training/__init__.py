@@ -19,7 +19,9 @@ Modules in reading order (B groups, K references in each, T reference tokens):
     run_log.py       progress bar, metrics.csv, TensorBoard, sheets of sample images
     sampling.py      image generation with guidance
 
-    cost.py          memory and time of each stage at full size, counted on the meta device
+    full_size.py     full-size models on the meta device
+    counting.py      FLOPs and peak memory there
+    cost.py          memory and time of each stage at full size
 
 Nothing is imported here, because the nodes need none of it.
 """

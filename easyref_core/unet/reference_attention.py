@@ -51,14 +51,14 @@ def reference_attention(
 ) -> Tensor:
     """Attention to the references softmax(Q K^T) V of weighted K and V: the term added to the text attention.
 
-    q: (batch, tokens, inner), the query that the text attention uses too (LoRA included). key_value: (chunks,
-    T, inner), weighted by apply_weight; the batch is `chunks` equal runs of rows that share their references.
-    A run becomes one longer sequence (a view), so nothing is repeated along the batch. padding_mask: (chunks,
-    T), False at padding. -> (batch, tokens, inner) in q's dtype, in new memory.
+    q: (batch, tokens, inner), the query that the text attention uses too (LoRA included). key_value: (runs,
+    T, inner), weighted by apply_weight; the batch is `runs` equal runs of rows that share their references. A
+    run becomes one longer sequence (a view), so nothing is repeated along the batch. padding_mask: (runs, T),
+    False at padding. -> (batch, tokens, inner) in q's dtype, in new memory.
     """
     # Views instead of einops: this runs 70 times a step, and parsing patterns would take longer than a GPU's
     # kernels.
-    # -> (chunks, batch / chunks * tokens, inner); raises if the batch is not a multiple of the chunks
+    # -> (runs, batch / runs * tokens, inner); raises if the batch is not a multiple of the runs
     queries = q.unflatten(0, (len(key_value[0]), -1)).flatten(1, 2)
     per_head = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (queries, *key_value))
     mask = None if padding_mask is None else padding_mask[:, None, None]

@@ -10,7 +10,7 @@ from ..utils.number_lists import parse_number, require_alike, split_entries
 
 NAME = "weight_schedule"
 EXAMPLE = 'numbers, as in "1, 0.5, 0", or percent:weight pairs, as in "0.2:1, 0.8:0"'
-STEPS = 999  # of SDXL's 1000 timesteps; log sigma is linear in the percent in between
+STEPS = 999  # intervals between SDXL's 1000 timesteps; log sigma is linear in the percent in between
 MARGIN = 1e-9  # percent_to_sigma returns no sigma of the schedule at exactly 0 and 1
 
 Point = tuple[float, float]  # (fraction of the denoising 0..1, factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MAX_SHORTENED = 200  # characters
-# Bound of every factor of a weight: 3 * 100 * 100 = 30,000 is below float16's maximum, 65,504.
+# Of layer and schedule factors: a weight of 3 with both, 30,000, is below float16's maximum, 65,504.
 MAX_FACTOR = 100
 
 

@@ -29,8 +29,9 @@ def unconditional_runs(options: Mapping[str, Any]) -> tuple[bool, ...]:
 
 
 def is_unconditional(name: str) -> bool:
-    """Guiders name their conditionings: positive, negative, middle (a second prompt), empty_negative_prompt,
-    null, ...
+    """True if this is a guider's name of an unconditional conditioning.
+
+    Guiders use positive, negative, middle (a second prompt), empty_negative_prompt, null, ...
     """
     return any(word in name.lower() for word in ("neg", "uncond", "empty", "null"))
 

@@ -20,7 +20,7 @@ class RowBlock(NamedTuple):
     """A run of equal rows of a batch."""
 
     unconditional: bool
-    frame: int  # that selects the row of tokens
+    frame: int  # index of the row of tokens
 
 
 @functools.lru_cache(maxsize=256)
