@@ -3,6 +3,8 @@
 import sys
 from importlib.util import find_spec
 
+import pytest
+
 from devkit.cpu_torch import complete_cpu_torch
 from devkit.hosts import ROOT
 
@@ -11,3 +13,11 @@ sys.path.append(str(ROOT))  # last: this pack's `nodes` must not hide ComfyUI's 
 # transformers imports it when it is there
 if find_spec("torchvision"):
     complete_cpu_torch()
+
+# The longest files, started first, so that the workers of pytest-xdist end together.
+LONGEST = "test_compiled test_workflows test_loading test_server test_resume test_distributed".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
