@@ -32,9 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--all", action="store_true", help="run every host test in every ComfyUI")
     parsed, options = parser.parse_known_args()
-    # one worker more than cores, because tests wait for servers and browsers
-    workers = f"--numprocesses={(os.cpu_count() or 1) + 1}"
-    pytest = ["pytest", workers, "--dist=loadfile", "--no-loadscope-reorder", "-q", *options]
+    pytest = ["pytest", "--numprocesses=auto", "--dist=loadfile", "--no-loadscope-reorder", "-q", *options]
     first, *others = find_hosts() or [None]
 
     passed = [run("ruff check", "ruff", "check", "."), run("ruff format", "ruff", "format", "--check", ".")]
