@@ -185,9 +185,7 @@ def load_hosted(
 
 
 def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """bfloat16 where the device supports it, else float32. Not float16, because Qwen2's activations overflow
-    it.
-    """
+    """bfloat16 where the device supports it, else float32; Qwen2's activations overflow float16."""
     return torch.bfloat16 if precision != "fp32" and mm.should_use_bf16(device) else torch.float32
 
 
@@ -217,8 +215,9 @@ def storage(precision: str, compute: torch.dtype, device: torch.device) -> Cast:
 
 
 def copy_to_pages(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in separate memory pages, which return to the system when it is freed; heap memory would mostly
-    stay.
+    """A copy in memory pages of its own.
+
+    They return to the system when the copy is freed; heap memory would mostly stay.
     """
     pages = mmap.mmap(-1, tensor.numel() * dtype.itemsize)
     return torch.frombuffer(pages, dtype=dtype).view(tensor.shape).copy_(tensor)
@@ -249,8 +248,7 @@ def _free() -> None:
 
 
 def _forget(model: ref[EasyRef], _: ModelPatcher, unpatch_all: bool) -> None:
-    """ON_DETACH callback: clear the MLLM's caches, unless a prompt runs or the model is about to be loaded
-    again.
+    """ON_DETACH callback: clear the MLLM's caches, unless a prompt runs or a load follows.
 
     While a prompt runs, SDXL needs the memory on the device, and the caches are elsewhere. Otherwise the user
     unloads the models, or the host does: after a node ran out of memory, or after each prompt with

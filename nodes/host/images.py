@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...easyref_core.utils.images import to_rgb
-
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
@@ -22,13 +20,6 @@ def split(batch: Tensor) -> list[Tensor]:
 def split_group(group: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     """The references of an EASYREF_GROUP or an IMAGE batch, each (1, height, width, channels)."""
     return list(group) if isinstance(group, tuple) else split(group)
-
-
-def to_pil(images: Tensor | list[Tensor]) -> list[Image.Image]:
-    """IMAGE (batch, height, width, channels), or a list of single ones -> RGB images."""
-    return [
-        to_rgb(image[0] if image.ndim == 4 else image, f"image {i + 1}") for i, image in enumerate(images)
-    ]
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -22,8 +22,7 @@ Checks = dict[str, Callable[[Any], None]]  # by the input's name
 
 
 def validates_inputs(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """Class decorator: `execute` raises ValueError or TypeError for names and values outside the node's
-    schema.
+    """Class decorator: `execute` raises ValueError or TypeError for inputs outside the node's schema.
 
     Inputs that the node lists in FILE_INPUTS are left out: it looks its files up itself, because their list
     changes while the host runs.

@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 
 from ...easyref_core.inspect.attention_maps import require_same_group
 from ...easyref_core.inspect.reports import attention_report, heat_maps
-from ..host.images import split_group, to_pil, to_tensor
+from ..host.images import split_group, to_tensor
 from ..host.inputs import group_input
 from ..host.socket_types import EasyRefContext, EasyRefModel
 from ..host.validation import validates_inputs
@@ -65,13 +65,13 @@ class EasyRefReferenceAttention(io.ComfyNode):
         group: Tensor | tuple[Tensor, ...],
         token: int = -1,
     ) -> io.NodeOutput:
-        images = to_pil(split_group(group))
+        images = [image[0] for image in split_group(group)]
         shares = easyref.attention(context, token)
         require_same_group(images, context, easyref.model.config)
         report = attention_report(images, shares, token)
         sheet = to_tensor(report.image)
         masks = [
-            interpolate(heat[None, None], image.size[::-1], mode="bilinear")[0]
+            interpolate(heat[None, None], tuple(image.shape[:2]), mode="bilinear")[0]
             for heat, image in zip(heat_maps(shares), images, strict=True)
         ]
         return io.NodeOutput(sheet, masks, report.text, ui=ui.PreviewImage(sheet, cls=cls))

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ...easyref_core.inspect.influence import cosine_matrix
 from ...easyref_core.inspect.reports import consistency_report
 from ..host.hosted_model import progress_callback
-from ..host.images import split, split_group, to_pil, to_tensor
+from ..host.images import split, split_group, to_tensor
 from ..host.inputs import group_input
 from ..host.validation import validates_inputs
 
@@ -75,7 +75,7 @@ class EasyRefConsistency(io.ComfyNode):
         embeddings = embed(clip_vision, [*batch, *references], crop)
         cosines = cosine_matrix(embeddings[: len(batch)], embeddings[len(batch) :])
         sizes = [tuple(image.shape[1:3]) for image in references]
-        report = consistency_report(to_pil(batch), cosines, sizes, crop == CROPS[0])
+        report = consistency_report(images, cosines, sizes, crop == CROPS[0])
         chart, means = to_tensor(report.image), cosines.mean(dim=1)
         best = int(means.argmax())
         values = chart, batch[best], float(means.mean()), best, report.text

@@ -11,7 +11,7 @@ from ...easyref_core import INSTRUCTION, SIZE
 from ...easyref_core.inspect.influence import leave_one_out
 from ...easyref_core.inspect.reports import influence_report
 from ..host.hosted_model import progress_callback
-from ..host.images import split_group, to_pil, to_tensor
+from ..host.images import split_group, to_tensor
 from ..host.inputs import group_input, instruction_input, prompt_input, size_input
 from ..host.notes import read_prompt
 from ..host.socket_types import EasyRefGroupSocket, EasyRefModel
@@ -72,13 +72,14 @@ class EasyRefReferenceInfluence(io.ComfyNode):
         def tokens(images: Sequence[Tensor], progress: Progress) -> Tensor:
             return easyref.aggregate(easyref.encode(images, text, instruction, size, progress)).conditional
 
+        images = [image[0] for image in references]
         influence = leave_one_out(
-            [image[0] for image in references],
+            images,
             lambda images, progress: easyref.vision_features(images, size, progress),
             tokens,
             progress_callback(len(references) + 2),
         )
-        report = influence_report(to_pil(references), influence)
+        report = influence_report(images, influence)
         chart, text = to_tensor(report.image), "\n".join([report.text, *notes])
         others = tuple(image for i, image in enumerate(references) if i != influence.outlier)
         return io.NodeOutput(chart, text, influence.outlier, others, ui=ui.PreviewImage(chart, cls=cls))

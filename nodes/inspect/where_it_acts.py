@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ...easyref_core.inspect.drawing import vstack
 from ...easyref_core.inspect.reference_share import share_by_block_and_step, share_masks
 from ...easyref_core.inspect.reports import where_it_acts_report
-from ..host.images import to_pil, to_tensor
+from ..host.images import to_tensor
 from ..host.socket_types import EasyRefRecordSocket
 from ..host.validation import validates_inputs
 from ..unet_patch.recording import with_record
@@ -106,7 +106,7 @@ class EasyRefWhereItActs(io.ComfyNode):
                 "Where It Acts and run after it (change its seed if its result came from the cache); "
                 "without guidance (cfg 1) the negative side does not exist."
             )
-        images = [] if isinstance(sampled, dict) else to_pil(sampled)
+        images = () if isinstance(sampled, dict) else sampled
         names = [f" of Apply EasyRef {i + 1}" if len(branches) > 1 else "" for i in range(len(branches))]
         recorded = [(shares, name) for shares, name in zip(branches, names, strict=True) if shares]
         reports = [where_it_acts_report(shares, images, name) for shares, name in recorded]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from comfy_api.latest import io
 
@@ -13,13 +12,13 @@ from ...easyref_core.utils.errors import shorten
 from ...easyref_core.utils.number_lists import parse_numbers
 from ..host.socket_types import EasyRefTokens, TokenPair
 from ..host.validation import validates_inputs
-from .token_pairs import ABSENT, in_order, map_pairs, several_tokens, validate_first_socket
+from .token_pairs import SeveralTokensNode, in_order, map_pairs, several_tokens
 
 MAX_COMBINED, MAX_BATCHED = 16, 100  # sets of tokens
 
 
 @validates_inputs
-class EasyRefCombineTokens(io.ComfyNode):
+class EasyRefCombineTokens(SeveralTokensNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -58,10 +57,6 @@ class EasyRefCombineTokens(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tokens: Any = None, tokens0: Any = ABSENT) -> bool | str:
-        return validate_first_socket(cls, tokens0)
-
-    @classmethod
     def execute(cls, tokens: dict[str, TokenPair], method: str, factor: float, weights: str) -> io.NodeOutput:
         pairs = in_order(tokens)
         make = partial(combine, method=method, weights=parse_weights(weights, len(pairs)), factor=factor)
@@ -69,7 +64,7 @@ class EasyRefCombineTokens(io.ComfyNode):
 
 
 @validates_inputs
-class EasyRefBatchTokens(io.ComfyNode):
+class EasyRefBatchTokens(SeveralTokensNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -81,16 +76,8 @@ class EasyRefBatchTokens(io.ComfyNode):
             inputs=[
                 several_tokens(MAX_BATCHED, "One set for each image, in order. A batch counts as its rows.")
             ],
-            outputs=[
-                EasyRefTokens.Output(
-                    display_name="tokens", tooltip="A batch of tokens, for Apply EasyRef and a latent batch."
-                )
-            ],
+            outputs=[batch_output()],
         )
-
-    @classmethod
-    def validate_inputs(cls, tokens: Any = None, tokens0: Any = ABSENT) -> bool | str:
-        return validate_first_socket(cls, tokens0)
 
     @classmethod
     def execute(cls, tokens: dict[str, TokenPair]) -> io.NodeOutput:
@@ -98,7 +85,7 @@ class EasyRefBatchTokens(io.ComfyNode):
 
 
 @validates_inputs
-class EasyRefTokensOverFrames(io.ComfyNode):
+class EasyRefTokensOverFrames(SeveralTokensNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -133,21 +120,19 @@ class EasyRefTokensOverFrames(io.ComfyNode):
                     "start (ease in), at its end (ease out) or at both (ease in-out).",
                 ),
             ],
-            outputs=[
-                EasyRefTokens.Output(
-                    display_name="tokens", tooltip="A batch of tokens, for Apply EasyRef and a latent batch."
-                )
-            ],
+            outputs=[batch_output()],
         )
-
-    @classmethod
-    def validate_inputs(cls, tokens: Any = None, tokens0: Any = ABSENT) -> bool | str:
-        return validate_first_socket(cls, tokens0)
 
     @classmethod
     def execute(cls, tokens: dict[str, TokenPair], frames: int, easing: str) -> io.NodeOutput:
         make = partial(over_frames, frames=frames, easing=easing)
         return io.NodeOutput(map_pairs(in_order(tokens), make))
+
+
+def batch_output() -> EasyRefTokens.Output:
+    """Output with a row of tokens for each image or frame."""
+    tooltip = "A batch of tokens, for Apply EasyRef and a latent batch."
+    return EasyRefTokens.Output(display_name="tokens", tooltip=tooltip)
 
 
 def parse_weights(text: str, count: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""Helpers of the nodes that make one set of tokens from several: sockets, and functions mapped over pairs."""
+"""Base class and helpers of the nodes that make one set of tokens from several."""
 
 from __future__ import annotations
 
@@ -30,12 +30,16 @@ def several_tokens(limit: int, tooltip: str) -> io.Autogrow.Input:
     )
 
 
-def validate_first_socket(node: type[io.ComfyNode], tokens0: Any) -> bool | str:
-    """Return an error for an input tokens0, which programs write for tokens.tokens0; otherwise True.
+class SeveralTokensNode(io.ComfyNode):
+    """Base class of the nodes with an input of `several_tokens`."""
 
-    The host's own error would be misleading, because it calls the missing tokens.tokens0 just tokens0.
-    """
-    return True if tokens0 is ABSENT else unknown_input(node, f"{PREFIX}0")
+    @classmethod
+    def validate_inputs(cls, tokens: Any = None, tokens0: Any = ABSENT) -> bool | str:
+        """Return an error for an input tokens0, which programs write for tokens.tokens0; otherwise True.
+
+        The host's own error would be misleading, because it calls the missing tokens.tokens0 just tokens0.
+        """
+        return True if tokens0 is ABSENT else unknown_input(cls, f"{PREFIX}0")
 
 
 def in_order(tokens: Mapping[str, TokenPair | None]) -> list[TokenPair]:

@@ -151,8 +151,7 @@ class Injection(CopyByReference):
     def for_compile(
         self, active: ActiveInjection | None, layout: BatchLayout, call: UNetCall, size: tuple[int, int]
     ) -> ActiveInjection:
-        """The injection in a form that is the same at every step: V = 0 outside the window, masks of all
-        grids.
+        """The injection in a form that is the same at every step: V = 0 outside the window, all masks.
 
         active: the result of `active_at`. size: (height, width) of the latent that the UNet is given.
         """
