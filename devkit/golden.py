@@ -52,7 +52,7 @@ CASES: dict[str, Callable[[], tuple[list[Image.Image], str]]] = {
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative error, ||result - expected|| / ||expected||."""
-    result, expected = (torch.Tensor(t.detach()).float() for t in (result, expected))
+    result, expected = (torch.Tensor(t.detach().cpu()).float() for t in (result, expected))
     assert result.shape == expected.shape
     return ((result - expected).norm() / expected.norm()).item()
 

@@ -19,8 +19,8 @@ from devkit.hosts import ROOT
 PACK = tuple(str(ROOT / room) for room in ("easyref_core", "nodes"))
 CLEAR = (ValueError, FileNotFoundError, TypeError)  # exactly these, not subclasses
 REMEDY = re.compile(
-    r"\b(wanted|Wanted|use|Use|Choose|Give|Write|Connect|Download|download|Put|Save|save|Remove|remove|Update|Crop|Check|"
-    r"Load|Pass|Encode|Make|Set|Shorten|Paint|Name|Combine|Link|Install|needs|Divide)\b"
+    r"\b(wanted|Wanted|use|Use|Choose|Give|Write|Connect|Download|download|Put|Save|save|Remove|remove|"
+    r"Update|Crop|Check|Load|Pass|Encode|Make|Set|Shorten|Paint|Name|Combine|Link|Install|needs|Divide)\b"
 )
 MIN_CHARACTERS, MAX_CHARACTERS = 20, 2000
 SURROGATE = re.compile("[\ud800-\udfff]")

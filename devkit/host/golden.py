@@ -17,11 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
-CHECKPOINT = GOLDEN / "easyref.safetensors"
-MLLM = GOLDEN / "mllm"
-SETTINGS: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
-SIZE = SETTINGS["cond_image_size"]
+from devkit.golden import CHECKPOINT, GOLDEN, MLLM, SETTINGS, SIZE
+from devkit.golden import error as error
 
 
 @functools.cache
@@ -119,9 +116,3 @@ def tokens(pack: ModuleType, easyref: Any) -> Any:
 
 def instruction(pack: ModuleType) -> str:
     return part(pack, "easyref_core").INSTRUCTION
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Relative error, ||found - wanted|| / ||wanted||."""
-    found = found.detach().float().cpu().as_subclass(torch.Tensor)
-    return ((found - wanted).norm() / wanted.norm()).item()
