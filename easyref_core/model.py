@@ -165,16 +165,24 @@ class EasyRef:
 
         Raises ValueError for a context of another checkpoint, and if the arithmetic overflowed.
         """
-        self.require_same_checkpoint(context, "context")
-        bias = weight_bias(context, self.config.num_tokens)
-        bias = None if bias is None else bias.to(self.device, self.dtype)
-        tokens = self.mllm.aggregator(context.states.to(self.device, self.dtype), attn_bias=bias).float()
+        states, bias = self.aggregator_inputs(context)
+        tokens = self.mllm.aggregator(states, attn_bias=bias).float()
         if not torch.isfinite(tokens).all():
             raise ValueError(
                 f"The reference tokens are not finite (computed in {self.dtype}). Load EasyRef with "
                 "precision fp32; if it is, the checkpoint is damaged: download it again."
             )
         return ReferenceTokens.of(tokens, context.provenance)
+
+    def aggregator_inputs(self, context: ContextStates) -> tuple[Tensor, Tensor | None]:
+        """States (1, S, D) and attention bias (T, S + T) of a context, on the model's device, in its dtype.
+
+        Raises ValueError for a context of another checkpoint.
+        """
+        self.require_same_checkpoint(context, "context")
+        bias = weight_bias(context, self.config.num_tokens)
+        states = context.states.to(self.device, self.dtype)
+        return states, None if bias is None else bias.to(self.device, self.dtype)
 
     def unconditional(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..files.atomic_write import atomic_write
-from ..files.tensor_files import Source, TensorFile, has_weights, open_tensors, read_json, read_sources
+from ..files.tensor_files import Source, has_weights, open_tensors, read_json, read_sources
 from ..mllm.config import EasyRefConfig, Shapes, mllm_name
 from ..mllm.qwen2_vl import SkipInit
 from ..unet.layout import Site
@@ -106,14 +106,18 @@ class Checkpoint:
 
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Hash of the first and last values of named tensors, in any order."""
-    ends = {}
-    for name, tensor in tensors:
-        values = tensor.flatten()
-        ends[name] = torch.cat([values[:FINGERPRINT_VALUES], values[-FINGERPRINT_VALUES:]]).float()
+    ends = {name: end_values(tensor) for name, tensor in tensors}
     digest = hashlib.sha256()
     for name in sorted(ends):
-        digest.update(name.encode() + ends[name].cpu().numpy().tobytes())
+        digest.update(name.encode() + ends[name])
     return digest.hexdigest()[:16]
+
+
+def end_values(tensor: torch.Tensor) -> bytes:
+    """The first and last FINGERPRINT_VALUES values of a tensor, as the bytes of float32 numbers."""
+    values = tensor.detach().flatten()
+    ends = torch.cat([values[:FINGERPRINT_VALUES], values[-FINGERPRINT_VALUES:]])
+    return ends.float().cpu().numpy().tobytes()
 
 
 def open_checkpoint(path: Path, mllm: Path | None = None, causal: bool | None = None) -> Checkpoint:
@@ -178,8 +182,8 @@ def read_config(mllm: Path) -> dict[str, Any]:
     return config
 
 
-def open_mllm(folder: Path) -> TensorFile:
-    """The weights of an MLLM folder, by their stored names.
+def mllm_sources(folder: Path) -> dict[str, Source]:
+    """The weights of an MLLM folder, by name in the model: all its decoder layers are encoder.layers.*.
 
     Raises ValueError for a quantized MLLM, FileNotFoundError for a folder without weights.
     """
@@ -193,7 +197,7 @@ def open_mllm(folder: Path) -> TensorFile:
     file = open_tensors(folder)
     if tensors := quantized(file.shapes):
         raise _quantized_error(folder, name, f"{len(tensors)} tensors such as {shorten(tensors[0])}")
-    return file
+    return {new: Source(file, name) for name, new in translate(file.shapes, MLLM_NAMES).items()}
 
 
 def _describe_quantizer(settings: object) -> str:
@@ -275,8 +279,7 @@ def _base_mllm(path: Path, mllm: Path | None, final_layers: int) -> dict[str, So
             "frozen). Choose a folder with the base MLLM, Qwen/Qwen2-VL-2B-Instruct: its config.json, its "
             "tokenizer and its weights, not quantized."
         )
-    file = open_mllm(mllm)
-    sources = {new: Source(file, name) for name, new in translate(file.shapes, MLLM_NAMES).items()}
+    sources = mllm_sources(mllm)
     body = _count_layers(sources, "encoder") - final_layers
     return {name: source for name, source in sources.items() if _layer_number(name, "encoder") < body}
 

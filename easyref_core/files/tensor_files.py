@@ -111,7 +111,7 @@ class SafetensorsFile(_MappedFile):
         try:
             with safe_open(path, framework="pt") as file:
                 self.metadata = file.metadata() or {}
-                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(
                 f"{path} is not a complete safetensors file: {shorten(error)} ({path.stat().st_size:,} bytes "

@@ -11,7 +11,6 @@ from einops import rearrange, repeat
 
 from ..mllm.preprocess import resized_sides
 from ..mllm.qwen2_vl import apply_rope
-from ..tokens.aggregator import weight_bias
 from ..utils.images import check_image
 
 if TYPE_CHECKING:
@@ -52,16 +51,13 @@ def attention_shares(model: EasyRef, context: ContextStates, token: int = -1) ->
 
     Raises ValueError for a context of another checkpoint and for a token that does not exist.
     """
-    model.require_same_checkpoint(context, "context")
+    states, bias = model.aggregator_inputs(context)
     count = model.config.num_tokens
     if not -1 <= token < count:
         raise ValueError(
             f"Reference token {token} does not exist: the checkpoint has {count}, 0 to {count - 1}. "
             "Choose one of them, or -1 for all."
         )
-    bias = weight_bias(context, count)
-    bias = None if bias is None else bias.to(model.device, model.dtype)
-    states = context.states.to(model.device, model.dtype)
     weights = aggregation_attention(model.mllm.aggregator, states, bias)
     per_token = weights[0].mean(dim=0).cpu()  # (T, S + T)
     return split_shares(per_token.mean(dim=0) if token < 0 else per_token[token], context, model.config)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .manifest import Group
 
 FILE = "method.json"
-END_VALUES = 32  # hashed at either end of a tensor
 END_BYTES = 1 << 16  # hashed at either end of a reference's file
 
 Record = dict[str, Any]
@@ -26,13 +25,11 @@ Record = dict[str, Any]
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Hash of the first and last values of every tensor; training changes every value of a trained tensor."""
-    import torch
+    from ..checkpoint.checkpoint import end_values
 
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        values = tensors[name].detach().reshape(-1)
-        ends = torch.cat([values[:END_VALUES], values[-END_VALUES:]]).float().cpu()
-        digest.update(f"{name} {tuple(tensors[name].shape)}".encode() + ends.numpy().tobytes())
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode() + end_values(tensors[name]))
     return digest.hexdigest()[:16]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import yaml
 
-from ..checkpoint.checkpoint import expected_shapes
+from ..checkpoint.checkpoint import LORA_PREFIX, expected_shapes
 from ..mllm.config import EasyRefConfig
 from ..mllm.preprocess import SIZE
 from ..unet.diffusers_unet import cross_attention_widths
@@ -67,9 +67,9 @@ def weights(stage: Stage) -> Weights:
     """A full-size EasyRef on the meta device, with a LoRA if the stage trains one."""
     shapes = released_shapes()
     if "lora" not in stage.trains:
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("unet.")}
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(LORA_PREFIX)}
     tensors = {name: torch.empty(shape, dtype=DTYPE, device="meta") for name, shape in shapes.items()}
-    return Weights(EASYREF, tuple(sites()), tuple(sites().values()), tensors, body_is_base=True)
+    return Weights(EASYREF, sites(), tensors, body_is_base=True)
 
 
 @cache

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..checkpoint.checkpoint import LORA_PREFIX, lora_shapes, open_checkpoint, open_mllm, read_config
-from ..checkpoint.formats import MLLM_NAMES, translate
-from ..files.tensor_files import Source, read_sources
+from ..checkpoint.checkpoint import (
+    LORA_PREFIX,
+    PATCH_EMBED,
+    lora_shapes,
+    mllm_sources,
+    open_checkpoint,
+    read_config,
+)
+from ..files.tensor_files import read_sources
 from ..mllm.config import EasyRefConfig
 from ..unet.diffusers_unet import cross_attention_widths
 from ..unet.layout import Site, require_fit
@@ -29,10 +36,14 @@ class Weights:
     """Complete weights: sizes, UNet sites, and every tensor under the names of easyref_core's modules."""
 
     config: EasyRefConfig
-    sites: tuple[Site, ...]
-    widths: tuple[int, ...]  # width of each site's attention
+    widths: Mapping[Site, int]  # of the UNet's cross-attentions, in processor order
     tensors: dict[str, Tensor]  # encoder.*, aggregator.*, kv.*, unet.<path>.processor.to_q_lora.down.weight
     body_is_base: bool  # True if encoder.* is the base MLLM's, so a checkpoint may omit it
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The cross-attention sites of the UNet, in processor order."""
+        return tuple(self.widths)
 
 
 def from_base(
@@ -52,7 +63,6 @@ def from_base(
     """
     settings = read_config(mllm)
     widths = cross_attention_widths(unet)
-    sites, inner = tuple(widths), tuple(widths.values())
     generator = torch.Generator().manual_seed(seed)
     tensors = _split(_mllm_tensors(mllm), final_layers)
     hidden = tensors["encoder.embed_tokens.weight"].shape[1]
@@ -60,12 +70,12 @@ def from_base(
         num_tokens, hidden, generator=generator
     )
     tensors |= _projector(hidden, unet.config.cross_attention_dim, seed)
-    tensors |= _text_kv(unet, sites)
+    tensors |= _text_kv(unet, widths)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = EasyRefConfig.from_checkpoint(shapes, settings, {"causal": causal})
     config = dataclasses.replace(config, lora_rank=lora_rank)
-    tensors |= fresh_lora(config, sites, inner, generator)
-    return Weights(config, sites, inner, tensors, body_is_base=True)
+    tensors |= fresh_lora(config, widths, generator)
+    return Weights(config, widths, tensors, body_is_base=True)
 
 
 def from_checkpoint(
@@ -84,23 +94,23 @@ def from_checkpoint(
             f"Set lora_rank: {rank}."
         )
     lora = {LORA_PREFIX + name: _float32_copy(name, tensor) for name, tensor in checkpoint.lora().items()}
-    tensors, inner = checkpoint.state(_float32_copy) | lora, tuple(checkpoint.widths.values())
+    tensors, widths = checkpoint.state(_float32_copy) | lora, checkpoint.widths
     if lora_rank and not rank:
         config = dataclasses.replace(config, lora_rank=lora_rank)
-        tensors |= fresh_lora(config, checkpoint.sites, inner, torch.Generator().manual_seed(seed))
+        tensors |= fresh_lora(config, widths, torch.Generator().manual_seed(seed))
     body = checkpoint.sources["encoder.embed_tokens.weight"].file.path
-    return Weights(config, checkpoint.sites, inner, tensors, body_is_base=body != path)
+    return Weights(config, widths, tensors, body_is_base=body != path)
 
 
 def fresh_lora(
-    config: EasyRefConfig, sites: tuple[Site, ...], inner: tuple[int, ...], generator: torch.Generator
+    config: EasyRefConfig, widths: Mapping[Site, int], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """LoRA without effect: down is drawn with standard deviation 1 / rank, up is zero."""
     return {
         name: torch.randn(shape, generator=generator) / config.lora_rank
         if ".down." in name
         else torch.zeros(shape)
-        for name, shape in lora_shapes(config, dict(zip(sites, inner, strict=True))).items()
+        for name, shape in lora_shapes(config, widths).items()
     }
 
 
@@ -110,11 +120,8 @@ def _float32_copy(_: str, tensor: Tensor) -> Tensor:
 
 
 def _mllm_tensors(mllm: Path) -> dict[str, Tensor]:
-    file = open_mllm(mllm)
-    sources = {new: Source(file, name) for name, new in translate(file.shapes, MLLM_NAMES).items()}
-    tensors = {name: _float32_copy(name, tensor) for name, tensor in read_sources(sources)}
-    patches = "encoder.visual.patch_embed.weight"
-    return tensors | {patches: tensors[patches].flatten(1)}  # stored as a Conv3d of stride = kernel
+    tensors = {name: _float32_copy(name, tensor) for name, tensor in read_sources(mllm_sources(mllm))}
+    return tensors | {PATCH_EMBED: tensors[PATCH_EMBED].flatten(1)}
 
 
 def _split(tensors: dict[str, Tensor], final_layers: int) -> dict[str, Tensor]:
@@ -145,7 +152,7 @@ def _projector(hidden: int, token_width: int, seed: int) -> dict[str, Tensor]:
     return {f"aggregator.projector.{name}": tensor for name, tensor in projector.state_dict().items()}
 
 
-def _text_kv(unet: UNet2DConditionModel, sites: tuple[Site, ...]) -> dict[str, Tensor]:
+def _text_kv(unet: UNet2DConditionModel, sites: Iterable[Site]) -> dict[str, Tensor]:
     """Copy the UNet's text K and V as initial K and V of the reference tokens."""
     tensors = {}
     for number, site in enumerate(sites):

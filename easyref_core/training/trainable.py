@@ -58,8 +58,7 @@ class TrainableEasyRef(nn.Module):
         self.config, self.sites, self.stage, self.image_token = config, weights.sites, stage, image_token
         self.aggregation = aggregation
         self.__dict__["unet"] = unet
-        widths = dict(zip(weights.sites, weights.widths, strict=True))
-        modules = CheckpointModules(config, widths, SkipInit, device="meta")
+        modules = CheckpointModules(config, weights.widths, SkipInit, device="meta")
         lora = {name: t for name, t in weights.tensors.items() if name.startswith(LORA_PREFIX)}
         modules.load_state_dict({n: t for n, t in weights.tensors.items() if n not in lora}, assign=True)
         if stage.body_frozen:
@@ -171,7 +170,7 @@ def tensor_name(parameter: str) -> str:
 
 
 def _lora_name(attention: str, layer: str, side: str) -> str:
-    return f"unet.{attention}.processor.{layer}_lora.{side}.weight"
+    return f"{LORA_PREFIX}{attention}.processor.{layer}_lora.{side}.weight"
 
 
 def _layer_path(key: str) -> str:
@@ -183,7 +182,8 @@ def _lora_layers(tensors: Mapping[str, Tensor]) -> nn.ModuleDict:
     """Linear layers up(down(x)) by `_layer_path` key."""
     lora = nn.ModuleDict()
     for name, down in tensors.items():
-        if match := re.fullmatch(r"unet\.(.+)\.processor\.(to_\w+)_lora\.down\.weight", name):
+        path = name.removeprefix(LORA_PREFIX)
+        if match := re.fullmatch(r"(.+)\.processor\.(to_\w+)_lora\.down\.weight", path):
             sides = {"down": down, "up": tensors[_lora_name(match[1], match[2], "up")]}
             linears = {side: nn.Linear(*w.T.shape, bias=False, device="meta") for side, w in sides.items()}
             layer = nn.Sequential(OrderedDict(linears))

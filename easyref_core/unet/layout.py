@@ -41,7 +41,8 @@ class Site(NamedTuple):
 def parse_diffusers(path: str) -> Site | None:
     """The site of a path such as down_blocks.1.attentions.0.transformer_blocks.3.attn2, or None."""
     match = re.match(
-        r"(?:(down|up)_blocks\.(\d{1,3})|mid_block)\.attentions\.(\d{1,3})\.transformer_blocks\.(\d{1,3})(?:\.|$)",
+        r"(?:(down|up)_blocks\.(\d{1,3})|mid_block)"
+        r"\.attentions\.(\d{1,3})\.transformer_blocks\.(\d{1,3})(?:\.|$)",
         path,
     )
     if match is None:
