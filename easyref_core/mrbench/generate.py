@@ -94,7 +94,7 @@ def run(config: Config, names: Sequence[str] = (), references: int | None = None
     """
     import torch
 
-    from easyref_core.training.base_model import BaseModel
+    from ..training.base_model import BaseModel
 
     if unknown := sorted(set(names) - config.methods.keys()):
         raise ValueError(f"No method {unknown[0]!r} in the config; it has {', '.join(config.methods)}.")

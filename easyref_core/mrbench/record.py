@@ -13,8 +13,7 @@ from ..files.atomic_write import atomic_write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from easyref_core.training.base_model import BaseModel
-
+    from ..training.base_model import BaseModel
     from .manifest import Group
 
 FILE = "method.json"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from easyref_core.training.base_model import BaseModel
-
+from ...training.base_model import BaseModel
 from ..checks import check_dataclass
 from .easyref import EasyRefMethod
 from .ip_adapter import IPAdapter

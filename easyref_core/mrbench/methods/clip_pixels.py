@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from easyref_core.mllm.preprocess import CLIP_MEAN, CLIP_STD
+from ...mllm.preprocess import CLIP_MEAN, CLIP_STD
 
 
 def clip_pixels(images: Sequence[Image.Image], side: int) -> Tensor:

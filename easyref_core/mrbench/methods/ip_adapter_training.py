@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from easyref_core.training.base_model import BaseModel, Text
-from easyref_core.training.batches import Batch, Examples
-
 from ...files.atomic_write import atomic_write
+from ...training.base_model import BaseModel, Text
+from ...training.batches import Batch, Examples
 from .clip_pixels import clip_pixels_of
 from .ip_adapter import Adapter, AdapterState, attached, embedding, flatten, image_processors, load_adapter
 

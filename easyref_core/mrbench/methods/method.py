@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from easyref_core.training.base_model import BaseModel
+from ...training.base_model import BaseModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Method(abc.ABC):
         self, tasks: Sequence[Task], conditions: Sequence[Any], seeds: Sequence[int], sampling: Sampling
     ) -> list[list[Image.Image]]:
         """Images of each task, one for each seed. Raises ValueError for a size off the latent grid."""
-        from easyref_core.training import sampling as sampler
+        from ...training import sampling as sampler
 
         (height, width), factor = sampling.sides, self.base.vae_scale_factor
         if height % factor or width % factor:
