@@ -181,6 +181,7 @@ def _group(number: int, chunk: Sequence[CaptionedImage], split: str) -> Group:
         category=target.category,
         split=split,
         captions=tuple(image.text for image in references),
+        topic=target.topic,
     )
 
 

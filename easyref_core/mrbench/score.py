@@ -95,8 +95,8 @@ def score_share(
         for file, image in images.items():
             row = known.get(image.key)
             if row and row.version == image.version:
-                # The version does not cover the number of references, because method.json may be corrected.
-                yield replace(row, references=image.references)
+                # The version does not cover these, because method.json and topics may be corrected.
+                yield replace(row, references=image.references, topic=image.topic)
             else:
                 todo[file] = image
         if todo:
@@ -122,6 +122,7 @@ def find_images(
             images[file] = Row(
                 method=method.name,
                 group=group.id,
+                topic=group.topic,
                 category=group.category,
                 split=group.split,
                 seed=int(file.stem),

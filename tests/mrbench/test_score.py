@@ -146,6 +146,18 @@ def test_the_metrics_of_a_missing_extractor_are_empty(run, extractors: Extractor
     assert {line.metric for line in summarise(rows)} == {"dino_i_target", "dino_i_references"}
 
 
+def test_topics_are_in_the_rows_and_may_be_corrected(run, tmp_path: Path) -> None:
+    assert {row.topic for row in run().rows} == {"g0", "g1", "g2"}
+    file = tmp_path / "manifest.json"
+    data = json.loads(file.read_text())
+    data["groups"][1]["topic"] = data["groups"][2]["topic"] = "things"
+    file.write_text(json.dumps(data))
+    again = run()
+    assert (again.scored, {row.topic for row in again.rows}) == (0, {"g0", "things"})
+    line = next(line for line in summarise(again.rows) if (line.split, line.category) == ("held-out", "all"))
+    assert (line.groups, line.topics, line.training_seeds) == (2, 1, 1)
+
+
 # Exclusions
 
 
@@ -282,7 +294,7 @@ def test_two_processes_share_the_work(
 
 def test_means_are_over_seeds_then_groups() -> None:
     def row(name: str, seed: int, value: float) -> Row:
-        return Row("m", name, "c", "held-in", seed, 2, "", "", clip_i_target=value)
+        return Row("m", name, name, "c", "held-in", seed, 2, "", "", clip_i_target=value)
 
     rows = [row("a", 0, 0.0), row("a", 1, 0.2), row("a", 2, 0.4), row("b", 0, 1.0)]
     line = next(line for line in summarise(rows) if (line.split, line.category) == ("held-in", "all"))
