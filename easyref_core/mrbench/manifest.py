@@ -8,8 +8,8 @@
 
 Paths are relative to the manifest's folder. Three keys are optional, all others required. `topic`: groups of
 one topic resemble each other, so intervals resample topics; a group without it is a topic of its own.
-`captions`: one for each reference, in their order (used to train a LoRA). `attributes`: for procedural images, the
-attributes that the references share and those that the prompt names; a generated image should show both.
+`captions`: one for each reference, in their order (used to train a LoRA). `attributes`: for procedural
+images, those that the references share and those that the prompt names; a generated image should show both.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic_write import atomic_write_text
+from .latency import read_latencies
 from .metrics import Interval
 from .paper_numbers import CAVEATS, ROWS, SOURCE
 from .plots import plot_references, plot_win_rates
@@ -71,7 +72,7 @@ def write_report(results: Path, first: str | None = None, methods: Sequence[str]
         others = [method for method in selected.methods if method != selected.first]
         plot_win_rates(selected.rows, selected.metrics, selected.first, others, results / WIN_RATES)
         sections.append(_wins(selected, others))
-    sections += [_paper(), _excluded(results / EXCLUDED)]
+    sections += [*_latency(results, selected), _paper(), _excluded(results / EXCLUDED)]
     atomic_write_text(results / REPORT, "\n\n".join(sections) + "\n")
     return results / REPORT
 
@@ -171,6 +172,28 @@ def _wins(selected: Selection, others: Sequence[str]) -> str:
         "training seeds."
     )
     return f"## Win rates of {selected.first}\n\n{text}\n\n![Win rates]({WIN_RATES})\n\n{table(head, body)}"
+
+
+def _latency(results: Path, selected: Selection) -> list[str]:
+    """Seconds by number of references; nothing if `generate` has measured none."""
+    latencies = [one for one in read_latencies(results) if one.method in selected.methods]
+    if not latencies:
+        return []
+    sizes = sorted({one.references for one in latencies})
+    cells = {
+        (one.method, one.device, one.references): f"{one.prepare:.3f} + {one.paint:.3f}" for one in latencies
+    }
+    body = [
+        [method, device, *(cells.get((method, device, size), "-") for size in sizes)]
+        for method in selected.methods
+        for device in sorted({one.device for one in latencies if one.method == method})
+    ]
+    text = (
+        "Mean seconds of preparing a group (tokens, embeddings, or the training of its LoRA) + of painting "
+        "one image in a batch. Loading is not counted, nor a process's first batch where there are others."
+    )
+    head = ["method", "device", *(f"{size} reference{'s' * (size > 1)}" for size in sizes)]
+    return [f"## Latency by number of references\n\n{text}\n\n{table(head, body)}"]
 
 
 def _paper() -> str:

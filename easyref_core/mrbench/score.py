@@ -15,6 +15,7 @@ from pathlib import Path
 from ..files.atomic_write import atomic_write_text
 from .group_scores import Extractors, GroupJob, bundles, score_bundle
 from .images import Exclusion
+from .latency import collect, write_latencies
 from .manifest import Group, Manifest, read_manifest, usable
 from .processes import Process
 from .record import read_record
@@ -75,6 +76,7 @@ def score(
             "excluded": len(outcome.exclusions),
         }
         atomic_write_text(results / RESULTS, json.dumps(facts, indent=1) + "\n")
+        write_latencies(results, collect(methods_under(out)))
         remove_parts(results)
     process.wait()
     return outcome
