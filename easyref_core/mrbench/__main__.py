@@ -33,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build(parsed: argparse.Namespace) -> None:
     """Build a manifest from a folder of captioned images."""
     from .builder import MANIFEST, from_folder
+    from .training_rows import write_training_rows
 
-    manifest, exclusions = from_folder(
+    manifest, exclusions, training = from_folder(
         parsed.folder,
         seed=parsed.seed,
         held_out=parsed.held_out,
@@ -42,11 +43,15 @@ def build(parsed: argparse.Namespace) -> None:
         drop_duplicates=parsed.drop_duplicates,
         category=parsed.category,
         name=parsed.name,
+        single=parsed.single,
     )
     file = parsed.manifest or parsed.folder / MANIFEST
     write_manifest(manifest, file)
     _print(f"Wrote {file}: {_counts(manifest)}")
+    for rows in write_training_rows(file.parent, training):
+        _print(f"Wrote {rows}: training rows of the held-in topics, without the benchmark's targets")
     _print(describe(exclusions))
+    _warn(manifest.groups)
 
 
 def check(parsed: argparse.Namespace) -> int:
@@ -155,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     option(
         "--drop-duplicates", action="store_true", help="drop the later image of a pair instead of an error"
     )
+    option("--single", action="store_true", help="every image is a group, its own reference and target")
     option = add(check)
     option("manifest", type=Path)
     option("--identical-only", action="store_true", help="ignore near-duplicates (for procedural images)")

@@ -20,7 +20,9 @@ from devkit.hosts import ROOT
 from easyref_core.mrbench import metrics, score
 from easyref_core.mrbench.__main__ import main
 from easyref_core.mrbench.group_scores import Extractors, fraction_right
+from easyref_core.mrbench.latency import Latency, Timing, append_timings, read_latencies
 from easyref_core.mrbench.processes import Process
+from easyref_core.mrbench.report import write_report
 from easyref_core.mrbench.rows import Row, read_rows
 from easyref_core.mrbench.summary import summarise
 
@@ -191,6 +193,25 @@ def test_a_group_without_images_is_excluded(run, tmp_path: Path) -> None:
 def test_a_group_that_the_manifest_lacks_is_excluded(run, tmp_path: Path) -> None:
     generated(tmp_path / "out", ["plain"], ["g9"])
     assert [str(e) for e in run().exclusions] == ["group plain/g9: the manifest has no such group"]
+
+
+def test_latency_is_collected(run, tmp_path: Path, results: Path) -> None:
+    timing = Timing(2, 1.0, 0.5, "a CPU", is_first=True)
+    for seed, seconds in (0, 2.0), (1, 4.0):
+        (tmp_path / "out" / f"easyref@{seed}").mkdir()
+        timings = [timing, replace(timing, prepare=seconds, is_first=False)]
+        append_timings(tmp_path / "out" / f"easyref@{seed}", 0, timings)
+    append_timings(tmp_path / "out" / "plain", 0, [timing])  # only a first batch
+    run()
+    assert read_latencies(results) == [
+        Latency("easyref", "a CPU", 2, 2, 3.0, 0.5),
+        Latency("plain", "a CPU", 2, 1, 1.0, 0.5),
+    ]
+    report = write_report(results).read_text()
+    assert (
+        "| method | device | 2 references |\n| --- | --- | --- |\n| easyref | a CPU | 3.000 + 0.500 |"
+        in report
+    )
 
 
 def test_a_missing_folder_of_images_is_named(tmp_path: Path, extractors: Extractors) -> None:
