@@ -327,10 +327,13 @@ class TestConfig:
 
     def test_every_shipped_config_is_valid(self) -> None:
         shipped = sorted(Path(generation.__file__).parent.glob("configs/**/*.yaml"))
-        assert [file.name for file in shipped] == ["sdxl.yaml", "tiny.yaml"]
-        for file in shipped:
-            kinds = {entry["kind"] for entry in read_config(file).methods.values()}
-            assert kinds == set(KINDS)
+        configs = {file.name: read_config(file) for file in shipped}
+        assert sorted(configs) == ["sdxl.yaml", "sdxl_single.yaml", "tiny.yaml"]
+        for name in ("sdxl.yaml", "tiny.yaml"):
+            methods = configs[name].methods
+            assert {entry["kind"] for entry in methods.values()} == set(KINDS)
+            assert {"easyref_stage_1", "easyref_stage_2", "easyref_without_stage_1"} <= methods.keys()
+        assert configs["sdxl_single.yaml"].prompt == ""
 
     def test_an_unknown_method_is_refused(self, read: Any) -> None:
         with pytest.raises(ValueError, match="No method 'lora' in the config; it has other, plain"):
