@@ -29,7 +29,9 @@ MARKERS = "osD^vP*X<>phd"
 LINE_STYLES = ("-", "--", "-.", ":")
 PANEL = (4.2, 3.2)  # inches
 COLUMNS = 3
-OFFSET = 0.04  # references between the error bars of two methods, so that they do not overlap
+# References between the error bars of two methods, so that they do not overlap, and of all methods together.
+OFFSET, MAX_SPREAD = 0.04, 0.5
+LEGEND_LINE = 0.22  # inches
 LIMITED = re.compile(r"-\d+-references$")
 
 
@@ -46,6 +48,7 @@ def plot_references(rows: Sequence[Row], metrics: Sequence[str], methods: Sequen
         by_size = {
             size: pool(group_means([r for r in rows if r.references == size], metric)) for size in sizes
         }
+        offset = min(OFFSET, MAX_SPREAD / len(methods))
         for i, method in enumerate(methods):
             intervals = {
                 size: interval(scores[method], topics) for size, scores in by_size.items() if method in scores
@@ -54,7 +57,7 @@ def plot_references(rows: Sequence[Row], metrics: Sequence[str], methods: Sequen
                 continue
             means, low, high = np.array(list(intervals.values())).T
             ax.errorbar(
-                np.array(list(intervals)) + OFFSET * (i - (len(methods) - 1) / 2),
+                np.array(list(intervals)) + offset * (i - (len(methods) - 1) / 2),
                 means,
                 yerr=np.nan_to_num([means - low, high - means]).clip(0),
                 markersize=4,
@@ -67,7 +70,10 @@ def plot_references(rows: Sequence[Row], metrics: Sequence[str], methods: Sequen
         ax.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        columns = min(COLUMNS, len(metrics)) + 1
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + LEGEND_LINE * -(-len(labels) // columns))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     _save(figure, file)
 
 
