@@ -25,12 +25,14 @@ def main() -> None:
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
     # imported after the settings are validated, because it loads torch
+    from ..utils.finite import NotFiniteError
     from .loop import train
 
     try:
         for settings in stages:
             log.info("%s -> %s", settings.stage, train(settings))
-    except FileNotFoundError as error:  # an MLLM folder without weights, or an incomplete base
+    # an MLLM folder without weights or an incomplete base; a run that diverged
+    except (FileNotFoundError, NotFiniteError) as error:
         sys.exit(str(error))
 
 

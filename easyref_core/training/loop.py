@@ -23,6 +23,8 @@ def train(settings: Settings, examples: Examples | None = None) -> Path:
     """Train one stage, resuming from its newest saved state. Returns the path of the checkpoint.
 
     examples: the data set; None loads the one of settings.data.
+    Raises NotFiniteError for a loss or a trained weight that is NaN or infinite; then the good states remain
+    and no checkpoint is written.
     """
     accelerator = make_accelerator(settings.accumulation)
     if accelerator.is_main_process:
@@ -72,6 +74,7 @@ def _run_updates(run: Run, run_log: RunLog, start: int) -> None:
         run_log.advance()
         if logs:
             mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            run.require_finite("the loss", mean, f"{settings.stage}, update {done}")
             samples = len(losses) * settings.accumulation * settings.batch_size * world_size
             now = time.perf_counter()
             values = {
@@ -82,9 +85,12 @@ def _run_updates(run: Run, run_log: RunLog, start: int) -> None:
             }
             run_log.log(done, values)
             losses, since = [], now
+        saves = _due(done, settings.save_every, end)
+        if saves:
+            run.require_finite_weights(done)
         if _due(done, samples_every, end) and accelerator.is_main_process:
             run_log.log_samples(done, run.sample_sheet())
-        if _due(done, settings.save_every, end):
+        if saves:
             save_state(accelerator, settings.output, done, settings.keep)
 
 

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import mse_loss
@@ -16,6 +16,7 @@ from ..checkpoint.checkpoint import fingerprint, save
 from ..inspect.drawing import contact_sheet
 from ..mllm.instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
 from ..mllm.preprocess import preprocess
+from ..utils.finite import require_finite
 from ..utils.images import black_image
 from .base_model import BaseModel
 from .batches import Batch, Examples
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .config import Settings
+
+NOT_FINITE_REMEDY = (
+    "The last good saved state remains and nothing was exported. Lower learning_rate, set clip to 1.0, or "
+    "train with mixed precision bf16 instead of fp16, then start again."
+)
+EXPORT_REMEDY = "Set save_dtype to bfloat16 or float32, then start again; the saved state remains."
 
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -136,9 +143,26 @@ class Run:
                 total += loss.detach() / settings.accumulation
         return total, norm
 
+    def require_finite(self, what: str, values: Any, where: str, remedy: str = NOT_FINITE_REMEDY) -> None:
+        """Raise NotFiniteError in all processes if a value of any process is NaN or infinite."""
+
+        def total(count: int) -> int:
+            return int(self.accelerator.reduce(torch.tensor(float(count), device=self.accelerator.device)))
+
+        require_finite(what, values, where, remedy, total)
+
+    def require_finite_weights(self, done: int) -> None:
+        """Raise NotFiniteError if a trained weight is NaN or infinite after `done` updates."""
+        trained = [p.detach() for p in self.prepared.parameters() if p.requires_grad]
+        self.require_finite("a trained weight", trained, f"{self.settings.stage}, after {done} updates")
+
     def save(self, path: Path) -> None:
-        """Write the model as a checkpoint for the nodes and easyref_core.load."""
+        """Write the model as a checkpoint for the nodes and easyref_core.load.
+
+        Raises NotFiniteError, and writes nothing, if a value is not finite in settings.save_dtype.
+        """
         state = self.accelerator.get_state_dict(self.prepared)
+        tensors = {}
         if self.accelerator.is_main_process:
             tensors = {tensor_name(name): tensor for name, tensor in state.items()}
             if self.settings.stage_spec.body_frozen and not self.weights.body_is_base:
@@ -146,6 +170,9 @@ class Run:
                 tensors |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
             dtype = getattr(torch, self.settings.save_dtype)
             tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
+        where = f"{self.settings.stage}, checkpoint in {self.settings.save_dtype}"
+        self.require_finite("a weight", tensors, where, EXPORT_REMEDY)
+        if self.accelerator.is_main_process:
             save(path, self.weights.config, self.weights.sites, tensors)
         self.accelerator.wait_for_everyone()
 

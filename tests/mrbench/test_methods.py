@@ -20,11 +20,11 @@ from easyref_core.mrbench.methods import ip_adapter as ip
 from easyref_core.mrbench.methods import ip_adapter_training as training
 from easyref_core.mrbench.methods.clip_pixels import clip_pixels, clip_pixels_of
 from easyref_core.mrbench.methods.easyref import reference_tokens
-from easyref_core.mrbench.methods.finite import NotFiniteError, tensors_of
 from easyref_core.mrbench.methods.lora import LoRAMethod
 from easyref_core.mrbench.methods.method import initial_noise
 from easyref_core.training.base_model import BaseModel
 from easyref_core.unet import diffusers_unet
+from easyref_core.utils.finite import NotFiniteError, tensors_of
 
 from . import tiny
 from .tiny import IMAGE_SIZE, random_image

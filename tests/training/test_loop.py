@@ -23,10 +23,12 @@ from easyref_core.training.batches import MicroBatches, loader
 from easyref_core.training.config import Samples, load
 from easyref_core.training.initial import from_checkpoint
 from easyref_core.training.loop import make_accelerator, train
+from easyref_core.training.resume import saved_states
 from easyref_core.training.run import DATASETS, Run, learning_rate, randomness
 from easyref_core.training.run_log import read_metrics
 from easyref_core.training.sampling import generate_images, unpatchify
 from easyref_core.training.stages import STAGES
+from easyref_core.utils.finite import NotFiniteError
 
 from . import tiny
 from .tiny import MakeSettings, TinyExamples, Train
@@ -104,6 +106,52 @@ class TestUpdate:
         batch = examples.batch(range(4))
         losses = [run.update(iter([batch]), number, measure=False)[0].item() for number in range(30)]
         assert losses[-1] < 0.85 * losses[0]
+
+
+class TestNotFinite:
+    """A run that diverges stops, keeps its good states and exports nothing."""
+
+    def test_a_loss(self, train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        train_tiny(updates=2, save_every=1)
+        (tmp_path / "easyref.safetensors").unlink()
+        update = Run.update
+        monkeypatch.setattr(
+            Run,
+            "update",
+            lambda self, *args, **options: (torch.tensor(math.nan), update(self, *args, **options)[1]),
+        )
+        message = (
+            r"^alignment, update 3: the loss is not finite .*Lower learning_rate, set clip to 1.0[^\n]*$"
+        )
+        with pytest.raises(NotFiniteError, match=message):
+            train_tiny(updates=4, save_every=1)
+        assert list(saved_states(tmp_path)) == [1, 2]
+        assert not (tmp_path / "easyref.safetensors").exists()
+
+    def test_a_trained_weight(
+        self, train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """At an update that is saved but not logged."""
+        step = torch.optim.AdamW.step
+
+        def break_weights(self: torch.optim.Optimizer, *args: Any, **options: Any) -> None:
+            step(self, *args, **options)
+            if next(iter(self.state.values()))["step"] == 3:
+                self.param_groups[0]["params"][0].data.view(-1)[0] = math.inf
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", break_weights)
+        message = r"alignment, after 3 updates: a trained weight is not finite \(1 values"
+        with pytest.raises(NotFiniteError, match=message):
+            train_tiny(updates=4, save_every=1, log_every=4)
+        assert list(saved_states(tmp_path)) == [1, 2]
+        assert not (tmp_path / "easyref.safetensors").exists()
+
+    def test_a_value_beyond_float16(self, make_run: MakeRun, tmp_path: Path) -> None:
+        run = make_run(save_dtype="float16")
+        trained(run).popitem()[1].data.view(-1)[0] = 1e5
+        with pytest.raises(NotFiniteError, match="checkpoint in float16: a weight is not .* Set save_dtype"):
+            run.save(tmp_path / "easyref.safetensors")
+        assert not (tmp_path / "easyref.safetensors").exists()
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...training.base_model import BaseModel
+from ...utils.finite import NotFiniteError
 from ..checks import check_dataclass
 from .easyref import EasyRefMethod
-from .finite import NotFiniteError
 from .ip_adapter import IPAdapter
 from .lora import LoRAMethod
 from .method import Method, Plain, Sampling, Task

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ...files.atomic_write import atomic_write
 from ...training.base_model import BaseModel, Text
 from ...training.batches import Batch, Examples
+from ...utils.finite import require_finite
 from .clip_pixels import clip_pixels_of
-from .finite import require_finite
 from .ip_adapter import Adapter, AdapterState, attached, embedding, flatten, image_processors, load_adapter
 
 if TYPE_CHECKING:

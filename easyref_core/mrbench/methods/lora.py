@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...files.atomic_write import atomic_write
+from ...utils.finite import require_finite
 from .clip_pixels import square_pixels
-from .finite import require_finite
 from .method import Method, Task, group_seed
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...training.base_model import BaseModel
-from .finite import require_finite
+from ...utils.finite import require_finite
 
 DTYPE_REMEDY = (
     "Set the config's dtype to float32 or bfloat16, or check the weights of the base and the method."

@@ -1,8 +1,8 @@
-"""Checks that stop a method at the first value that is not finite, before an image is saved or scored."""
+"""Checks that stop a method or a training run at the first value that is not finite, before it is saved."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ class NotFiniteError(ValueError):
     """A loss, weight, condition or image with NaN or infinite values."""
 
 
-def require_finite(what: str, values: Any, where: str, remedy: str) -> None:
+def require_finite(
+    what: str, values: Any, where: str, remedy: str, total: Callable[[int], int] = lambda count: count
+) -> None:
     """Raise NotFiniteError unless all values are finite: numbers, tensors, sequences and mappings of them.
 
     what: the thing, such as "the loss". where: method, group, step or seed. remedy: a whole sentence.
+    total: sum of a count over all processes, so that all of them stop together.
     """
-    tensors = [tensor for tensor in tensors_of(values) if not torch.isfinite(tensor).all()]
-    if tensors:
-        bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors)
+    if bad := total(sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors_of(values))):
         raise NotFiniteError(
             f"{where}: {what} is not finite ({bad} values are NaN or infinite); wanted finite values only. "
             f"{remedy}"
