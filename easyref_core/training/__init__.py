@@ -10,8 +10,9 @@ Modules in reading order (B groups, K references in each, T reference tokens):
     batches.py       Samples -> a Batch; the endless shuffled stream of positions
 
     base_model.py    the frozen UNet, VAE, text encoders and noise schedule of a diffusers SDXL folder
+    objective.py     the loss of a noise schedule (epsilon, v-prediction, sample), and its sampler
     initial.py       initial weights of a run
-    trainable.py     Batch -> reference tokens (B, T, C) -> predicted noise (B, 4, h, w), with gradients
+    trainable.py     Batch -> reference tokens (B, T, C) -> prediction (B, 4, h, w), with gradients
     run.py           one stage in training: one update, and the checkpoint
     loop.py          all updates
     cache.py         disk cache of VAE moments and context states

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from .objective import require_known
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from torch import Tensor
@@ -45,7 +47,10 @@ class BaseModel:
     def load(
         cls, folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> BaseModel:
-        """Load the folder of a diffusers StableDiffusionXLPipeline; all but the VAE in `dtype`."""
+        """Load the folder of a diffusers StableDiffusionXLPipeline; all but the VAE in `dtype`.
+
+        Raises FileNotFoundError for another folder, ValueError for an unknown prediction type.
+        """
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -60,6 +65,9 @@ class BaseModel:
         def local(kind: type, name: str, **options: object) -> object:
             return kind.from_pretrained(str(folder), subfolder=name, local_files_only=True, **options)
 
+        schedule = local(DDPMScheduler, "scheduler")
+        require_known(schedule)
+
         def frozen(kind: type, name: str, dtype: torch.dtype) -> torch.nn.Module:
             return local(kind, name, torch_dtype=dtype).to(device).requires_grad_(False).eval()
 
@@ -72,7 +80,7 @@ class BaseModel:
             # words into bytes and unknowns.
             tokenizer=local(AutoTokenizer, "tokenizer"),
             tokenizer_2=local(AutoTokenizer, "tokenizer_2"),
-            schedule=local(DDPMScheduler, "scheduler"),
+            schedule=schedule,
             device=device,
         )
 

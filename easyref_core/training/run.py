@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import mse_loss
 
 from ..checkpoint.checkpoint import fingerprint, save
 from ..inspect.drawing import contact_sheet
@@ -22,6 +21,7 @@ from .base_model import BaseModel
 from .batches import Batch, Examples
 from .cache import TensorCache, cached_contexts, cached_moments
 from .initial import Weights, from_base, from_checkpoint
+from .objective import denoising_loss
 from .sampling import generate_images, to_images, unpatchify
 from .trainable import TrainableEasyRef, tensor_name
 
@@ -95,14 +95,16 @@ class Run:
         self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean squared error of the predicted noise over one micro-batch."""
+        """The base's denoising loss over one micro-batch."""
         batch = batch.to(self.accelerator.device)
         timesteps, noise, vae_noise = randomness(batch, self.base)
         latents = self.latents(batch, vae_noise)
-        noisy = self.base.schedule.add_noise(latents, noise, timesteps)
         text, context = self.base.encode_text(batch.prompts), self.cached_context(batch)
-        predicted = self.prepared(noisy, timesteps, text, batch, context)
-        return mse_loss(predicted.float(), noise)
+
+        def predict(noisy: Tensor) -> Tensor:
+            return self.prepared(noisy, timesteps, text, batch, context)
+
+        return denoising_loss(self.base.schedule, latents, noise, timesteps, predict)
 
     def latents(self, batch: Batch, vae_noise: Tensor) -> Tensor:
         """The targets' latents (B, 4, h, w): precomputed, or drawn from the VAE's distribution.

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..mllm.preprocess import CLIP_MEAN, CLIP_STD
 from .base_model import Text
+from .objective import sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,9 +53,7 @@ def generate_latents(
     base.unet first (easyref_core.unet.diffusers_unet). size: height and width of SDXL's size conditioning;
     None takes the noise's own.
     """
-    from diffusers import EulerDiscreteScheduler
-
-    schedule = EulerDiscreteScheduler.from_config(base.schedule.config)
+    schedule = sampler(base.schedule)
     schedule.set_timesteps(steps, device=base.device)
     text = Text.cat([base.encode_text([negative] * len(prompts)), base.encode_text(prompts)])
     size = size or tuple(side * base.vae_scale_factor for side in noise.shape[-2:])

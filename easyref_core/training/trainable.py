@@ -80,9 +80,9 @@ class TrainableEasyRef(nn.Module):
     def forward(
         self, noisy: Tensor, timesteps: Tensor, text: Text, batch: Batch, context: Tensor | None = None
     ) -> Tensor:
-        """Predict the noise (B, 4, h, w) in noisy latents (B, 4, h, w) at `timesteps` (B,).
+        """Predict noise, velocity or latents (B, 4, h, w), as the base does, from noisy latents.
 
-        context: precomputed context states of the batch, see `tokens_and_mask`.
+        timesteps: (B,). context: precomputed context states of the batch, see `tokens_and_mask`.
         """
         self.condition(*self.tokens_and_mask(batch, context))
         return self.predict(noisy, timesteps, text, batch.time_ids)

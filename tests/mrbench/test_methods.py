@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -343,6 +344,35 @@ class TestLoRA:
         method = make_method("lora", captions="references")
         with pytest.raises(ValueError, match="Group x has 0 captions for 2 references"):
             method.prepare(Task("x", "", TASKS[0].references), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ip_adapter"])
+def test_baselines_train_what_the_base_predicts(
+    kind: str, image_encoder: torch.nn.Module, tmp_path: Path
+) -> None:
+    """A UNet that predicts 0 has the mean square of the velocity as its loss."""
+    base = BaseModel.load(tiny.make_base(tmp_path))
+    schedule = type(base.schedule).from_config(base.schedule.config, prediction_type="v_prediction")
+    base = dataclasses.replace(base, schedule=schedule)
+    torch.nn.init.zeros_(base.unet.conv_out.weight)
+    torch.nn.init.zeros_(base.unet.conv_out.bias)
+    batch = tiny.OneImage().batch(range(2))
+    latents = base.encode_images(batch.pixels)
+    if kind == "lora":
+        method = LoRAMethod(base, size=IMAGE_SIZE, rank=2, steps=1, batch=2)
+        _, [loss] = method.train([random_image(1)], [""], seed=3)
+        generator = torch.Generator().manual_seed(3)
+        torch.randint(1, (2,), generator=generator)  # the images
+        timesteps = torch.randint(1000, (2,), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+    else:
+        settings = training.IPAdapterTraining(steps=1, batch=2)
+        file = tmp_path / "a.safetensors"
+        [loss] = training.train_ip_adapter(base, image_encoder, tiny.OneImage(), file, settings)
+        noise, timesteps, *_ = training.draw(batch.seeds, latents.shape[1:], 1000, settings.drop)
+    signal = schedule.alphas_cumprod[timesteps][:, None, None, None]
+    expected = (signal.sqrt() * noise - (1 - signal).sqrt() * latents).square().mean()
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
 
 
 class TestNotFinite:

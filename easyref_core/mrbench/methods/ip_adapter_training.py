@@ -2,8 +2,8 @@
 
 The recipe (arXiv 2308.06721 and its tutorial_train_sdxl.py): an image projection and K/V adapters are
 trained, the latter from the UNet's text K/V; UNet, VAE, text encoders and image encoder are frozen. An image
-is its own condition. Image, text, or both are dropped with probability 0.05 each. Loss: epsilon MSE, uniform
-timesteps; AdamW with a constant learning rate.
+is its own condition. Image, text, or both are dropped with probability 0.05 each. Loss: the base's denoising
+loss, uniform timesteps; AdamW with a constant learning rate.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...files.atomic_write import atomic_write
 from ...training.base_model import BaseModel, Text
 from ...training.batches import Batch, Examples
+from ...training.objective import denoising_loss
 from ...utils.finite import require_finite
 from .clip_pixels import clip_pixels_of
 from .ip_adapter import Adapter, AdapterState, attached, embedding, flatten, image_processors, load_adapter
@@ -66,7 +67,7 @@ class TrainableIPAdapter(nn.Module):
     def forward(
         self, noisy: Tensor, timesteps: Tensor, text: Text, time_ids: Tensor, embeds: Tensor
     ) -> Tensor:
-        """Noisy latents (B, 4, h, w) and image embeddings (B, 1, D) -> predicted noise (B, 4, h, w)."""
+        """Noisy latents (B, 4, h, w) and image embeddings (B, 1, D) -> prediction (B, 4, h, w)."""
         unet, adapter = self.unregistered
         sizes = {"text_embeds": text.pooled.to(unet.dtype), "time_ids": time_ids}
         noisy, states = noisy.to(unet.dtype), text.states.to(unet.dtype)
@@ -190,6 +191,9 @@ def _loss(base: BaseModel, encoder: nn.Module, model: nn.Module, batch: Batch, d
         dropped = drawn.no_text.tolist()
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped, strict=True)]
         text = base.encode_text(prompts)
-        noisy = base.schedule.add_noise(latents, drawn.noise, drawn.timesteps)
-    predicted = model(noisy, drawn.timesteps, text, batch.time_ids.to(base.device), embeds)
-    return torch.nn.functional.mse_loss(predicted.float(), drawn.noise)
+        time_ids = batch.time_ids.to(base.device)
+
+    def predict(noisy: Tensor) -> Tensor:
+        return model(noisy, drawn.timesteps, text, time_ids, embeds)
+
+    return denoising_loss(base.schedule, latents, drawn.noise, drawn.timesteps, predict)

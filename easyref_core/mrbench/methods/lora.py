@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...files.atomic_write import atomic_write
+from ...training.objective import denoising_loss
 from ...utils.finite import require_finite
 from .clip_pixels import square_pixels
 from .method import Method, Task, group_seed
@@ -89,7 +91,7 @@ class LoRAMethod(Method):
     def train(
         self, references: Sequence[Any], texts: Sequence[str], seed: int, where: str = "lora"
     ) -> tuple[LoRA, list[float]]:
-        """Train a LoRA (epsilon MSE, AdamW, constant rate) and return it with the loss of every step.
+        """Train a LoRA (denoising loss, AdamW, constant rate) and return it with the loss of every step.
 
         The LoRA is float32 in every dtype of the base, because AdamW's epsilon vanishes in float16 and its
         division then gives NaN. Raises NotFiniteError, which names `where` and the step, for a loss or weight
@@ -114,11 +116,11 @@ class LoRAMethod(Method):
                 picked = torch.randint(len(latents), (batch,), generator=generator)
                 timesteps = torch.randint(num_timesteps, (batch,), generator=generator).to(base.device)
                 noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(base.device)
-                noisy = base.schedule.add_noise(latents[picked], noise, timesteps).to(dtype)
                 added = {"text_embeds": text.pooled[picked], "time_ids": time_ids}
+                inputs = {"encoder_hidden_states": text.states[picked], "added_cond_kwargs": added}
                 with torch.autocast(device, dtype=dtype if half else None, enabled=half):
-                    predicted = base.unet(noisy, timesteps, text.states[picked], added_cond_kwargs=added)
-                loss = torch.nn.functional.mse_loss(predicted.sample.float(), noise)
+                    predict = partial(predict_with, base.unet, timesteps, inputs)
+                    loss = denoising_loss(base.schedule, latents[picked], noise, timesteps, predict)
                 losses.append(loss.item())
                 require_finite("the loss", losses[-1], f"{where}, step {step}", REMEDY)
                 optimizer.zero_grad()
@@ -139,6 +141,13 @@ class LoRAMethod(Method):
                 )
             return task.captions
         return (task.prompt if self.captions == "prompt" else "",) * len(task.references)
+
+
+def predict_with(
+    unet: UNet2DConditionModel, timesteps: Tensor, inputs: Mapping[str, Any], noisy: Tensor
+) -> Tensor:
+    """The UNet's prediction (B, 4, h, w) for noisy latents of that shape, in the UNet's dtype."""
+    return unet(noisy.to(unet.dtype), timesteps, **inputs).sample
 
 
 @contextmanager
