@@ -91,7 +91,7 @@ class Run:
         optimizer = torch.optim.AdamW(
             trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
-        _configure_deepspeed(accelerator, settings)
+        configure_deepspeed(accelerator, settings)
         self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -251,9 +251,12 @@ def load_weights(settings: Settings, base: BaseModel) -> Weights:
     return weights
 
 
-def _configure_deepspeed(accelerator: Accelerator, settings: Settings) -> None:
-    """Set the batch size, which DeepSpeed infers from a prepared dataloader; ours is not prepared."""
+def configure_deepspeed(accelerator: Accelerator, settings: Settings) -> None:
+    """Set the batch size, which is otherwise inferred from a prepared dataloader, and the settings' clipping.
+
+    accelerate would set a clipping of 1.0 where none is configured.
+    """
     if plugin := accelerator.state.deepspeed_plugin:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch_size
         plugin.deepspeed_config["gradient_accumulation_steps"] = settings.accumulation
-        plugin.deepspeed_config["gradient_clipping"] = settings.clip or 0.0  # DeepSpeed's default clips at 1
+        plugin.deepspeed_config["gradient_clipping"] = settings.clip or 0.0

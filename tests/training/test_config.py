@@ -57,7 +57,7 @@ def test_published_values(name: str, rate: float, batch: int, accumulation: int,
     actual = (settings.learning_rate, settings.batch_size, settings.accumulation, settings.updates)
     assert actual == (rate, batch, accumulation, updates)
     optimizer = (settings.weight_decay, settings.warmup, settings.schedule, settings.clip)
-    assert optimizer == (0.0, 0, "constant", None)
+    assert optimizer == (0.0, 0, "constant", None if settings.stage == "alignment" else 1.0)
     assert (settings.num_tokens, settings.final_layers, settings.lora_rank) == (64, 1, 128)
     rules, multi = settings.data.augmentation, settings.stage == "multi_reference"
     assert (rules.resolution, rules.size, rules.max_references) == (1024, 336, 28)

@@ -7,6 +7,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from easyref_core.training.config import Samples, load
 from easyref_core.training.initial import from_checkpoint
 from easyref_core.training.loop import make_accelerator, train
 from easyref_core.training.resume import saved_states
-from easyref_core.training.run import DATASETS, Run, learning_rate, randomness
+from easyref_core.training.run import DATASETS, Run, configure_deepspeed, learning_rate, randomness
 from easyref_core.training.run_log import read_metrics
 from easyref_core.training.sampling import generate_images, unpatchify
 from easyref_core.training.stages import STAGES
@@ -106,6 +107,20 @@ class TestUpdate:
         batch = examples.batch(range(4))
         losses = [run.update(iter([batch]), number, measure=False)[0].item() for number in range(30)]
         assert losses[-1] < 0.85 * losses[0]
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(None, 0.0), (1.0, 1.0)])
+def test_deepspeed_clips_as_the_settings_do(
+    settings: MakeSettings, clip: float | None, expected: float
+) -> None:
+    plugin = SimpleNamespace(deepspeed_config={"gradient_clipping": "auto"})
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    configure_deepspeed(accelerator, settings(clip=clip, batch_size=2, accumulation=3))
+    assert plugin.deepspeed_config == {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": expected,
+    }
 
 
 class TestNotFinite:
