@@ -9,7 +9,7 @@ from .classifier import to_tensor, train_classifier
 from .dataset import draw_dataset
 from .optimizer import Log, Training, complete_folder, timed
 from .qwen2_vl import pretrain_qwen2_vl
-from .sdxl import create_sdxl, pretrain_sdxl
+from .sdxl import create_sdxl, pretrain_sdxl, shapes_caption
 from .tokenizer import train_mllm_tokenizer
 from .vae import pretrain_vae, reconstruct
 
@@ -46,5 +46,6 @@ def make_base(folder: Path, log: Log) -> None:
         pretrain_qwen2_vl(dataset, mllm, QWEN2_VL_TRAINING, VISION_TRAINING, log)
     if work != base:
         create_sdxl(work, SDXL_TRAINING.seed)
-        pretrain_sdxl(draw_dataset(DATASET_SEED, COPIES), work, SDXL_TRAINING, log)
+        dataset = draw_dataset(DATASET_SEED, COPIES)
+        pretrain_sdxl(dataset.images, partial(shapes_caption, dataset), work, SDXL_TRAINING, log)
         work.rename(base)

@@ -1,0 +1,1 @@
+"""A world of creatures with continuous identities."""
