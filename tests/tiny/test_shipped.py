@@ -20,7 +20,7 @@ from easyref_core.tiny.evaluate import (
     summary,
     tiny_methods,
 )
-from easyref_core.tiny.examples import ShapeExamples, ProceduralSettings
+from easyref_core.tiny.examples import ProceduralSettings, ShapeExamples
 from easyref_core.tiny.groups import evaluation_groups
 from easyref_core.tiny.images import ATTRIBUTES, NAMES, all_combinations, held_out, render
 from easyref_core.tiny.qwen2_vl import IMAGE_TOKENS, SIZE
