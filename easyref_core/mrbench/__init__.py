@@ -4,8 +4,10 @@ After arXiv 2412.09618, section 4. The flow, in reading order:
 
     manifest.py       a JSON file with each group's references, prompt, target, category and split
     builder.py        builds one from captioned images (captions.py) or procedural groups; see leaks.py
+    training_rows.py  rows to train on, of the held-in topics' images without targets
     generate.py       manifest, config -> <out>/<method>/<group id>/<seed>.png, by the methods in methods/
-    record.py         method.json, the provenance of those images
+    record.py         method.json, the provenance of those images; latency.py measures their seconds
+    training_seeds.py entries <method>@<seed> of a method that was trained several times
     score.py          those images     -> pictures.csv (rows.py), summary.csv (summary.py), excluded.csv
     group_scores.py   images of some groups -> their rows, with
     extractors.py     images, prompts  -> features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -15,6 +15,7 @@ from .manifest import read_manifest, usable, write_manifest
 if TYPE_CHECKING:
     from .group_scores import Extractors
     from .manifest import Manifest
+    from .summary import HasTopic
 
 NONE = "none"  # leaves an extractor out
 
@@ -32,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build(parsed: argparse.Namespace) -> None:
     """Build a manifest from a folder of captioned images."""
     from .builder import MANIFEST, from_folder
+    from .training_rows import write_training_rows
 
-    manifest, exclusions = from_folder(
+    manifest, exclusions, training = from_folder(
         parsed.folder,
         seed=parsed.seed,
         held_out=parsed.held_out,
@@ -41,11 +43,15 @@ def build(parsed: argparse.Namespace) -> None:
         drop_duplicates=parsed.drop_duplicates,
         category=parsed.category,
         name=parsed.name,
+        single=parsed.single,
     )
     file = parsed.manifest or parsed.folder / MANIFEST
     write_manifest(manifest, file)
     _print(f"Wrote {file}: {_counts(manifest)}")
+    for rows in write_training_rows(file.parent, training):
+        _print(f"Wrote {rows}: training rows of the held-in topics, without the benchmark's targets")
     _print(describe(exclusions))
+    _warn(manifest.groups)
 
 
 def check(parsed: argparse.Namespace) -> int:
@@ -87,13 +93,16 @@ def score(parsed: argparse.Namespace) -> None:
         old = len(outcome.rows) - outcome.scored
         _print(f"{outcome.scored} images scored, {old} were scored before, into {parsed.results}")
         _print(describe(outcome.exclusions))
+        _warn(outcome.rows)
 
 
 def report(parsed: argparse.Namespace) -> None:
     """Write a Markdown report and plots of the scores."""
     from .report import write_report
+    from .rows import read_rows
 
     _print(f"Wrote {write_report(parsed.results, parsed.first, parsed.methods)}")
+    _warn(read_rows(parsed.results))
 
 
 def _extractors(parsed: argparse.Namespace, device: str, manifest: Manifest) -> Extractors:
@@ -111,6 +120,14 @@ def _extractors(parsed: argparse.Namespace, device: str, manifest: Manifest) -> 
     name = parsed.classifier or (TINY_CLASSIFIER if has_attributes else NONE)
     classifier = None if name == NONE else load_attribute_classifier(name)
     return Extractors(model(Clip, parsed.clip), model(Dino, parsed.dino), classifier, name)
+
+
+def _warn(items: Iterable[HasTopic]) -> None:
+    """Warn about splits with few topics."""
+    from .summary import few_topics
+
+    for warning in few_topics(items).values():
+        _print(f"mrbench: {warning}", sys.stderr)
 
 
 def _counts(manifest: Manifest) -> str:
@@ -143,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     option(
         "--drop-duplicates", action="store_true", help="drop the later image of a pair instead of an error"
     )
+    option("--single", action="store_true", help="every image is a group, its own reference and target")
     option = add(check)
     option("manifest", type=Path)
     option("--identical-only", action="store_true", help="ignore near-duplicates (for procedural images)")

@@ -2,7 +2,8 @@
 
 The images of a topic are shuffled and cut into groups. No image is in two groups; one image of each group is
 its target and the rest are its references. All groups of a topic are in one split. Duplicate images are an
-error, or are dropped on request.
+error, or are dropped on request. A method may be trained on the held-in topics: on their images, the
+benchmark's references among them, but never on its targets.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from PIL import Image
 
 from ..inspect.duplicates import Fingerprint, find_duplicates, fingerprint, first_of_each
 from .captions import NO_CATEGORY, CaptionedImage, read_folder
-from .images import BrokenImage, Exclusion, load_image, save_image
+from .images import BrokenImage, Exclusion, describe, load_image, save_image
 from .leaks import leaks
 from .manifest import Attributes, Group, Manifest, write_manifest
+from .training_rows import TrainingRows, training_rows
 
 MANIFEST = "manifest.json"
 MAX_LISTED = 20  # pairs in an error
@@ -35,10 +37,11 @@ class ProceduralGroup(Protocol):
 
 
 class Build(NamedTuple):
-    """A benchmark, and the images and topics that were left out of it."""
+    """A benchmark, what was left out of it, and rows to train on."""
 
     manifest: Manifest
     exclusions: tuple[Exclusion, ...]
+    training: TrainingRows
 
 
 def from_folder(
@@ -49,8 +52,11 @@ def from_folder(
     drop_duplicates: bool = False,
     category: str = NO_CATEGORY,
     name: str | None = None,
+    single: bool = False,
 ) -> Build:
     """Build a benchmark from the captioned images under `folder` (for its layout see captions.py).
+
+    The training rows are of the held-in topics' images without the benchmark's targets.
 
     Args:
         held_out: fraction of the topics in the held-out split.
@@ -58,6 +64,8 @@ def from_folder(
         drop_duplicates: drop the later image of each duplicate pair; otherwise duplicates raise ValueError.
         category: category of the images whose metadata have none.
         name: name of the benchmark; the folder's if None.
+        single: make every image a group, its own reference and target, as in the paper's Table 2. Images
+        beside the topics are read too. No training rows are left then, because every image is a target.
     """
     folder = Path(folder)
     if not 0 <= held_out <= 1:
@@ -67,7 +75,7 @@ def from_folder(
             f"references is {references}; wanted the minimum and the maximum of a group, 1 <= minimum <= "
             "maximum."
         )
-    images, exclusions = read_folder(folder, category)
+    images, exclusions = read_folder(folder, category, flat=single)
     prints, broken = _fingerprints(images)
     exclusions += broken
     images = [image for image in images if image.file in prints]
@@ -78,13 +86,24 @@ def from_folder(
         images = [image for image in images if image.file not in dropped]
     else:
         _refuse_duplicates(images, prints, splits)
-    groups, leftovers = _cut(images, splits, references, seed)
+    if single:
+        groups, leftovers = tuple(_group(i, [image, image], splits) for i, image in enumerate(images)), []
+    else:
+        groups, leftovers = _cut(images, splits, references, seed)
     if not groups:
-        raise ValueError(
-            f"No topic under {folder} has {references[0] + 1} usable images, one target and {references[0]} "
-            "references."
+        wanted = (
+            "one image"
+            if single
+            else f"{references[0] + 1} images, one target and {references[0]} references"
         )
-    return Build(Manifest(name or folder.resolve().name, seed, groups), (*exclusions, *leftovers))
+        raise ValueError(
+            f"No topic under {folder} has enough usable images; wanted {wanted}, each with a caption.\n"
+            + describe(exclusions[:MAX_LISTED])
+        )
+    targets = {group.target for group in groups}
+    held_in = [i for i in images if splits[i.topic] == "held-in" and i.file not in targets]
+    training = training_rows(folder, held_in, references[1] + 1)
+    return Build(Manifest(name or folder.resolve().name, seed, groups), (*exclusions, *leftovers), training)
 
 
 def from_groups(
@@ -164,15 +183,16 @@ def _cut(
         for start in range(0, len(shuffled), references[1] + 1):
             chunk = shuffled[start : start + references[1] + 1]
             if len(chunk) > references[0]:
-                groups.append(_group(len(groups), chunk, splits[topic]))
+                groups.append(_group(len(groups), chunk, splits))
             else:
                 reason = f"{len(chunk)} images left over; a group takes at least {references[0] + 1}"
                 leftovers.append(Exclusion("topic", topic, reason))
     return tuple(groups), leftovers
 
 
-def _group(number: int, chunk: Sequence[CaptionedImage], split: str) -> Group:
+def _group(number: int, chunk: Sequence[CaptionedImage], splits: Mapping[str, str]) -> Group:
     target, *references = chunk
+    split = splits[target.topic]
     return Group(
         id=f"{split}-{number:04d}",
         references=tuple(image.file for image in references),
@@ -181,6 +201,7 @@ def _group(number: int, chunk: Sequence[CaptionedImage], split: str) -> Group:
         category=target.category,
         split=split,
         captions=tuple(image.text for image in references),
+        topic=target.topic,
     )
 
 

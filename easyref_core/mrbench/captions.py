@@ -7,7 +7,8 @@ in the topic's: {"file_name": "x.jpg", "text": "a cat", "category": "subject"}. 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..files.image_files import no_reader_reason, sort_files
@@ -16,6 +17,7 @@ from .images import Exclusion
 
 METADATA = "metadata.jsonl"
 NO_CATEGORY = "uncategorised"
+TEXT_SUFFIXES = frozenset({".txt", ".json", ".jsonl"})  # captions and metadata
 
 
 @dataclass(frozen=True)
@@ -28,34 +30,88 @@ class CaptionedImage:
     category: str
 
 
-def read_folder(folder: Path, category: str = NO_CATEGORY) -> tuple[list[CaptionedImage], list[Exclusion]]:
-    """Return every captioned image, sorted by path, and the images that have no caption or no Pillow reader.
+def read_folder(
+    folder: Path, category: str = NO_CATEGORY, flat: bool = False
+) -> tuple[list[CaptionedImage], list[Exclusion]]:
+    """Return every captioned image, sorted by path, and everything that was left out.
 
-    category: category of the images whose metadata have none.
+    Left out are images without a caption or a Pillow reader, files that are not images by their name, folders
+    inside a topic, and, unless `flat`, images beside the topics.
+
+    Args:
+        category: category of the images whose metadata have none.
+        flat: read the images beside the topics too, each as a topic of its own.
+
+    Raises FileNotFoundError if there is no folder, and ValueError if it has no image in a topic.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
             f"There is no folder {folder}; wanted one with a subfolder of images for each topic."
         )
-    topics = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    topics = [path for path in _entries(folder) if path.is_dir()]
     common = _read_metadata(folder)
+    stray = [path for path in _entries(folder) if path.is_file() and _is_image(path)]
     images, exclusions = [], []
+    if flat:
+        images, exclusions = _read_files(stray, common, category)
+        images = [replace(image, topic=image.file.stem) for image in images]
+    elif stray and not any(_is_image(file) for topic in topics for file in topic.rglob("*")):
+        raise ValueError(
+            f"{folder} has {len(stray)} images and no subfolder with images; wanted a subfolder for each "
+            "topic. Move the images of each topic into a folder of its own, or use --single, which needs no "
+            "topics."
+        )
+    else:
+        reason = "it is beside the topics; move it into the folder of its topic"
+        exclusions = [Exclusion("picture", str(file), reason) for file in stray]
     for topic in topics:
-        captions = {**common, **_read_metadata(topic)}
-        files = sort_files(path.name for path in sorted(topic.iterdir()))
-        exclusions += [
-            Exclusion("picture", str(topic / name), no_reader_reason(name)) for name in files.no_reader
-        ]
-        for file in (topic / name for name in files.readable):
-            text, image_category = captions.get(file) or (_text_beside(file), None)
-            if text:
-                images.append(CaptionedImage(file, topic.name, text, image_category or category))
-            else:
-                reason = f"no caption: neither {file.stem}.txt nor a line of {METADATA}"
-                exclusions.append(Exclusion("picture", str(file), reason))
+        files = [path for path in _entries(topic) if path.is_file()]
+        of_topic, left_out = _read_files(files, {**common, **_read_metadata(topic)}, category)
+        images += of_topic
+        exclusions += [*left_out, *_nested(topic)]
     if not images and not exclusions:
         raise ValueError(f"{folder} has no images; wanted a subfolder of images for each topic.")
     return images, exclusions
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _is_image(file: Path) -> bool:
+    return not sort_files([file.name]).other
+
+
+def _read_files(
+    files: Iterable[Path], captions: Mapping[Path, tuple[str, str | None]], category: str
+) -> tuple[list[CaptionedImage], list[Exclusion]]:
+    """The captioned images among some files of one topic."""
+    images, exclusions = [], []
+    for file in files:
+        kinds = sort_files([file.name])
+        if kinds.no_reader:
+            exclusions.append(Exclusion("picture", str(file), no_reader_reason(file.name)))
+        elif kinds.other:
+            if file.suffix.lower() not in TEXT_SUFFIXES:
+                exclusions.append(Exclusion("file", str(file), "its name is not that of an image or caption"))
+        else:
+            text, image_category = captions.get(file) or (_text_beside(file), None)
+            if text:
+                images.append(CaptionedImage(file, file.parent.name, text, image_category or category))
+            else:
+                reason = f"no caption: neither {file.stem}.txt nor a line of {METADATA}"
+                exclusions.append(Exclusion("picture", str(file), reason))
+    return images, exclusions
+
+
+def _nested(topic: Path) -> list[Exclusion]:
+    """Images in folders inside a topic."""
+    reason = f"it is in a folder inside topic {topic.name}; move it into {topic}"
+    return [
+        Exclusion("picture", str(file), reason)
+        for file in sorted(topic.rglob("*"))
+        if file.parent != topic and file.is_file() and _is_image(file)
+    ]
 
 
 def _text_beside(file: Path) -> str:

@@ -6,6 +6,7 @@ and the loaded commit, or a hash of the folder's weights.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
@@ -23,6 +24,7 @@ Floats = NDArray[np.float32]
 CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dino-vits16"
 TINY_CLASSIFIER = "easyref_core.tiny.classifier:load_classifier"
+REACHABLE_SECONDS = 5
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -51,7 +53,10 @@ class Extractor:
         import transformers
 
         self.name = name or self.default
-        self.options = {"revision": revision, "local_files_only": local_files_only}
+        # Without a network huggingface_hub retries every file for minutes; a cached model loads without one.
+        self.is_offline = local_files_only or not (Path(self.name).is_dir() or hub_is_reachable())
+        self.switched_off = local_files_only
+        self.options = {"revision": revision, "local_files_only": self.is_offline}
         config = self.load(transformers.AutoConfig)
         self.identity = _identity(self.name, config)
         self.device = torch.device(device)
@@ -67,7 +72,9 @@ class Extractor:
             return cls.from_pretrained(self.name, **self.options, **options)
         # transformers and huggingface_hub raise subclasses of OSError for missing files, models and networks
         except OSError as error:
-            offline = " Downloads are switched off (--offline)." if self.options["local_files_only"] else ""
+            offline = " Downloads are switched off (--offline)." if self.switched_off else ""
+            if self.is_offline and not self.switched_off:
+                offline = " It is not in the local cache, and huggingface.co cannot be reached."
             option = f"--{self.kind.lower()}"
             raise FileNotFoundError(
                 f"The {self.kind} model {self.name!r} could not be loaded.{offline} Get it with `hf download "
@@ -130,6 +137,22 @@ class Dino(Extractor):
         """CLS tokens (N, D)."""
         states = self.model(pixel_values=self.pixels(images)).last_hidden_state
         return states[:, 0].float().cpu().numpy()
+
+
+@functools.cache
+def hub_is_reachable() -> bool:
+    """True if the Hugging Face Hub, or the mirror in HF_ENDPOINT, answers within REACHABLE_SECONDS."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=REACHABLE_SECONDS)
+    # requests or httpx, by huggingface_hub's version, with different exceptions
+    except Exception:
+        return False
+    return True
 
 
 def load_attribute_classifier(name: str = TINY_CLASSIFIER) -> AttributeClassifier:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .checks import check_dataclass
 from .images import Exclusion, load_image, save_image
+from .latency import Timing, append_timings, clock, device_name
 from .manifest import Group, Manifest, read_manifest, usable
-from .methods import Method, Sampling, Task, build, check
+from .methods import Method, NotFiniteError, Sampling, Task, build, check
 from .processes import this_process
 from .record import base_fingerprint, group_digest, merge, read_record, write_record
+from .training_seeds import expand, select
 
 PATHS = ("checkpoint", "mllm", "weights", "image_encoder")  # settings of a method that are files or folders
 DTYPES = ("float32", "float16", "bfloat16")
@@ -34,6 +37,8 @@ class RunSettings:
     sampling: Sampling
     seeds: Sequence[int]
     batch: int = 4  # images generated together
+    # Painted for every group instead of its own, with which CLIP-T is scored all the same.
+    prompt: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,18 +81,24 @@ def read_config(path: Path | str) -> Config:
         raise ValueError(
             f"{path}: seeds is {data['seeds']!r}; wanted a list of whole numbers, such as [0, 1]."
         )
+    if not isinstance(data.get("prompt", ""), str):
+        raise ValueError(f"{path}: prompt is {data['prompt']!r}; wanted a string, such as an empty one.")
     if data.get("dtype", DTYPES[0]) not in DTYPES:
         raise ValueError(f"{path}: dtype is {data['dtype']!r}; wanted one of {', '.join(DTYPES)}.")
     size = data["sampling"]["size"]
     size = tuple(size) if isinstance(size, list) else size
     data |= {name: path.parent / data[name] for name in ("base", "manifest", "out")}
     data |= {"sampling": Sampling(**{**data["sampling"], "size": size}), "seeds": tuple(data["seeds"])}
-    methods = {name: _read_method(path, name, entry) for name, entry in data["methods"].items()}
+    methods = {}
+    for name, entry in data["methods"].items():
+        methods |= _read_method(path, name, entry)
     return Config(**{**data, "methods": methods})
 
 
 def run(config: Config, names: Sequence[str] = (), references: int | None = None) -> dict[str, Generated]:
     """Generate the images of the methods in `names`, or of all methods of the config.
+
+    A name selects the entries of all its training seeds, <name>@<seed> a single one.
 
     references: number of each group's references to use, from the first; those images are written to
     <method>-<n>-references.
@@ -96,12 +107,11 @@ def run(config: Config, names: Sequence[str] = (), references: int | None = None
 
     from ..training.base_model import BaseModel
 
-    if unknown := sorted(set(names) - config.methods.keys()):
-        raise ValueError(f"No method {unknown[0]!r} in the config; it has {', '.join(config.methods)}.")
+    names = select(names, config.methods)
     manifest = read_manifest(config.manifest)
     base = BaseModel.load(config.base, this_process().device, getattr(torch, config.dtype))
     results = {}
-    for name in names or config.methods:
+    for name in names:
         method = build(name, config.methods[name], base)
         folder = name if references is None else f"{name}-{references}-references"
         results[folder] = generate(manifest, method, folder, config, references)
@@ -128,6 +138,7 @@ def generate(
         "base": base_fingerprint(method.base),
         "sampling": dataclasses.asdict(settings.sampling),
         "references": references,
+        "prompt": settings.prompt,
         "groups": {group.id: group_digest(group) for group in groups},
         "seeds": sorted(settings.seeds),
     }
@@ -140,25 +151,47 @@ def generate(
     share = process.share(missing)
     total = sum(len(seeds) for _, seeds in share)
     with tqdm(total=total, desc=name, disable=not process.is_main) as bar:
-        loaded = ((load_task(group), seeds) for group, seeds in share)
-        for tasks, todo in batches(loaded, method, settings.batch):
-            conditions = [method.prepare(task, folder / task.id) for task in tasks]
-            for start in range(0, len(todo), settings.batch):
-                seeds = todo[start : start + settings.batch]
-                images = method.generate(tasks, conditions, seeds, settings.sampling)
-                for task, row in zip(tasks, images, strict=True):
-                    for seed, image in zip(seeds, row, strict=True):
-                        save_image(image, folder / task.id / f"{seed}.png")
-                bar.update(len(tasks) * len(seeds))
+        loaded = ((load_task(group, settings.prompt), seeds) for group, seeds in share)
+        for number, (tasks, todo) in enumerate(batches(loaded, method, settings.batch)):
+            try:
+                timings = list(_generate_batch(method, tasks, todo, folder, settings))
+            except NotFiniteError as error:
+                raise NotFiniteError(f"Method {name} stops. {error}") from error
+            append_timings(folder, process.rank, (replace(one, is_first=number == 0) for one in timings))
+            bar.update(len(tasks) * len(todo))
     process.wait()
     return Generated(new, len(groups) * len(set(settings.seeds)) - new, exclusions)
+
+
+def _generate_batch(
+    method: Method, tasks: Sequence[Task], todo: Sequence[int], folder: Path, settings: RunSettings
+) -> Iterator[Timing]:
+    """Generate and save the images of some tasks and seeds; yields the seconds of each task."""
+    device = method.base.device
+    conditions, prepared = [], []
+    for task in tasks:
+        start = clock(device)
+        conditions.append(method.prepare(task, folder / task.id))
+        prepared.append(clock(device) - start)
+    painted = 0.0
+    for first in range(0, len(todo), settings.batch):
+        seeds = todo[first : first + settings.batch]
+        start = clock(device)
+        images = method.generate(tasks, conditions, seeds, settings.sampling)
+        painted += clock(device) - start
+        for task, row in zip(tasks, images, strict=True):
+            for seed, image in zip(seeds, row, strict=True):
+                save_image(image, folder / task.id / f"{seed}.png")
+    each, name = painted / (len(tasks) * len(todo)), device_name(device)
+    for task, seconds in zip(tasks, prepared, strict=True):
+        yield Timing(len(task.references), seconds, each, name, is_first=False)
 
 
 def limit_references(group: Group, count: int | None) -> Group:
     """Return the group with its first `count` references."""
     if count is not None and count < 1:
         raise ValueError(f"references is {count}; wanted 1 or more, or none at all to use every reference.")
-    return dataclasses.replace(group, references=group.references[:count], captions=group.captions[:count])
+    return replace(group, references=group.references[:count], captions=group.captions[:count])
 
 
 def absent(folder: Path, seeds: Iterable[int]) -> tuple[int, ...]:
@@ -166,10 +199,10 @@ def absent(folder: Path, seeds: Iterable[int]) -> tuple[int, ...]:
     return tuple(seed for seed in dict.fromkeys(seeds) if not (folder / f"{seed}.png").is_file())
 
 
-def load_task(group: Group) -> Task:
-    """Load the group's references; a task has no target."""
+def load_task(group: Group, prompt: str | None = None) -> Task:
+    """Load the group's references; a task has no target. prompt: instead of the group's."""
     references = tuple(load_image(path) for path in group.references)
-    return Task(group.id, group.prompt, references, group.captions)
+    return Task(group.id, group.prompt if prompt is None else prompt, references, group.captions)
 
 
 def batches(
@@ -185,10 +218,17 @@ def batches(
     yield from ((tasks, seeds) for (_, seeds), tasks in waiting.items())
 
 
-def _read_method(path: Path, name: str, entry: Any) -> dict[str, Any]:
+def _read_method(path: Path, name: str, entry: Any) -> dict[str, dict[str, Any]]:
+    """The method's entries, one for each training seed, with paths relative to the working folder."""
     if not NAME.fullmatch(name):
         raise ValueError(f"{path}: a method is called {name!r}; wanted letters, digits, '.', '_' and '-'.")
-    check(name, entry)
+    entries = expand(name, entry) if isinstance(entry, Mapping) else {name: entry}
+    for expanded, settings in entries.items():
+        check(expanded, settings)
     return {
-        key: str(path.parent / value) if key in PATHS and value else value for key, value in entry.items()
+        expanded: {
+            key: str(path.parent / value) if key in PATHS and value else value
+            for key, value in settings.items()
+        }
+        for expanded, settings in entries.items()
     }

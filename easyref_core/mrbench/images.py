@@ -20,7 +20,7 @@ class BrokenImage(ValueError):
 class Exclusion:
     """Something that was left out of a benchmark; the fields are the columns of excluded.csv."""
 
-    what: str  # "reference", "target", "group", "picture" or "topic"
+    what: str  # "reference", "target", "group", "picture", "file" or "topic"
     name: str  # the file's path, the group's id or the topic
     reason: str
 

@@ -2,13 +2,14 @@
 
     {"name": "my benchmark", "seed": 0, "groups": [
         {"id": "cat-0", "references": ["cat/1.jpg", "cat/2.jpg"], "target": "cat/3.jpg",
-         "prompt": "a cat in a box", "category": "subject", "split": "held-out",
+         "prompt": "a cat in a box", "category": "subject", "split": "held-out", "topic": "cat",
          "captions": ["a cat on a sofa", "a cat outdoors"],
          "attributes": {"shared": {"colour": "red"}, "named": {"background": "sand"}}}]}
 
-Paths are relative to the manifest's folder. Two keys are optional, all others are required. `captions`: one
-for each reference, in their order (used to train a LoRA). `attributes`: for procedural images, the attributes
-that the references share and those that the prompt names; a generated image should show both.
+Paths are relative to the manifest's folder. Three keys are optional, all others required. `topic`: groups of
+one topic resemble each other, so intervals resample topics; a group without it is a topic of its own.
+`captions`: one for each reference, in their order (used to train a LoRA). `attributes`: for procedural
+images, those that the references share and those that the prompt names; a generated image should show both.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SPLITS = ("held-in", "held-out")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # an id is a folder name of generated images
 MANIFEST_FIELDS = {"name": str, "seed": int, "groups": list}
 GROUP_FIELDS = {"id": str, "target": str, "prompt": str, "category": str, "split": str, "references": list}
-OPTIONAL_GROUP_FIELDS = {"attributes": dict, "captions": list}
+OPTIONAL_GROUP_FIELDS = {"attributes": dict, "captions": list, "topic": str}
 ATTRIBUTE_FIELDS = {"shared": dict, "named": dict}
 
 
@@ -54,6 +55,15 @@ class Group:
     split: str  # one of SPLITS
     captions: tuple[str, ...] = ()  # one for each reference, or none
     attributes: Attributes | None = None
+    topic: str = ""  # the group's id if empty
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "topic", self.topic or self.id)
+
+    @property
+    def is_single(self) -> bool:
+        """True for a single image that is its own reference and target."""
+        return self.references == (self.target,)
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,13 @@ def read_manifest(path: Path | str) -> Manifest:
         raise ValueError(f"{where} has more than one group {repeated[0]!r}. Give every group its own id.")
     if not groups:
         raise ValueError(f"{where} has no groups; wanted at least one.")
+    splits: dict[str, str] = {}
+    for group in groups:
+        if splits.setdefault(group.topic, group.split) != group.split:
+            raise ValueError(
+                f"{where}: topic {group.topic!r} is in both splits; wanted all groups of a topic in one, "
+                "because a method may have been trained on the topics of held-in."
+            )
     return Manifest(data["name"], data["seed"], groups)
 
 
@@ -148,7 +165,7 @@ def _read_group(position: int, data: Any, folder: Path) -> Group:
         raise ValueError(f'{where}: category is empty; wanted a word, such as "style" or "identity".')
     references = tuple(_path(where, "references", file, folder) for file in data["references"])
     target = _path(where, "target", data["target"], folder)
-    if target in references:
+    if target in references and len(references) > 1:
         raise ValueError(f"{where}: its target {data['target']} is also one of its references.")
     if len(set(references)) < len(references):
         raise ValueError(f"{where}: it names one reference twice.")
@@ -161,6 +178,7 @@ def _read_group(position: int, data: Any, folder: Path) -> Group:
         split=data["split"],
         captions=_read_captions(where, data["captions"], len(references)) if "captions" in data else (),
         attributes=_read_attributes(where, data["attributes"]) if "attributes" in data else None,
+        topic=data.get("topic", ""),
     )
 
 
@@ -194,6 +212,7 @@ def _group_to_dict(group: Group, folder: Path) -> dict[str, Any]:
     data = asdict(group)
     data["references"] = [_relative(file, folder) for file in group.references]
     data["target"] = _relative(group.target, folder)
+    data["topic"] = "" if group.topic == group.id else group.topic
     return {key: value for key, value in data.items() if value or key not in OPTIONAL_GROUP_FIELDS}
 
 

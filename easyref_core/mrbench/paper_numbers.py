@@ -1,4 +1,4 @@
-"""MRBench numbers of the paper (paper_numbers.yaml), which are not comparable with those measured here."""
+"""Numbers of the paper's tables (paper_numbers.yaml), which are not comparable with those measured here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ class PaperRow(NamedTuple):
     clip_t: float | None
     dino_i: float | None
     note: str
-    names: list[str]  # corresponding methods here
 
     @property
     def scores(self) -> tuple[float | None, ...]:
@@ -28,9 +27,3 @@ class PaperRow(NamedTuple):
 PAPER = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 SOURCE, CAVEATS = PAPER["source"], PAPER["caveats"]
 ROWS = tuple(PaperRow(*row) for row in PAPER["rows"])
-
-
-def row_of(method: str, split: str) -> PaperRow | None:
-    """Return the paper's row for a method by its name; None if it has none."""
-    name = method.lower().replace("-", "_")
-    return next((row for row in ROWS if name in row.names and row.split == split), None)

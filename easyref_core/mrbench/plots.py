@@ -11,21 +11,27 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..files.atomic_write import atomic_write
-from .metrics import bootstrap
 from .rows import Row
-from .summary import LABELS, compare, group_means
+from .summary import LABELS, compare, group_means, interval, pool, topics_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, for colour-blind readers; markers differ too. Yellow is left out because it is too
-# pale.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = "osD^vP*X"
+# Okabe and Ito's palette for colour-blind readers, without its pale yellow, then others that differ from it.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"),
+    *("#8C564B", "#9467BD", "#7F7F7F", "#E41A1C", "#808000", "#1F3A93", "#00CED1"),
+    *("#FF69B4", "#A6D854", "#5E2129", "#C8A2C8", "#B8860B", "#004D40"),
+)
+# Told apart in grey too: 13 markers and 4 line styles have 52 different pairs.
+MARKERS = "osD^vP*X<>phd"
+LINE_STYLES = ("-", "--", "-.", ":")
 PANEL = (4.2, 3.2)  # inches
 COLUMNS = 3
-OFFSET = 0.04  # references between the error bars of two methods, so that they do not overlap
+# References between the error bars of two methods, so that they do not overlap, and of all methods together.
+OFFSET, MAX_SPREAD = 0.04, 0.5
+LEGEND_LINE = 0.22  # inches
 LIMITED = re.compile(r"-\d+-references$")
 
 
@@ -37,32 +43,37 @@ def plot_references(rows: Sequence[Row], metrics: Sequence[str], methods: Sequen
     rows = [replace(row, method=LIMITED.sub("", row.method)) for row in rows]
     methods = list(dict.fromkeys(LIMITED.sub("", method) for method in methods))
     figure, axes = _panels(len(metrics))
-    sizes = sorted({row.references for row in rows})
+    sizes, topics = sorted({row.references for row in rows}), topics_of(rows)
     for ax, metric in zip(axes, metrics, strict=True):
-        by_size = {size: group_means([r for r in rows if r.references == size], metric) for size in sizes}
+        by_size = {
+            size: pool(group_means([r for r in rows if r.references == size], metric)) for size in sizes
+        }
+        offset = min(OFFSET, MAX_SPREAD / len(methods))
         for i, method in enumerate(methods):
-            values = {
-                size: list(means[method].values()) for size, means in by_size.items() if method in means
+            intervals = {
+                size: interval(scores[method], topics) for size, scores in by_size.items() if method in scores
             }
-            if not values:
+            if not intervals:
                 continue
-            means, low, high = np.array([bootstrap(np.array(groups)) for groups in values.values()]).T
+            means, low, high = np.array(list(intervals.values())).T
             ax.errorbar(
-                np.array(list(values)) + OFFSET * (i - (len(methods) - 1) / 2),
+                np.array(list(intervals)) + offset * (i - (len(methods) - 1) / 2),
                 means,
                 yerr=np.nan_to_num([means - low, high - means]).clip(0),
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
                 markersize=4,
                 linewidth=1.3,
                 capsize=2,
                 label=method,
+                **style(i),
             )
         ax.set(title=LABELS[metric], xlabel="number of references", ylabel=_unit(metric), xticks=sizes)
         ax.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        columns = min(COLUMNS, len(metrics)) + 1
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + LEGEND_LINE * -(-len(labels) // columns))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     _save(figure, file)
 
 
@@ -71,11 +82,12 @@ def plot_win_rates(
 ) -> None:
     """One panel per metric: win rate of `first` against each other method, with its 95 % interval."""
     figure, axes = _panels(len(metrics))
+    topics = topics_of(rows)
     for ax, metric in zip(axes, metrics, strict=True):
-        means = group_means(rows, metric)
+        scores = pool(group_means(rows, metric))
         ax.axvline(0.5, color="grey", linewidth=1, linestyle="--")
         for i, other in enumerate(others):
-            result = compare(means, first, other)
+            result = compare(scores, first, other, topics)
             if result.groups:
                 mean, low, high = result.win_rate
                 error = np.nan_to_num([[mean - low], [high - mean]]).clip(0)
@@ -86,6 +98,15 @@ def plot_win_rates(
         ax.set_yticks(range(len(others)), others)
         ax.grid(axis="x", alpha=0.3)
     _save(figure, file)
+
+
+def style(number: int) -> dict[str, str]:
+    """Colour, marker and line style of a method: 20 different colours, 52 pairs of marker and line style."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINE_STYLES[number % len(LINE_STYLES)],
+    }
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -1,4 +1,4 @@
-"""Markdown report: every method and metric with its interval, win rates, the paper's numbers, exclusions."""
+"""Markdown report: metrics with intervals, win rates, latency, the paper's numbers, exclusions."""
 
 from __future__ import annotations
 
@@ -11,16 +11,35 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic_write import atomic_write_text
+from .latency import read_latencies
 from .metrics import Interval
-from .paper_numbers import CAVEATS, ROWS, SOURCE, PaperRow, row_of
+from .paper_numbers import CAVEATS, ROWS, SOURCE
 from .plots import plot_references, plot_win_rates
 from .rows import EXCLUDED, Row, read_rows
 from .score import RESULTS
-from .summary import ALL, LABELS, Line, compare, group_means, measured, summarise
+from .summary import (
+    ALL,
+    LABELS,
+    MIN_TOPICS,
+    Line,
+    compare,
+    few_topics,
+    group_means,
+    measured,
+    pool,
+    summarise,
+    topics_of,
+)
+from .training_seeds import pooled_name
 
 REPORT, BY_REFERENCES, WIN_RATES = "report.md", "score_by_references.png", "win_rates.png"
 MAX_LISTED = 20  # exclusions in the report; excluded.csv has all
-PAPER_TITLES = {3: "MRBench", 4: "reference tokens and where they are inserted", 5: "aggregation"}
+PAPER_TITLES = {
+    2: "COCO val, a single reference",
+    3: "MRBench",
+    4: "reference tokens and where they are inserted",
+    5: "aggregation",
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +72,7 @@ def write_report(results: Path, first: str | None = None, methods: Sequence[str]
         others = [method for method in selected.methods if method != selected.first]
         plot_win_rates(selected.rows, selected.metrics, selected.first, others, results / WIN_RATES)
         sections.append(_wins(selected, others))
-    sections += [_paper(), _excluded(results / EXCLUDED)]
+    sections += [*_latency(results, selected), _paper(), _excluded(results / EXCLUDED)]
     atomic_write_text(results / REPORT, "\n\n".join(sections) + "\n")
     return results / REPORT
 
@@ -77,13 +96,13 @@ def _select(rows: Sequence[Row], results: Path, first: str | None, methods: Sequ
         raise FileNotFoundError(
             f"{results} has no scored image. Run `python -m easyref_core.mrbench score` first."
         )
-    known = sorted({row.method for row in rows})
+    known = sorted({pooled_name(row.method) for row in rows})
     if unknown := [method for method in methods if method not in known]:
         raise ValueError(f"No scores of {', '.join(unknown)}; there are {', '.join(known)}.")
     methods = list(methods) or known
     if first is not None and first not in methods:
         raise ValueError(f"No scores of {first}; there are {', '.join(methods)}.")
-    rows = [row for row in rows if row.method in methods]
+    rows = [row for row in rows if pooled_name(row.method) in methods]
     first = first or ("easyref" if "easyref" in methods else methods[0])
     return Selection(rows, methods, measured(rows), first)
 
@@ -95,22 +114,24 @@ def _head(facts: dict[str, Any]) -> str:
             f"# {facts['benchmark']} (drawn with seed {facts['seed']})",
             f"{facts['pictures']} images scored, {facts['groups']} groups, {facts['excluded']} exclusions.",
             "Models that the images were scored with:\n\n" + "\n".join(models),
-            "Means over a group's seeds, then over groups, with 95 % percentile bootstrap intervals over "
-            "groups. CLIP-I and DINO-I are cosines; CLIP-T is given as cosine and as CLIPScore, 2.5 times "
-            "that.",
+            "Means over a group's seeds, then over groups and training seeds, with 95 % percentile "
+            "bootstrap intervals over topics and training seeds, resampled independently. Intervals over "
+            f"fewer than {MIN_TOPICS} topics, or over few training seeds, are too narrow. CLIP-I and DINO-I "
+            "are cosines; CLIP-T is given as cosine and as CLIPScore, 2.5 times that.",
         ]
     )
 
 
 def _tables(lines: Sequence[Line], selected: Selection) -> list[str]:
     """A table for each split, then one for each category if there are several."""
-    sections = []
+    sections, warnings = [], few_topics(selected.rows)
     for split in dict.fromkeys(line.split for line in lines if line.split != ALL):
         by_category: dict[str, list[Line]] = {}
         for line in lines:
             if line.split == split:
                 by_category.setdefault(line.category, []).append(line)
-        sections.append(f"## {split}\n\n" + _table(by_category.pop(ALL), selected, split))
+        warning = f"**{warnings[split]}**\n\n" if split in warnings else ""
+        sections.append(f"## {split}\n\n{warning}" + _table(by_category.pop(ALL), selected))
         if len(by_category) > 1:
             sections += [
                 f"### {split}, {category}\n\n" + _table(lines_of, selected)
@@ -119,43 +140,60 @@ def _tables(lines: Sequence[Line], selected: Selection) -> list[str]:
     return sections
 
 
-def _table(lines: Iterable[Line], selected: Selection, split: str | None = None) -> str:
-    """Methods x metrics; with a split, the paper's row beside each method that has one."""
+def _table(lines: Iterable[Line], selected: Selection) -> str:
+    """Methods x metrics, with numbers of groups and topics, and of training seeds if a method has several."""
     known = {(line.method, line.metric): line for line in lines}
-    head = ["method", "groups", *(LABELS[name] for name in selected.metrics)]
-    head += [f"paper ({SOURCE}): CLIP-I, CLIP-T, DINO-I"] if split else []
+    has_seeds = any(line.training_seeds > 1 for line in known.values())
+    counted = ["groups", "topics", *(["training seeds"] if has_seeds else [])]
     body = []
     for method in selected.methods:
         lines_of = [known.get((method, name)) for name in selected.metrics]
-        groups = max((line.groups for line in lines_of if line), default=0)
-        cells = [cell(line.interval) if line else "-" for line in lines_of]
-        paper = [_paper_cell(row_of(method, split))] if split else []
-        body.append([method, str(groups), *cells, *paper])
-    return table(head, body)
-
-
-def _paper_cell(row: PaperRow | None) -> str:
-    if row is None:
-        return "-"
-    numbers = ", ".join(f"{number:.3f}" for number in row.scores if number is not None)
-    return f"{numbers or row.note} (Table {row.table}, {row.method}; not comparable)"
+        counts = [
+            str(max((getattr(line, name.replace(" ", "_")) for line in lines_of if line), default=0))
+            for name in counted
+        ]
+        body.append([method, *counts, *(cell(line.interval) if line else "-" for line in lines_of)])
+    return table(["method", *counted, *(LABELS[name] for name in selected.metrics)], body)
 
 
 def _wins(selected: Selection, others: Sequence[str]) -> str:
     """Win rates and differences of one method against every other, over the groups that both have."""
-    body = []
+    body, topics = [], topics_of(selected.rows)
     for name in selected.metrics:
-        means = group_means(selected.rows, name)
+        scores = pool(group_means(selected.rows, name))
         for other in others:
-            result = compare(means, selected.first, other)
+            result = compare(scores, selected.first, other, topics)
             cells = cell(result.win_rate), cell(result.difference)
             body.append([LABELS[name], other, str(result.groups), *cells])
     head = ["metric", "against", "common groups", "win rate", "mean difference"]
     text = (
         f"Fraction of the groups in which {selected.first} scores higher than the other method (a tie counts "
-        "one half), and the mean difference."
+        "one half), and the mean difference. Both are resampled by the same topics, and each by its own "
+        "training seeds."
     )
     return f"## Win rates of {selected.first}\n\n{text}\n\n![Win rates]({WIN_RATES})\n\n{table(head, body)}"
+
+
+def _latency(results: Path, selected: Selection) -> list[str]:
+    """Seconds by number of references; nothing if `generate` has measured none."""
+    latencies = [one for one in read_latencies(results) if one.method in selected.methods]
+    if not latencies:
+        return []
+    sizes = sorted({one.references for one in latencies})
+    cells = {
+        (one.method, one.device, one.references): f"{one.prepare:.3f} + {one.paint:.3f}" for one in latencies
+    }
+    body = [
+        [method, device, *(cells.get((method, device, size), "-") for size in sizes)]
+        for method in selected.methods
+        for device in sorted({one.device for one in latencies if one.method == method})
+    ]
+    text = (
+        "Mean seconds of preparing a group (tokens, embeddings, or the training of its LoRA) + of painting "
+        "one image in a batch. Loading is not counted, nor a process's first batch where there are others."
+    )
+    head = ["method", "device", *(f"{size} reference{'s' * (size > 1)}" for size in sizes)]
+    return [f"## Latency by number of references\n\n{text}\n\n{table(head, body)}"]
 
 
 def _paper() -> str:

@@ -25,6 +25,7 @@ class Row:
 
     method: str
     group: str
+    topic: str
     category: str
     split: str
     seed: int
@@ -63,7 +64,8 @@ def read_rows(folder: Path) -> list[Row]:
         reader = csv.DictReader(content)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(
-                f"{file} has the columns {reader.fieldnames}; wanted {', '.join(COLUMNS)}. Remove it."
+                f"{file} has the columns {reader.fieldnames}; wanted {', '.join(COLUMNS)}. Remove it and "
+                "score again."
             )
         return [_parse_row(line) for line in reader]
 

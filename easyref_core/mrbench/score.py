@@ -15,6 +15,7 @@ from pathlib import Path
 from ..files.atomic_write import atomic_write_text
 from .group_scores import Extractors, GroupJob, bundles, score_bundle
 from .images import Exclusion
+from .latency import collect, write_latencies
 from .manifest import Group, Manifest, read_manifest, usable
 from .processes import Process
 from .record import read_record
@@ -75,6 +76,7 @@ def score(
             "excluded": len(outcome.exclusions),
         }
         atomic_write_text(results / RESULTS, json.dumps(facts, indent=1) + "\n")
+        write_latencies(results, collect(methods_under(out)))
         remove_parts(results)
     process.wait()
     return outcome
@@ -95,8 +97,8 @@ def score_share(
         for file, image in images.items():
             row = known.get(image.key)
             if row and row.version == image.version:
-                # The version does not cover the number of references, because method.json may be corrected.
-                yield replace(row, references=image.references)
+                # The version does not cover these, because method.json and topics may be corrected.
+                yield replace(row, references=image.references, topic=image.topic)
             else:
                 todo[file] = image
         if todo:
@@ -122,6 +124,7 @@ def find_images(
             images[file] = Row(
                 method=method.name,
                 group=group.id,
+                topic=group.topic,
                 category=group.category,
                 split=group.split,
                 seed=int(file.stem),

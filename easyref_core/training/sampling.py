@@ -30,7 +30,23 @@ def generate_images(
     steps: int = 30,
     size: tuple[int, int] | None = None,
 ) -> list[Image.Image]:
-    """Generate one image from each noise (B, 4, h, w) and prompt.
+    """Generate one image from each noise (B, 4, h, w) and prompt; the arguments are `generate_latents`'."""
+    return to_images(
+        base.decode(generate_latents(base, noise, prompts, negative, guidance, steps=steps, size=size))
+    )
+
+
+@torch.no_grad()
+def generate_latents(
+    base: BaseModel,
+    noise: Tensor,
+    prompts: Sequence[str],
+    negative: str = "",
+    guidance: float = 5.0,
+    steps: int = 30,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Denoise one latent (B, 4, h, w) float32 from each noise of that shape and prompt.
 
     Every UNet batch is [unconditional rows, conditional rows]. To condition on references, attach them to
     base.unet first (easyref_core.unet.diffusers_unet). size: height and width of SDXL's size conditioning;
@@ -54,7 +70,7 @@ def generate_images(
         unconditional, conditional = predicted.float().chunk(2)
         predicted = unconditional + guidance * (conditional - unconditional)
         latents = schedule.step(predicted, timestep, latents, return_dict=False)[0]
-    return to_images(base.decode(latents))
+    return latents
 
 
 def to_images(images: Tensor) -> list[Image.Image]:

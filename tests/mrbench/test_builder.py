@@ -13,9 +13,12 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from easyref_core.inspect.duplicates import fingerprint, first_of_each, perceptual_hash
+from easyref_core.mrbench.__main__ import main
 from easyref_core.mrbench.builder import from_folder, from_groups, split_topics
 from easyref_core.mrbench.leaks import leaks
 from easyref_core.mrbench.manifest import Attributes, Group, read_manifest, usable, write_manifest
+from easyref_core.mrbench.training_rows import GROUPS, SINGLE
+from easyref_core.training.rows import read_rows
 
 from .benchmarks import benchmark, error_of, group, image, save
 
@@ -34,7 +37,7 @@ def files_of(group: Group) -> list[Path]:
 
 
 def test_every_image_is_used_once(tmp_path: Path) -> None:
-    manifest, exclusions = from_folder(topics(tmp_path, 7, 5), references=(2, 3))
+    manifest, exclusions, _ = from_folder(topics(tmp_path, 7, 5), references=(2, 3))
     files = [file for one in manifest.groups for file in files_of(one)]
     assert len(files) == len(set(files)) == 7 + 4
     assert [len(one.references) for one in manifest.groups] == [3, 2, 3]
@@ -124,9 +127,69 @@ def test_broken_and_uncaptioned_images_are_excluded(tmp_path: Path) -> None:
     folder = topics(tmp_path, 5)
     (folder / "a" / "0.png").write_text("not an image")
     (folder / "a" / "1.txt").unlink()
-    manifest, exclusions = from_folder(folder)
+    manifest, exclusions, _ = from_folder(folder)
     assert len(manifest.groups[0].references) == 2
     assert [(e.what, Path(e.name).name) for e in exclusions] == [("picture", "1.png"), ("picture", "0.png")]
+
+
+@pytest.mark.parametrize(
+    "name", ["a/more/0.png", "a/more/more/0.gif", "a/x.heic", "0.png", "0.avif", "a/0.avif.part"]
+)
+def test_images_in_other_places_and_formats_are_listed(name: str, tmp_path: Path, capsys) -> None:
+    folder = topics(tmp_path, 4)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(b"")
+    (folder / "a" / ".hidden").write_bytes(b"")
+    (folder / "notes.txt").write_text("read me")
+    assert main(["build", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert f"1 excluded:\n  {'file' if name.endswith('part') else 'picture'} {folder / name}: " in printed
+
+
+def test_a_flat_folder_is_refused(tmp_path: Path) -> None:
+    topics(tmp_path, 3)
+    text = error_of(lambda: from_folder(tmp_path / "a"))
+    assert text == (
+        f"{tmp_path / 'a'} has 3 images and no subfolder with images; wanted a subfolder for each topic. "
+        "Move the images of each topic into a folder of its own, or use --single, which needs no topics."
+    )
+
+
+def test_the_error_without_a_group_lists_what_was_left_out(tmp_path: Path) -> None:
+    topics(tmp_path / "deep", 3)
+    text = error_of(lambda: from_folder(tmp_path))
+    assert "it is in a folder inside topic deep" in text
+
+
+def test_single_images_are_their_own_reference(tmp_path: Path) -> None:
+    folder = topics(tmp_path, 2)
+    for i in range(2):
+        (folder / "a" / f"{i}.png").rename(folder / f"{i}.png")
+        (folder / "a" / f"{i}.txt").rename(folder / f"{i}.txt")
+    topics(tmp_path, 0, 3)
+    manifest, exclusions, training = from_folder(folder, single=True)
+    assert (len(manifest.groups), exclusions, training) == (5, (), ((), ()))
+    assert all(one.is_single and one.captions == (one.prompt,) for one in manifest.groups)
+    assert [one.topic for one in manifest.groups] == ["0", "1", "b", "b", "b"]
+    write_manifest(manifest, tmp_path / "manifest.json")
+    assert read_manifest(tmp_path / "manifest.json") == manifest
+    assert leaks(manifest) == []
+
+
+def test_training_rows_are_of_the_held_in_images_without_targets(tmp_path: Path) -> None:
+    assert main(["build", str(topics(tmp_path, 9, 9, 9, 9)), "--references", "2", "3"]) == 0
+    manifest = read_manifest(tmp_path / "manifest.json")
+    held_in = {one.topic for one in manifest.groups if one.split == "held-in"}
+    targets = {one.target for one in manifest.groups}
+    assert len(held_in) == 2
+    for name, references in ((SINGLE, {1}), (GROUPS, {2, 3})):
+        rows = read_rows(tmp_path / name, tmp_path, thorough=True)
+        files = {tmp_path / row.target for row in rows}
+        assert len(files) == len(rows) == 2 * (9 - 2)  # of each topic, all but two targets
+        assert {file.parent.name for file in files} == held_in
+        assert not targets & {tmp_path / file for row in rows for file in (row.target, *row.references)}
+        assert {len(row.references) for row in rows} == references
+        assert rows[0].texts == ((tmp_path / rows[0].target).with_suffix(".txt").read_text().strip(),)
 
 
 @pytest.mark.parametrize(
@@ -144,13 +207,14 @@ def test_formats_without_a_pillow_reader_are_excluded(tmp_path: Path) -> None:
     folder = topics(tmp_path, 3)
     (folder / "a" / "more.jxl").write_bytes(b"another format")
     (folder / "a" / "more.txt").write_text("one more")
-    _, (exclusion,) = from_folder(folder)
+    (exclusion,) = from_folder(folder).exclusions
     assert Path(exclusion.name).name == "more.jxl"
     assert exclusion.reason == "Pillow has no reader for .jxl files here"
 
 
 def test_too_few_images_and_missing_folders_are_named(tmp_path: Path) -> None:
-    assert "has 3 usable images" in error_of(lambda: from_folder(topics(tmp_path, 2)))
+    text = error_of(lambda: from_folder(topics(tmp_path, 2)))
+    assert "has enough usable images; wanted 3 images, one target and 2 references, each with" in text
     assert "There is no folder" in error_of(lambda: from_folder(tmp_path / "none"), FileNotFoundError)
 
 
@@ -200,7 +264,7 @@ def test_duplicates_are_refused_by_name(tmp_path: Path) -> None:
 def test_duplicates_are_dropped_on_request(tmp_path: Path) -> None:
     folder = topics(tmp_path, 4, 4)
     save(image(0), folder / "b" / "3.png")
-    manifest, exclusions = from_folder(folder, drop_duplicates=True)
+    manifest, exclusions, _ = from_folder(folder, drop_duplicates=True)
     assert [str(e) for e in exclusions] == [f"picture {folder / 'b/3.png'}: it repeats {folder / 'a/0.png'}"]
     assert leaks(manifest) == []
 

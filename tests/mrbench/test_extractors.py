@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
+from easyref_core.mrbench import extractors as extractors_module
 from easyref_core.mrbench.extractors import Clip, Dino, load_attribute_classifier
 from easyref_core.mrbench.group_scores import Extractors
 
@@ -89,6 +94,33 @@ def test_the_error_for_a_missing_model_says_where_to_get_it(kind, option: str, m
     model = "model 'somebody/no-such-model' could not be loaded. Downloads are switched off (--offline)."
     for part in (model, "hf download somebody/no-such-model", f"{option} none"):
         assert part in text
+
+
+@pytest.fixture
+def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(extractors_module, "REACHABLE_SECONDS", 0.3)
+        extractors_module.hub_is_reachable.cache_clear()
+        yield
+    extractors_module.hub_is_reachable.cache_clear()
+
+
+@pytest.mark.usefixtures("silent_hub")
+def test_without_a_network_a_missing_model_is_named_in_seconds() -> None:
+    start = time.monotonic()
+    text = error_of(lambda: Clip("somebody/no-such-model"), FileNotFoundError)
+    assert "It is not in the local cache, and huggingface.co cannot be reached. Get it with `hf" in text
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.usefixtures("silent_hub")
+def test_without_a_network_a_local_model_loads(clip_folder: Path) -> None:
+    assert not extractors_module.hub_is_reachable()
+    assert Clip(str(clip_folder)).identity.startswith("tiny-clip@")
 
 
 def test_another_kind_of_model_is_refused(dino_folder: Path) -> None:

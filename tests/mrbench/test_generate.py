@@ -15,9 +15,11 @@ from PIL import Image
 
 from easyref_core.mrbench import generate as generation
 from easyref_core.mrbench.generate import RunSettings, batches, generate, load_task, read_config, run
+from easyref_core.mrbench.latency import collect
 from easyref_core.mrbench.manifest import Group, Manifest, write_manifest
 from easyref_core.mrbench.methods import KINDS, Method, Sampling
 from easyref_core.mrbench.processes import Process
+from easyref_core.mrbench.training_seeds import select
 from easyref_core.training.base_model import BaseModel
 
 from . import tiny
@@ -161,6 +163,39 @@ class TestPlain:
         assert [path.split("/")[1] for path in content(out)] == ["first"]
         assert {exclusion.what for exclusion in done.exclusions} == {"reference", "target", "group"}
 
+    def test_an_image_that_is_not_finite_is_not_saved(
+        self, generate: Any, base: BaseModel, out: Path
+    ) -> None:
+        handle = base.unet.register_forward_hook(lambda *args: (args[-1][0] * torch.nan,))
+        try:
+            with pytest.raises(
+                ValueError, match="Method plain stops. plain, group first, seed 0: the latent"
+            ):
+                generate()
+        finally:
+            handle.remove()
+        assert content(out) == {}
+
+    def test_latency_is_measured_by_number_of_references(self, generate: Any, out: Path) -> None:
+        generate(batch=1)
+        for batch in (1, 2):
+            generate(seeds=[1, 2], batch=batch)
+        lines = [json.loads(line) for line in (out / "plain/latency-0.jsonl").read_text().splitlines()]
+        assert [line["references"] for line in lines] == [2, 3, 2, 3]
+        assert [line["is_first"] for line in lines] == [True, False, True, False]
+        assert all(line["paint"] > 0 and "threads" in line["device"] for line in lines)
+        two, three = collect([out / "plain"])
+        assert (two.references, three.references, two.groups, three.groups) == (2, 3, 2, 2)
+        assert three.paint == pytest.approx((lines[1]["paint"] + lines[3]["paint"]) / 2)
+
+    def test_another_prompt_can_be_painted(self, generate: Any, out: Path) -> None:
+        generate()
+        with pytest.raises(ValueError, match='prompt was null, now is ""'):
+            generate(prompt="")
+        images, other = content(out), out.parent / "other"
+        generate(prompt="", out=other)
+        assert content(other) != images
+
     def test_processes_share_the_groups(
         self, generate: Any, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -232,6 +267,18 @@ class TestConfig:
         assert config.methods["easyref"]["checkpoint"] == str(tmp_path / "easyref.safetensors")
         assert config.sampling.guidance == 5.0
 
+    def test_training_seeds_become_entries(self, read: Any, tmp_path: Path) -> None:
+        entry = {"kind": "easyref", "checkpoint": "run_{seed}/a.safetensors", "training_seeds": [0, 2]}
+        methods = read(methods={"easyref": entry, "plain": {"kind": "plain"}}).methods
+        assert list(methods) == ["easyref@0", "easyref@2", "plain"]
+        assert methods["easyref@2"] == {
+            "kind": "easyref",
+            "checkpoint": str(tmp_path / "run_2/a.safetensors"),
+        }
+        assert select(["easyref"], methods) == ["easyref@0", "easyref@2"]
+        assert select(["plain", "easyref@2"], methods) == ["plain", "easyref@2"]
+        assert select([], methods) == list(methods)
+
     def test_it_runs(self, read: Any, tmp_path: Path) -> None:
         tiny.make_base(tmp_path / "base")
         done = run(read(), ["plain"], references=1)
@@ -251,6 +298,20 @@ class TestConfig:
             ({"methods": ["plain"]}, r"methods is \['plain'\]; wanted method names"),
             ({"seeds": 4}, "seeds is 4; wanted a list of whole numbers"),
             ({"seeds": ["a"]}, r"seeds is \['a'\]; wanted a list"),
+            ({"prompt": 3}, "prompt is 3; wanted a string"),
+            ({"methods": {"m": {"kind": "plain", "training_seeds": [0]}}}, "in none of its paths, so all"),
+            (
+                {"methods": {"m": {"kind": "easyref", "checkpoint": "{seed}.safetensors"}}},
+                "Method m has {seed} in a path; wanted also training_seeds",
+            ),
+            (
+                {"methods": {"m": {"kind": "easyref", "checkpoint": "{seed}", "training_seeds": [1, 1]}}},
+                r"training_seeds is \[1, 1\]; wanted each seed once",
+            ),
+            (
+                {"methods": {"m": {"kind": "easyref", "checkpoint": "{seed}", "training_seeds": 3}}},
+                "training_seeds is 3; wanted a list of whole numbers",
+            ),
             ({"dtype": "fp16"}, "dtype is 'fp16'; wanted one of float32"),
         ],
     )
@@ -266,10 +327,13 @@ class TestConfig:
 
     def test_every_shipped_config_is_valid(self) -> None:
         shipped = sorted(Path(generation.__file__).parent.glob("configs/**/*.yaml"))
-        assert [file.name for file in shipped] == ["sdxl.yaml", "tiny.yaml"]
-        for file in shipped:
-            kinds = {entry["kind"] for entry in read_config(file).methods.values()}
-            assert kinds == set(KINDS)
+        configs = {file.name: read_config(file) for file in shipped}
+        assert sorted(configs) == ["sdxl.yaml", "sdxl_single.yaml", "tiny.yaml"]
+        for name in ("sdxl.yaml", "tiny.yaml"):
+            methods = configs[name].methods
+            assert {entry["kind"] for entry in methods.values()} == set(KINDS)
+            assert {"easyref_stage_1", "easyref_stage_2", "easyref_without_stage_1"} <= methods.keys()
+        assert configs["sdxl_single.yaml"].prompt == ""
 
     def test_an_unknown_method_is_refused(self, read: Any) -> None:
         with pytest.raises(ValueError, match="No method 'lora' in the config; it has other, plain"):

@@ -34,6 +34,19 @@ def test_writing_and_reading_changes_nothing(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == data
 
 
+def test_a_group_without_a_topic_is_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path, [group(0), group(1, topic="cats"), group(2, topic="cats")])
+    assert [one.topic for one in read_manifest(path).groups] == ["g0", "cats", "cats"]
+    data = json.loads(path.read_text())
+    write_manifest(read_manifest(path), path)
+    assert json.loads(path.read_text()) == data
+
+
+def test_a_single_image_is_its_own_reference(tmp_path: Path) -> None:
+    (only,) = read_manifest(write(tmp_path, [group(0, references=1, target="g0/0.png")])).groups
+    assert only.is_single
+
+
 def test_a_manifest_can_be_outside_its_images_folder(tmp_path: Path) -> None:
     manifest = read_manifest(write(tmp_path, [group(0)]))
     write_manifest(manifest, tmp_path / "elsewhere" / "manifest.json")
@@ -45,7 +58,7 @@ def without(data: dict[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in data.items() if k != key}
 
 
-KEYS = "attributes, captions, category, id, prompt, references, split, target."
+KEYS = "attributes, captions, category, id, prompt, references, split, target, topic."
 WRONG: list[tuple[Any, str]] = [
     (without(group(1), "prompt"), "Group 'g1' lacks prompt."),
     (without(group(1), "id"), "Group 1 (counted from 0) lacks id."),
@@ -73,6 +86,11 @@ WRONG: list[tuple[Any, str]] = [
     (
         group(1, attributes={"shared": {"shape": 1}, "named": {}}),
         "Group 'g1', attributes, shared: shape is 1; wanted a string.",
+    ),
+    (
+        group(1, topic="g0", split="held-in"),
+        "Manifest manifest.json: topic 'g0' is in both splits; wanted all groups of a topic in one, because "
+        "a method may have been trained on the topics of held-in.",
     ),
     (["g1"], f"Group 1 (counted from 0) is ['g1']; wanted an object with the keys {KEYS}"),
     (group(1, id="G0"), "Manifest manifest.json has more than one group 'g0'. Give every group its own id."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from PIL import Image
 from torch import Tensor
 
 import easyref_core as er
@@ -19,6 +20,7 @@ from easyref_core.mrbench.methods import ip_adapter as ip
 from easyref_core.mrbench.methods import ip_adapter_training as training
 from easyref_core.mrbench.methods.clip_pixels import clip_pixels, clip_pixels_of
 from easyref_core.mrbench.methods.easyref import reference_tokens
+from easyref_core.mrbench.methods.finite import NotFiniteError, tensors_of
 from easyref_core.mrbench.methods.lora import LoRAMethod
 from easyref_core.mrbench.methods.method import initial_noise
 from easyref_core.training.base_model import BaseModel
@@ -146,13 +148,13 @@ def test_every_method_starts_from_that_noise(
 ) -> None:
     from easyref_core.training import sampling
 
-    noises, generate_images = [], sampling.generate_images
+    noises, generate_latents = [], sampling.generate_latents
 
-    def record(base: BaseModel, noise: Tensor, *args: Any, **options: Any) -> list[Image.Image]:
+    def record(base: BaseModel, noise: Tensor, *args: Any, **options: Any) -> Tensor:
         noises.append(noise)
-        return generate_images(base, noise, *args, **options)
+        return generate_latents(base, noise, *args, **options)
 
-    monkeypatch.setattr(sampling, "generate_images", record)
+    monkeypatch.setattr(sampling, "generate_latents", record)
     for name in tiny.ENTRIES:
         generate(make_method(name), TASKS[:1], tmp_path / name)
     assert len(noises) == len(tiny.ENTRIES)
@@ -325,10 +327,102 @@ class TestLoRA:
         monkeypatch.setattr(LoRAMethod, "train", None)
         assert generate(method, TASKS[:1], tmp_path) == first
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_it_trains_in_float32_on_a_half_base(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        """Losses follow those of a float32 base; AdamW on float16 weights gave NaN from the second step."""
+        folder = tiny.make_base(tmp_path)
+        trained = {}
+        for kind in (torch.float32, dtype):
+            method = LoRAMethod(BaseModel.load(folder, dtype=kind), size=IMAGE_SIZE, rank=2, steps=6, lr=1e-2)
+            trained[kind] = method.train([random_image(1)], [""], seed=0)
+        assert {tensor.dtype for tensor in trained[dtype][0].values()} == {torch.float32}
+        assert trained[dtype][1] == pytest.approx(trained[torch.float32][1], rel=0.02)
+        generate(method, TASKS[:1], tmp_path / "out")
+
     def test_missing_captions_are_refused(self, make_method: MakeMethod, tmp_path: Path) -> None:
         method = make_method("lora", captions="references")
         with pytest.raises(ValueError, match="Group x has 0 captions for 2 references"):
             method.prepare(Task("x", "", TASKS[0].references), tmp_path)
+
+
+class TestNotFinite:
+    """A value that is not finite stops every method, before anything is saved."""
+
+    def test_a_loss(self, make_method: MakeMethod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        nothing = torch.nn.functional.mse_loss
+        monkeypatch.setattr(torch.nn.functional, "mse_loss", lambda *args: nothing(*args) * math.nan)
+        expected = r"lora, group first, step 0: the loss is not finite \(1 values .* Lower lr, or set"
+        with pytest.raises(NotFiniteError, match=expected):
+            make_method("lora").prepare(TASKS[0], tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_trained_weight(
+        self, make_method: MakeMethod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def break_weights(self: torch.optim.Optimizer, *args: Any) -> None:
+            self.param_groups[0]["params"][0].data.fill_(math.inf)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", break_weights)
+        with pytest.raises(NotFiniteError, match="lora, group first, after 1 steps: the trained LoRA is not"):
+            make_method("lora", steps=1).prepare(TASKS[0], tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_cached_lora(self, make_method: MakeMethod, tmp_path: Path) -> None:
+        method = make_method("lora")
+        method.prepare(TASKS[0], tmp_path)
+        (file,) = tmp_path.iterdir()
+        lora = safetensors.torch.load_file(file)
+        safetensors.torch.save_file({name: t * math.nan for name, t in lora.items()}, file)
+        with pytest.raises(
+            NotFiniteError, match="the cached LoRA is not finite.* Delete .*lora.safetensors to"
+        ):
+            method.prepare(TASKS[0], tmp_path)
+
+    @pytest.mark.parametrize("weights", [False, True])
+    def test_the_training_of_an_ip_adapter(
+        self,
+        weights: bool,
+        base: BaseModel,
+        image_encoder: torch.nn.Module,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        images = tiny.OneImage()
+        if weights:
+            broken = {"image_proj": {"proj.weight": torch.tensor([math.nan])}}
+            monkeypatch.setattr(training, "adapter_state", lambda adapter: broken)
+        else:
+            images.pixels = images.pixels * math.nan
+        expected = (
+            "after 1 steps: the trained adapter is not" if weights else "step 0: the loss is not finite"
+        )
+        file = tmp_path / "a.safetensors"
+        with pytest.raises(NotFiniteError, match=f"ip_adapter, {expected}.* Lower lr"):
+            training.train_ip_adapter(base, image_encoder, images, file, training.IPAdapterTraining(steps=1))
+        assert not file.exists()
+
+    @pytest.mark.parametrize("name", ["easyref", "ip_adapter_average", "lora"])
+    def test_a_condition(self, name: str, make_method: MakeMethod, tmp_path: Path) -> None:
+        method = make_method(name)
+        condition = method.prepare(TASKS[0], tmp_path)
+        tensors = list(tensors_of(condition))
+        with torch.inference_mode():
+            tensors[-1].view(-1)[0] = math.nan
+        expected = rf"{method.kind}, group first: the condition is not finite \(1 values"
+        with pytest.raises(NotFiniteError, match=expected):
+            method.generate(TASKS[:1], [condition], [0], SAMPLING)
+
+    @pytest.mark.parametrize(("part", "what"), [("unet", "latent"), ("vae", "decoded image")])
+    def test_a_latent_and_a_decoded_image(
+        self, part: str, what: str, base: BaseModel, make_method: MakeMethod
+    ) -> None:
+        module = base.unet.conv_out if part == "unet" else base.vae.decoder.conv_out
+        handle = module.register_forward_hook(lambda *args: args[-1] * math.nan)
+        try:
+            with pytest.raises(NotFiniteError, match=f"plain, group first, seed 4: the {what} is not finite"):
+                make_method("plain").generate(TASKS[:1], [None], [4], SAMPLING)
+        finally:
+            handle.remove()
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from PIL import Image
 from easyref_core.mrbench.__main__ import main
 from easyref_core.mrbench.images import Exclusion
 from easyref_core.mrbench.metrics import Interval
-from easyref_core.mrbench.paper_numbers import ROWS, row_of
+from easyref_core.mrbench.paper_numbers import ROWS
+from easyref_core.mrbench.plots import style
 from easyref_core.mrbench.report import cell, write_report
 from easyref_core.mrbench.rows import EXCLUDED, METRICS, Row, write_csv, write_rows
-from easyref_core.mrbench.summary import LABELS, compare, group_means
+from easyref_core.mrbench.summary import LABELS, compare, few_topics, group_means, pool, topics_of
 
 from .benchmarks import error_of
 
@@ -33,6 +34,7 @@ def rows(methods: Sequence[str] = METHODS) -> list[Row]:
         Row(
             method=method,
             group=f"g{i}",
+            topic=f"g{i}",
             category="style" if i < 4 else "identity",
             split="held-in" if i % 2 else "held-out",
             seed=seed,
@@ -79,18 +81,28 @@ def table_lines(text: str, title: str) -> list[list[str]]:
 @pytest.mark.parametrize("split", ["held-in", "held-out"])
 def test_every_method_and_metric_is_in_the_table(text: str, split: str) -> None:
     head, _, *body = table_lines(text, f"## {split}\n")
-    assert head[2:-1] == [LABELS[name] for name in METRICS]
+    assert head[1:3] == ["groups", "topics"]
+    assert head[3:] == [LABELS[name] for name in METRICS]
     assert tuple(line[0] for line in body) == METHODS
-    assert all(line[1] == "4" for line in body)
-    values = [value for line in body for value in line[2:-1]]
+    assert all(line[1:3] == ["4", "4"] for line in body)
+    values = [value for line in body for value in line[3:]]
     assert all(re.fullmatch(r"0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", value) for value in values)
 
 
-def test_the_papers_row_is_beside_its_method(text: str) -> None:
-    beside = {line[0]: line[-1] for line in table_lines(text, "## held-out\n")[2:]}
-    assert beside["easyref"] == "0.833, 0.709, 0.614 (Table 3, EasyRef; not comparable)"
-    assert beside["ip_adapter_average"] == "0.795, 0.645, 0.579 (Table 3, IP-Adapter-SDXL; not comparable)"
-    assert beside["plain"] == "-"
+def test_the_papers_numbers_are_in_tables_of_their_own(text: str) -> None:
+    ours, paper = text.split("## The paper's numbers")
+    assert "0.833" not in ours
+    assert "| held-out | EasyRef | 0.833 | 0.709 | 0.614 |  |" in paper
+    assert "| COCO val | EasyRef | 0.876 | 0.621 | 0.873 |  |" in paper
+
+
+def test_a_split_of_few_topics_has_a_warning(text: str, results: Path, capsys) -> None:
+    warning = "held-in has 4 topics; with fewer than 20 its intervals are too narrow."
+    assert f"## held-in\n\n**{warning}**" in text
+    assert main(["report", str(results)]) == 0
+    assert f"mrbench: {warning}" in capsys.readouterr().err
+    many = [replace(row, topic=f"t{i}", split="held-out") for row in rows() for i in range(20)]
+    assert few_topics(many) == {}
 
 
 @pytest.mark.parametrize(
@@ -110,11 +122,9 @@ def test_parts_of_the_report(part: str, text: str) -> None:
 
 
 def test_the_papers_numbers_are_complete() -> None:
-    assert [sum(row.table == table for row in ROWS) for table in (3, 4, 5)] == [6, 5, 3]
+    assert [sum(row.table == table for row in ROWS) for table in (2, 3, 4, 5)] == [11, 6, 5, 3]
     same = [row for row in ROWS if row.scores == (0.833, 0.709, 0.614)]
     assert [row.table for row in same] == [3, 4, 5]  # EasyRef with 64 tokens at the last layer, three times
-    assert row_of("LoRA", "held-in").clip_i == 0.831
-    assert row_of("plain", "held-in") is None
 
 
 def test_win_rates_and_differences(text: str) -> None:
@@ -125,14 +135,14 @@ def test_win_rates_and_differences(text: str) -> None:
 
 
 def test_comparison_is_over_common_groups() -> None:
-    means = group_means([row for row in rows() if (row.method, row.group) != ("plain", "g0")], "clip_score")
-    result = compare(means, "easyref", "plain")
+    some = [row for row in rows() if (row.method, row.group) != ("plain", "g0")]
+    result = compare(pool(group_means(some, "clip_score")), "easyref", "plain", topics_of(some))
     assert (result.groups, result.win_rate.mean) == (7, 1.0)
     assert result.difference.mean == pytest.approx(0.3)
 
 
 def test_without_common_groups_there_is_no_number() -> None:
-    result = compare(group_means(rows(["easyref"]), "clip_score"), "easyref", "plain")
+    result = compare(pool(group_means(rows(["easyref"]), "clip_score")), "easyref", "plain", {})
     assert result.groups == 0
     assert math.isnan(result.win_rate.mean)
 
@@ -144,11 +154,33 @@ def test_plots_are_images(text: str, results: Path, plot: str) -> None:
         assert min(image.size) > 300
 
 
+def test_training_seeds_are_pooled_into_one_line(tmp_path: Path) -> None:
+    entries = ("easyref@0", "easyref@1", "easyref@0-2-references", "plain")
+    report = write_report(write_results(tmp_path, rows(entries))).read_text(encoding="utf-8")
+    head, _, *body = table_lines(report, "## held-out\n")
+    assert head[1:4] == ["groups", "topics", "training seeds"]
+    seeds = {line[0]: line[3] for line in body}
+    assert seeds == {"easyref": "2", "easyref-2-references": "1", "plain": "1"}
+    lines = {line[0]: line for line in body}
+    assert lines["easyref"][4].startswith("0.480 [0.4")  # of 0.53 and 0.43, with both inside the interval
+    assert "## Win rates of easyref\n" in report
+    assert (tmp_path / "pictures.csv").read_text().count("easyref@1,") == 16
+
+
+def test_twenty_methods_look_different() -> None:
+    styles = [style(i) for i in range(20)]
+    assert len({one["color"] for one in styles}) == 20
+    assert len({(one["marker"], one["linestyle"]) for one in styles}) == 20
+    colours = [tuple(bytes.fromhex(one["color"][1:])) for one in styles]
+    distances = [math.dist(a, b) for i, a in enumerate(colours) for b in colours[:i]]
+    assert min(distances) > 30  # of 441
+
+
 def test_one_method_with_one_metric_is_enough(tmp_path: Path) -> None:
     one = [row for row in rows(["plain"]) if row.group == "g0"]
     one = [replace(row, **dict.fromkeys(METRICS[1:], math.nan)) for row in one]
     report = write_report(write_results(tmp_path, one)).read_text(encoding="utf-8")
-    assert "| plain | 1 | 0.500 |" in report
+    assert "| plain | 1 | 1 | 0.500 |" in report
     assert "Win rates" not in report
 
 

@@ -20,7 +20,9 @@ from devkit.hosts import ROOT
 from easyref_core.mrbench import metrics, score
 from easyref_core.mrbench.__main__ import main
 from easyref_core.mrbench.group_scores import Extractors, fraction_right
+from easyref_core.mrbench.latency import Latency, Timing, append_timings, read_latencies
 from easyref_core.mrbench.processes import Process
+from easyref_core.mrbench.report import write_report
 from easyref_core.mrbench.rows import Row, read_rows
 from easyref_core.mrbench.summary import summarise
 
@@ -146,6 +148,18 @@ def test_the_metrics_of_a_missing_extractor_are_empty(run, extractors: Extractor
     assert {line.metric for line in summarise(rows)} == {"dino_i_target", "dino_i_references"}
 
 
+def test_topics_are_in_the_rows_and_may_be_corrected(run, tmp_path: Path) -> None:
+    assert {row.topic for row in run().rows} == {"g0", "g1", "g2"}
+    file = tmp_path / "manifest.json"
+    data = json.loads(file.read_text())
+    data["groups"][1]["topic"] = data["groups"][2]["topic"] = "things"
+    file.write_text(json.dumps(data))
+    again = run()
+    assert (again.scored, {row.topic for row in again.rows}) == (0, {"g0", "things"})
+    line = next(line for line in summarise(again.rows) if (line.split, line.category) == ("held-out", "all"))
+    assert (line.groups, line.topics, line.training_seeds) == (2, 1, 1)
+
+
 # Exclusions
 
 
@@ -179,6 +193,25 @@ def test_a_group_without_images_is_excluded(run, tmp_path: Path) -> None:
 def test_a_group_that_the_manifest_lacks_is_excluded(run, tmp_path: Path) -> None:
     generated(tmp_path / "out", ["plain"], ["g9"])
     assert [str(e) for e in run().exclusions] == ["group plain/g9: the manifest has no such group"]
+
+
+def test_latency_is_collected(run, tmp_path: Path, results: Path) -> None:
+    timing = Timing(2, 1.0, 0.5, "a CPU", is_first=True)
+    for seed, seconds in (0, 2.0), (1, 4.0):
+        (tmp_path / "out" / f"easyref@{seed}").mkdir()
+        timings = [timing, replace(timing, prepare=seconds, is_first=False)]
+        append_timings(tmp_path / "out" / f"easyref@{seed}", 0, timings)
+    append_timings(tmp_path / "out" / "plain", 0, [timing])  # only a first batch
+    run()
+    assert read_latencies(results) == [
+        Latency("easyref", "a CPU", 2, 2, 3.0, 0.5),
+        Latency("plain", "a CPU", 2, 1, 1.0, 0.5),
+    ]
+    report = write_report(results).read_text()
+    assert (
+        "| method | device | 2 references |\n| --- | --- | --- |\n| easyref | a CPU | 3.000 + 0.500 |"
+        in report
+    )
 
 
 def test_a_missing_folder_of_images_is_named(tmp_path: Path, extractors: Extractors) -> None:
@@ -282,7 +315,7 @@ def test_two_processes_share_the_work(
 
 def test_means_are_over_seeds_then_groups() -> None:
     def row(name: str, seed: int, value: float) -> Row:
-        return Row("m", name, "c", "held-in", seed, 2, "", "", clip_i_target=value)
+        return Row("m", name, name, "c", "held-in", seed, 2, "", "", clip_i_target=value)
 
     rows = [row("a", 0, 0.0), row("a", 1, 0.2), row("a", 2, 0.4), row("b", 0, 1.0)]
     line = next(line for line in summarise(rows) if (line.split, line.category) == ("held-in", "all"))

@@ -8,13 +8,14 @@ from typing import Any
 from ...training.base_model import BaseModel
 from ..checks import check_dataclass
 from .easyref import EasyRefMethod
+from .finite import NotFiniteError
 from .ip_adapter import IPAdapter
 from .lora import LoRAMethod
 from .method import Method, Plain, Sampling, Task
 
 KINDS: dict[str, type[Method]] = {cls.kind: cls for cls in (Plain, EasyRefMethod, IPAdapter, LoRAMethod)}
 
-__all__ = ["KINDS", "Method", "Sampling", "Task", "build", "check"]
+__all__ = ["KINDS", "Method", "NotFiniteError", "Sampling", "Task", "build", "check"]
 
 
 def check(name: str, entry: Mapping[str, Any]) -> None:

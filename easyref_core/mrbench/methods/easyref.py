@@ -30,6 +30,9 @@ class EasyRefMethod(Method):
     """
 
     kind = "easyref"
+    condition_remedy = (
+        "Set the method's dtype to float32 or bfloat16, or check its checkpoint and references."
+    )
 
     checkpoint: str
     mllm: str | None = None

@@ -44,6 +44,7 @@ class IPAdapter(Method):
     """
 
     kind = "ip_adapter"
+    condition_remedy = "Check the files of the weights and of the image encoder."
 
     weights: str
     image_encoder: str

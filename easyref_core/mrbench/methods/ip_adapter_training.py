@@ -20,12 +20,14 @@ from ...files.atomic_write import atomic_write
 from ...training.base_model import BaseModel, Text
 from ...training.batches import Batch, Examples
 from .clip_pixels import clip_pixels_of
+from .finite import require_finite
 from .ip_adapter import Adapter, AdapterState, attached, embedding, flatten, image_processors, load_adapter
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 LOG_EVERY = 100  # updates
+REMEDY = "Lower lr, or set mixed_precision to bf16 or null."
 TOKENS = 4  # image tokens of the plain IP-Adapter, the only number that diffusers' loader supports
 
 
@@ -84,7 +86,7 @@ def train_ip_adapter(
 
     image_encoder: a CLIPVisionModelWithProjection in float32. images: batches with pixels; their references
     are not used, and texts must not be dropped, because that is done here. The VAE is not run if they have
-    latents too.
+    latents too. Raises NotFiniteError for a loss or weight that is not finite; then nothing is saved.
     """
     from accelerate import Accelerator
 
@@ -112,10 +114,13 @@ def train_ip_adapter(
                 optimizer.zero_grad()
             total += accelerator.reduce(loss.detach(), "mean").item() / training.accumulation
         losses.append(total)
+        require_finite("the loss", total, f"ip_adapter, step {step}", REMEDY)
         if len(losses) % LOG_EVERY == 0:
             log(f"IP-Adapter {len(losses)}: loss {sum(losses[-LOG_EVERY:]) / LOG_EVERY:.4f}")
+    state = adapter_state(adapter)
+    require_finite("the trained adapter", state, f"ip_adapter, after {training.steps} steps", REMEDY)
     if accelerator.is_main_process:
-        save_adapter(adapter_state(adapter), Path(out))
+        save_adapter(state, Path(out))
     accelerator.wait_for_everyone()
     return losses
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...files.atomic_write import atomic_write
 from .clip_pixels import square_pixels
+from .finite import require_finite
 from .method import Method, Task, group_seed
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # DreamBooth-LoRA's: all attentions of the UNet
 FILE = "lora.safetensors"
+REMEDY = "Lower lr, or set the config's dtype to bfloat16 or float32."
 CAPTIONS = ("references", "prompt", "none")
 
 LoRA = dict[str, "Tensor"]
@@ -53,6 +55,12 @@ class LoRAMethod(Method):
         if self.captions not in CAPTIONS:
             raise ValueError(f"The captions are {self.captions!r}; wanted one of {', '.join(CAPTIONS)}.")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        # Images of float16 LoRAs, as they were trained before, are refused as made with other settings.
+        half = self.base.unet.dtype != torch.float32
+        return super().settings | ({"trained_in": "float32"} if half else {})
+
     def batch_key(self, task: Task) -> Hashable:
         return task.id  # a batch has one UNet, and every group has its own
 
@@ -62,11 +70,14 @@ class LoRAMethod(Method):
 
         file = folder / FILE
         if not file.is_file():
-            lora, _ = self.train(task.references, self._texts(task), group_seed(task.id))
+            where = f"lora, group {task.id}"
+            lora, _ = self.train(task.references, self._texts(task), group_seed(task.id), where)
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as partial:
                 save_file(lora, partial)
-        return load_file(file, device=str(self.base.device))
+        lora = load_file(file, device=str(self.base.device))
+        require_finite("the cached LoRA", lora, f"lora, group {task.id}", f"Delete {file} to train it again.")
+        return lora
 
     @contextmanager
     def attach(self, conditions: Sequence[LoRA], seeds: int) -> Iterator[None]:
@@ -75,8 +86,15 @@ class LoRAMethod(Method):
             load_lora(parameters, lora)
             yield
 
-    def train(self, references: Sequence[Any], texts: Sequence[str], seed: int) -> tuple[LoRA, list[float]]:
-        """Train a LoRA (epsilon MSE, AdamW, constant rate) and return it with the loss of every step."""
+    def train(
+        self, references: Sequence[Any], texts: Sequence[str], seed: int, where: str = "lora"
+    ) -> tuple[LoRA, list[float]]:
+        """Train a LoRA (epsilon MSE, AdamW, constant rate) and return it with the loss of every step.
+
+        The LoRA is float32 in every dtype of the base, because AdamW's epsilon vanishes in float16 and its
+        division then gives NaN. Raises NotFiniteError, which names `where` and the step, for a loss or weight
+        that is not finite.
+        """
         base, batch = self.base, self.batch
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.from_numpy(square_pixels(references, self.size)).float() / 127.5 - 1
@@ -84,22 +102,31 @@ class LoRAMethod(Method):
         text = base.encode_text(texts)
         time_ids = base.time_ids((self.size, self.size), (0, 0), (self.size, self.size), batch)
         num_timesteps = base.schedule.config.num_train_timesteps
-        losses = []
+        losses, dtype, device = [], base.unet.dtype, base.device.type
+        half = dtype != torch.float32
+        # Gradients of a mean over many latents underflow in float16, so the loss is scaled there.
+        scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         with injected(base.unet, self.rank, seed=seed) as parameters, torch.enable_grad():
+            for parameter in parameters.values():
+                parameter.data = parameter.data.float()
             optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, weight_decay=0.01)
-            for _ in range(self.steps):
+            for step in range(self.steps):
                 picked = torch.randint(len(latents), (batch,), generator=generator)
                 timesteps = torch.randint(num_timesteps, (batch,), generator=generator).to(base.device)
                 noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(base.device)
-                noisy = base.schedule.add_noise(latents[picked], noise, timesteps).to(base.unet.dtype)
+                noisy = base.schedule.add_noise(latents[picked], noise, timesteps).to(dtype)
                 added = {"text_embeds": text.pooled[picked], "time_ids": time_ids}
-                predicted = base.unet(noisy, timesteps, text.states[picked], added_cond_kwargs=added)
+                with torch.autocast(device, dtype=dtype if half else None, enabled=half):
+                    predicted = base.unet(noisy, timesteps, text.states[picked], added_cond_kwargs=added)
                 loss = torch.nn.functional.mse_loss(predicted.sample.float(), noise)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
                 losses.append(loss.item())
+                require_finite("the loss", losses[-1], f"{where}, step {step}", REMEDY)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
             lora = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+        require_finite("the trained LoRA", lora, f"{where}, after {self.steps} steps", REMEDY)
         return lora, losses
 
     def _texts(self, task: Task) -> tuple[str, ...]:

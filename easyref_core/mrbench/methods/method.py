@@ -15,6 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from ...training.base_model import BaseModel
+from .finite import require_finite
+
+DTYPE_REMEDY = (
+    "Set the config's dtype to float32 or bfloat16, or check the weights of the base and the method."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Method(abc.ABC):
     """A method of the benchmark; the fields after `base` are the settings of its config entry."""
 
     kind: ClassVar[str]
+    condition_remedy: ClassVar[str] = "Set the method's dtype to float32 or bfloat16."
     base: BaseModel
 
     @property
@@ -74,7 +80,11 @@ class Method(abc.ABC):
     def generate(
         self, tasks: Sequence[Task], conditions: Sequence[Any], seeds: Sequence[int], sampling: Sampling
     ) -> list[list[Image.Image]]:
-        """Images of each task, one for each seed. Raises ValueError for a size off the latent grid."""
+        """Images of each task, one for each seed.
+
+        Raises ValueError for a size off the latent grid, and NotFiniteError for a condition, a latent or an
+        image that is not finite.
+        """
         from ...training import sampling as sampler
 
         (height, width), factor = sampling.sides, self.base.vae_scale_factor
@@ -83,12 +93,24 @@ class Method(abc.ABC):
                 f"The image size is {height}x{width}; wanted multiples of {factor}, the pixels of one "
                 "latent. Change `size` in the config."
             )
+        for task, condition in zip(tasks, conditions, strict=True):
+            where = f"{self.kind}, group {task.id}"
+            require_finite("the condition", condition, where, self.condition_remedy)
         shape = (4, height // factor, width // factor)
         noise = torch.stack([initial_noise(task.id, seed, shape) for task in tasks for seed in seeds])
         prompts = [task.prompt for task in tasks for _ in seeds]
         settings = dataclasses.asdict(sampling) | {"size": sampling.sides}
         with torch.inference_mode(), self.attach(conditions, len(seeds)):
-            images = sampler.generate_images(self.base, noise.to(self.base.device), prompts, **settings)
+            latents = sampler.generate_latents(self.base, noise.to(self.base.device), prompts, **settings)
+        named = [f"{self.kind}, group {task.id}, seed {seed}" for task in tasks for seed in seeds]
+        for where, latent in zip(named, latents, strict=True):
+            require_finite("the latent", latent, where, DTYPE_REMEDY)
+        decoded = self.base.decode(latents)
+        for where, image in zip(named, decoded, strict=True):
+            require_finite(
+                "the decoded image", image, where, "Check the VAE's weights in the base model's folder."
+            )
+        images = sampler.to_images(decoded)
         return [images[i : i + len(seeds)] for i in range(0, len(images), len(seeds))]
 
 
