@@ -1,8 +1,8 @@
 """Trains the arms of a tiny benchmark, each with several seeds: python tools/tiny_arms.py creatures
 
 The base models must have been trained (tools/train_tiny.py --only-base). An arm of a seed is written to
-<models>/arms/<arm>@<seed>/; what exists already is skipped, and an interrupted run continues. Run it for other
-seeds or arms at the same time to use more cores.
+<models>/arms/<arm>@<seed>/; what exists already is skipped, and an interrupted run continues. To use more
+cores, run it for other seeds or arms at the same time.
 """
 
 from __future__ import annotations

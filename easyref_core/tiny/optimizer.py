@@ -72,7 +72,9 @@ class OneCycleMuon:
     ITERATIONS = 5
     NOT_INSIDE = "conv_in", "conv_out", "embedding"
 
-    def __init__(self, modules: Iterable[nn.Module], training: Training, lr: float, warmup: float = 0.05) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module], training: Training, lr: float, warmup: float = 0.05
+    ) -> None:
         named = [pair for module in modules for pair in module.named_parameters()]
         inside = {id(p) for name, p in named if p.ndim > 1 and not any(n in name for n in self.NOT_INSIDE)}
         self.matrices = [p for _, p in named if id(p) in inside]

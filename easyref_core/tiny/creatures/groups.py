@@ -25,6 +25,7 @@ class Group:
     prompt: str
     named: dict[str, str]  # {"ground": ..., "place": ...} of the target
     references: tuple[Image.Image, ...]
+    captions: tuple[str, ...]  # of the references
     target: Image.Image
     shared: dict[str, str] = dataclasses.field(default_factory=dict)  # empty: no word names what is shared
 
@@ -39,7 +40,9 @@ def render_groups(identities: Floats, seed: int, sizes: Sequence[int] = SIZES) -
     for number, identity in enumerate(identities):
         rng = np.random.default_rng([seed, number])
         count = sizes[number % len(sizes)]
-        references = render(among_others(np.repeat(identity[None], count, axis=0), rng), rng)
+        scenes = among_others(np.repeat(identity[None], count, axis=0), rng)
+        counts = np.count_nonzero(scenes.radii, axis=1)
+        references = render(scenes, rng)
         ground, place = rng.integers(len(GROUND_NAMES), size=1), rng.integers(len(PLACE_NAMES), size=1)
         (target,) = render(alone(identity[None], ground, place, rng), rng)
         groups.append(
@@ -49,6 +52,7 @@ def render_groups(identities: Floats, seed: int, sizes: Sequence[int] = SIZES) -
                 prompt=caption(1, int(ground[0]), int(place[0])),
                 named={"ground": GROUND_NAMES[ground[0]], "place": PLACE_NAMES[place[0]]},
                 references=tuple(map(Image.fromarray, references)),
+                captions=tuple(map(caption, counts, scenes.grounds)),
                 target=Image.fromarray(target),
             )
         )
