@@ -59,7 +59,7 @@ class OneCycleAdamW:
 
 
 class OneCycleMuon:
-    """Muon for the matrices inside a model and AdamW for everything else, both with a one-cycle learning rate.
+    """Muon for the matrices inside a model and AdamW for the rest, both with a one-cycle learning rate.
 
     Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of each matrix. The first and
     last layers, embeddings, biases and norms are AdamW's, at the learning rate of the `Training`.
@@ -70,7 +70,7 @@ class OneCycleMuon:
     MOMENTUM = 0.95
     COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the Newton-Schulz iteration, as published
     ITERATIONS = 5
-    NOT_INSIDE = "conv_in", "conv_out", "embedding"
+    NOT_INSIDE = "conv_in", "conv_out", "embed", "head"
 
     def __init__(
         self, modules: Iterable[nn.Module], training: Training, lr: float, warmup: float = 0.05

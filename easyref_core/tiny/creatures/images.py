@@ -50,6 +50,10 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.grounds)
 
+    def __getitem__(self, rows: NDArray[np.integer] | slice) -> Scenes:
+        """The scenes of some images."""
+        return Scenes(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+
 
 def alone(
     identities: Floats, grounds: NDArray[np.integer], places: NDArray[np.integer], rng: np.random.Generator

@@ -15,11 +15,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ...mllm.config import EasyRefConfig
 from ...mllm.preprocess import patchify
 from ...mllm.qwen2_vl import VisionTower
-from ..optimizer import Log, OneCycleAdamW, Training
+from ..optimizer import Log, OneCycleMuon, Training
 from .dataset import Dataset
 from .identities import NUMBERS, PARTS, VARIANCE, Floats
 from .images import IMAGE_SIZE, Scenes
 
+MUON_LR = 0.02
 REACH = 0.9  # a token is on a creature if its centre is within this many radii of the creature's
 
 
@@ -72,7 +73,7 @@ def pretrain_vision(dataset: Dataset, config: EasyRefConfig, training: Training,
     rng = np.random.default_rng(training.seed)
     torch.manual_seed(training.seed)
     model = VisionRegressor(config)
-    optimizer = OneCycleAdamW(model.parameters(), training)
+    optimizer = OneCycleMuon([model], training, MUON_LR)
     side = IMAGE_SIZE // config.pixels_per_token
     targets, views = (
         (images, *map(torch.from_numpy, label_tokens(scenes, side)))
