@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,8 @@ MAX_REFERENCES = 4  # of a group in training
 def pretrain_qwen2_vl(dataset: Dataset, folder: Path, training: Training, vision: Training, log: Log) -> None:
     """Pretrain the vision tower, then all of the model on questions, and save. The tokenizer must be there.
 
-    The model answers in numbers, by a linear map of the last token's state: which identity is in each quarter of
-    one view, or which one all images of a group have in common. A group is one target or several views.
+    The model answers in numbers, by a linear map of the last token's state: which identity is in each quarter
+    of one view, or which one all images of a group have in common. A group is one target or several views.
     """
     tokenizer = load_tokenizer(folder)
     image_token, rng = image_token_id(tokenizer), np.random.default_rng(training.seed)
@@ -51,21 +52,19 @@ def pretrain_qwen2_vl(dataset: Dataset, folder: Path, training: Training, vision
     for step in range(training.steps):
         count = int(rng.integers(MAX_REFERENCES + 1))  # 0: describe one view
         question = questions[count] if count else describe
-        if count:
-            images, wanted = draw_groups(dataset, rng, training.batch, count)
-        else:
-            images, *wanted = draw_views(dataset, rng, training.batch)
+        draw = partial(draw_groups, count=count) if count else draw_views
+        images, *wanted = draw(dataset, rng, training.batch)
         ids = question.expand(training.batch, -1)
         grid = IMAGE_GRID.expand(len(images), -1)
         states = model(patchify(images, BODY), grid, ids, image_token, torch.float32)[:, -1]
-        answers = heads["head"]
-        loss, predicted, wanted = (
-            answers.shared(states, wanted) if count else answers.quarters(states, *wanted)
-        )
+        answer = heads["head"].shared if count else heads["head"].quarters
+        loss, predicted, expected = answer(states, *wanted)
         optimizer.step(loss)
         if training.logs(step):
             kind = f"what {count} images share" if count else "each quarter"
-            told = ", ".join(f"{name} {error:.3f}" for name, error in part_errors(predicted, wanted).items())
+            told = ", ".join(
+                f"{name} {error:.3f}" for name, error in part_errors(predicted, expected).items()
+            )
             log(f"Qwen2-VL {step}: identity errors, {kind}: {told}")
     save_mllm(folder, model, CONFIG)
 
@@ -97,7 +96,7 @@ class Answers(nn.Module):
 def draw_groups(
     dataset: Dataset, rng: np.random.Generator, batch: int, count: int
 ) -> tuple[NDArray[np.uint8], Tensor]:
-    """Images (B * count, 64, 64, 3) of groups, one target each if count is 1, and their identities (B, 13)."""
+    """Images (B * count, 64, 64, 3) of groups, a target each if count is 1, and identities (B, 13)."""
     picked = rng.integers(len(dataset), size=batch)
     identities = torch.from_numpy(dataset.identities[picked])
     if count == 1:
