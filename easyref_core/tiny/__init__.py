@@ -18,6 +18,7 @@ In reading order:
     demo_group.py          numbered example groups
     clip_text.py, diffusers_folder.py      the text encoders of the demo, from a diffusers folder
     clip.py, baselines.py, benchmark.py    MRBench with baselines trained on the same dataset
+    creatures/             a second dataset, with continuous identities, and its models
 
 weights/ is a copy of the output of `make tiny`: base/ (a diffusers SDXL folder), tiny-qwen2-vl/ (config and
 tokenizer), tiny_easyref.safetensors (checkpoint of the third stage, with the MLLM) and the classifier.

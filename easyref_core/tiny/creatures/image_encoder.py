@@ -1,5 +1,4 @@
-"""The image encoder of the creatures' IP-Adapter: one embedding of an image, from which it can be told which
-creature is where.
+"""The image encoder of the creatures' IP-Adapter, whose embedding tells which creature is where in an image.
 
 A CLIP learns from captions, and no caption of the creatures names an identity; so this encoder is trained on
 the identities themselves, as the vision tower of the MLLM is.
