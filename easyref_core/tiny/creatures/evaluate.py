@@ -45,10 +45,10 @@ def identity_table(
     rows = [[name, *(_cell(column[name]) for column in columns)] for name in columns[0]]
     return (
         f"{table(['measure', *methods], rows)}\n\n{len(groups)} groups of creatures that no training has "
-        "seen, one image each; mean (95 % interval over groups). Similarity: cosine of the identities that the "
-        "judge measures in the generated image and in the target. Found: the measured identity is nearer to "
-        f"the shared one than to {CANDIDATES - 1} others. Errors: of the measured identity, as a fraction of "
-        "its variance. Named: ground and place of the prompt."
+        "seen, one image each; mean (95 % interval over groups). Similarity: cosine of the identities that "
+        "the judge measures in the generated image and in the target. Found: the measured identity is nearer "
+        f"to the shared one than to {CANDIDATES - 1} others. Errors: of the measured identity, as a fraction "
+        "of its variance. Named: ground and place of the prompt."
     )
 
 

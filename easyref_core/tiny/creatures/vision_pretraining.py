@@ -53,10 +53,9 @@ def label_tokens(scenes: Scenes, side: int) -> tuple[NDArray[np.bool_], Floats]:
     """
     axis = (np.arange(side) + 0.5) * IMAGE_SIZE / side
     centres = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)  # (T, 2), row by row
-    with np.errstate(divide="ignore"):
-        away = (
-            np.linalg.norm(centres[None, :, None] - scenes.centres[:, None], axis=-1) / scenes.radii[:, None]
-        )
+    away = np.linalg.norm(centres[None, :, None] - scenes.centres[:, None], axis=-1)  # (N, T, M), pixels
+    radii = scenes.radii[:, None]
+    away = np.divide(away, radii, out=np.full_like(away, np.inf), where=radii > 0)
     nearest = away.argmin(axis=-1)  # (N, T)
     on = np.take_along_axis(away, nearest[..., None], axis=-1)[..., 0] < REACH
     return on, np.take_along_axis(scenes.identities, nearest[..., None], axis=1)
