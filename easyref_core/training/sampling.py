@@ -30,7 +30,7 @@ def generate_images(
     steps: int = 30,
     size: tuple[int, int] | None = None,
 ) -> list[Image.Image]:
-    """Generate one image from each noise (B, 4, h, w) and prompt.
+    """Generate one image from each prompt and noise (B, C, h, w), with the VAE's C latent channels (SDXL: 4).
 
     Every UNet batch is [unconditional rows, conditional rows]. To condition on references, attach them to
     base.unet first (easyref_core.unet.diffusers_unet). size: height and width of SDXL's size conditioning;

@@ -83,7 +83,7 @@ class Method(abc.ABC):
                 f"The image size is {height}x{width}; wanted multiples of {factor}, the pixels of one "
                 "latent. Change `size` in the config."
             )
-        shape = (4, height // factor, width // factor)
+        shape = (self.base.vae.config.latent_channels, height // factor, width // factor)
         noise = torch.stack([initial_noise(task.id, seed, shape) for task in tasks for seed in seeds])
         prompts = [task.prompt for task in tasks for _ in seeds]
         settings = dataclasses.asdict(sampling) | {"size": sampling.sides}
