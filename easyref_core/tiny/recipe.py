@@ -15,7 +15,7 @@ from .vae import pretrain_vae, reconstruct
 
 BASE, MLLM, CLASSIFIER = "base", "tiny-qwen2-vl", "classifier.safetensors"
 EASYREF = "tiny_easyref.safetensors"
-VAE_TRAINING = Training(steps=3200, batch=32, lr=2e-3, seed=0)
+VAE_TRAINING = Training(steps=3200, batch=16, lr=2e-3, seed=0)
 CLASSIFIER_TRAINING = Training(steps=1500, batch=128, lr=2e-3, seed=0)
 VISION_TRAINING = Training(steps=3000, batch=64, lr=3e-3, seed=0)
 QWEN2_VL_TRAINING = Training(steps=1500, batch=32, lr=2e-3, seed=0)
