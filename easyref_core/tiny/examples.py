@@ -179,7 +179,7 @@ class SingleBatch(NamedTuple):
     """Images without references, each with a caption of some or all of its attributes."""
 
     pixels: Tensor  # (B, 3, 64, 64) in -1..1
-    latents: Tensor  # (B, 4, 8, 8)
+    latents: Tensor  # (B, 8, 8, 8)
     prompts: tuple[str, ...]
     time_ids: Tensor  # (B, 6)
     seeds: Tensor  # (B,)

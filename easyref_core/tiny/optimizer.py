@@ -91,6 +91,8 @@ class OneCycleMuon:
         self.others.step(loss)
         with torch.no_grad():
             for matrix, momentum in zip(self.matrices, self.momenta, strict=True):
+                if matrix.grad is None:  # of a layer that the loss does not use
+                    continue
                 momentum.lerp_(matrix.grad, 1 - self.MOMENTUM)
                 update = self._orthogonal(matrix.grad.lerp(momentum, self.MOMENTUM).flatten(1))
                 matrix.add_(update.reshape(matrix.shape), alpha=-lr)

@@ -15,11 +15,11 @@ from .vae import pretrain_vae, reconstruct
 
 BASE, MLLM, CLASSIFIER = "base", "tiny-qwen2-vl", "classifier.safetensors"
 EASYREF = "tiny_easyref.safetensors"
-VAE_TRAINING = Training(steps=3200, batch=32, lr=2e-3, seed=0)
+VAE_TRAINING = Training(steps=3200, batch=16, lr=2e-3, seed=0)
 CLASSIFIER_TRAINING = Training(steps=1500, batch=128, lr=2e-3, seed=0)
 VISION_TRAINING = Training(steps=3000, batch=64, lr=3e-3, seed=0)
 QWEN2_VL_TRAINING = Training(steps=1500, batch=32, lr=2e-3, seed=0)
-SDXL_TRAINING = Training(steps=3600, batch=128, lr=1.5e-3, seed=0)
+SDXL_TRAINING = Training(steps=2400, batch=96, lr=1.5e-3, seed=0)
 DATASET_SEED = 0
 VAE_COPIES, COPIES = 2, 6  # images of each combination: for the VAE, and for the rest
 

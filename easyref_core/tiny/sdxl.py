@@ -17,7 +17,7 @@ from ..files.atomic_write import atomic_write, atomic_write_text
 from ..training.base_model import BaseModel
 from .dataset import Dataset
 from .images import IMAGE_SIZE, NAMES, caption
-from .optimizer import Log, OneCycleAdamW, Training
+from .optimizer import Log, OneCycleMuon, Training
 from .tokenizer import CLIP_TOKEN_IDS, PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
 
 CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -25,6 +25,7 @@ NAME_RATE, EMPTY_RATE = 0.7, 0.1  # probability that a caption names an attribut
 # Maximum of the loss weights, as in Min-SNR (arXiv 2303.09556), because the small grid then learns colours
 # sooner.
 MAX_SNR = 5.0
+MUON_LR = 0.02
 EMA_DECAY = 0.999  # the averaged weights are saved
 
 
@@ -80,7 +81,7 @@ def pretrain_sdxl(
     rng, batch = np.random.default_rng(training.seed), training.batch
     trained = {part: getattr(base, part).train() for part in ("unet", "text_encoder", "text_encoder_2")}
     parameters = [p.requires_grad_() for module in trained.values() for p in module.parameters()]
-    optimizer = OneCycleAdamW(parameters, training, weight_decay=0.0, warmup=0.05)
+    optimizer = OneCycleMuon(trained.values(), training, MUON_LR)
     average = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
     latents = encode_dataset(base, images)
     signal = base.schedule.alphas_cumprod
