@@ -20,17 +20,19 @@ OFFSETS = torch.tensor([0, 8, 8, 16, 16, 24, 24, 32])  # of a crop; borders show
 FULL_IMAGES = 0.2  # last fraction of the training, on images without crops
 
 
-def pretrain_vae(pixels: Tensor, folder: Path, training: Training, log: Log) -> None:
+def pretrain_vae(
+    pixels: Tensor, folder: Path, training: Training, log: Log, channels: int = CONFIG["latent_channels"]
+) -> None:
     """Train on images (M, 3, 64, 64) in -1..1 and save; `scaling_factor` gives latents of unit deviation."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(training.seed)
-    vae = AutoencoderKL(**CONFIG).train()
-    nn.init.constant_(vae.quant_conv.bias[CONFIG["latent_channels"] :], INITIAL_LOG_VARIANCE)
+    vae = AutoencoderKL(**CONFIG | {"latent_channels": channels}).train()
+    nn.init.constant_(vae.quant_conv.bias[channels:], INITIAL_LOG_VARIANCE)
     optimizer = OneCycleMuon([vae], training, MUON_LR)
     for step in range(training.steps):
         if step < (1 - FULL_IMAGES) * training.steps:
-            inputs = _crops(pixels, training.batch)
+            inputs = draw_crops(pixels, training.batch)
         else:
             inputs = _images(pixels, training.batch // 4)
         with torch.autocast("cpu", torch.bfloat16):
@@ -68,7 +70,7 @@ def _images(pixels: Tensor, count: int) -> Tensor:
     return pixels[torch.randint(len(pixels), (count,))]
 
 
-def _crops(pixels: Tensor, count: int) -> Tensor:
+def draw_crops(pixels: Tensor, count: int) -> Tensor:
     """Draw crops (count, 3, 32, 32) that are aligned with the latent grid, as the textures are."""
     tops, lefts = OFFSETS[torch.randint(len(OFFSETS), (2, count))].tolist()
     places = zip(_images(pixels, count), tops, lefts, strict=True)

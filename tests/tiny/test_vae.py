@@ -7,7 +7,7 @@ from torch import nn
 
 from easyref_core.tiny.dataset import Dataset
 from easyref_core.tiny.optimizer import OneCycleMuon, Training
-from easyref_core.tiny.vae import CROP, _crops, edge_error
+from easyref_core.tiny.vae import CROP, draw_crops, edge_error
 
 TRAINING = Training(steps=40, batch=1, lr=1e-2, seed=0)
 
@@ -59,5 +59,5 @@ def test_edges_are_differences_between_neighbouring_pixels() -> None:
 def test_crops_are_aligned_with_the_latents(dataset: Dataset) -> None:
     pixels = torch.from_numpy(dataset.images[:1]).movedim(-1, 1).float()
     parts = pixels.unfold(2, CROP, 8).unfold(3, CROP, 8).movedim(1, 3).flatten(0, 2)
-    for crop in _crops(pixels, 4):
+    for crop in draw_crops(pixels, 4):
         assert any(torch.equal(crop, part) for part in parts)

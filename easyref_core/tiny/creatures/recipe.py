@@ -22,7 +22,8 @@ from .judge import train_judge
 from .qwen2_vl import pretrain_qwen2_vl
 
 JUDGE = "judge.safetensors"
-VAE_TRAINING = Training(steps=3200, batch=16, lr=2e-3, seed=0)
+LATENT_CHANNELS = 16  # with 8, stripes are blurred
+VAE_TRAINING = Training(steps=3600, batch=16, lr=2e-3, seed=0)
 JUDGE_TRAINING = Training(steps=2500, batch=64, lr=2e-3, seed=0)
 VISION_TRAINING = Training(steps=2000, batch=64, lr=3e-3, seed=0)
 QWEN2_VL_TRAINING = Training(steps=2500, batch=32, lr=1.5e-3, seed=0)
@@ -41,7 +42,7 @@ def make_base(folder: Path, log: Log) -> None:
     images = np.concatenate([dataset.targets, dataset.views[:SCENES, 0]])
     if not (work / "vae").is_dir():
         with complete_folder(work / "vae") as vae:
-            pretrain_vae(to_tensor(images), vae, VAE_TRAINING, log)
+            pretrain_vae(to_tensor(images), vae, VAE_TRAINING, log, LATENT_CHANNELS)
     if not (folder / JUDGE).is_file():
         errors = train_judge(folder / JUDGE, JUDGE_TRAINING, partial(reconstruct, work / "vae"), log)
         log("judge: " + ", ".join(f"{name} {value:.4f}" for name, value in errors.items()))
