@@ -1,13 +1,16 @@
-"""Trains the tiny model that ships with the pack, from scratch: `make tiny`, at most two hours on two cores.
+"""Trains a tiny model that ships with the pack, from scratch: `make tiny`, at most two hours on two cores.
 
-Trains the stand-ins for SDXL and Qwen2-VL (easyref_core/tiny/recipe.py), then EasyRef in three stages
-(easyref_core/training/configs/tiny.yaml), and prints the accuracy on held-out groups. Existing results are
-reused, so an interrupted run continues. `--ship` replaces the shipped weights by the result.
+Trains the stand-ins for SDXL and Qwen2-VL (recipe.py of easyref_core/tiny, or of its creatures), then EasyRef
+in three stages (tiny.yaml or creatures.yaml of easyref_core/training/configs), and prints the results on
+held-out groups. Existing results are reused, so an interrupted run continues. `--ship` replaces the shipped
+weights by the result.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
 import logging
 import shutil
 import sys
@@ -18,65 +21,89 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from devkit.cpu_torch import complete_cpu_torch
 from devkit.hosts import ROOT
 
-TINY = ROOT / "easyref_core" / "tiny"
-CONFIG = ROOT / "easyref_core" / "training" / "configs" / "tiny.yaml"
 GROUPS, SEED = 250, 1000  # number of held-out groups, and their seed
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """One of the two procedural datasets, and where the models that are trained on it belong."""
+
+    package: str  # with the modules recipe and evaluate
+    config: str  # of the three stages
+    folder: Path  # default output
+    easyref: str  # file of the trained EasyRef
+    judges: tuple[str, ...]  # files of what scores images
+
+    @property
+    def weights(self) -> Path:
+        """Folder of the shipped files."""
+        return ROOT / self.package.replace(".", "/") / "weights"
+
+
+WORLDS = {
+    "shapes": World(
+        "easyref_core.tiny",
+        "tiny.yaml",
+        ROOT / "runs/tiny",
+        "tiny_easyref.safetensors",
+        ("classifier.safetensors",),
+    ),
+    "creatures": World(
+        "easyref_core.tiny.creatures",
+        "creatures.yaml",
+        ROOT / "runs/creatures",
+        "creatures_easyref.safetensors",
+        ("judge.safetensors",),
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "tiny", help="output folder")
+    parser.add_argument("--world", choices=WORLDS, default="shapes")
+    parser.add_argument("--folder", type=Path, help="output folder (default: runs/tiny or runs/creatures)")
     parser.add_argument("--only-base", action="store_true", help="stop before EasyRef's three stages")
     parser.add_argument("--ship", action="store_true", help="replace the shipped weights by the result")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     complete_cpu_torch()
-    train_all(arguments.folder, arguments.only_base)
+    world = WORLDS[arguments.world]
+    folder = arguments.folder or world.folder
+    train_all(world, folder, arguments.only_base)
     if arguments.only_base:
         return
-    report(arguments.folder)
+    print(importlib.import_module(f"{world.package}.evaluate").evaluate(folder, GROUPS, SEED))
     if arguments.ship:
-        ship(arguments.folder, TINY / "weights")
+        ship(world, folder)
 
 
-def train_all(folder: Path, only_base: bool = False) -> None:
+def train_all(world: World, folder: Path, only_base: bool = False) -> None:
     """Train the base models and the three stages, and copy the last checkpoint beside the base."""
-    from easyref_core.tiny.recipe import BASE, EASYREF, MLLM, make_base
+    from easyref_core.tiny.recipe import BASE, MLLM
     from easyref_core.training.config import load
     from easyref_core.training.loop import train
 
     log = logging.getLogger("train_tiny")
-    make_base(folder, log.info)
+    importlib.import_module(f"{world.package}.recipe").make_base(folder, log.info)
     if only_base:
         return
     overrides = [f"base={folder / BASE}", f"mllm={folder / MLLM}", f"output={folder}"]
-    for settings in load(CONFIG, overrides):
+    for settings in load(ROOT / "easyref_core" / "training" / "configs" / world.config, overrides):
         result = train(settings)
-    shutil.copy(result, folder / EASYREF)
+    shutil.copy(result, folder / world.easyref)
 
 
-def report(folder: Path) -> None:
-    """Print the accuracy without and with the references."""
-    from easyref_core.tiny.classifier import load_classifier
-    from easyref_core.tiny.evaluate import accuracy_table, render_groups, tiny_methods
-    from easyref_core.tiny.groups import evaluation_groups
-    from easyref_core.tiny.recipe import CLASSIFIER
-
-    groups = render_groups(list(evaluation_groups(SEED, GROUPS)), SEED)
-    print(accuracy_table(tiny_methods(folder), groups, load_classifier(folder / CLASSIFIER)))
-
-
-def ship(folder: Path, weights: Path) -> None:
+def ship(world: World, folder: Path) -> None:
     """Copy the files that inference needs."""
-    from easyref_core.tiny.recipe import BASE, CLASSIFIER, EASYREF, MLLM
+    from easyref_core.tiny.recipe import BASE, MLLM
 
-    shutil.rmtree(weights, ignore_errors=True)
-    shutil.copytree(folder / BASE, weights / BASE)
+    shutil.rmtree(world.weights, ignore_errors=True)
+    shutil.copytree(folder / BASE, world.weights / BASE)
     # without weights, because the checkpoint contains the fine-tuned MLLM
-    shutil.copytree(folder / MLLM, weights / MLLM, ignore=shutil.ignore_patterns("*.safetensors"))
-    for file in (CLASSIFIER, EASYREF):
-        shutil.copy(folder / file, weights / file)
+    shutil.copytree(folder / MLLM, world.weights / MLLM, ignore=shutil.ignore_patterns("*.safetensors"))
+    for file in (*world.judges, world.easyref):
+        shutil.copy(folder / file, world.weights / file)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def report(parsed: argparse.Namespace) -> None:
 
 def _extractors(parsed: argparse.Namespace, device: str, manifest: Manifest) -> Extractors:
     """Load the models of the options; the default classifier only if a group has attributes."""
-    from .extractors import TINY_CLASSIFIER, Clip, Dino, load_attribute_classifier
+    from .extractors import TINY_CLASSIFIER, Clip, Dino, load_attribute_classifier, load_subject_model
     from .group_scores import Extractors
 
     def model(kind: type[Clip | Dino], name: str) -> Clip | Dino | None:
@@ -119,7 +119,14 @@ def _extractors(parsed: argparse.Namespace, device: str, manifest: Manifest) -> 
     has_attributes = any(group.attributes for group in manifest.groups)
     name = parsed.classifier or (TINY_CLASSIFIER if has_attributes else NONE)
     classifier = None if name == NONE else load_attribute_classifier(name)
-    return Extractors(model(Clip, parsed.clip), model(Dino, parsed.dino), classifier, name)
+    subject = None if parsed.subject == NONE else load_subject_model(parsed.subject)
+    return Extractors(
+        clip=model(Clip, parsed.clip),
+        dino=model(Dino, parsed.dino),
+        subject=subject,
+        attributes=classifier,
+        attributes_name=name,
+    )
 
 
 def _warn(items: Iterable[HasTopic]) -> None:
@@ -176,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--dino", default=DINO, help=f"name, name@revision, folder or {NONE} (default {DINO})")
     default = f"default: {TINY_CLASSIFIER} if the manifest has attributes"
     option("--classifier", help=f"module:function or {NONE} ({default})")
+    option("--subject", default=NONE, help="module:function of a model of the subject's identity")
     option("--offline", action="store_true", help="download nothing")
     option("--batch", type=int, default=BATCH, help=f"images at a time (default {BATCH})")
     option = add(report)

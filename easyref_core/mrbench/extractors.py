@@ -24,6 +24,7 @@ Floats = NDArray[np.float32]
 CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dino-vits16"
 TINY_CLASSIFIER = "easyref_core.tiny.classifier:load_classifier"
+CREATURE_JUDGE = "easyref_core.tiny.creatures.judge:load_judge"
 REACHABLE_SECONDS = 5
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -32,6 +33,14 @@ class AttributeClassifier(Protocol):
     """Predicts the attributes of images: {attribute: one value per image}."""
 
     def __call__(self, images: Sequence[Image.Image]) -> Mapping[str, Sequence[str]]: ...
+
+
+class SubjectModel(Protocol):
+    """Features (N, D) of the subjects of images, such as faces; `identity` names the weights."""
+
+    identity: str
+
+    def images(self, images: Sequence[Image.Image]) -> Floats: ...
 
 
 class Extractor:
@@ -157,13 +166,21 @@ def hub_is_reachable() -> bool:
 
 def load_attribute_classifier(name: str = TINY_CLASSIFIER) -> AttributeClassifier:
     """Call the function "module:function" and return its result."""
+    return _call(name, "attribute classifier", TINY_CLASSIFIER)
+
+
+def load_subject_model(name: str) -> SubjectModel:
+    """Call the function "module:function" and return its result."""
+    return _call(name, "subject model", CREATURE_JUDGE)
+
+
+def _call(name: str, kind: str, example: str) -> Any:
     module, _, function = name.partition(":")
     try:
-        load: Callable[[], AttributeClassifier] = getattr(importlib.import_module(module), function)
+        load: Callable[[], Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"There is no attribute classifier {name!r} ({error}); wanted module:function, such as "
-            f"{TINY_CLASSIFIER}."
+            f"There is no {kind} {name!r} ({error}); wanted module:function, such as {example}."
         ) from error
     return load()
 

@@ -19,7 +19,7 @@ from .rows import Row
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .extractors import AttributeClassifier, Clip, Dino
+    from .extractors import AttributeClassifier, Clip, Dino, SubjectModel
     from .metrics import Floats
 
 RUN_ID = uuid4().hex  # differs in every run
@@ -31,6 +31,7 @@ class Extractors:
 
     clip: Clip | None = None
     dino: Dino | None = None
+    subject: SubjectModel | None = None
     attributes: AttributeClassifier | None = None
     attributes_name: str | None = None
 
@@ -42,6 +43,7 @@ class Extractors:
         return {
             "clip": self.clip and self.clip.identity,
             "dino": self.dino and self.dino.identity,
+            "subject": self.subject and self.subject.identity,
             "attributes": identity if self.attributes else None,
         }
 
@@ -93,21 +95,25 @@ def score_bundle(bundle: Sequence[GroupJob], extractors: Extractors, batch: int)
     ]
     ends = np.cumsum([job.total for job in jobs])[:-1]
 
-    def features(model: Clip | Dino | None) -> list[Floats | None]:
+    def features(model: Clip | Dino | SubjectModel | None) -> list[Floats | None]:
         computed = _in_batches(model and model.images, flat, batch)
         return [None] * len(jobs) if computed is None else np.split(computed, ends)
 
-    clip, dino = features(extractors.clip), features(extractors.dino)
+    models = {"clip_i": extractors.clip, "dino_i": extractors.dino, "subject": extractors.subject}
+    computed = {metric: features(model) for metric, model in models.items()}
     texts = _in_batches(extractors.clip and extractors.clip.texts, [job.group.prompt for job in jobs], batch)
     for i, job in enumerate(jobs):
         count = len(job.images)
-        scores = _image_scores("clip_i", clip[i], count) | _image_scores("dino_i", dino[i], count)
+        scores: dict[str, Floats] = {}
+        for metric, values in computed.items():
+            scores |= _image_scores(metric, values[i], count)
         if texts is not None and job.group.prompt:
-            scores["clip_t_cosine"] = metrics.clip_t_cosine(clip[i][-count:], texts[i])
-            scores["clip_score"] = metrics.clip_score(clip[i][-count:], texts[i])
+            generated_features = computed["clip_i"][i][-count:]
+            scores["clip_t_cosine"] = metrics.clip_t_cosine(generated_features, texts[i])
+            scores["clip_score"] = metrics.clip_score(generated_features, texts[i])
         scores |= _attribute_scores(extractors.attributes, generated[i], job.group.attributes)
         for n, row in enumerate(job.images.values()):
-            yield replace(row, **{name: float(values[n]) for name, values in scores.items()})
+            yield replace(row, **{name: float(score[n]) for name, score in scores.items()})
 
 
 def fraction_right(

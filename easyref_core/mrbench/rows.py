@@ -38,6 +38,8 @@ class Row:
     clip_score: float = math.nan
     dino_i_target: float = math.nan
     dino_i_references: float = math.nan
+    subject_target: float = math.nan
+    subject_references: float = math.nan
     shared_right: float = math.nan  # fraction of the references' shared attributes that the image shows
     named_right: float = math.nan  # fraction of the prompt's attributes that the image shows
 

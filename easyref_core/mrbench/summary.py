@@ -25,6 +25,8 @@ LABELS = {
     "clip_score": "CLIP-T, CLIPScore",
     "dino_i_target": "DINO-I, target",
     "dino_i_references": "DINO-I, references",
+    "subject_target": "subject, target",
+    "subject_references": "subject, references",
     "shared_right": "shared attributes right",
     "named_right": "prompt attributes right",
 }

@@ -79,15 +79,13 @@ def pretrain_clip(dataset: Dataset, folder: Path, training: Training, log: Log) 
     return zero_shot(model, tokenizer, rng)
 
 
-def initialize(tower: torch.nn.Module) -> None:
+def initialize(tower: torch.nn.Module, patch: int = VISION["patch_size"]) -> None:
     """Initialise a small vision tower; with transformers' weights, positions stay weak beside the patches."""
     for module in tower.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.xavier_uniform_(module.weight)
     torch.nn.init.normal_(tower.embeddings.position_embedding.weight, std=POSITION_STD)
-    torch.nn.init.normal_(
-        tower.embeddings.patch_embedding.weight, std=(3 * VISION["patch_size"] ** 2) ** -0.5
-    )
+    torch.nn.init.normal_(tower.embeddings.patch_embedding.weight, std=(3 * patch**2) ** -0.5)
 
 
 @torch.no_grad()

@@ -16,10 +16,11 @@ from ..mrbench.methods.method import Method, Plain, Sampling, Task
 from ..mrbench.metrics import Interval, bootstrap
 from ..mrbench.report import table
 from ..training.base_model import BaseModel
-from .groups import Plan
+from .classifier import load_classifier
+from .groups import Plan, evaluation_groups
 from .images import ATTRIBUTES, IMAGE_SIZE, render
 from .qwen2_vl import SIZE
-from .recipe import BASE, EASYREF, MLLM
+from .recipe import BASE, CLASSIFIER, EASYREF, MLLM
 
 SAMPLING = Sampling(size=IMAGE_SIZE, steps=20, guidance=4.0, negative="")
 BATCH = 50  # groups generated together
@@ -103,6 +104,12 @@ def tiny_methods(folder: Path) -> dict[str, Method]:
     base = BaseModel.load(folder / BASE)
     checkpoint, mllm = str(folder / EASYREF), str(folder / MLLM)
     return {"without": Plain(base), "with EasyRef": EasyRefMethod(base, checkpoint, mllm, size=SIZE)}
+
+
+def evaluate(folder: Path, count: int, seed: int) -> str:
+    """The `accuracy_table` of `count` held-out groups, from a folder with the files of weights/."""
+    groups = render_groups(list(evaluation_groups(seed, count)), seed)
+    return accuracy_table(tiny_methods(folder), groups, load_classifier(folder / CLASSIFIER))
 
 
 def accuracy_table(

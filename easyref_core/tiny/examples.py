@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..mllm.config import EasyRefConfig
@@ -23,8 +26,11 @@ from .classifier import to_tensor
 from .dataset import Dataset, draw_dataset
 from .groups import plan_group
 from .images import COUNTS, IMAGE_SIZE, NAMES, caption, held_out
-from .qwen2_vl import IMAGE_GRID, IMAGE_TOKENS, MAX_REFERENCES, SIZE, body_config, resize_all
+from .qwen2_vl import MAX_REFERENCES, SIZE, body_config, resize_all
 from .sdxl import encode_dataset
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 MIN_REFERENCES = 2
 
@@ -34,42 +40,80 @@ class ProceduralSettings(Rates):
     """Settings of the procedural data in a training's YAML."""
 
     groups: bool  # groups with a held-out target (stage 3), or single images that are their own reference
-    copies: int = 3  # images of each combination of attributes
+    copies: int = 3  # images of each combination of attributes, or views of each creature
+    world: str = "shapes"  # of WORLDS
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.world not in WORLDS:
+            raise ValueError(f"world is {self.world!r}; wanted one of {', '.join(WORLDS)}.")
         if self.copies < 1:
             raise ValueError(f"copies is {self.copies}; wanted 1 or more.")
+
+
+# Factories (base, mllm, settings, seed) -> ProceduralExamples of each world. They are named and not imported,
+# because the creatures are built on this module.
+WORLDS = {
+    "shapes": "easyref_core.tiny.examples:ShapeExamples",
+    "creatures": "easyref_core.tiny.creatures.examples:load_creatures",
+}
 
 
 def load_procedural(settings: Settings, base: BaseModel, config: EasyRefConfig) -> ProceduralExamples:
     """The data set of `data.procedural`; training finds it by name (run.DATASETS)."""
     procedural = build(ProceduralSettings, settings.data.procedural, "data.procedural.")
-    return ProceduralExamples(base, settings.mllm, procedural, settings.seed)
+    return pkgutil.resolve_name(WORLDS[procedural.world])(base, settings.mllm, procedural, settings.seed)
 
 
-class ProceduralExamples:
-    """An endless stream of images or groups; each position is a new draw."""
+class ProceduralExamples(abc.ABC):
+    """An endless stream of images or groups; each position is a new draw.
 
-    def __init__(self, base: BaseModel, mllm: Path, settings: ProceduralSettings, seed: int) -> None:
+    Args:
+        tokenizer: of the MLLM.
+        config: sizes of the MLLM.
+        size: pixels of a reference for the MLLM; images of 64 pixels must not be resized by it.
+        images: possible references (M, 64, 64, 3).
+        latents: of the possible targets (N, C, 8, 8).
+    """
+
+    def __init__(
+        self,
+        settings: ProceduralSettings,
+        seed: int,
+        *,
+        tokenizer: Tokenizer,
+        config: EasyRefConfig,
+        size: int,
+        images: NDArray[np.uint8],
+        latents: Tensor,
+    ) -> None:
         self.settings, self.seed = settings, seed
-        self.tokenizer, self.config = load_tokenizer(mllm), body_config()
-        self.dataset = draw_dataset(seed, settings.copies)
-        self.latents = encode_dataset(base, self.dataset)
-        self.resized = resize_all(self.dataset.images, self.config)
-        self.black, self.black_grid = preprocess([black_image()], self.config, SIZE)
+        self.tokenizer, self.config, self.images, self.latents = tokenizer, config, images, latents
+        side = IMAGE_SIZE // config.patch_size
+        self.grid = torch.tensor([(1, side, side)])
+        self.image_tokens = (side // config.merge_size) ** 2
+        self.black, self.black_grid = preprocess([black_image()], config, size)
+
+    @abc.abstractmethod
+    def draw_single(self, rng: np.random.Generator) -> tuple[int, list[int], str]:
+        """Draw an image that is its own reference: index of the target, of its references, and the prompt."""
+
+    @abc.abstractmethod
+    def draw_group(self, rng: np.random.Generator) -> tuple[int, list[int], str]:
+        """Draw a group: index of the target, of its references, and the prompt."""
 
     def __len__(self) -> int:
-        return len(self.dataset.images)
+        return len(self.latents)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         targets, prompts, groups, ids, seeds = [], [], [], [], []
         for position in positions:
             rng = generator(position, self.seed)
-            target, references, prompt = self._group(rng) if self.settings.groups else self._single(rng)
+            draw = self.draw_group if self.settings.groups else self.draw_single
+            target, references, prompt = draw(rng)
             drop_image, drop_text = drops(self.settings, rng)
             prompt = "" if drop_text else prompt
-            counts = [IMAGE_TOKENS] * (1 if drop_image else len(references))
+            counts = [self.image_tokens] * (1 if drop_image else len(references))
             targets.append(target)
             prompts.append(prompt)
             groups.append([] if drop_image else references)
@@ -92,24 +136,39 @@ class ProceduralExamples:
     def patchify(self, groups: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Patches and grid of groups of images; an empty group becomes one black image."""
         images = [image for group in groups for image in group]
-        count = IMAGE_GRID.prod().item()
-        patches = patchify(self.resized[images], self.config).split([count * len(group) for group in groups])
+        count = self.grid.prod().item()
+        patches = patchify(self.images[images], self.config).split([count * len(group) for group in groups])
         parts = [
-            (part, IMAGE_GRID.expand(len(group), -1)) if group else (self.black, self.black_grid)
+            (part, self.grid.expand(len(group), -1)) if group else (self.black, self.black_grid)
             for group, part in zip(groups, patches, strict=True)
         ]
         patches, grids = zip(*parts, strict=True)
         return torch.cat(patches), torch.cat(grids)
 
-    def _single(self, rng: np.random.Generator) -> tuple[int, list[int], str]:
-        """An image that is its own reference."""
+
+class ShapeExamples(ProceduralExamples):
+    """The examples of the shapes."""
+
+    def __init__(self, base: BaseModel, mllm: Path, settings: ProceduralSettings, seed: int) -> None:
+        self.dataset, config = draw_dataset(seed, settings.copies), body_config()
+        super().__init__(
+            settings,
+            seed,
+            tokenizer=load_tokenizer(mllm),
+            config=config,
+            size=SIZE,
+            images=resize_all(self.dataset.images, config),
+            latents=encode_dataset(base, self.dataset.images),
+        )
+
+    def draw_single(self, rng: np.random.Generator) -> tuple[int, list[int], str]:
         while held_out(attributes := rng.integers(COUNTS)):
             pass
         named = _draw_names(rng)
         (image,) = self.dataset.sample(attributes[None], rng).tolist()
         return image, [image], caption(attributes, named)
 
-    def _group(self, rng: np.random.Generator) -> tuple[int, list[int], str]:
+    def draw_group(self, rng: np.random.Generator) -> tuple[int, list[int], str]:
         plan = plan_group(rng, int(rng.integers(MIN_REFERENCES, MAX_REFERENCES + 1)))
         (target,) = self.dataset.sample(plan.target[None], rng).tolist()
         references = self.dataset.sample(plan.references, rng).tolist()
@@ -120,7 +179,7 @@ class SingleBatch(NamedTuple):
     """Images without references, each with a caption of some or all of its attributes."""
 
     pixels: Tensor  # (B, 3, 64, 64) in -1..1
-    latents: Tensor  # (B, 4, 8, 8)
+    latents: Tensor  # (B, 8, 8, 8)
     prompts: tuple[str, ...]
     time_ids: Tensor  # (B, 6)
     seeds: Tensor  # (B,)
@@ -131,7 +190,7 @@ class SingleImages:
 
     def __init__(self, base: BaseModel, dataset: Dataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
-        self.latents = encode_dataset(base, dataset)
+        self.latents = encode_dataset(base, dataset.images)
 
     def batch(self, positions: Sequence[int]) -> SingleBatch:
         rngs = [generator(position, self.seed) for position in positions]

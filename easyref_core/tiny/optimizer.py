@@ -1,4 +1,4 @@
-"""Optimizer shared by all pretraining scripts, and helpers for log lines and output folders."""
+"""Optimizers of the pretraining scripts, and helpers for log lines and output folders."""
 
 from __future__ import annotations
 
@@ -56,6 +56,56 @@ class OneCycleAdamW:
             nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         self.optimizer.step()
         self.schedule.step()
+
+
+class OneCycleMuon:
+    """Muon for the matrices inside a model and AdamW for the rest, both with a one-cycle learning rate.
+
+    Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of each matrix. The first and
+    last layers, embeddings, biases and norms are AdamW's, at the learning rate of the `Training`.
+
+    lr: maximum learning rate of Muon. warmup: fraction of the steps with a rising learning rate.
+    """
+
+    MOMENTUM = 0.95
+    COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the Newton-Schulz iteration, as published
+    ITERATIONS = 5
+    NOT_INSIDE = "conv_in", "conv_out", "embed", "head"
+
+    def __init__(
+        self, modules: Iterable[nn.Module], training: Training, lr: float, warmup: float = 0.05
+    ) -> None:
+        named = [pair for module in modules for pair in module.named_parameters()]
+        inside = {id(p) for name, p in named if p.ndim > 1 and not any(n in name for n in self.NOT_INSIDE)}
+        self.matrices = [p for _, p in named if id(p) in inside]
+        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+        others = [p for _, p in named if id(p) not in inside]
+        self.others = OneCycleAdamW(others, training, weight_decay=0.0, warmup=warmup)
+        self.scale = lr / training.lr
+
+    def step(self, loss: Tensor) -> None:
+        """Backpropagate and update the parameters."""
+        for matrix in self.matrices:
+            matrix.grad = None
+        lr = self.scale * self.others.schedule.get_last_lr()[0]
+        self.others.step(loss)
+        with torch.no_grad():
+            for matrix, momentum in zip(self.matrices, self.momenta, strict=True):
+                if matrix.grad is None:  # of a layer that the loss does not use
+                    continue
+                momentum.lerp_(matrix.grad, 1 - self.MOMENTUM)
+                update = self._orthogonal(matrix.grad.lerp(momentum, self.MOMENTUM).flatten(1))
+                matrix.add_(update.reshape(matrix.shape), alpha=-lr)
+
+    def _orthogonal(self, matrix: Tensor) -> Tensor:
+        """Bring the singular values of a matrix near 1, and scale by its shape."""
+        a, b, c = self.COEFFICIENTS
+        tall = matrix.shape[0] > matrix.shape[1]
+        x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
+        for _ in range(self.ITERATIONS):
+            square = x @ x.T
+            x = a * x + (b * square + c * square @ square) @ x
+        return (x.T if tall else x) * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
 
 
 def timed(log: Log) -> Log:

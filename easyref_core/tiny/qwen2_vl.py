@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,26 +39,30 @@ CONFIG = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="
 VISION = CONFIG["vision_config"]
 
 
-def body_config() -> EasyRefConfig:
-    """Sizes of the MLLM with all its layers in the GroupEncoder; the sizes of EasyRef's own parts are 0."""
+def body_config(mllm: Mapping[str, Any] = CONFIG) -> EasyRefConfig:
+    """Sizes of an MLLM with all its layers in the GroupEncoder; the sizes of EasyRef's own parts are 0.
+
+    mllm: content of its config.json.
+    """
+    vision = mllm["vision_config"]
     return EasyRefConfig(
-        vocab_size=CONFIG["vocab_size"],
-        hidden_size=CONFIG["hidden_size"],
-        intermediate_size=CONFIG["intermediate_size"],
-        body_layers=CONFIG["num_hidden_layers"],
+        vocab_size=mllm["vocab_size"],
+        hidden_size=mllm["hidden_size"],
+        intermediate_size=mllm["intermediate_size"],
+        body_layers=mllm["num_hidden_layers"],
         final_layers=0,
-        heads=CONFIG["num_attention_heads"],
-        kv_heads=CONFIG["num_key_value_heads"],
-        rms_norm_eps=CONFIG["rms_norm_eps"],
-        rope_theta=CONFIG["rope_theta"],
-        max_positions=CONFIG["max_position_embeddings"],
-        vision_depth=VISION["depth"],
-        vision_width=VISION["embed_dim"],
-        vision_mlp_width=VISION["embed_dim"] * VISION["mlp_ratio"],
-        vision_heads=VISION["num_heads"],
-        patch_size=VISION["patch_size"],
-        temporal_patch_size=VISION["temporal_patch_size"],
-        merge_size=VISION["spatial_merge_size"],
+        heads=mllm["num_attention_heads"],
+        kv_heads=mllm["num_key_value_heads"],
+        rms_norm_eps=mllm["rms_norm_eps"],
+        rope_theta=mllm["rope_theta"],
+        max_positions=mllm["max_position_embeddings"],
+        vision_depth=vision["depth"],
+        vision_width=vision["embed_dim"],
+        vision_mlp_width=vision["embed_dim"] * vision["mlp_ratio"],
+        vision_heads=vision["num_heads"],
+        patch_size=vision["patch_size"],
+        temporal_patch_size=vision["temporal_patch_size"],
+        merge_size=vision["spatial_merge_size"],
         num_tokens=0,
         projector_width=0,
         token_width=0,
@@ -80,7 +85,7 @@ def pretrain_qwen2_vl(dataset: Dataset, folder: Path, training: Training, vision
     images = resize_all(dataset.images, config)
     tower = pretrain_vision(dataset, images, config, vision, log)
     torch.manual_seed(training.seed)
-    model = _initialize(config)
+    model = initialize(GroupEncoder(config))
     model.visual = tower
     optimizer = OneCycleAdamW(model.parameters(), training)
     image_token = image_token_id(tokenizer)
@@ -100,8 +105,8 @@ def pretrain_qwen2_vl(dataset: Dataset, folder: Path, training: Training, vision
     save_mllm(folder, model)
 
 
-def save_mllm(folder: Path, model: GroupEncoder) -> None:
-    """Write config.json, and the weights under transformers' names."""
+def save_mllm(folder: Path, model: GroupEncoder, config: Mapping[str, Any] = CONFIG) -> None:
+    """Write config.json with this content, and the weights under transformers' names."""
     from safetensors.torch import save_file
 
     patch, tensors = model.config.patch_size, {}
@@ -109,14 +114,14 @@ def save_mllm(folder: Path, model: GroupEncoder) -> None:
         if name == "visual.patch_embed.weight":
             name, tensor = "visual.patch_embed.proj.weight", tensor.unflatten(1, (3, 2, patch, patch))
         tensors[name if name.startswith("visual.") else f"model.{name}"] = tensor.half().contiguous()
-    atomic_write_text(folder / "config.json", json.dumps(CONFIG, indent=1) + "\n")
+    atomic_write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
     # Written last: the folder is complete if it has this file.
     with atomic_write(folder / "model.safetensors") as partial:
         save_file(tensors, partial, {"format": "pt"})
 
 
-def _initialize(config: EasyRefConfig) -> GroupEncoder:
-    model = GroupEncoder(config)
+def initialize(model: GroupEncoder) -> GroupEncoder:
+    """Draw small initial weights."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.04)

@@ -9,17 +9,17 @@ from .classifier import to_tensor, train_classifier
 from .dataset import draw_dataset
 from .optimizer import Log, Training, complete_folder, timed
 from .qwen2_vl import pretrain_qwen2_vl
-from .sdxl import create_sdxl, pretrain_sdxl
+from .sdxl import create_sdxl, pretrain_sdxl, shapes_caption
 from .tokenizer import train_mllm_tokenizer
 from .vae import pretrain_vae, reconstruct
 
 BASE, MLLM, CLASSIFIER = "base", "tiny-qwen2-vl", "classifier.safetensors"
 EASYREF = "tiny_easyref.safetensors"
-VAE_TRAINING = Training(steps=3200, batch=32, lr=2e-3, seed=0)
+VAE_TRAINING = Training(steps=3200, batch=16, lr=2e-3, seed=0)
 CLASSIFIER_TRAINING = Training(steps=1500, batch=128, lr=2e-3, seed=0)
 VISION_TRAINING = Training(steps=3000, batch=64, lr=3e-3, seed=0)
 QWEN2_VL_TRAINING = Training(steps=1500, batch=32, lr=2e-3, seed=0)
-SDXL_TRAINING = Training(steps=3600, batch=128, lr=1.5e-3, seed=0)
+SDXL_TRAINING = Training(steps=2400, batch=96, lr=1.5e-3, seed=0)
 DATASET_SEED = 0
 VAE_COPIES, COPIES = 2, 6  # images of each combination: for the VAE, and for the rest
 
@@ -46,5 +46,6 @@ def make_base(folder: Path, log: Log) -> None:
         pretrain_qwen2_vl(dataset, mllm, QWEN2_VL_TRAINING, VISION_TRAINING, log)
     if work != base:
         create_sdxl(work, SDXL_TRAINING.seed)
-        pretrain_sdxl(draw_dataset(DATASET_SEED, COPIES), work, SDXL_TRAINING, log)
+        dataset = draw_dataset(DATASET_SEED, COPIES)
+        pretrain_sdxl(dataset.images, partial(shapes_caption, dataset), work, SDXL_TRAINING, log)
         work.rename(base)

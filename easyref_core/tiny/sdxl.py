@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..files.atomic_write import atomic_write, atomic_write_text
 from ..training.base_model import BaseModel
 from .dataset import Dataset
 from .images import IMAGE_SIZE, NAMES, caption
-from .optimizer import Log, OneCycleAdamW, Training
+from .optimizer import Log, OneCycleMuon, Training
 from .tokenizer import CLIP_TOKEN_IDS, PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
 
 CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -22,23 +25,30 @@ NAME_RATE, EMPTY_RATE = 0.7, 0.1  # probability that a caption names an attribut
 # Maximum of the loss weights, as in Min-SNR (arXiv 2303.09556), because the small grid then learns colours
 # sooner.
 MAX_SNR = 5.0
+MUON_LR = 0.02
 EMA_DECAY = 0.999  # the averaged weights are saved
 
 
-def create_sdxl(folder: Path, seed: int) -> None:
-    """Write a base folder with random weights; the VAE must be in it already."""
+def create_sdxl(
+    folder: Path, seed: int, configs: Mapping[str, Any] = CONFIGS, texts: Iterable[str] | None = None
+) -> None:
+    """Write a base folder with random weights; the VAE must be in it already.
+
+    texts: corpus of the tokenizers; None takes the captions of the shapes.
+    """
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(seed)
+    texts = None if texts is None else list(texts)
     for part in ("tokenizer", "tokenizer_2"):
-        train_clip_tokenizer(folder / part)
+        train_clip_tokenizer(folder / part, texts)
     sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": PROMPT_TOKENS, **CLIP_TOKEN_IDS}
-    text = CLIPTextConfig(**CONFIGS["text_encoders"], **sizes)
+    text = CLIPTextConfig(**configs["text_encoders"], **sizes)
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")
     CLIPTextModelWithProjection(text).save_pretrained(folder / "text_encoder_2")
-    UNet2DConditionModel(**CONFIGS["unet"]).save_pretrained(folder / "unet")
-    DDPMScheduler(**CONFIGS["scheduler"]).save_pretrained(folder / "scheduler")
+    UNet2DConditionModel(**configs["unet"]).save_pretrained(folder / "unet")
+    DDPMScheduler(**configs["scheduler"]).save_pretrained(folder / "scheduler")
     tokenizer = ("transformers", "PreTrainedTokenizerFast")
     parts = {
         "scheduler": ("diffusers", "DDPMScheduler"),
@@ -53,8 +63,17 @@ def create_sdxl(folder: Path, seed: int) -> None:
     atomic_write_text(folder / "model_index.json", json.dumps(index, indent=1) + "\n")
 
 
-def pretrain_sdxl(dataset: Dataset, folder: Path, training: Training, log: Log) -> None:
-    """Train UNet and text encoders on the dataset and its captions, and save the average of their weights."""
+def pretrain_sdxl(
+    images: NDArray[np.uint8],
+    draw_caption: Callable[[int, np.random.Generator], str],
+    folder: Path,
+    training: Training,
+    log: Log,
+) -> None:
+    """Train UNet and text encoders on images (M, 64, 64, 3) and save the average of their weights.
+
+    draw_caption: draws a caption of the image of an index.
+    """
     from diffusers.training_utils import EMAModel
 
     base = BaseModel.load(folder)
@@ -62,14 +81,14 @@ def pretrain_sdxl(dataset: Dataset, folder: Path, training: Training, log: Log) 
     rng, batch = np.random.default_rng(training.seed), training.batch
     trained = {part: getattr(base, part).train() for part in ("unet", "text_encoder", "text_encoder_2")}
     parameters = [p.requires_grad_() for module in trained.values() for p in module.parameters()]
-    optimizer = OneCycleAdamW(parameters, training, weight_decay=0.0, warmup=0.05)
+    optimizer = OneCycleMuon(trained.values(), training, MUON_LR)
     average = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
-    latents = encode_dataset(base, dataset)
+    latents = encode_dataset(base, images)
     signal = base.schedule.alphas_cumprod
     weights = (MAX_SNR * (1 - signal) / signal).clamp(max=1)  # min(snr, MAX_SNR) / snr
     for step in range(training.steps):
         picked = torch.randint(len(latents), (batch,))
-        prompts = [_caption(dataset.attributes[i], rng) for i in picked.tolist()]
+        prompts = [draw_caption(i, rng) for i in picked.tolist()]
         noise = torch.randn(batch, *latents.shape[1:])
         timesteps = torch.randint(len(signal), (batch,))
         noisy = base.schedule.add_noise(latents[picked], noise, timesteps)
@@ -100,12 +119,13 @@ def _prefix(file: Path) -> None:
 
 
 @torch.no_grad()
-def encode_dataset(base: BaseModel, dataset: Dataset) -> Tensor:
-    """Scaled latents of the dataset (M, 4, 8, 8)."""
-    pixels = torch.from_numpy(dataset.images).movedim(-1, 1)
+def encode_dataset(base: BaseModel, images: NDArray[np.uint8]) -> Tensor:
+    """Scaled latents (M, C, 8, 8) of images (M, 64, 64, 3)."""
+    pixels = torch.from_numpy(images).movedim(-1, 1)
     return torch.cat([base.encode_images(part / 127.5 - 1) for part in pixels.split(256)])
 
 
-def _caption(attributes: np.ndarray, rng: np.random.Generator) -> str:
+def shapes_caption(dataset: Dataset, index: int, rng: np.random.Generator) -> str:
+    """Draw a caption of an image of the shapes."""
     named = [name for name in NAMES if rng.random() < NAME_RATE]
-    return "" if rng.random() < EMPTY_RATE else caption(attributes, named)
+    return "" if rng.random() < EMPTY_RATE else caption(dataset.attributes[index], named)

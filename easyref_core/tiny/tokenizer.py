@@ -39,28 +39,28 @@ def corpus() -> Iterable[str]:
     yield from [*TEMPLATE, DESCRIBE, COMPARE] * 200
 
 
-def train_mllm_tokenizer(folder: Path) -> None:
+def train_mllm_tokenizer(folder: Path, texts: Iterable[str] | None = None) -> None:
     """Train a byte-level BPE with Qwen2-VL's special tokens and save it for AutoTokenizer."""
     from tokenizers import AddedToken
 
-    tokenizer = _train_bpe(VOCABULARY - len(SPECIAL), [])
+    tokenizer = _train_bpe(texts, VOCABULARY - len(SPECIAL), [])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     _save(tokenizer, folder, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def train_clip_tokenizer(folder: Path) -> None:
+def train_clip_tokenizer(folder: Path, texts: Iterable[str] | None = None) -> None:
     """Train a tokenizer for CLIP text encoders, with start and end tokens, PROMPT_TOKENS long."""
     from tokenizers.processors import TemplateProcessing
 
     start, end = "<|startoftext|>", "<|endoftext|>"
-    tokenizer = _train_bpe(VOCABULARY, [start, end])
+    tokenizer = _train_bpe(texts, VOCABULARY, [start, end])
     special = [(token, tokenizer.token_to_id(token)) for token in (start, end)]
     tokenizer.post_processor = TemplateProcessing(single=f"{start} $A {end}", special_tokens=special)
     tokens = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
     _save(tokenizer, folder, **tokens, model_max_length=PROMPT_TOKENS)
 
 
-def _train_bpe(size: int, special: list[str]) -> Tokenizer:
+def _train_bpe(texts: Iterable[str] | None, size: int, special: list[str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -72,7 +72,7 @@ def _train_bpe(size: int, special: list[str]) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(corpus() if texts is None else texts, trainer)
     return tokenizer
 
 

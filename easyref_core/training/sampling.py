@@ -31,7 +31,7 @@ def generate_images(
     steps: int = 30,
     size: tuple[int, int] | None = None,
 ) -> list[Image.Image]:
-    """Generate one image from each noise (B, 4, h, w) and prompt; the arguments are `generate_latents`'."""
+    """Generate one image from each noise (B, C, h, w) and prompt; the arguments are `generate_latents`'."""
     return to_images(
         base.decode(generate_latents(base, noise, prompts, negative, guidance, steps=steps, size=size))
     )
@@ -47,7 +47,7 @@ def generate_latents(
     steps: int = 30,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Denoise one latent (B, 4, h, w) float32 from each noise of that shape and prompt.
+    """Denoise one latent (B, C, h, w) float32 from each noise of that shape and prompt; C is 4 in SDXL.
 
     Every UNet batch is [unconditional rows, conditional rows]. To condition on references, attach them to
     base.unet first (easyref_core.unet.diffusers_unet). size: height and width of SDXL's size conditioning;

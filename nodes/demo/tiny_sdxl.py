@@ -23,8 +23,8 @@ from ...easyref_core.tiny.diffusers_folder import load_config, load_weights
 class TinyLatents(comfy.latent_formats.LatentFormat):
     """Latents of the folder's own VAE; no live preview, because the host's factors are for SDXL's VAE."""
 
-    def __init__(self, scale_factor: float) -> None:
-        self.scale_factor = scale_factor
+    def __init__(self, scale_factor: float, channels: int) -> None:
+        self.scale_factor, self.latent_channels = scale_factor, channels
 
 
 class TinyConfig(comfy.supported_models.SDXL):
@@ -34,7 +34,7 @@ class TinyConfig(comfy.supported_models.SDXL):
 
     def __init__(self, unet_config: dict[str, Any], scale_factor: float) -> None:
         super().__init__(unet_config)
-        self.latent_format = TinyLatents(scale_factor)
+        self.latent_format = TinyLatents(scale_factor, unet_config["in_channels"])
 
 
 class TinySDXL(comfy.model_base.SDXL):

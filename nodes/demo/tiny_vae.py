@@ -20,6 +20,7 @@ def load_vae(base: Path) -> comfy.sd.VAE:
     for norm in vae.first_stage_model.modules():
         if isinstance(norm, nn.GroupNorm):
             norm.num_groups = config["norm_num_groups"]  # the host always sets 32
+    vae.latent_channels = config["latent_channels"]  # the host's default is SDXL's
     return vae
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import comfy.memory_management
 import comfy.model_patcher
+import comfy.sample
 import comfy.sd
 import pytest
 import torch
@@ -69,7 +70,8 @@ def predictions(patcher: comfy.model_patcher.ModelPatcher, diffusers: BaseModel)
     """Noise predicted for random latents by the host's and by diffusers' UNet."""
     text = diffusers.encode_text(PROMPTS)
     side = diffusers.unet.config.sample_size
-    latents, steps = random(0, 3, 4, side, side), torch.tensor([1.0, 400.0, 999.0])
+    channels = diffusers.unet.config.in_channels
+    latents, steps = random(0, 3, channels, side, side), torch.tensor([1.0, 400.0, 999.0])
     model = patcher.model
     sizes = model.encode_adm(pooled_output=text.pooled, width=64, height=56)
     with torch.inference_mode():
@@ -94,9 +96,16 @@ def test_unet_is_the_same_under_dynamic_vram(tiny_sdxl, base, diffusers, monkeyp
 
 
 def test_latents_are_scaled_by_the_folders_factor(tiny_sdxl, base, diffusers) -> None:
-    model, latents = tiny_sdxl.load_model(base).model, random(1, 1, 4, 2, 2)
+    model = tiny_sdxl.load_model(base).model
+    latents = random(1, 1, diffusers.unet.config.in_channels, 2, 2)
     assert torch.equal(model.process_latent_in(latents), latents * diffusers.vae.config.scaling_factor)
     torch.testing.assert_close(model.process_latent_out(model.process_latent_in(latents)), latents)
+
+
+def test_an_empty_latent_gets_the_channels_of_the_unet(tiny_sdxl, base, diffusers) -> None:
+    """EmptyLatentImage always makes 4."""
+    latents = comfy.sample.fix_empty_latent_channels(tiny_sdxl.load_model(base), torch.zeros(2, 4, 8, 8))
+    assert latents.shape == (2, diffusers.unet.config.in_channels, 8, 8)
 
 
 def test_noise_schedule_is_the_folders(tiny_sdxl, base, diffusers) -> None:
@@ -114,7 +123,7 @@ def test_conditioning_is_that_of_training(pack, base, diffusers) -> None:
 
 
 def test_vae_decodes_as_diffusers(vae, diffusers) -> None:
-    latents = random(2, 2, 4, 8, 8)
+    latents = random(2, 2, diffusers.vae.config.latent_channels, 8, 8)
     with torch.inference_mode():
         expected = diffusers.decode(latents * diffusers.vae.config.scaling_factor).movedim(1, -1)
         torch.testing.assert_close(vae.decode(latents), expected, atol=1e-4, rtol=0)
@@ -128,14 +137,14 @@ def test_vae_encodes_as_diffusers(vae, diffusers) -> None:
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
 
 
-def test_vae_has_the_interface_of_the_hosts_vae_nodes(vae) -> None:
+def test_vae_has_the_interface_of_the_hosts_vae_nodes(vae, diffusers) -> None:
     """Images and tiles of 64 x 64, for VAEDecode, VAEEncode, their tiled forms and VAEEncodeForInpaint."""
     images = random(4, 1, 128, 128, 3).sigmoid()
     assert vae.spacial_compression_encode() == vae.spacial_compression_decode() == 8
     with torch.inference_mode():
         latents = vae.encode(images)
         tiled = vae.encode_tiled(images, tile_x=64, tile_y=64, overlap=0)
-        assert latents.shape == tiled.shape == (1, 4, 16, 16)
+        assert latents.shape == tiled.shape == (1, diffusers.vae.config.latent_channels, 16, 16)
         assert vae.decode(latents).shape == images.shape
         assert vae.decode_tiled(latents, tile_x=8, tile_y=8, overlap=0).shape == images.shape
 

@@ -20,7 +20,7 @@ from easyref_core.tiny.evaluate import (
     summary,
     tiny_methods,
 )
-from easyref_core.tiny.examples import ProceduralExamples, ProceduralSettings
+from easyref_core.tiny.examples import ProceduralSettings, ShapeExamples
 from easyref_core.tiny.groups import evaluation_groups
 from easyref_core.tiny.images import ATTRIBUTES, NAMES, all_combinations, held_out, render
 from easyref_core.tiny.qwen2_vl import IMAGE_TOKENS, SIZE
@@ -36,16 +36,16 @@ class MeanColours:
 
 
 @pytest.fixture(scope="module")
-def examples() -> ProceduralExamples:
+def examples() -> ShapeExamples:
     settings = ProceduralSettings(groups=True, copies=1, drop_image=0.3)
-    return ProceduralExamples(MeanColours(), WEIGHTS / "tiny-qwen2-vl", settings, seed=0)
+    return ShapeExamples(MeanColours(), WEIGHTS / "tiny-qwen2-vl", settings, seed=0)
 
 
 def test_the_weights_are_small() -> None:
     assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) <= 12_000_000
 
 
-def test_a_batch_depends_on_its_positions_only(examples: ProceduralExamples) -> None:
+def test_a_batch_depends_on_its_positions_only(examples: ShapeExamples) -> None:
     first, again, other = examples.batch([3, 4]), examples.batch([3, 4]), examples.batch([5, 6])
     assert first.prompts == again.prompts
     assert torch.equal(first.patches, again.patches)
@@ -53,14 +53,14 @@ def test_a_batch_depends_on_its_positions_only(examples: ProceduralExamples) -> 
     assert not torch.equal(first.seeds, other.seeds)
 
 
-def test_a_position_gives_the_same_sample_in_any_batch(examples: ProceduralExamples) -> None:
+def test_a_position_gives_the_same_sample_in_any_batch(examples: ShapeExamples) -> None:
     alone, batch = examples.batch([9]), examples.batch([8, 9])
     assert batch.prompts[1] == alone.prompts[0]
     assert torch.equal(batch.input_ids[1][batch.padding_mask[1]], alone.input_ids[0])
     assert torch.equal(batch.latents[1], alone.latents[0])
 
 
-def test_patches_are_those_of_the_core(examples: ProceduralExamples) -> None:
+def test_patches_are_those_of_the_core(examples: ShapeExamples) -> None:
     image = Image.fromarray(examples.dataset.images[7])
     expected, expected_grid = preprocess([image], examples.config, SIZE)
     patches, grid = examples.patchify([[7]])
@@ -69,7 +69,7 @@ def test_patches_are_those_of_the_core(examples: ProceduralExamples) -> None:
     assert int(grid.prod()) // 4 == IMAGE_TOKENS
 
 
-def test_a_dropped_group_is_one_black_image(examples: ProceduralExamples) -> None:
+def test_a_dropped_group_is_one_black_image(examples: ShapeExamples) -> None:
     batch = examples.batch(range(40))
     dropped = [i for i, count in enumerate(batch.references) if count == 1]
     image_tokens = (batch.input_ids == examples.tokenizer.token_to_id("<|image_pad|>")).sum(dim=1)

@@ -44,9 +44,8 @@ def make_base(folder: Path) -> Path:
 
     torch.manual_seed(0)
     shutil.copytree(GOLDEN / "unet", folder / "unet")
-    AutoencoderKL(**vae.CONFIG | {"block_out_channels": [8] * 4, "norm_num_groups": 4}).save_pretrained(
-        folder / "vae"
-    )
+    sizes = {"block_out_channels": [8] * 4, "norm_num_groups": 4, "latent_channels": 4}  # the golden UNet's
+    AutoencoderKL(**vae.CONFIG | sizes).save_pretrained(folder / "vae")
     # the golden UNet's conditioning on sizes: 6 x 8 values, and 80 - 48 = 32 of the pooled text
     sizes = sdxl.CONFIGS["text_encoders"] | {
         "hidden_size": TEXT,

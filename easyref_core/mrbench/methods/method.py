@@ -96,7 +96,7 @@ class Method(abc.ABC):
         for task, condition in zip(tasks, conditions, strict=True):
             where = f"{self.kind}, group {task.id}"
             require_finite("the condition", condition, where, self.condition_remedy)
-        shape = (4, height // factor, width // factor)
+        shape = (self.base.vae.config.latent_channels, height // factor, width // factor)
         noise = torch.stack([initial_noise(task.id, seed, shape) for task in tasks for seed in seeds])
         prompts = [task.prompt for task in tasks for _ in seeds]
         settings = dataclasses.asdict(sampling) | {"size": sampling.sides}
