@@ -6,9 +6,12 @@ A row has one of these forms:
     {"target": "1.jpg", "face": [[x1, y1, x2, y2]], "text": ["A man", "Bob"]}   reference: the first face
     {"images": ["1.jpg", "2.jpg", "3.jpg"], "text": "A dog"}                    target: a random image
 
-The first two are the authors', where the target of a group is fixed. The third is ours: the same group with
-another target in each epoch. From a list of texts one is drawn. File names are relative to a root folder. The
-file is a JSON list or JSON Lines.
+A face box may end with the detector's score, [x1, y1, x2, y2, score], and boxes may be nested in a list for
+each image, [[[x1, y1, x2, y2, score]]], as in the authors' files; the score is not used.
+
+The first two forms are the authors', where the target of a group is fixed. The third is ours: the same group
+with another target in each epoch. From a list of texts one is drawn. File names are relative to a root
+folder. The file is a JSON list or JSON Lines.
 """
 
 from __future__ import annotations
@@ -214,12 +217,14 @@ def _faces(value: Any) -> list[Box]:
         return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
     boxes = value if isinstance(value, list) else [value]
+    if boxes and isinstance(boxes[0], list) and (not boxes[0] or isinstance(boxes[0][0], list)):
+        boxes = boxes[0]  # a list of boxes for each image; the first is the target
     if not boxes:
         raise InvalidRow('"face" is empty, expected at least one box [x1, y1, x2, y2]')
     for box in boxes:
-        if not isinstance(box, list) or len(box) != 4 or not all(map(finite, box)):
+        if not isinstance(box, list) or len(box) not in (4, 5) or not all(map(finite, box)):
             raise InvalidRow(f'"face" contains {json.dumps(box)}, expected boxes [x1, y1, x2, y2] in pixels')
-    return [tuple(box) for box in boxes]
+    return [tuple(box[:4]) for box in boxes]
 
 
 def _kind(value: Any) -> str:

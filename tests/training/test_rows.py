@@ -71,6 +71,10 @@ BOX = (10, 10, 40, 50)
         (face(BOX), row("a.png", face=BOX)),
         (face([-8.5, 60, 30, 90]), row("a.png", face=(-8.5, 60, 30, 90))),  # over the edge
         (face(BOX, [0, 0, 20, 20]), row("a.png", face=BOX)),
+        (face([*BOX, 0.98]), row("a.png", face=BOX)),
+        (face([[*BOX, 0.98]]), row("a.png", face=BOX)),
+        (face([[*BOX, 0.98], [0, 0, 20, 20, 0.5]]), row("a.png", face=BOX)),
+        (face([list(BOX)]), row("a.png", face=BOX)),
         (group("a.png", "b.png"), row(None, "a.png", "b.png")),
     ],
 )
@@ -101,6 +105,11 @@ def test_valid_row(root: Path, content: Any, expected: Row) -> None:
             "the target a.png is among its own 2 references; remove it from image_file",
         ),
         (face(), '"face" is empty, expected at least one box [x1, y1, x2, y2]'),
+        (face([]), '"face" is empty, expected at least one box [x1, y1, x2, y2]'),
+        (face([], [BOX]), '"face" is empty, expected at least one box [x1, y1, x2, y2]'),
+        (face([[]]), '"face" contains [], expected boxes [x1, y1, x2, y2] in pixels'),
+        (face([[1, 2, 30, 40, 0.9, 7]]), '"face" contains [1, 2, 30, 40, 0.9, 7], expected boxes'),
+        (face([[1, 2, 30, 40, "0.9"]]), '"face" contains [1, 2, 30, 40, "0.9"], expected boxes'),
         (face([1, 2]), '"face" contains [1, 2], expected boxes [x1, y1, x2, y2] in pixels'),
         (face(face=[1, 2, 30, 40]), '"face" contains 1, expected boxes [x1, y1, x2, y2] in pixels'),
         (face(["a", 1, 2, 3]), '"face" contains ["a", 1, 2, 3], expected boxes'),
