@@ -23,7 +23,8 @@ class Data:
     rows: Path | None = None  # JSON file in the authors' format, see rows.py
     root: Path | None = None  # folder that the file's names are relative to
     skip_rows: int = 0  # maximum number of broken rows to skip
-    thorough: bool = False  # decode every image before the run
+    thorough: bool = False  # load every image before the run, and refuse those that training cannot use
+    apply_exif: bool = True  # turn images upright, as the nodes do; false: the authors' code
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     procedural: Mapping[str, Any] | None = None  # see ProceduralSettings of easyref_core.tiny.examples
 

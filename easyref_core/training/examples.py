@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..files.image_files import open_image
 from ..mllm.instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
 from ..mllm.preprocess import SIZE, preprocess
-from ..utils.images import black_image, to_rgb
+from ..utils.images import black_image
 from .batches import Batch, Sample, collate, generator, new_seed, row_at
 from .crops import center_crop, face_crop, native_resize
-from .rows import read_rows
+from .rows import InvalidRow, load_image, read_rows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -66,13 +65,14 @@ class Augmentation(Rates):
 def load_rows(settings: Settings, base: BaseModel, config: EasyRefConfig) -> RowExamples:
     """Load the JSON rows of settings.data."""
     data = settings.data
-    rows = read_rows(data.rows, data.root, data.skip_rows, data.thorough)
+    rows = read_rows(data.rows, data.root, data.skip_rows, data.thorough, data.apply_exif)
     tokenizer = load_tokenizer(settings.mllm)
-    return RowExamples(rows, data.root, config, tokenizer, data.augmentation, seed=settings.seed)
+    options = {"seed": settings.seed, "apply_exif": data.apply_exif}
+    return RowExamples(rows, data.root, config, tokenizer, data.augmentation, **options)
 
 
 class RowExamples:
-    """Examples (batches.py) of JSON rows."""
+    """Examples (batches.py) of JSON rows. apply_exif: see `load_image`."""
 
     def __init__(
         self,
@@ -82,10 +82,13 @@ class RowExamples:
         tokenizer: Tokenizer,
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        *,
+        apply_exif: bool = True,
     ) -> None:
         self.rows, self.root = rows, Path(root)
         self.config, self.tokenizer = config, tokenizer
         self.augmentation, self.seed = augmentation or Augmentation(), seed
+        self.apply_exif = apply_exif
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -133,15 +136,11 @@ class RowExamples:
         return self.open(target, row), [self.open(file, row) for file in files]
 
     def open(self, file: str, row: Row) -> Image.Image:
-        """Load an image file as RGB."""
+        """Load an image file as RGB. Raises InvalidRow as `load_image` does, naming the row too."""
         try:
-            with open_image(self.root / file) as image:
-                return to_rgb(image, file)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{file} (row on line {row.line}) cannot be used for training: {error}. "
-                "Set data.thorough to true to find all such images before the run."
-            ) from error
+            return load_image(self.root, file, self.apply_exif)
+        except InvalidRow as error:
+            raise InvalidRow(f"line {row.line}: {error}") from error
 
     def mllm_inputs(
         self, references: list[Image.Image], text: str, row: Row

@@ -26,6 +26,9 @@ FREE = frozenset(
     {"output", "workers", "cache", "save_every", "keep", "save_dtype", "log_every", "samples", "thorough"}
 )
 
+# Settings that older runs did not have, and what these runs did.
+ABSENT = {"data.apply_exif": False}
+
 
 def saved_states(output: Path) -> dict[int, Path]:
     """Return {update: folder} of the complete states of a run, oldest first."""
@@ -63,7 +66,9 @@ def require_same_run(settings: Settings, processes: int) -> None:
     current = {**flatten(settings), "processes": processes, **input_hashes(settings)}
     if file.is_file() and saved_states(settings.output):
         previous = json.loads(file.read_text(encoding="utf-8"))
+        previous = ABSENT | previous
         ignored = FREE | ({"updates"} if settings.schedule == "constant" else set())
+        ignored |= set() if settings.data.rows else {"apply_exif"}  # procedural images have none
         differences = [
             f"{name} was {previous.get(name)!r} and is {current.get(name)!r}"
             for name in sorted(previous.keys() | current.keys())

@@ -7,7 +7,8 @@ A row has one of these forms:
     {"images": ["1.jpg", "2.jpg", "3.jpg"], "text": "A dog"}                    target: a random image
 
 A face box may end with the detector's score, [x1, y1, x2, y2, score], and boxes may be nested in a list for
-each image, [[[x1, y1, x2, y2, score]]], as in the authors' files; the score is not used.
+each image, [[[x1, y1, x2, y2, score]]], as in the authors' files; the score is not used. Boxes are in pixels
+of the image as it is loaded, upright or not (`apply_exif`).
 
 The first two forms are the authors', where the target of a group is fixed. The third is ours: the same group
 with another target in each epoch. From a list of texts one is drawn. File names are relative to a root
@@ -27,9 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from ..files.image_files import open_image
+from ..utils.images import to_rgb
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +56,14 @@ class InvalidRow(ValueError):
     """Reason why a row cannot be used."""
 
 
-def read_rows(path: Path | str, root: Path | str, skip_rows: int = 0, thorough: bool = False) -> list[Row]:
+def read_rows(
+    path: Path | str, root: Path | str, skip_rows: int = 0, thorough: bool = False, apply_exif: bool = True
+) -> list[Row]:
     """Read all valid rows of a file, with image files relative to `root`.
 
-    skip_rows: maximum number of invalid rows to skip. thorough: also decode every image. Raises ValueError if
-    more rows are invalid, listing the first ones, or if no row is valid.
+    skip_rows: maximum number of invalid rows to skip. thorough: also load every image as training does.
+    apply_exif: see `load_image`; face boxes are in pixels of that image. Raises ValueError if more rows are
+    invalid, listing the first ones, or if no row is valid.
     """
     path, root = Path(path), Path(root)
     if not root.is_dir():
@@ -67,7 +72,7 @@ def read_rows(path: Path | str, root: Path | str, skip_rows: int = 0, thorough: 
     invalid: list[tuple[int, str]] = []
     for line, content in parse(path):
         try:
-            rows.append(check(content, line, root, thorough))
+            rows.append(check(content, line, root, thorough, apply_exif))
         except InvalidRow as reason:
             invalid.append((line, str(reason)))
     total = len(rows) + len(invalid)
@@ -142,7 +147,7 @@ def _parse_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         ) from error
 
 
-def check(content: Any, line: int, root: Path, thorough: bool = False) -> Row:
+def check(content: Any, line: int, root: Path, thorough: bool = False, apply_exif: bool = True) -> Row:
     """Return the row that `content` describes. Raises InvalidRow with the reason if it cannot be used."""
     if isinstance(content, InvalidRow):
         raise content
@@ -153,10 +158,10 @@ def check(content: Any, line: int, root: Path, thorough: bool = False) -> Row:
     for file in files:
         _check_file(file, root)
     if row.face:
-        _check_face(row.face, _image_size(root, row.target))
+        _check_face(row.face, _image_size(root, row.target, apply_exif))
     if thorough:
         for file in files:
-            _image_size(root, file, decode=True)
+            load_image(root, file, apply_exif)
     return row
 
 
@@ -256,11 +261,35 @@ def _check_face(face: Box, size: tuple[int, int]) -> None:
         raise InvalidRow(f"the face box {list(face)} is outside its image of {width}x{height} pixels")
 
 
-def _image_size(root: Path, file: str, decode: bool = False) -> tuple[int, int]:
+def load_image(root: Path, file: str, apply_exif: bool = True) -> Image.Image:
+    """Load an image file as RGB. Raises InvalidRow if it cannot be decoded, or is too small or too thin.
+
+    apply_exif: turn it upright by its EXIF orientation, as the nodes and MRBench do. The authors' code does
+    not.
+    """
     try:
         with open_image(root / file) as image:
-            if decode:
-                image.load()
-            return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidRow(f"{file} cannot be read as an image ({error})") from error
+            image = ImageOps.exif_transpose(image) if apply_exif else image
+            image.load()
+    # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on foreign
+    # bytes.
+    except Exception as error:
+        raise _unreadable(file, error) from error
+    try:
+        return to_rgb(image, file)
+    except ValueError as error:
+        raise InvalidRow(str(error)) from error
+
+
+def _image_size(root: Path, file: str, apply_exif: bool) -> tuple[int, int]:
+    """Width and height of `load_image`, mostly from the file's header alone."""
+    try:
+        with open_image(root / file) as image:
+            turned = apply_exif and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    except Exception as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: str, error: Exception) -> InvalidRow:
+    return InvalidRow(f"{file} cannot be read as an image ({error or type(error).__name__})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from easyref_core.training.config import Data
 from easyref_core.training.loop import train
-from easyref_core.training.resume import saved_states
+from easyref_core.training.resume import flatten, require_same_run, saved_states
 from easyref_core.training.run_log import read_metrics
 
 from . import tiny
@@ -77,6 +79,26 @@ def test_other_settings_are_refused(train_tiny: Train, complete: Path) -> None:
     message = r"other settings .*learning_rate was 0.01 and is 1.0.*another output"
     with pytest.raises(ValueError, match=message):
         train_tiny(output=complete, updates=9, learning_rate=1.0)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_run_of_before_exif_was_applied_continues_only_without_it(
+    base_folder: Path, tmp_path: Path, rows: bool
+) -> None:
+    data = {"rows": tmp_path / "rows.json", "root": tmp_path} if rows else {"procedural": {}}
+    before, after = (
+        tiny.settings(base_folder, output=tmp_path, data=Data(**data, apply_exif=apply_exif))
+        for apply_exif in (False, True)
+    )
+    content = {name: value for name, value in flatten(before).items() if name != "data.apply_exif"}
+    (tmp_path / "settings.json").write_text(json.dumps(content | {"processes": 1}))
+    (tmp_path / "state-1").mkdir()
+    if rows:
+        with pytest.raises(ValueError, match=r"\(data.apply_exif was False and is True\)"):
+            require_same_run(after, 1)
+        require_same_run(before, 1)
+    else:
+        require_same_run(after, 1)
 
 
 def test_another_start_under_the_same_name_is_refused(train_tiny: Train, tmp_path: Path) -> None:

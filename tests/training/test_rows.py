@@ -24,6 +24,9 @@ def root(tmp_path: Path) -> Path:
     (folder / "text.png").write_text("no image")
     content = (folder / "a.png").read_bytes()
     (folder / "short.png").write_bytes(content[: len(content) // 2])
+    Image.new("RGB", (100, 13)).save(folder / "small.png")
+    Image.new("RGB", (4000, 15)).save(folder / "thin.png")
+    (folder / "chunk.png").write_bytes(content[:60] + bytes(20) + content[80:])  # a broken checksum
     return folder
 
 
@@ -137,12 +140,38 @@ def test_invalid_row_is_reported_by_line_and_reason(root: Path, content: Any, re
     assert text.endswith("\nRepair or remove them, or set skip_rows to 1 to train without them.")
 
 
-@pytest.mark.parametrize("name", ["text.png", "short.png"])
-def test_thorough_check_finds_unreadable_images(root: Path, name: str) -> None:
-    path = write_list(root, pair(image_file=name))
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("text.png", "text.png cannot be read as an image"),
+        ("short.png", "short.png cannot be read as an image"),
+        ("chunk.png", "chunk.png cannot be read as an image"),
+        ("small.png", "small.png is 100x13 pixels, smaller than one patch"),
+        ("thin.png", "thin.png is 4000x15 pixels: one side is more than 200 times the other"),
+    ],
+)
+@pytest.mark.parametrize("key", ["target", "image_file"])
+def test_thorough_check_finds_every_image_that_training_cannot_use(
+    root: Path, key: str, name: str, reason: str
+) -> None:
+    path = write_list(root, pair(**{key: name}))
     assert len(read_rows(path, root)) == 1
-    with pytest.raises(ValueError, match=f"line 2: {name} cannot be read as an image"):
+    with pytest.raises(ValueError, match=f"line 2: {reason}"):
         read_rows(path, root, thorough=True)
+
+
+@pytest.mark.parametrize("apply_exif", [True, False])
+def test_faces_are_in_pixels_of_the_image_as_it_is_loaded(root: Path, apply_exif: bool) -> None:
+    """A file of 100 x 80 pixels, turned by 90 degrees: upright it is 80 x 100."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((100, 80), 50).save(root / "turned.jpg", exif=exif)
+    path = write_list(root, face([60, 80, 78, 98], target="turned.jpg"))
+    if apply_exif:
+        assert len(read_rows(path, root)) == 1
+        return
+    with pytest.raises(ValueError, match="is outside its image of 100x80 pixels"):
+        read_rows(path, root, apply_exif=False)
 
 
 def test_row_is_reported_by_its_first_line(root: Path) -> None:
