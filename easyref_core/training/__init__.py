@@ -7,6 +7,7 @@ Modules in reading order (B groups, K references in each, T reference tokens):
     rows.py          reader and validator of the authors' JSON rows
     crops.py         crops, face boxes, native aspect
     examples.py      a row and a random generator -> one Sample
+    broken_rows.py   rows skipped while training, counted over all processes
     batches.py       Samples -> a Batch; the endless shuffled stream of positions
 
     base_model.py    the frozen UNet, VAE, text encoders and noise schedule of a diffusers SDXL folder

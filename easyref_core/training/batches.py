@@ -45,6 +45,7 @@ class Batch:
     input_ids: Tensor  # (B, S), padded on the left
     padding_mask: Tensor  # (B, S) bool: True at a token, False at padding
     seeds: Tensor  # (B,) int64: each sample's noise and timestep are drawn from its seed alone
+    broken: tuple[str, ...] = ()  # reasons of the rows that were replaced by others
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on `device`."""
@@ -63,7 +64,11 @@ class Examples(Protocol):
         """Rows of one epoch."""
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        """Return the samples at these positions; a position decides the row and all randomness."""
+        """Return the samples at these positions; a position decides the row and all randomness.
+
+        A row that cannot be used is replaced by another one, also decided by the position alone, and its
+        reason is in Batch.broken.
+        """
 
 
 def stream(step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:

@@ -23,6 +23,7 @@ class Data:
     rows: Path | None = None  # JSON file in the authors' format, see rows.py
     root: Path | None = None  # folder that the file's names are relative to
     skip_rows: int = 0  # maximum number of broken rows to skip
+    max_broken: int = 100  # maximum number of rows that training skips because it cannot use them
     thorough: bool = False  # load every image before the run, and refuse those that training cannot use
     apply_exif: bool = True  # turn images upright, as the nodes do; false: the authors' code
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from .base_model import BaseModel
     from .config import Settings
     from .rows import Row
+
+
+MAX_TRIES = 100  # rows in place of one that cannot be used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +98,36 @@ class RowExamples:
         return len(self.rows)
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        samples, seeds = [], []
+        samples, seeds, broken = [], [], []
         for position in positions:
+            sample, seed, reasons = self.first_usable(position)
+            samples.append(sample)
+            seeds.append(seed)
+            broken += reasons
+        return dataclasses.replace(collate(samples, seeds), broken=tuple(broken))
+
+    def first_usable(self, position: int) -> tuple[Sample, int, list[str]]:
+        """The sample and its seed of the first usable row from `position` on, and why those before are not.
+
+        All randomness is that of `position`. Raises ValueError if the next MAX_TRIES rows cannot be used.
+        """
+        reasons: list[str] = []
+        for offset in range(min(MAX_TRIES, len(self.rows))):
             rng = generator(position, self.seed)
-            samples.append(self.sample(self.rows[row_at(position, len(self.rows), self.seed)], rng))
-            seeds.append(new_seed(rng))
-        return collate(samples, seeds)
+            try:
+                sample = self.sample(self.rows[row_at(position + offset, len(self.rows), self.seed)], rng)
+            except InvalidRow as reason:
+                reasons.append(str(reason))
+            else:
+                return sample, new_seed(rng), reasons
+        raise ValueError(
+            f"{len(reasons)} rows after another cannot be used, first {reasons[0]}. Check that the images in "
+            f"{self.root} can be read from this machine, and set data.thorough to true to list those that "
+            "cannot."
+        )
 
     def sample(self, row: Row, rng: np.random.Generator) -> Sample:
-        """Draw a sample of a row. Raises ValueError for an unreadable image and for too many tokens."""
+        """Draw a sample of a row. Raises InvalidRow for an unusable image and for too many tokens."""
         augmentation = self.augmentation
         text = row.texts[rng.integers(len(row.texts))]
         target, references = self.images(row, rng)
@@ -151,15 +176,15 @@ class RowExamples:
         ids = tokenize(self.tokenizer, INSTRUCTION + text, counts)[0]
         limit, longest = self.augmentation.max_length, self.config.max_positions - self.config.num_tokens
         if limit and (ids[limit:] == image_token_id(self.tokenizer)).any():
-            raise ValueError(
-                f"The row on line {row.line} has {len(references)} references with {sum(counts)} image "
+            raise InvalidRow(
+                f"line {row.line} has {len(references)} references with {sum(counts)} image "
                 f"tokens, but max_length {limit} would truncate them. Train on groups in stage 3, with "
                 "max_length null."
             )
         ids = ids[:limit]
         if len(ids) > longest:
-            raise ValueError(
-                f"The row on line {row.line} is {len(ids)} tokens long ({len(references)} references), but "
+            raise InvalidRow(
+                f"line {row.line} is {len(ids)} tokens long ({len(references)} references), but "
                 f"the MLLM accepts at most {longest}. Lower max_references or size."
             )
         return patches, grid, ids

@@ -23,8 +23,8 @@ def train(settings: Settings, examples: Examples | None = None) -> Path:
     """Train one stage, resuming from its newest saved state. Returns the path of the checkpoint.
 
     examples: the data set; None loads the one of settings.data.
-    Raises NotFiniteError for a loss or a trained weight that is NaN or infinite; then the good states remain
-    and no checkpoint is written.
+    Raises NotFiniteError for a loss or a trained weight that is NaN or infinite, and ValueError for more
+    broken rows than settings.data.max_broken; then the good states remain and no checkpoint is written.
     """
     accelerator = make_accelerator(settings.accumulation)
     if accelerator.is_main_process:
@@ -74,6 +74,7 @@ def _run_updates(run: Run, run_log: RunLog, start: int) -> None:
         run_log.advance()
         if logs:
             mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            run.broken_rows.synchronize()
             run.require_finite("the loss", mean, f"{settings.stage}, update {done}")
             samples = len(losses) * settings.accumulation * settings.batch_size * world_size
             now = time.perf_counter()

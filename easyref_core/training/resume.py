@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Settings that do not affect the weights, so a resumed run may change them.
 FREE = frozenset(
-    {"output", "workers", "cache", "save_every", "keep", "save_dtype", "log_every", "samples", "thorough"}
+    "output workers cache save_every keep save_dtype log_every samples thorough max_broken".split()
 )
 
 # Settings that older runs did not have, and what these runs did.

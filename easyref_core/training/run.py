@@ -19,6 +19,7 @@ from ..utils.finite import require_finite
 from ..utils.images import black_image
 from .base_model import BaseModel
 from .batches import Batch, Examples
+from .broken_rows import BrokenRows
 from .cache import TensorCache, cached_contexts, cached_moments
 from .initial import Weights, from_base, from_checkpoint
 from .objective import denoising_loss
@@ -67,7 +68,7 @@ class Run:
         if examples is None:
             kind = next(key for key in DATASETS if getattr(settings.data, key) is not None)
             examples = pkgutil.resolve_name(DATASETS[kind])(settings, self.base, self.weights.config)
-        self.examples = examples
+        self.examples, self.broken_rows = examples, BrokenRows(accelerator, settings.data.max_broken)
         self.tokenizer = load_tokenizer(settings.mllm)
         self.model = TrainableEasyRef(
             self.base.unet,
@@ -135,7 +136,9 @@ class Run:
         total, norm = torch.zeros((), device=accelerator.device), math.nan
         for _ in range(settings.accumulation):
             with accelerator.accumulate(self.prepared):
-                loss = self.loss(next(batches))
+                batch = next(batches)
+                self.broken_rows.add(batch.broken)
+                loss = self.loss(batch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and (settings.clip or measure):
                     norm = accelerator.clip_grad_norm_(self.prepared.parameters(), settings.clip or math.inf)

@@ -1,4 +1,4 @@
-"""Two processes give the gradients of one with double the batch (gloo, CPU)."""
+"""Two processes (gloo, CPU): gradients of one with double the batch, and broken rows skipped together."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ import pytest
 import torch
 
 WORKER = Path(__file__).with_name("worker.py")
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def run_worker(launcher: list[str], command: str, *arguments: object) -> None:
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, *launcher, WORKER, command, *arguments]
+    done = subprocess.run(
+        list(map(str, arguments)), env=environment, text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def gradients(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("gradients")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for launcher, batch in (
-        (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 2),
-        ([], 4),
-    ):
-        command = [sys.executable, *launcher, WORKER, "gradients", base_folder, folder, batch]
-        done = subprocess.run(
-            list(map(str, command)), env=environment, text=True, capture_output=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    for launcher, batch in ((TWO, 2), ([], 4)):
+        run_worker(launcher, "gradients", base_folder, folder, batch)
     return {path.stem: torch.load(path) for path in folder.glob("gradients-*.pt")}
 
 
@@ -40,3 +42,18 @@ def test_two_processes_have_the_gradients_of_one_with_double_the_batch(gradients
     assert len(one) > 100
     for name, expected in one.items():
         assert (two[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_broken_rows_of_one_process_stop_both_or_none(base_folder: Path, tmp_path: Path, limit: int) -> None:
+    run_worker(TWO, "broken", base_folder, tmp_path, limit)
+    first, second = ((tmp_path / f"{limit}-{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    assert (tmp_path / f"{limit}" / "easyref.safetensors").is_file() == (limit == 2)
+    if limit == 2:
+        assert first == "finished"
+        return
+    assert first.startswith(
+        "2 rows could not be used; data.max_broken allows 1:\n"
+        "  line 2: x.png cannot be read\n  line 3: x.png cannot be read\nRepair the images or raise"
+    )

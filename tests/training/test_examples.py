@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from PIL import Image
 
 from easyref_core.mllm.instructions import INSTRUCTION, load_tokenizer, tokenize
 from easyref_core.mllm.preprocess import preprocess
-from easyref_core.training.batches import Batch, Sample, generator
+from easyref_core.training.batches import Batch, Sample, generator, row_at
 from easyref_core.training.crops import center_crop, native_resize
 from easyref_core.training.examples import Augmentation, RowExamples, choose, drops, held_out, to_tensor
 from easyref_core.training.rows import Row
@@ -253,7 +254,7 @@ def test_long_text_is_truncated_on_the_right(root: Path) -> None:
 
 
 def test_group_too_long_for_stages_1_and_2_is_refused(root: Path) -> None:
-    with pytest.raises(ValueError, match="The row on line 7 has 6 references with") as error:
+    with pytest.raises(ValueError, match="line 7 has 6 references with") as error:
         draw(root, STAGE_1, group(*NAMES, line=7), max_length=40)
     assert "max_length 40 would truncate them. Train on groups in stage 3" in str(error.value)
 
@@ -265,6 +266,40 @@ def test_group_too_long_for_the_mllm_is_refused(root: Path) -> None:
         ValueError, match=r"tokens long \([2-6] references\), but the MLLM accepts at most 42"
     ):
         data.sample(group(*NAMES), rng())
+
+
+@pytest.fixture
+def broken_root(root: Path, tmp_path: Path) -> Path:
+    """The images, of which 2.png cannot be decoded and 3.png is missing."""
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "2.png").write_bytes(b"broken")
+    (tmp_path / "3.png").unlink()
+    return tmp_path
+
+
+def test_broken_rows_are_replaced_by_the_next_usable_one(root: Path, broken_root: Path) -> None:
+    rows = [group(name, target=name, texts=(name,), line=i) for i, name in enumerate(NAMES)]
+    rules = dataclasses.replace(STAGE_1, drop_text=0.0)
+    whole, data = examples(root, rules, *rows), examples(broken_root, rules, *rows)
+    order = [row_at(position, len(rows), 0) for position in range(12)]
+    for position, index in enumerate(order[:6]):
+        actual = data.batch([position])
+        used = next(i for i in order[position:] if i not in (2, 3))
+        assert actual.prompts == (NAMES[used],)
+        skipped = [i for i in order[position : order.index(used, position)]]
+        assert [reason.split(":")[0] for reason in actual.broken] == [f"line {i}" for i in skipped]
+        if index == used:
+            assert_same(actual, whole.batch([position]))
+        # the sample depends on the position alone, not on the batch that it is in
+        together = data.batch([position, 7])
+        assert torch.equal(together.pixels[0], actual.pixels[0])
+        assert together.seeds[0] == actual.seeds[0]
+
+
+def test_data_that_cannot_be_read_at_all_stop_the_run(tmp_path: Path) -> None:
+    message = "^2 rows after another cannot be used, first line 1: 0.png cannot be read .*Check that the"
+    with pytest.raises(ValueError, match=message):
+        examples(tmp_path, STAGE_1, row(), row()).batch([0])
 
 
 def test_unusable_images_are_named(root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -142,6 +143,16 @@ class DyingExamples(TinyExamples):
         if max(positions) > self.last:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().batch(positions)
+
+
+class BrokenExamples(TinyExamples):
+    """Examples of which those at positions 2 and 3, the second process's first, replace a broken row."""
+
+    def batch(self, positions: range) -> Batch:
+        broken = tuple(
+            f"line {position}: x.png cannot be read" for position in positions if position in (2, 3)
+        )
+        return dataclasses.replace(super().batch(positions), broken=broken)
 
 
 def config() -> EasyRefConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from devkit.cpu_torch import complete_cpu_torch
 from easyref_core.training import run as run_module
 from easyref_core.training.batches import MicroBatches, loader
+from easyref_core.training.config import Data
+from easyref_core.training.examples import Augmentation
 from easyref_core.training.initial import Weights
 from easyref_core.training.loop import make_accelerator, train
 from easyref_core.training.run import Run
@@ -43,6 +46,18 @@ def gradients(base: Path, output: Path, batch_size: str) -> None:
     )
 
 
+def broken(base: Path, output: Path, limit: str) -> None:
+    """Train two updates on broken rows and write how each process ended."""
+    data = Data(procedural={}, augmentation=Augmentation(size=tiny.REFERENCE), max_broken=int(limit))
+    settings = tiny.settings(base, output=output / limit, updates=2, data=data)
+    try:
+        train(settings, tiny.BrokenExamples(tiny.config()))
+        end = "finished"
+    except ValueError as error:
+        end = str(error)
+    (output / f"{limit}-{os.environ['RANK']}.txt").write_text(end)
+
+
 def _compute_in_float64() -> None:
     """Reduce rounding errors, which the norms of this tiny UNet amplify. RoPE stays float32."""
     run_module.MIXED["no"] = torch.float64
@@ -59,4 +74,4 @@ if __name__ == "__main__":
     complete_cpu_torch()  # before diffusers and transformers are imported
     torch.set_num_threads(1)
     command, base, output, argument = sys.argv[1:]
-    {"die": die, "gradients": gradients}[command](Path(base), Path(output), argument)
+    {"die": die, "gradients": gradients, "broken": broken}[command](Path(base), Path(output), argument)
