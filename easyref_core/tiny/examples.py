@@ -18,7 +18,7 @@ from ..mllm.config import EasyRefConfig
 from ..mllm.instructions import INSTRUCTION, load_tokenizer, tokenize
 from ..mllm.preprocess import patchify, preprocess
 from ..training.base_model import BaseModel
-from ..training.batches import Batch, generator, new_seed, pad_left
+from ..training.batches import Batch, LoadExamples, generator, new_seed, pad_left
 from ..training.config import Settings, build
 from ..training.examples import Rates, choose, drops
 from ..utils.images import black_image
@@ -59,10 +59,14 @@ WORLDS = {
 }
 
 
-def load_procedural(settings: Settings, base: BaseModel, config: EasyRefConfig) -> ProceduralExamples:
-    """The data set of `data.procedural`; training finds it by name (run.DATASETS)."""
+def open_procedural(settings: Settings) -> LoadExamples:
+    """Check the settings of `data.procedural`; training finds it by name (run.DATASETS)."""
     procedural = build(ProceduralSettings, settings.data.procedural, "data.procedural.")
-    return pkgutil.resolve_name(WORLDS[procedural.world])(base, settings.mllm, procedural, settings.seed)
+
+    def load(base: BaseModel, config: EasyRefConfig) -> ProceduralExamples:
+        return pkgutil.resolve_name(WORLDS[procedural.world])(base, settings.mllm, procedural, settings.seed)
+
+    return load
 
 
 class ProceduralExamples(abc.ABC):

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
+import traceback
+from pathlib import Path
 
 from . import config
+
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -19,21 +24,39 @@ def main() -> None:
     log = logging.getLogger("easyref_core")
     log.setLevel(logging.INFO)
     try:
-        stages = select(config.load(arguments.config, arguments.overrides), arguments.only)
-        for number, settings in enumerate(stages):
-            settings.require_files([earlier.result for earlier in stages[:number]])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
-    # imported after the settings are validated, because it loads torch
-    from ..utils.finite import NotFiniteError
-    from .loop import train
+        run_stages(select(config.load(arguments.config, arguments.overrides), arguments.only), log)
+    except (ValueError, OSError) as error:
+        message = expected_message(error)
+        if message is None:
+            raise
+        sys.exit(message)
 
-    try:
-        for settings in stages:
-            log.info("%s -> %s", settings.stage, train(settings))
-    # an MLLM folder without weights or an incomplete base; a run that diverged
-    except (FileNotFoundError, NotFiniteError) as error:
-        sys.exit(str(error))
+
+def run_stages(stages: list[config.Settings], log: logging.Logger) -> None:
+    """Train the stages in order, after checking the files and the data of all of them."""
+    for number, settings in enumerate(stages):
+        settings.require_files([earlier.result for earlier in stages[:number]])
+    # imported after the files are checked, because it loads torch's and accelerate's distributed parts
+    from .loop import train
+    from .run import open_dataset
+
+    datasets = [open_dataset(settings) for settings in stages]
+    for settings, dataset in zip(stages, datasets, strict=True):
+        log.info("%s -> %s", settings.stage, train(settings, dataset))
+
+
+def expected_message(error: ValueError | OSError) -> str | None:
+    """Text of an error that the user can repair; None for a bug, whose traceback is needed.
+
+    Expected are files that cannot be read and ValueErrors that this package raises itself. PyTorch reraises
+    those of data loading processes with their traceback as text.
+    """
+    text, file = str(error), traceback.extract_tb(error.__traceback__)[-1].filename
+    if "\nOriginal Traceback" in text:
+        file = re.findall(r'File "(.+?)", line', text)[-1]
+        text = re.split(r"\n[\w.]*Error: ", text)[-1].rstrip()
+    known = isinstance(error, OSError) or Path(file).resolve().is_relative_to(PACKAGE)
+    return text if known else None
 
 
 def select(stages: list[config.Settings], name: str | None) -> list[config.Settings]:

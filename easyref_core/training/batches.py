@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +13,9 @@ import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..mllm.config import EasyRefConfig
+    from .base_model import BaseModel
 
 Size = tuple[int, int]
 
@@ -69,6 +72,9 @@ class Examples(Protocol):
         A row that cannot be used is replaced by another one, also decided by the position alone, and its
         reason is in Batch.broken.
         """
+
+
+LoadExamples = Callable[["BaseModel", "EasyRefConfig"], Examples]
 
 
 def stream(step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:

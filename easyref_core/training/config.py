@@ -156,8 +156,8 @@ def parse_yaml(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise FileNotFoundError(f"The configuration {file} does not exist (relative to {Path.cwd()}).")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid YAML in UTF-8: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} contains {_kind(content)}, expected keys and values.")
     sections = content.pop("stages", [{}])
@@ -228,7 +228,10 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise ValueError(f"{text!r} is not an override, expected key=value, for example learning_rate=1e-4.")
-    return key.split("."), yaml.safe_load(value)
+    try:
+        return key.split("."), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key} is {value!r}, expected a value in YAML: {error}") from error
 
 
 def _override(content: Mapping[str, Any], pairs: Sequence[tuple[list[str], Any]]) -> dict[str, Any]:

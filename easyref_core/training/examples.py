@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ..mllm.config import EasyRefConfig
     from .base_model import BaseModel
+    from .batches import LoadExamples
     from .config import Settings
     from .rows import Row
 
@@ -66,13 +67,20 @@ class Augmentation(Rates):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more.")
 
 
-def load_rows(settings: Settings, base: BaseModel, config: EasyRefConfig) -> RowExamples:
-    """Load the JSON rows of settings.data."""
+def open_rows(settings: Settings) -> LoadExamples:
+    """Read and check the JSON rows of settings.data; training finds it by name (run.DATASETS).
+
+    Raises FileNotFoundError or ValueError as `read_rows` does.
+    """
     data = settings.data
     rows = read_rows(data.rows, data.root, data.skip_rows, data.thorough, data.apply_exif)
     tokenizer = load_tokenizer(settings.mllm)
     options = {"seed": settings.seed, "apply_exif": data.apply_exif}
-    return RowExamples(rows, data.root, config, tokenizer, data.augmentation, **options)
+
+    def load(base: BaseModel, config: EasyRefConfig) -> RowExamples:
+        return RowExamples(rows, data.root, config, tokenizer, data.augmentation, **options)
+
+    return load
 
 
 class RowExamples:

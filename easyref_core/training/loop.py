@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .batches import Examples, MicroBatches, loader
+from .batches import Examples, LoadExamples, MicroBatches, loader
 from .resume import require_same_run, resume, save_state, saved_states
 from .run import Run, learning_rate
 from .run_log import RunLog
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from .config import Settings
 
 
-def train(settings: Settings, examples: Examples | None = None) -> Path:
+def train(settings: Settings, examples: Examples | LoadExamples | None = None) -> Path:
     """Train one stage, resuming from its newest saved state. Returns the path of the checkpoint.
 
-    examples: the data set; None loads the one of settings.data.
+    examples: the data set, or a function that loads it; None opens the one of settings.data.
     Raises NotFiniteError for a loss or a trained weight that is NaN or infinite, and ValueError for more
     broken rows than settings.data.max_broken; then the good states remain and no checkpoint is written.
     """

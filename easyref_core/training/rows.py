@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 from collections import Counter
@@ -38,6 +37,7 @@ log = logging.getLogger(__name__)
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
 
 MAX_LISTED = 10  # invalid rows in an error
+MAX_COORDINATE = 1e9  # pixels of a face box; excludes infinity, NaN and integers beyond floats
 MIN_FACE_PIXELS = 14  # one patch of the vision tower
 
 
@@ -102,12 +102,15 @@ def parse(path: Path) -> Iterator[tuple[int, Any]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"The file of rows {path} does not exist. Set data.rows to it.")
-    with path.open(encoding="utf-8-sig") as file:
-        start = file.read(1)
-        while start.isspace():
+    try:
+        with path.open(encoding="utf-8-sig") as file:
             start = file.read(1)
-        file.seek(0)
-        yield from _parse_list(path, file.read()) if start == "[" else _parse_lines(file)
+            while start.isspace():
+                start = file.read(1)
+            file.seek(0)
+            yield from _parse_list(path, file.read()) if start == "[" else _parse_lines(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}). Save it in UTF-8.") from error
 
 
 def _parse_lines(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
@@ -219,7 +222,7 @@ def _texts(content: dict[str, Any]) -> tuple[str, ...]:
 
 def _faces(value: Any) -> list[Box]:
     def finite(x: Any) -> bool:
-        return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+        return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < MAX_COORDINATE
 
     boxes = value if isinstance(value, list) else [value]
     if boxes and isinstance(boxes[0], list) and (not boxes[0] or isinstance(boxes[0][0], list)):

@@ -18,7 +18,7 @@ from ..mllm.preprocess import preprocess
 from ..utils.finite import require_finite
 from ..utils.images import black_image
 from .base_model import BaseModel
-from .batches import Batch, Examples
+from .batches import Batch, Examples, LoadExamples
 from .broken_rows import BrokenRows
 from .cache import TensorCache, cached_contexts, cached_moments
 from .initial import Weights, from_base, from_checkpoint
@@ -41,11 +41,11 @@ EXPORT_REMEDY = "Set save_dtype to bfloat16 or float32, then start again; the sa
 
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Factories (settings, base, config) -> Examples, by the key that is set under `data`. They are named and not
-# imported, because the tiny model's data set is built on this package.
+# Functions (settings) -> LoadExamples, by the key that is set under `data`. They are named and not imported,
+# because the tiny model's data set is built on this package.
 DATASETS = {
-    "rows": "easyref_core.training.examples:load_rows",
-    "procedural": "easyref_core.tiny.examples:load_procedural",
+    "rows": "easyref_core.training.examples:open_rows",
+    "procedural": "easyref_core.tiny.examples:open_procedural",
 }
 
 
@@ -55,20 +55,19 @@ class Run:
     Args:
         settings: the stage.
         accelerator: places the models; its mixed precision is the dtype of all frozen weights.
-        examples: the data set; None loads the one of settings.data.
+        examples: the data set, or a function that loads it; None opens the one of settings.data.
     """
 
     def __init__(
-        self, settings: Settings, accelerator: Accelerator, examples: Examples | None = None
+        self, settings: Settings, accelerator: Accelerator, examples: Examples | LoadExamples | None = None
     ) -> None:
         self.settings, self.accelerator = settings, accelerator
+        examples = open_dataset(settings) if examples is None else examples
         dtype = MIXED.get(accelerator.mixed_precision, torch.float32)
         self.base = BaseModel.load(settings.base, accelerator.device, dtype)
         self.weights = load_weights(settings, self.base)
-        if examples is None:
-            kind = next(key for key in DATASETS if getattr(settings.data, key) is not None)
-            examples = pkgutil.resolve_name(DATASETS[kind])(settings, self.base, self.weights.config)
-        self.examples, self.broken_rows = examples, BrokenRows(accelerator, settings.data.max_broken)
+        self.examples = examples(self.base, self.weights.config) if callable(examples) else examples
+        self.broken_rows = BrokenRows(accelerator, settings.data.max_broken)
         self.tokenizer = load_tokenizer(settings.mllm)
         self.model = TrainableEasyRef(
             self.base.unet,
@@ -210,6 +209,15 @@ class Run:
         ids = tokenize(self.tokenizer, INSTRUCTION, [int(grid.prod()) // config.merge_size**2])
         inputs = patches, grid, ids, torch.ones_like(ids, dtype=torch.bool)
         return self.model.encode(*(tensor.to(self.accelerator.device) for tensor in inputs))
+
+
+def open_dataset(settings: Settings) -> LoadExamples:
+    """Check the data set of settings.data, before a model is loaded, and return the function that loads it.
+
+    Raises FileNotFoundError or ValueError for data that cannot be trained on.
+    """
+    kind = next(key for key in DATASETS if getattr(settings.data, key) is not None)
+    return pkgutil.resolve_name(DATASETS[kind])(settings)
 
 
 def learning_rate(settings: Settings, update: int) -> float:

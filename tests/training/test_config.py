@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import easyref_core.training
 from easyref_core.training import config
-from easyref_core.training.__main__ import select
+from easyref_core.training.__main__ import expected_message, main, select
+from easyref_core.training.batches import MicroBatches, loader
+from easyref_core.training.examples import RowExamples
+from easyref_core.training.rows import Row
 from easyref_core.training.stages import STAGES
 
 CONFIGS = Path(easyref_core.training.__file__).parent / "configs"
@@ -170,6 +174,78 @@ def test_command_reports_mistakes_without_a_traceback(tmp_path: Path, options: l
     done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parents[2], timeout=120)
     assert done.returncode == 1
     assert done.stderr.strip() == f"{tmp_path}/run.yaml: updats is not a setting; did you mean updates?"
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """The message that the command exits with."""
+    monkeypatch.setattr(sys, "argv", ["training", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return str(end.value.code)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """A YAML whose base and MLLM folders hold no model, with one valid row of data."""
+    for name in ("base", "mllm", "images"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (100, 80)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "rows.json").write_text('[{"target": "a.png", "image_file": "a.png", "text": ""}]')
+    text = VALID.replace(
+        "rows: rows.json, root: images", f"rows: {tmp_path}/rows.json, root: {tmp_path}/images"
+    )
+    for name in ("base", "mllm"):
+        text = text.replace(f"{name}: {name}", f"{name}: {tmp_path / name}")
+    return write(tmp_path, text.replace("output: out", f"output: {tmp_path}/out"))
+
+
+def test_rows_of_every_stage_are_checked_before_a_model_is_loaded(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("easyref_core.training.examples.load_tokenizer", lambda _: None)
+    (tmp_path / "broken.json").write_text('[{"target": "x.png", "image_file": "a.png", "text": ""}]')
+    later = f"{{stage: single_reference, data: {{rows: {tmp_path}/broken.json}}}}"
+    inputs.write_text(f"{inputs.read_text()}\nstages: [{{stage: alignment}}, {later}]")
+    message = run_main(monkeypatch, inputs)
+    assert message.startswith(f"1 of 1 rows of {tmp_path}/broken.json cannot be used")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=[", "seed is '[', expected a value in YAML: "),
+        ("mllm=nowhere", "mllm is nowhere, which does not exist"),
+        ("data.root=nowhere", "data.root is nowhere, which does not exist"),
+        ("data.procedural={worlds: 1}", "data has both of rows and procedural, expected one."),
+        ("output=rows.json", "[Errno 17] File exists: 'rows.json'"),
+        ("seed=1", "base has no model_index.json, so it is not a diffusers SDXL folder."),
+    ],
+)
+def test_expected_errors_are_messages(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
+) -> None:
+    monkeypatch.setattr("easyref_core.training.examples.load_tokenizer", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    assert message in run_main(monkeypatch, inputs, override)
+
+
+def test_error_of_a_data_loading_process_is_its_message() -> None:
+    class Broken:
+        def batch(self, _: range) -> None:
+            RowExamples([Row(7, "x.png", ("x.png",), ("",))], "nowhere", None, None).batch([0])
+
+    with pytest.raises(ValueError, match="Original Traceback") as error:
+        list(loader(MicroBatches(Broken(), 1), range(1), workers=1))
+    message = expected_message(error.value)
+    assert message.startswith("1 rows after another cannot be used, first line 7: x.png cannot be read")
+    assert message.endswith("to list those that cannot.")
+
+
+def test_traceback_of_a_bug_is_shown() -> None:
+    with pytest.raises(ValueError, match="could not convert") as error:
+        float("a")
+    assert expected_message(error.value) is None
 
 
 def test_select_one_stage() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def test_valid_row(root: Path, content: Any, expected: Row) -> None:
         (face([1, 2]), '"face" contains [1, 2], expected boxes [x1, y1, x2, y2] in pixels'),
         (face(face=[1, 2, 30, 40]), '"face" contains 1, expected boxes [x1, y1, x2, y2] in pixels'),
         (face(["a", 1, 2, 3]), '"face" contains ["a", 1, 2, 3], expected boxes'),
+        (face([10**400, 1, 2, 3]), '"face" contains [1000'),
+        (face([math.nan, 1, 2, 3]), '"face" contains [NaN, 1, 2, 3], expected boxes'),
         (
             face([40, 10, 10, 50]),
             "the face box [40, 10, 10, 50] is -30x40 pixels, expected x1 < x2, y1 < y2 and sides of",
@@ -185,6 +188,13 @@ def test_json_lines(root: Path) -> None:
     with pytest.raises(ValueError, match=r"line 4: not JSON \(Expecting value at column"):
         read_rows(path, root)
     assert [row.line for row in read_rows(path, root, skip_rows=1)] == [1, 3]
+
+
+@pytest.mark.parametrize("start", ["[", ""])
+def test_another_encoding_is_named(root: Path, start: str) -> None:
+    path = write(root, f'{start}{{"target": "ä.png"}}', "latin-1")
+    with pytest.raises(ValueError, match=r"rows.json is not text in UTF-8 .*Save it in UTF-8\.$"):
+        read_rows(path, root)
 
 
 def test_byte_order_mark_is_skipped(root: Path) -> None:
