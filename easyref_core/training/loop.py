@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from .batches import Examples, LoadExamples, MicroBatches, loader
-from .resume import require_same_run, resume, save_state, saved_states
+from .resume import require_same_run, resume, run_lock, save_state, saved_states
 from .run import Run, learning_rate
 from .run_log import RunLog
 
@@ -27,13 +28,20 @@ def train(settings: Settings, examples: Examples | LoadExamples | None = None) -
     broken rows than settings.data.max_broken; then the good states remain and no checkpoint is written.
     """
     accelerator = make_accelerator(settings.accumulation)
-    if accelerator.is_main_process:
-        settings.output.mkdir(parents=True, exist_ok=True)
-        require_same_run(settings, accelerator.num_processes)
-    accelerator.wait_for_everyone()
-    if settings.result.is_file() and max(saved_states(settings.output), default=0) >= settings.updates:
-        return settings.result
-    run = Run(settings, accelerator, examples)
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            settings.output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(run_lock(settings.output))
+            require_same_run(settings, accelerator.num_processes)
+        accelerator.wait_for_everyone()
+        if not settings.result.is_file() or max(saved_states(settings.output), default=0) < settings.updates:
+            _train(Run(settings, accelerator, examples))
+    return settings.result
+
+
+def _train(run: Run) -> None:
+    """Resume, run the remaining updates and write the checkpoint."""
+    settings, accelerator = run.settings, run.accelerator
     start = resume(accelerator, settings.output)
     run_log = RunLog(settings.output, start, settings.updates, accelerator.is_main_process)
     try:
@@ -43,7 +51,6 @@ def train(settings: Settings, examples: Examples | LoadExamples | None = None) -
         run_log.close()
         run.model.attachment.remove()
         accelerator.free_memory()
-    return settings.result
 
 
 def make_accelerator(accumulation: int) -> Accelerator:

@@ -1,4 +1,4 @@
-"""Saved states of a run: atomic, the newest few retained, resumed only under the same settings.
+"""Saved states of a run: atomic, the newest few retained, resumed only under the same settings; its lock.
 
 accelerate's own rotation (ProjectConfiguration.total_limit) is not used: it deletes the oldest state before
 it writes the new one, writes in place, and would resume from a state that a killed run left incomplete.
@@ -9,9 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..checkpoint.checkpoint import open_checkpoint
 from ..files.atomic_write import atomic_write_text
@@ -21,6 +26,11 @@ if TYPE_CHECKING:
 
     from .config import Settings
 
+log = logging.getLogger(__name__)
+
+# Data loading processes of a killed run hold its lock until they find that it has died, within 5 seconds.
+LOCK_SECONDS = 15.0
+
 # Settings that do not affect the weights, so a resumed run may change them.
 FREE = frozenset(
     "output workers cache save_every keep save_dtype log_every samples thorough max_broken".split()
@@ -28,6 +38,28 @@ FREE = frozenset(
 
 # Settings that older runs did not have, and what these runs did.
 ABSENT = {"data.apply_exif": False}
+
+
+@contextmanager
+def run_lock(output: Path, seconds: float | None = None) -> Iterator[None]:
+    """Lock of a run's output folder; the system releases it when the process ends or dies.
+
+    seconds: wait for it, LOCK_SECONDS by default. Raises ValueError if another run holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(output / ".lock", timeout=LOCK_SECONDS if seconds is None else seconds)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"{output} is in use by another run, which holds {lock.lock_file}. Wait until it has ended, or "
+            "set another output."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def saved_states(output: Path) -> dict[int, Path]:
@@ -53,11 +85,45 @@ def save_state(accelerator: Accelerator, output: Path, update: int, keep: int) -
 
 
 def resume(accelerator: Accelerator, output: Path) -> int:
-    """Load the newest state into the prepared objects and return its update, 0 without a state."""
-    update, folder = max(saved_states(output).items(), default=(0, None))
-    if folder:
+    """Load the newest state that can be read and return its update, 0 without a state.
+
+    Damaged states after it are renamed. Raises ValueError in all processes if every state is damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for update, folder in reversed(saved_states(output).items()):
+        reason = _load_state(accelerator, folder)
+        if reason is None:
+            if accelerator.is_main_process:
+                _set_aside(damaged, folder)
+            return update
+        damaged[folder] = reason
+    if damaged:
+        listed = "; ".join(f"{folder.name}: {reason}" for folder, reason in damaged.items())
+        raise ValueError(
+            f"No saved state in {output} can be read ({listed}). Restore one, or delete the state folders to "
+            "start from the beginning."
+        )
+    return 0
+
+
+def _load_state(accelerator: Accelerator, folder: Path) -> str | None:
+    """Load a state; None, or the reason in all processes if it is damaged for one of them."""
+    reason = None
+    try:
         accelerator.load_state(str(folder))
-    return update
+    except Exception as error:  # of pickle, zipfile, safetensors and torch, by the place of the damage
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    failed = accelerator.reduce(torch.tensor(float(reason is not None), device=accelerator.device))
+    return (reason or "damaged for another process") if failed.item() else None
+
+
+def _set_aside(damaged: dict[Path, str], used: Path) -> None:
+    """Rename damaged states, so that they are not counted among those retained."""
+    for folder, reason in damaged.items():
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        log.warning("%s is damaged (%s) and now %s; the run continues from %s.", folder, reason, aside, used)
 
 
 def require_same_run(settings: Settings, processes: int) -> None:

@@ -1,4 +1,4 @@
-"""A killed run resumes bit for bit."""
+"""A killed run resumes bit for bit, also from the state before a damaged one; two runs in one folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from easyref_core.training.config import Data
 from easyref_core.training.loop import train
-from easyref_core.training.resume import flatten, require_same_run, saved_states
+from easyref_core.training.resume import flatten, require_same_run, run_lock, saved_states
 from easyref_core.training.run_log import read_metrics
 
 from . import tiny
@@ -67,6 +67,64 @@ def test_weights_and_losses_are_the_same_bit_for_bit(complete: Path, resumed: Pa
 
 def test_only_the_newest_states_are_retained(complete: Path, resumed: Path) -> None:
     assert list(saved_states(complete)) == list(saved_states(resumed)) == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("file", "size"), [("model.safetensors", 1000), ("optimizer.bin", 1000), ("optimizer.bin", None)]
+)
+def test_damaged_newest_state_falls_back_to_the_one_before(
+    base_folder: Path, complete: Path, examples: TinyExamples, tmp_path: Path, file: str, size: int | None
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(complete, output)
+    (output / "easyref.safetensors").unlink()
+    damaged = output / "state-6" / file
+    content = damaged.read_bytes()
+    damaged.unlink() if size is None else damaged.write_bytes(content[:size])
+    train(tiny.resumable(base_folder, output), examples)
+    assert same_weights(complete, output)
+    assert list(saved_states(output)) == [4, 6]
+    assert (output / "state-6" / file).stat().st_size == len(content)
+    assert (output / "damaged-state-6").is_dir()
+
+
+def test_run_whose_states_are_all_damaged_is_refused(
+    base_folder: Path, complete: Path, examples: TinyExamples, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(complete, output)
+    (output / "easyref.safetensors").unlink()
+    for folder in saved_states(output).values():
+        (folder / "model.safetensors").write_bytes(b"half")
+    message = r"No saved state in .* can be read \(state-6: \w+: .*; state-4: .*\)\. Restore one, or delete"
+    with pytest.raises(ValueError, match=message):
+        train(tiny.resumable(base_folder, output), examples)
+    assert list(saved_states(output)) == [4, 6]
+
+
+def test_second_run_in_a_folder_is_refused(
+    train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("easyref_core.training.resume.LOCK_SECONDS", 0.1)
+    message = f"^{tmp_path} is in use by another run, which holds .*set another output"
+    with run_lock(tmp_path), pytest.raises(ValueError, match=message):
+        train_tiny(output=tmp_path)
+    assert not (tmp_path / "settings.json").exists()
+    train_tiny(output=tmp_path)
+
+
+def test_killed_process_releases_its_lock(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from easyref_core.training.resume import run_lock\n"
+        "with run_lock(pathlib.Path(sys.argv[1])):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=WORKER.parents[2], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with run_lock(tmp_path, 0):
+        pass
 
 
 def test_finished_stage_is_not_trained_again(base_folder: Path, resumed: Path) -> None:
