@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from .examples import Augmentation
 from .stages import STAGES, Stage
 
+MAX_SEED = 2**63 - 1
 OUTPUT_NAME = "easyref.safetensors"  # checkpoint in the output folder of a stage
 
 
@@ -29,6 +31,9 @@ class Data:
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     procedural: Mapping[str, Any] | None = None  # see ProceduralSettings of easyref_core.tiny.examples
 
+    def __post_init__(self) -> None:
+        require_at_least(self, {"skip_rows": 0, "max_broken": 0}, "data.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
@@ -39,6 +44,9 @@ class Samples:
     steps: int = 30
     guidance: float = 5.0
     negative: str = ""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, {"every": 0, "count": 1, "steps": 1, "guidance": 0}, "samples.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +94,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         positive = ("updates", "batch_size", "accumulation", "num_tokens", "final_layers", "lora_rank")
-        minimum = dict.fromkeys((*positive, "save_every", "keep", "log_every"), 1) | {"warmup": 0, "seed": 0}
-        for name, low in minimum.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {low} or more.")
+        require_at_least(self, dict.fromkeys((*positive, "save_every", "keep", "log_every"), 1))
+        require_at_least(self, dict.fromkeys(("warmup", "seed", "workers", "weight_decay"), 0))
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed is {self.seed}, expected at most {MAX_SEED}.")
         for name in ("learning_rate", "clip"):
-            if (value := getattr(self, name)) is not None and not value > 0:
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, expected a positive number (clip: or null for none).")
         if (self.data.rows is None) == (self.data.procedural is None):
             number = "both" if self.data.rows else "neither"
@@ -116,6 +124,13 @@ class Settings:
                     f"{key} is {path}, which does not exist (relative to {Path.cwd()}). "
                     f"Set it in the YAML, or put {key}=PATH after the YAML's name on the command line."
                 )
+
+
+def require_at_least(owner: Any, minimum: Mapping[str, int], where: str = "") -> None:
+    """Raise ValueError for a setting of `owner` that is below its minimum, infinite or NaN."""
+    for name, low in minimum.items():
+        if not low <= (value := getattr(owner, name)) < math.inf:
+            raise ValueError(f"{where}{name} is {value}, expected {low} or more.")
 
 
 def load(file: Path | str, overrides: Sequence[str] = ()) -> list[Settings]:

@@ -62,9 +62,13 @@ class Augmentation(Rates):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("resolution", "size", "max_references"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more.")
+        for name in ("resolution", "size", "max_references", "max_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected 1 or more.")
+        if self.resolution % 8 and not self.native:
+            raise ValueError(
+                f"resolution is {self.resolution}, expected a multiple of 8, the pixels of a latent."
+            )
 
 
 def open_rows(settings: Settings) -> LoadExamples:
