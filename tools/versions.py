@@ -145,7 +145,7 @@ def check(interpreter: Path, version: str, transformers: str, folder: Path) -> R
     environment = Environment(folder / f"python{version}-transformers{name}")
     try:
         environment.make(interpreter, *with_torch(interpreter, version, folder))
-        environment.install(f"transformers{transformers}", "diffusers>=0.31")
+        environment.install(f"transformers{transformers}", "diffusers>=0.32")
     except RuntimeError as error:
         print(error, flush=True)
         return {"transformers": transformers, "failed": "not installed"}

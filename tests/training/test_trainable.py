@@ -189,12 +189,15 @@ def test_precomputed_context_is_used(base: BaseModel, batch: Batch) -> None:
     assert not torch.equal(model.tokens(batch, context + 1), model.tokens(batch))
 
 
-def test_checkpointing_gives_the_same_gradients(base_folder: Path, batch: Batch) -> None:
+def test_checkpointing_computes_twice_and_gives_the_same_gradients(base_folder: Path, batch: Batch) -> None:
     gradients = []
     for checkpointing in (False, True):
-        base = BaseModel.load(base_folder)
+        base, calls = BaseModel.load(base_folder), []
+        base.unet.up_blocks[0].resnets[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         model = trainable(base, gradient_checkpointing=checkpointing)
         predict(model, base, batch).square().mean().backward()
+        assert not base.unet.training
+        assert len(calls) == 1 + checkpointing
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     plain, checkpointed = gradients
     assert all(torch.allclose(plain[name], checkpointed[name], rtol=1e-4, atol=1e-7) for name in plain)
