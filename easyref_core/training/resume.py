@@ -56,6 +56,8 @@ def run_lock(output: Path, seconds: float | None = None) -> Iterator[None]:
             f"{output} is in use by another run, which holds {lock.lock_file}. Wait until it has ended, or "
             "set another output."
         ) from error
+    except NotImplementedError:
+        log.warning("The file system of %s has no locks, so a second run in it is not refused.", output)
     try:
         yield
     finally:

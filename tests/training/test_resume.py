@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from easyref_core.training.config import Data
@@ -111,6 +112,18 @@ def test_second_run_in_a_folder_is_refused(
         train_tiny(output=tmp_path)
     assert not (tmp_path / "settings.json").exists()
     train_tiny(output=tmp_path)
+
+
+def test_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def acquire(_: FileLock) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with run_lock(tmp_path):
+        pass
+    assert f"The file system of {tmp_path} has no locks" in caplog.text
 
 
 def test_killed_process_releases_its_lock(tmp_path: Path) -> None:
