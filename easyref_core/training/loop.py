@@ -29,14 +29,30 @@ def train(settings: Settings, examples: Examples | LoadExamples | None = None) -
     """
     accelerator = make_accelerator(settings.accumulation)
     with ExitStack() as stack:
-        if accelerator.is_main_process:
-            settings.output.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(run_lock(settings.output))
-            require_same_run(settings, accelerator.num_processes)
-        accelerator.wait_for_everyone()
+        _claim_output(settings, accelerator, stack)
         if not settings.result.is_file() or max(saved_states(settings.output), default=0) < settings.updates:
             _train(Run(settings, accelerator, examples))
     return settings.result
+
+
+def _claim_output(settings: Settings, accelerator: Accelerator, stack: ExitStack) -> None:
+    """Lock and check the output folder in the main process, until `stack` closes.
+
+    Its error is raised in every process, because the others would wait for it otherwise.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    errors: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            settings.output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(run_lock(settings.output))
+            require_same_run(settings, accelerator.num_processes)
+        except (ValueError, OSError) as error:
+            errors = [error]
+    broadcast_object_list(errors)
+    if errors[0] is not None:
+        raise errors[0]
 
 
 def _train(run: Run) -> None:

@@ -57,3 +57,12 @@ def test_broken_rows_of_one_process_stop_both_or_none(base_folder: Path, tmp_pat
         "2 rows could not be used; data.max_broken allows 1:\n"
         "  line 2: x.png cannot be read\n  line 3: x.png cannot be read\nRepair the images or raise"
     )
+
+
+def test_folder_of_another_run_is_refused_by_both(base_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "2" / "state-1").mkdir(parents=True)
+    (tmp_path / "2" / "settings.json").write_text('{"seed": 5}')
+    run_worker(TWO, "broken", base_folder, tmp_path, 2)
+    first, second = ((tmp_path / f"2-{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    assert "contains a run with other settings" in first
