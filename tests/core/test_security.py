@@ -25,6 +25,9 @@ NO_CALLS = set(
     "numpy.load np.load".split()
 )
 
+# The benchmark may ask the hub for a model that its user names; SECURITY.md says so.
+ALLOWED = {"easyref_core/mrbench/extractors.py": {"huggingface_hub"}}
+
 
 def found_in(source: str) -> set[str]:
     """The forbidden modules and calls of a source."""
@@ -44,9 +47,9 @@ def found_in(source: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_source_does_nothing_forbidden(file: Path) -> None:
-    assert found_in(file.read_text(encoding="utf-8")) == set()
+@pytest.mark.parametrize("name", [file.relative_to(ROOT).as_posix() for file in SOURCES])
+def test_source_does_nothing_forbidden(name: str) -> None:
+    assert found_in((ROOT / name).read_text(encoding="utf-8")) == ALLOWED.get(name, set())
 
 
 @pytest.mark.parametrize(
