@@ -19,7 +19,7 @@ from easyref_core.mrbench.latency import collect
 from easyref_core.mrbench.manifest import Group, Manifest, write_manifest
 from easyref_core.mrbench.methods import KINDS, Method, Sampling
 from easyref_core.mrbench.processes import Process
-from easyref_core.mrbench.training_seeds import select
+from easyref_core.mrbench.training_seeds import pooled_name, select
 from easyref_core.training.base_model import BaseModel
 
 from . import tiny
@@ -279,6 +279,10 @@ class TestConfig:
         assert select(["plain", "easyref@2"], methods) == ["plain", "easyref@2"]
         assert select([], methods) == list(methods)
 
+    def test_a_training_seed_can_be_a_number(self, read: Any) -> None:
+        entry = {"kind": "lora", "seed": "{seed}", "training_seeds": [0, 2]}
+        assert read(methods={"lora": entry}).methods["lora@2"] == {"kind": "lora", "seed": 2}
+
     def test_it_runs(self, read: Any, tmp_path: Path) -> None:
         tiny.make_base(tmp_path / "base")
         done = run(read(), ["plain"], references=1)
@@ -299,10 +303,10 @@ class TestConfig:
             ({"seeds": 4}, "seeds is 4; wanted a list of whole numbers"),
             ({"seeds": ["a"]}, r"seeds is \['a'\]; wanted a list"),
             ({"prompt": 3}, "prompt is 3; wanted a string"),
-            ({"methods": {"m": {"kind": "plain", "training_seeds": [0]}}}, "in none of its paths, so all"),
+            ({"methods": {"m": {"kind": "plain", "training_seeds": [0]}}}, "in none of its settings, so all"),
             (
                 {"methods": {"m": {"kind": "easyref", "checkpoint": "{seed}.safetensors"}}},
-                "Method m has {seed} in a path; wanted also training_seeds",
+                "Method m has {seed} in a setting; wanted also training_seeds",
             ),
             (
                 {"methods": {"m": {"kind": "easyref", "checkpoint": "{seed}", "training_seeds": [1, 1]}}},
@@ -332,7 +336,8 @@ class TestConfig:
         for name in ("sdxl.yaml", "tiny.yaml"):
             methods = configs[name].methods
             assert {entry["kind"] for entry in methods.values()} == set(KINDS)
-            assert {"easyref_stage_1", "easyref_stage_2", "easyref_without_stage_1"} <= methods.keys()
+            stages = ["easyref_stage_1", "easyref_stage_2", "easyref_without_stage_1"]
+            assert {pooled_name(name) for name in select(stages, methods)} == set(stages)
         assert configs["sdxl_single.yaml"].prompt == ""
 
     def test_an_unknown_method_is_refused(self, read: Any) -> None:
