@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 from comfy_api.latest import io
 
+from ...easyref_core.tiny import demo_group as shapes
 from ...easyref_core.tiny.clip_text import encode_text
-from ...easyref_core.tiny.demo_group import demo_group, in_common
+from ...easyref_core.tiny.creatures import demo_group as creatures
 from ...easyref_core.tiny.groups import OUTSIDER_FROM
+from ...easyref_core.utils.errors import shorten
 from ...easyref_core.utils.prompt_syntax import plain_text
-from ..host import folders
+from ..host import folders, preview
 from ..host.validation import validates_inputs
 from .tiny_sdxl import load_model
 from .tiny_vae import load_vae
 
-MIN_REFERENCES, MAX_REFERENCES = 2, 6  # references of a group, as in training
+MIN_REFERENCES = 2  # of a group, as in training
+WORLDS = {"creatures": creatures, "shapes": shapes}  # their WORDS and demo_group
+SAVED_WORLD = "shapes"  # of workflows that were saved before there was a choice
 
 
 @validates_inputs
@@ -28,15 +34,16 @@ class EasyRefDemo(io.ComfyNode):
             display_name="Tiny Demo Model",
             category="EasyRef/demo",
             description="A demonstration without a download: a tiny SDXL that comes with this pack, and "
-            "references for it. It paints 64 x 64 pixels of coloured shapes, nothing else. It replaces the "
-            "checkpoint loader, the text encoders and the images; the nodes after it are the real ones.",
+            "references for it. It paints 64 x 64 pixels of creatures or of coloured shapes, nothing else. "
+            "It replaces the checkpoint loader, the text encoders and the images; the nodes after it are the "
+            "real ones.",
             search_aliases=["demo", "example", "try easyref"],
             inputs=[
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     tooltip="What the image should show besides what the references share, in the model's "
-                    "few words: 'a thing on water at the left'. Empty: the example group's own prompt.",
+                    "few words: 'a creature on water at the left'. Empty: the example group's own prompt.",
                 ),
                 io.String.Input(
                     "negative_prompt", tooltip="What to steer away from, in the same few words. May be empty."
@@ -53,15 +60,24 @@ class EasyRefDemo(io.ComfyNode):
                     "references",
                     default=4,
                     min=MIN_REFERENCES,
-                    max=MAX_REFERENCES,
-                    tooltip="Number of references in the group.",
+                    max=shapes.MAX_REFERENCES,
+                    tooltip="Number of references in the group. More references extend the same group.",
                 ),
                 io.Boolean.Input(
                     "with_outsider",
                     default=False,
                     advanced=True,
-                    tooltip="Adds a reference that shares nothing with the others. Trained in groups of "
-                    f"{OUTSIDER_FROM} or more; in smaller ones the outlier is hard to identify.",
+                    tooltip="Adds a reference that does not belong to the others, at the end. It is easier "
+                    f"to identify in groups of {OUTSIDER_FROM} or more.",
+                ),
+                io.Combo.Input(
+                    "world",
+                    options=list(WORLDS),
+                    default=SAVED_WORLD,
+                    optional=True,
+                    tooltip="What the tiny model paints. Creatures: the references share one creature, which "
+                    "no word names, each beside others. Shapes: they share attributes, such as a colour. "
+                    "Choose the checkpoint and the MLLM of the same world in Load EasyRef.",
                 ),
             ],
             outputs=[
@@ -71,7 +87,8 @@ class EasyRefDemo(io.ComfyNode):
                 io.Vae.Output(tooltip="The tiny SDXL's VAE."),
                 io.Image.Output(
                     display_name="references",
-                    tooltip="The group's references, for Encode Reference Group (size 84) and a preview.",
+                    tooltip="The group's references, for Encode Reference Group (size 64 for creatures, "
+                    "84 for shapes) and a preview.",
                 ),
                 io.String.Output(
                     display_name="prompt",
@@ -85,21 +102,40 @@ class EasyRefDemo(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **_: object) -> str:
+    def fingerprint_inputs(cls, world: str = SAVED_WORLD, **_: object) -> str:
         """Return a fingerprint of the model's files, which changes when it is trained again."""
-        return folders.state_of(sorted(folders.tiny_base().rglob("*.safetensors")))
+        return folders.state_of(sorted(folders.tiny_base(world).rglob("*.safetensors")))
 
     @classmethod
     def execute(
-        cls, prompt: str, negative_prompt: str, example: int, references: int, with_outsider: bool
+        cls,
+        prompt: str,
+        negative_prompt: str,
+        example: int,
+        references: int,
+        with_outsider: bool,
+        world: str = SAVED_WORLD,
     ) -> io.NodeOutput:
-        base = folders.tiny_base()
-        plan, pixels = demo_group(example, references, with_outsider)
-        images = torch.from_numpy(pixels).float() / 255
-        prompt = plain_text(prompt).strip() or plan.prompt
-        positive, negative = conditionings(base, (prompt, plain_text(negative_prompt)))
+        base = folders.tiny_base(world)
+        group = WORLDS[world].demo_group(example, references, with_outsider)
+        images = torch.from_numpy(group.references).float() / 255
+        prompt, negative_prompt = plain_text(prompt).strip() or group.prompt, plain_text(negative_prompt)
+        positive, negative = conditionings(base, (prompt, negative_prompt))
         models = load_model(base), positive, negative, load_vae(base)
-        return io.NodeOutput(*models, images, prompt, in_common(plan))
+        note = unknown_words((prompt, negative_prompt), WORLDS[world].WORDS)
+        return io.NodeOutput(*models, images, prompt, group.shared, ui=preview.text(note) if note else None)
+
+
+def unknown_words(prompts: Iterable[str], known: Collection[str]) -> str | None:
+    """A warning that names the words of prompts that a tiny model was not trained on."""
+    words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+", prompt))
+    unknown = [repr(word) for word in words if word not in known]
+    if not unknown:
+        return None
+    return (
+        f"Warning: the tiny model was not trained on {shorten(', '.join(unknown))}. Its words are: "
+        f"{', '.join(sorted(known))}."
+    )
 
 
 def conditionings(base: Path, prompts: tuple[str, ...]) -> list[list]:

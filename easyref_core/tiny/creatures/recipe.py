@@ -11,22 +11,21 @@ import yaml
 
 from ..classifier import to_tensor
 from ..optimizer import Log, Training, complete_folder, timed
-from ..recipe import BASE, MLLM
 from ..sdxl import EMPTY_RATE, NAME_RATE, create_sdxl, pretrain_sdxl
 from ..tokenizer import COMPARE, DESCRIBE, TEMPLATE, train_mllm_tokenizer
 from ..vae import pretrain_vae, reconstruct
+from ..worlds import BASE, CREATURES
 from .captions import all_captions, caption
 from .dataset import Dataset, draw_dataset
 from .examples import COUNT, DATASET_SEED
 from .judge import train_judge
 from .qwen2_vl import pretrain_qwen2_vl
 
-JUDGE = "judge.safetensors"
 LATENT_CHANNELS = 16  # with 8, stripes are blurred
 VAE_TRAINING = Training(steps=3600, batch=16, lr=2e-3, seed=0)
 JUDGE_TRAINING = Training(steps=2500, batch=64, lr=2e-3, seed=0)
 VISION_TRAINING = Training(steps=2000, batch=64, lr=3e-3, seed=0)
-QWEN2_VL_TRAINING = Training(steps=2500, batch=32, lr=1.5e-3, seed=0)
+QWEN2_VL_TRAINING = Training(steps=3000, batch=32, lr=1.5e-3, seed=0)
 SDXL_TRAINING = Training(steps=3000, batch=64, lr=1.5e-3, seed=0)
 VIEWS = 6  # of each creature, for the MLLM
 SCENES = 4000  # views that the VAE and the UNet are trained on, beside the targets
@@ -36,15 +35,16 @@ CONFIGS = Path(__file__).parent
 def make_base(folder: Path, log: Log) -> None:
     """Train SDXL, Qwen2-VL and judge of the creatures; complete parts in the folder are skipped."""
     folder.mkdir(parents=True, exist_ok=True)
-    base, mllm, log = folder / BASE, folder / MLLM, timed(log)
+    base, mllm, judge = folder / BASE, folder / CREATURES.mllm, folder / CREATURES.judge
+    log = timed(log)
     work = base if base.is_dir() else folder / f"{BASE}.partial"
     dataset = draw_dataset(DATASET_SEED, COUNT, VIEWS)
     images = np.concatenate([dataset.targets, dataset.views[:SCENES, 0]])
     if not (work / "vae").is_dir():
         with complete_folder(work / "vae") as vae:
             pretrain_vae(to_tensor(images), vae, VAE_TRAINING, log, LATENT_CHANNELS)
-    if not (folder / JUDGE).is_file():
-        errors = train_judge(folder / JUDGE, JUDGE_TRAINING, partial(reconstruct, work / "vae"), log)
+    if not judge.is_file():
+        errors = train_judge(judge, JUDGE_TRAINING, partial(reconstruct, work / "vae"), log)
         log("judge: " + ", ".join(f"{name} {value:.4f}" for name, value in errors.items()))
     if not (mllm / "model.safetensors").is_file():
         train_mllm_tokenizer(mllm, corpus())
