@@ -214,10 +214,10 @@ def test_world_is_that_of_earlier_workflows_unless_chosen(demo) -> None:
 @pytest.mark.parametrize(
     ("world", "prompt", "unknown"),
     [
-        ("shapes", "a Blue thing on sand, (striped:1.2)", None),
+        ("shapes", "a blue thing on sand, (striped:1.2)", None),
         ("shapes", "a dog on grass, two moons", "'dog', 'two', 'moons'"),
         ("creatures", "two creatures on sand", None),
-        ("creatures", "a red creature", "'red'"),
+        ("creatures", "A red creature", "'A', 'red'"),
     ],
 )
 def test_words_that_the_model_does_not_know_are_named(demo, monkeypatch, world, prompt, unknown) -> None:

@@ -14,9 +14,17 @@ import yaml
 from PIL import Image
 
 from easyref_core.mrbench import generate as generation
-from easyref_core.mrbench.generate import RunSettings, batches, generate, load_task, read_config, run
+from easyref_core.mrbench.generate import (
+    RunSettings,
+    batches,
+    generate,
+    limit_groups,
+    load_task,
+    read_config,
+    run,
+)
 from easyref_core.mrbench.latency import collect
-from easyref_core.mrbench.manifest import Group, Manifest, write_manifest
+from easyref_core.mrbench.manifest import SPLITS, Group, Manifest, write_manifest
 from easyref_core.mrbench.methods import KINDS, Method, Sampling
 from easyref_core.mrbench.processes import Process
 from easyref_core.mrbench.training_seeds import pooled_name, select
@@ -217,6 +225,17 @@ def test_fewer_references_can_be_used(
     assert counts == [2, 2]
     with pytest.raises(ValueError, match="references is 0; wanted 1 or more"):
         generate(manifest, method, "easyref", settings, references=0)
+
+
+def test_fewer_groups_can_be_used(manifest: Manifest) -> None:
+    """The first of each split."""
+    first, second = manifest.groups
+    groups = [dataclasses.replace(group, split=split) for split in SPLITS for group in (first, second)]
+    kept = limit_groups(dataclasses.replace(manifest, groups=tuple(groups)), 1).groups
+    assert [(group.id, group.split) for group in kept] == [(first.id, split) for split in SPLITS]
+    assert limit_groups(manifest, None) == manifest
+    with pytest.raises(ValueError, match="groups is 0; wanted 1 or more"):
+        limit_groups(manifest, 0)
 
 
 @pytest.mark.parametrize(
