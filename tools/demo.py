@@ -2,8 +2,8 @@
 
 Writes output/demo.png: groups of creatures, and images generated without and with EasyRef, by
 workflows/try_it_now.json in ComfyUI if there is one (devkit/hosts.py), else by the core and diffusers. Prints
-and writes output/demo.md: for new groups of creatures, how similar the generated creature is to the shared one,
-and for held-out groups of shapes, the accuracy of shared and named attributes.
+and writes output/demo.md: for new groups of creatures, how similar the generated creature is to the shared
+one, and for held-out groups of shapes, the accuracy of shared and named attributes.
 """
 
 from __future__ import annotations
