@@ -6,6 +6,7 @@ shipped with the pack is in a folder of the pack, which is searched last.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -13,8 +14,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import comfy.text_encoders
 import folder_paths
+from comfy.text_encoders import qwen_image
 
 from ...easyref_core.checkpoint.formats import BASE_MLLM, RELEASE
 from ...easyref_core.utils.errors import shorten
@@ -198,7 +199,7 @@ def tiny_base() -> Path:
 
 def host_tokenizer() -> Path:
     """ComfyUI's tokenizer for Qwen2.5-VL: Qwen2-VL's vocabulary and merges, and a few later tokens."""
-    return Path(comfy.text_encoders.__path__[0]) / "qwen25_tokenizer"
+    return Path(inspect.getfile(qwen_image)).with_name("qwen25_tokenizer")
 
 
 def _is_valid_name(name: str) -> bool:
