@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..easyref_core.unet.layer_weights import LINEAR, WEIGHT_TYPES
 from ..easyref_core.unet.reference_attention import SCALINGS, V_ONLY
 from .host import preview
+from .host.inputs import IMAGE_PROMPT_ALIASES
 from .host.notes import window_note
 from .host.socket_types import EasyRefModel, EasyRefTokens, TokenPair
 from .host.validation import validates_inputs
@@ -31,7 +32,7 @@ class EasyRefApply(io.ComfyNode):
             category="EasyRef",
             description="Lets SDXL attend to the reference tokens beside the text, in all 70 "
             "cross-attentions, or only in some layers, some steps or some part of the image.",
-            search_aliases=["ip adapter", "apply ipadapter", "reference", "style transfer"],
+            search_aliases=[*IMAGE_PROMPT_ALIASES, "apply ipadapter", "reference"],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="An SDXL model. LoRAs and other patches may come before or after."

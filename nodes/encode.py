@@ -10,7 +10,7 @@ from .group.fitting import fitting_size, image_sizes
 from .group.summary import count_text, size_lines, small_group_notes
 from .host import preview
 from .host.images import split_group
-from .host.inputs import group_input, instruction_input, prompt_input, size_input
+from .host.inputs import IMAGE_PROMPT_ALIASES, group_input, instruction_input, prompt_input, size_input
 from .host.notes import empty_prompt_note, image_notes, read_prompt
 from .host.socket_types import EasyRefContext, EasyRefModel
 from .host.validation import validates_inputs
@@ -32,7 +32,7 @@ class EasyRefEncodeGroup(io.ComfyNode):
             display_name="Encode Reference Group",
             category="EasyRef",
             description="Encodes group, instruction and prompt together with the multimodal LLM.",
-            search_aliases=["ip adapter encoder", "reference encode"],
+            search_aliases=[*IMAGE_PROMPT_ALIASES, "ip adapter encoder", "reference encode"],
             has_intermediate_output=True,
             inputs=[
                 EasyRefModel.Input("easyref", tooltip="The EasyRef model, from Load EasyRef."),

@@ -35,7 +35,7 @@ class EasyRefLoader(io.ComfyNode):
             category="EasyRef",
             description="Loads an EasyRef checkpoint: the multimodal LLM that encodes a group of "
             "references, and the layers through which SDXL attends to the result.",
-            search_aliases=["ip adapter", "reference", "multimodal llm", "qwen2-vl"],
+            search_aliases=["ip adapter loader", "reference", "multimodal llm", "load qwen2-vl"],
             inputs=[
                 io.Combo.Input(
                     "checkpoint",

@@ -176,6 +176,9 @@ class ComfyServer:
                     with self._news:
                         self.events.append(Event(event["type"], event["data"]))
                         self._news.notify_all()
+                elif message.type == aiohttp.WSMsgType.BINARY:
+                    with self._news:
+                        self.events.append(Event("binary", {"bytes": message.data}))
 
     def wait_event(self, condition: Callable[[Event], bool], timeout: float = 120) -> Event:
         """Return the first past or future event that fulfils the condition."""

@@ -1,4 +1,4 @@
-"""Small charts, drawn with PIL: bars, a stacked bar, and a labelled matrix."""
+"""Small charts, drawn with PIL: bars, a stacked bar, and a labelled matrix, each with its scale."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .drawing import INK, MARGIN, PAPER, apply_colormap, fit_square, font, shorten_line
+from .colors import BLUE, FAINT, GREY, INK, PAPER, RED, apply_colormap, contrast, series_colors
+from .drawing import MARGIN, draw_upward, fit_square, font, shorten_line, vstack
+from .scales import AXIS_HEIGHT, LINE, TEXT, Scale, color_bar, draw_axis
 
 WIDTH = 720  # pixels, of bar charts
-TITLE, TEXT = 22, 18  # font sizes
-LINE = 28  # pixels, one line of text
-BLUE, RED, GREEN, GREY, FAINT = "#3a6ea5", "#c8402f", "#2f8f4e", "#8c8c8c", "#e6e6e6"
-PALETTE = ("#3a6ea5", "#e08a1e", "#4b9560", "#8e5ea2", "#c8402f", "#4aa3a8", "#b8a02c", "#6b4a3a")
+TITLE = 24  # font size
+LABEL_WIDTH = 240  # pixels, maximum
+FRAME = 3  # pixels, around what is highlighted
+THICKNESS = 30  # pixels, of a stacked bar
 
 
 class Bar(NamedTuple):
@@ -27,98 +29,113 @@ class Bar(NamedTuple):
     image: Image.Image | None = None
 
 
-def bar_chart(
-    title: str, bars: Sequence[Bar], low: float = 0.0, high: float | None = None, highlight: str = RED
-) -> Image.Image:
-    """Draw horizontal bars from `low` to `high` (by default the largest value), one below the other.
+class Labels(NamedTuple):
+    """Labels of the rows or columns of a matrix, and the title of that axis."""
 
-    highlight: the colour of highlighted bars.
+    title: str
+    names: Sequence[str]
+
+    @property
+    def width(self) -> int:
+        """Width of the longest name in pixels."""
+        return int(max(font(TEXT).getlength(name) for name in self.names))
+
+
+def bar_chart(title: str, bars: Sequence[Bar], scale: Scale, highlight: str = RED) -> Image.Image:
+    """Draw horizontal bars on a scale, one below the other.
+
+    highlight: the colour of highlighted bars, and of the frames around their images.
     """
-    high = max(bar.value for bar in bars) if high is None else high
-    height = 60 if any(bar.image for bar in bars) else 34
-    sheet, draw = _blank_chart(WIDTH, LINE + MARGIN + len(bars) * height, title)
+    height = 64 if any(bar.image for bar in bars) else 36
+    top = MARGIN + LINE + MARGIN
+    sheet, draw = _blank_chart(WIDTH, top + len(bars) * height + AXIS_HEIGHT, title)
     left = MARGIN + (height + MARGIN if any(bar.image for bar in bars) else 0)
-    label_width = min(200, max(font(TEXT).getlength(bar.label) for bar in bars) + 8)
+    label_width = min(LABEL_WIDTH, max(font(TEXT).getlength(bar.label) for bar in bars) + 8)
     text_width = max(font(TEXT).getlength(bar.text) for bar in bars) + 8
     start = left + label_width
     length = WIDTH - MARGIN - text_width - start
     for i, bar in enumerate(bars):
-        top = LINE + 2 * MARGIN + i * height
-        middle = top + height / 2 - 4
+        y = top + i * height
+        middle, colour = y + height / 2 - 4, highlight if bar.highlight else BLUE
         if bar.image:
-            icon = fit_square(bar.image, height - 8)
-            sheet.paste(
-                icon, (MARGIN + (height - 8 - icon.width) // 2, top + (height - 8 - icon.height) // 2)
-            )
-        draw.text((left, middle), shorten_line(bar.label, label_width, TEXT), INK, font(TEXT), anchor="lm")
-        fraction = (bar.value - low) / (high - low) if high > low else 0.0
-        end = start + max(2.0, length * min(max(fraction, 0.0), 1.0))
-        draw.rectangle((start, middle - 10, start + length, middle + 10), FAINT)
-        draw.rectangle((start, middle - 10, end, middle + 10), highlight if bar.highlight else BLUE)
+            _paste_icon(sheet, bar.image, (MARGIN, y, height - 8), colour if bar.highlight else None)
+        ink = highlight if bar.highlight else INK
+        draw.text((left, middle), shorten_line(bar.label, label_width, TEXT), ink, font(TEXT), anchor="lm")
+        end = start + max(2.0, length * scale.position(bar.value))
+        draw.rectangle((start, middle - 11, start + length, middle + 11), FAINT)
+        draw.rectangle((start, middle - 11, end, middle + 11), colour)
         draw.text((start + length + 8, middle), bar.text, INK, font(TEXT), anchor="lm")
+    draw_axis(sheet, scale, start, top + len(bars) * height, length)
     return sheet
 
 
-def stacked_bar(title: str, shares: Mapping[str, float], width: int = WIDTH) -> Image.Image:
-    """Draw one bar divided into shares that sum to 1, with a legend below."""
-    entries = [f"{name} {percent(share)}" for name, share in shares.items()]
+def stacked_bar(title: str, shares: Mapping[str, float], scale_title: str, width: int = WIDTH) -> Image.Image:
+    """Draw one bar divided into shares that sum to 1, with its axis and a legend below.
+
+    scale_title: meaning of the shares.
+    """
+    entries = [f"{name}: {percent(share)}" for name, share in shares.items()]
     positions, lines = _wrap_legend(entries, width - 2 * MARGIN)
-    sheet, draw = _blank_chart(width, LINE + 30 + 2 * MARGIN + lines * LINE, title)
-    top, left = LINE + 2 * MARGIN, float(MARGIN)
-    for i, (share, entry, (x, line)) in enumerate(zip(shares.values(), entries, positions, strict=True)):
-        colour = PALETTE[i % len(PALETTE)]
-        right = left + share * (width - 2 * MARGIN)
-        draw.rectangle((left, top, right, top + 30), colour)
-        y = top + 30 + MARGIN + line * LINE
-        draw.rectangle((MARGIN + x, y + 3, MARGIN + x + 14, y + 17), colour)
-        draw.text((MARGIN + x + 20, y + 10), entry, INK, font(TEXT), anchor="lm")
+    top = MARGIN + LINE + MARGIN
+    legend = top + THICKNESS + AXIS_HEIGHT + MARGIN
+    sheet, draw = _blank_chart(width, legend + lines * LINE, title)
+    inset = 3 * MARGIN  # room for the labels at the ends of the axis
+    length = width - 2 * inset
+    left = float(inset)
+    colours = series_colors(len(shares))
+    for colour, share, entry, (x, line) in zip(colours, shares.values(), entries, positions, strict=True):
+        right = left + share * length
+        draw.rectangle((left, top, max(left, right - 1), top + THICKNESS), colour)
+        y = legend + line * LINE
+        draw.rectangle((MARGIN + x, y + 3, MARGIN + x + 16, y + 19), colour)
+        draw.text((MARGIN + x + 22, y + 11), entry, INK, font(TEXT), anchor="lm")
         left = right
+    draw_axis(sheet, Scale(scale_title, 0.0, 1.0, as_percent=True), inset, top + THICKNESS + 2, length)
     return sheet
 
 
 def matrix_chart(
     title: str,
     values: np.ndarray,
-    rows: Sequence[str],
-    columns: Sequence[str],
+    rows: Labels,
+    columns: Labels,
     *,
-    low: float,
-    high: float,
-    note: str = "",
+    scale: Scale,
     images: Sequence[Image.Image] | None = None,
     highlight: int = -1,
 ) -> Image.Image:
-    """Draw values (rows, columns) as a heat map with labels and a colour bar; NaN is grey.
+    """Draw values (rows, columns) as a heat map with labels and its scale; NaN is grey.
 
-    images: one above each column's label. highlight: index of the row and column labelled in red. note:
-    meaning of the colours.
+    images: one above each column. highlight: index of the row and column with red labels and frames.
     """
-    cell = int(np.clip(576 / len(columns), 18, 64))
-    label_width = int(max(font(TEXT).getlength(row) for row in rows)) + MARGIN
-    head = cell if images else 0
-    widths = [label_width + len(columns) * cell, font(TITLE).getlength(title), font(TEXT).getlength(note)]
-    width = max(*(int(content) + 2 * MARGIN for content in widths), 360)
-    height = LINE + head + LINE + len(rows) * cell + 2 * LINE + MARGIN
-    sheet, draw = _blank_chart(width, height, title)
-    left, top = MARGIN + label_width, LINE + MARGIN + head + LINE
-    label_every = max(1, -(-int(max(font(TEXT).getlength(column) for column in columns) + 6) // cell))
-    for i, column in enumerate(columns):
-        x = left + i * cell
+    cell = int(np.clip(576 / len(columns.names), 18, 64))
+    left = 2 * MARGIN + LINE + rows.width + MARGIN
+    top = 2 * MARGIN + 3 * LINE + (cell if images else 0)
+    size = len(columns.names) * cell, len(rows.names) * cell
+    widths = [left + size[0], font(TITLE).getlength(title) + MARGIN]
+    widths.append(font(TEXT).getlength(scale.title) + MARGIN)
+    width = max(*(int(content) + MARGIN for content in widths), 420)
+    sheet, draw = _blank_chart(width, top + size[1], title)
+
+    draw.text((left + size[0] / 2, MARGIN + LINE + 6), columns.title, GREY, font(TEXT), anchor="mt")
+    draw_upward(sheet, (MARGIN + LINE - 8, top + size[1] // 2), rows.title, TEXT, GREY)
+    label_every = max(1, -(-(columns.width + 6) // cell))
+    for i, name in enumerate(columns.names):
+        x, ink = left + i * cell, RED if i == highlight else INK
         if images:
-            icon = fit_square(images[i], cell - 4)
-            sheet.paste(icon, (x + (cell - icon.width) // 2, top - LINE - 2 - icon.height))
+            corner = x + 2, top - LINE - cell, cell - 4
+            _paste_icon(sheet, images[i], corner, RED if i == highlight else None)
         if i % label_every == 0:
-            colour = RED if i == highlight else INK
-            draw.text((x + cell / 2, top - LINE / 2), column, colour, font(TEXT), anchor="mm")
-    for i, row in enumerate(rows):
-        colour = RED if i == highlight else INK
-        draw.text((left - 8, top + (i + 0.5) * cell), row, colour, font(TEXT), anchor="rm")
-    normalized = ((values - low) / (high - low or 1.0)).clip(0, 1)
-    _draw_cells(draw, values, normalized, (left, top), cell)
-    bottom = top + len(rows) * cell + MARGIN
-    _draw_color_bar(sheet, draw, (left, bottom), f"{low:.2f}", f"{high:.2f}")
-    draw.text((MARGIN, bottom + LINE), note, GREY, font(TEXT))
-    return sheet
+            draw.text((x + cell / 2, top - LINE / 2), name, ink, font(TEXT), anchor="mm")
+    for i, name in enumerate(rows.names):
+        ink = RED if i == highlight else INK
+        draw.text((left - MARGIN, top + (i + 0.5) * cell), name, ink, font(TEXT), anchor="rm")
+    _draw_cells(draw, values, scale, (left, top), cell)
+    if highlight >= 0:
+        x, y = left + highlight * cell, top + highlight * cell
+        draw.rectangle((left - 2, y - 2, left + size[0], y + cell), outline=RED, width=FRAME)
+        draw.rectangle((x - 2, top - 2, x + cell, top + size[1]), outline=RED, width=FRAME)
+    return vstack([sheet, color_bar(scale, width)])
 
 
 def percent(share: float) -> str:
@@ -127,37 +144,39 @@ def percent(share: float) -> str:
 
 
 def _draw_cells(
-    draw: ImageDraw.ImageDraw, values: np.ndarray, normalized: np.ndarray, corner: tuple[int, int], cell: int
+    draw: ImageDraw.ImageDraw, values: np.ndarray, scale: Scale, corner: tuple[int, int], cell: int
 ) -> None:
     left, top = corner
-    for (row, column), level in np.ndenumerate(normalized):
+    for (row, column), value in np.ndenumerate(values):
         x, y = left + column * cell, top + row * cell
-        if np.isnan(level):
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2), FAINT)
+        box = (x, y, x + cell - 2, y + cell - 2)
+        if np.isnan(value):
+            draw.rectangle(box, FAINT)
             continue
-        draw.rectangle((x, y, x + cell - 2, y + cell - 2), tuple(apply_colormap(level).tolist()))
+        colour = tuple(apply_colormap(np.asarray(scale.position(value))).tolist())
+        draw.rectangle(box, colour)
         if cell >= 44:
-            colour = PAPER if level < 0.6 else INK
-            text = f"{values[row, column]:.2f}"
-            draw.text((x + cell / 2 - 1, y + cell / 2 - 1), text, colour, font(TEXT), anchor="mm")
+            ink = max(INK, PAPER, key=lambda ink: contrast(ink, colour))
+            place = x + cell / 2 - 1, y + cell / 2 - 1
+            draw.text(place, f"{value:.2f}", ink, font(TEXT), anchor="mm")
 
 
-def _draw_color_bar(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int], low: str, high: str
+def _paste_icon(
+    sheet: Image.Image, image: Image.Image, place: tuple[int, int, int], frame: str | None
 ) -> None:
-    left, top = corner
-    band = apply_colormap(np.linspace(0, 1, 160))[None].repeat(14, axis=0)
-    draw.text((left, top + 7), low, INK, font(TEXT), anchor="lm")
-    start = left + int(font(TEXT).getlength(low)) + 8
-    sheet.paste(Image.fromarray(band), (start, top))
-    draw.text((start + 168, top + 7), high, INK, font(TEXT), anchor="lm")
+    """Paste an image into a square (left, top, side), with a frame of a colour around it, or None."""
+    left, top, side = place
+    if frame:
+        ImageDraw.Draw(sheet).rectangle((left, top, left + side - 1, top + side - 1), frame)
+    icon = fit_square(image, side - (2 * FRAME if frame else 0))
+    sheet.paste(icon, (left + (side - icon.width) // 2, top + (side - icon.height) // 2))
 
 
 def _wrap_legend(entries: Sequence[str], width: float) -> tuple[list[tuple[float, int]], int]:
     """Return the position of each legend entry, (pixels from the left, line), and the number of lines."""
     positions, left, line = [], 0.0, 0
     for entry in entries:
-        length = font(TEXT).getlength(entry) + 44
+        length = font(TEXT).getlength(entry) + 46
         if left and left + length > width:
             left, line = 0.0, line + 1
         positions.append((left, line))
@@ -166,7 +185,8 @@ def _wrap_legend(entries: Sequence[str], width: float) -> tuple[list[tuple[float
 
 
 def _blank_chart(width: int, height: int, title: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    sheet = Image.new("RGB", (int(width), int(height + 2 * MARGIN)), PAPER)
+    """Return paper with a title, MARGIN pixels higher than `height`, and its drawing context."""
+    sheet = Image.new("RGB", (int(width), int(height + MARGIN)), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), shorten_line(title, width - 2 * MARGIN, TITLE), INK, font(TITLE))
     return sheet, draw

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .colors import INK, PAPER, apply_colormap
+
 MARGIN, LABEL_HEIGHT = 12, 26  # pixels
-PAPER, INK = "white", "black"
-# Anchors of the colour map from 0 to 1. Its brightness rises steadily, so it can be read without colour too.
-INFERNO = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
+GRID_TEXT, MIN_TEXT = 20, 9  # font sizes of a grid's labels
+OPACITY = 0.5  # of a heat map; more would hide the image under it
 
 
 def contact_sheet(
@@ -36,6 +37,33 @@ def contact_sheet(
                 left = MARGIN + column * (cell + MARGIN)
                 sheet.paste(fit_square(image, cell), (left, top + LABEL_HEIGHT))
         top += row_height
+    return sheet
+
+
+def label_grid(
+    rows: Mapping[str, Sequence[Image.Image | None]], columns: Sequence[str], cell: int = 256
+) -> Image.Image:
+    """Draw a grid of images in squares of `cell` pixels: a label above each column, one left of each row.
+
+    The rows' labels are turned by 90 degrees, so that each belongs to one row alone.
+    """
+    step, labels = cell + MARGIN, [*columns, *rows]
+    sizes = range(GRID_TEXT, MIN_TEXT, -1)
+    size = next((s for s in sizes if all(font(s).getlength(text) <= cell for text in labels)), MIN_TEXT)
+    corner = MARGIN + LABEL_HEIGHT + 4
+    sheet = Image.new("RGB", (corner + len(columns) * step, corner + len(rows) * step), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, label in enumerate(columns):
+        middle = corner + column * step + cell / 2
+        draw.text((middle, corner - 8), shorten_line(label, cell, size), INK, font(size), anchor="ms")
+    for row, (label, images) in enumerate(rows.items()):
+        top = corner + row * step
+        draw_upward(sheet, (corner - 8, top + cell // 2), shorten_line(label, cell, size), size)
+        for column, image in enumerate(images):
+            if image is not None:
+                resized = fit_square(image, cell)
+                left = corner + column * step + (cell - resized.width) // 2
+                sheet.paste(resized, (left, top + (cell - resized.height) // 2))
     return sheet
 
 
@@ -79,20 +107,22 @@ def tile(images: Sequence[Image.Image], cell: int) -> Image.Image:
     return sheet
 
 
-def overlay_heatmap(image: Image.Image, heat: np.ndarray, opacity: float = 0.75) -> Image.Image:
-    """Blend a heat map (rows, columns) in 0..1 over the image in grey; hot areas are more opaque."""
+def overlay_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """Blend a heat map (rows, columns) in 0..1 over the image in grey, which stays visible everywhere."""
     grey = ImageOps.grayscale(image).convert("RGB")
     resized = Image.fromarray(heat.astype(np.float32)).resize(image.size, Image.Resampling.BICUBIC)
-    strength = np.asarray(resized).clip(0, 1)
-    alpha = Image.fromarray((255 * opacity * (0.4 + 0.6 * strength)).astype(np.uint8))
-    return Image.composite(Image.fromarray(apply_colormap(strength)), grey, alpha)
+    colours = Image.fromarray(apply_colormap(np.asarray(resized).clip(0, 1)))
+    return Image.blend(grey, colours, OPACITY)
 
 
-def apply_colormap(values: np.ndarray) -> np.ndarray:
-    """Return the INFERNO colours (..., 3) in bytes of values (...) in 0..1."""
-    anchors = np.linspace(0, 1, len(INFERNO))
-    channels = [np.interp(values, anchors, channel) for channel in zip(*INFERNO, strict=True)]
-    return np.stack(channels, axis=-1).round().astype(np.uint8)
+def draw_upward(sheet: Image.Image, place: tuple[int, int], text: str, size: int, ink: str = INK) -> None:
+    """Draw a line of text that runs upward; its baseline ends at x, its middle is at y."""
+    left, top, right, bottom = font(size).getbbox(text, anchor="ls")
+    mask = Image.new("L", (int(right - left) + 2, int(bottom - top) + 2))
+    ImageDraw.Draw(mask).text((1 - left, 1 - top), text, 255, font(size), anchor="ls")
+    mask = mask.transpose(Image.Transpose.ROTATE_90)
+    x, y = place[0] - mask.width + int(bottom), place[1] - mask.height // 2
+    sheet.paste(ink, (x, y, x + mask.width, y + mask.height), mask)
 
 
 def fit_square(image: Image.Image, cell: int) -> Image.Image:

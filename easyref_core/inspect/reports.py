@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 
 from ..utils.images import to_rgb
-from .charts import GREEN, Bar, bar_chart, matrix_chart, percent, stacked_bar
-from .drawing import apply_colormap, caption_grid, contact_sheet, fit_square, overlay_heatmap, tile, vstack
+from .charts import Bar, Labels, bar_chart, matrix_chart, percent, stacked_bar
+from .colors import GREEN, apply_colormap
+from .drawing import caption_grid, fit_square, label_grid, overlay_heatmap, tile, vstack
 from .influence import MIN_REFERENCES, OUTLIER_Z, Influence, center_crop_loss, mean_to_others
 from .reference_share import Share, ShareKey, block_label, share_by_block_and_step, share_map
+from .scales import Scale, color_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     AnyImage = Image.Image | Tensor
 
 CELL, LARGE_CELL = 256, 320  # pixels of an image's longer side
+MIN_WIDTH = 640  # pixels, of a chart below images
+SHARE = "size of the reference term / size of the text's attention"  # unit of Where It Acts
 HEAT_QUANTILE = 0.99  # full heat: single image tokens that draw most of the attention would hide the rest
 
 
@@ -46,7 +50,10 @@ def attention_report(images: Sequence[AnyImage], shares: AttentionShares, token:
     by_name = {f"reference {i + 1}": share for i, share in enumerate(shares.references)}
     by_name |= {"instruction and prompt": shares.text, "chat template": shares.template}
     by_name |= {"reference tokens": shares.tokens}
-    chart = vstack([grid, stacked_bar(title, by_name, max(grid.width, 540))])
+    width = max(grid.width, MIN_WIDTH)
+    scale = Scale("attention to one image token", 0.0, _full_heat(shares), as_percent=True)
+    bar = stacked_bar(title, by_name, "share of the attention, last layer, mean of the heads", width)
+    chart = vstack([grid, color_bar(scale, width), bar])
 
     total, tokens = sum(shares.references), sum(heat.numel() for heat in shares.maps)
     lines = [f"{title} (last layer, mean of the heads)"]
@@ -63,33 +70,37 @@ def attention_report(images: Sequence[AnyImage], shares: AttentionShares, token:
 
 def heat_maps(shares: AttentionShares) -> list[Tensor]:
     """Return each reference's attention map (rows, columns) in 0..1, all on one scale."""
-    full = torch.cat([heat.flatten() for heat in shares.maps]).quantile(HEAT_QUANTILE)
+    full = _full_heat(shares)
     return [(heat / full).clamp(0, 1) for heat in shares.maps]
+
+
+def _full_heat(shares: AttentionShares) -> float:
+    """Return the attention to one image token that is drawn as 1."""
+    return float(torch.cat([heat.flatten() for heat in shares.maps]).quantile(HEAT_QUANTILE))
 
 
 def influence_report(images: Sequence[AnyImage], influence: Influence) -> Report:
     """Report the influence of each reference: bars and a matrix of similarities, with an outlier in red."""
     images, outlier = _to_rgb(images), influence.outlier
     names = [f"reference {i + 1}" for i in range(len(images))]
+    marked = [f"{name}, outlier" if i == outlier else name for i, name in enumerate(names)]
     bars = [
         Bar(name, value, f"{value:.4f}", i == outlier, image)
-        for i, (name, value, image) in enumerate(zip(names, influence.changes, images, strict=True))
+        for i, (name, value, image) in enumerate(zip(marked, influence.changes, images, strict=True))
     ]
+    change = Scale("1 - cosine of the tokens with and without it (0: no change)", 0.0, max(influence.changes))
     without_self = influence.similarity.clone().fill_diagonal_(float("nan"))
     others = without_self[~without_self.isnan()]
-    note = "cosine of the vision features"
     matrix = matrix_chart(
         "How alike the references are",
         without_self.numpy(),
-        names,
-        [str(i + 1) for i in range(len(names))],
-        low=float(others.min()),
-        high=float(others.max()),
-        note=f"{note}; the one that does not belong in red" if outlier >= 0 else note,
+        Labels("reference", marked),
+        Labels("reference", [str(i + 1) for i in range(len(names))]),
+        scale=Scale("cosine of the vision features (1: alike)", float(others.min()), float(others.max())),
         images=images,
         highlight=outlier,
     )
-    chart = vstack([bar_chart("Change of the reference tokens without it", bars), matrix])
+    chart = vstack([bar_chart("Change of the reference tokens without it", bars, change), matrix])
 
     means = mean_to_others(influence.similarity).tolist()
     lines = [
@@ -123,19 +134,19 @@ def where_it_acts_report(
     matrix = matrix_chart(
         f"Blocks and steps{name}",
         values.numpy(),
-        [block_label(block) for block in blocks],
-        [str(i + 1) for i in range(len(sigmas))],
-        low=0.0,
-        high=float(values[~values.isnan()].max()),
-        note="size of the reference term / size of the text's attention",
+        Labels("block of the UNet", [block_label(block) for block in blocks]),
+        Labels("step", [str(i + 1) for i in range(len(sigmas))]),
+        scale=Scale(SHARE, 0.0, float(values[~values.isnan()].max())),
     )
     positions = share_map(shares).numpy()
     low, high = float(positions.min()), float(positions.max())
     heat = (positions - low) / (high - low or 1.0)
     maps = [overlay_heatmap(fit_square(image, LARGE_CELL), heat) for image in _to_rgb(images)]
     maps = maps or [fit_square(Image.fromarray(apply_colormap(heat)), LARGE_CELL)]
-    captions = [f"dark {low:.2f}, bright {high:.2f}"] * len(maps)
-    chart = vstack([matrix, caption_grid(maps, captions, LARGE_CELL, columns=2)])
+    captions = [f"image {i + 1}" for i in range(len(maps))] if len(images) else ["position in the image"]
+    grid = caption_grid(maps, captions, LARGE_CELL, columns=2)
+    bar = color_bar(Scale(SHARE, low, high), max(grid.width, matrix.width))
+    chart = vstack([matrix, grid, bar])
 
     first, last = (float(values[:, step].nanmean()) for step in (0, -1))
     lines = [
@@ -163,7 +174,8 @@ def consistency_report(
         Bar(f"{i + 1} best" if i == best else str(i + 1), mean, f"{mean:.3f}", i == best, image)
         for i, (mean, image) in enumerate(zip(means, _to_rgb(images), strict=True))
     ]
-    chart = bar_chart("Mean cosine to the references", bars, high=1.0, highlight=GREEN)
+    scale = Scale("cosine of the image embeddings, mean over the references (1: alike)", 0.0, 1.0)
+    chart = bar_chart("Similarity of each image to the references", bars, scale, highlight=GREEN)
 
     lines = []
     for i, row in enumerate(cosines.tolist()):
@@ -199,11 +211,11 @@ def weight_sheet(
         )
     columns = list(dict.fromkeys(weights))
     rows: dict[str, list[Image.Image | None]] = {
-        f"until {end:g}": [None] * len(columns) for end in end_percents
+        f"end_percent {end:g}": [None] * len(columns) for end in end_percents
     }
     for images, weight, end in zip(batches, weights, end_percents, strict=True):
-        rows[f"until {end:g}"][columns.index(weight)] = tile(_to_rgb(images), cell)
-    return contact_sheet(rows, cell, {i: f"weight {weight:g}" for i, weight in enumerate(columns)})
+        rows[f"end_percent {end:g}"][columns.index(weight)] = tile(_to_rgb(images), cell)
+    return label_grid(rows, [f"weight {weight:g}" for weight in columns], cell)
 
 
 def _to_rgb(images: Sequence[AnyImage]) -> list[Image.Image]:

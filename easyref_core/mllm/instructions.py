@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PRESETS: dict[str, dict[str, str]] = json.loads(
     Path(__file__).with_name("presets.json").read_text(encoding="utf-8")
 )
-LANGUAGES = ("English", "中文")
+LANGUAGES = tuple(PRESETS["general"])
 INSTRUCTION = PRESETS["general"]["English"]
 IMAGE_TOKEN = "<|image_pad|>"
 

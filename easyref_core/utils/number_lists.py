@@ -5,7 +5,7 @@
     references   3, 1-2           whole numbers from 1, ranges, and "all"
 
 Commas, semicolons, spaces, tabs and line breaks separate entries; several in a row count as one. Full-width
-digits and signs (０ ． ， ； ： 、 －) count as their ASCII forms.
+digits and signs, which input methods for Chinese and Japanese type, count as their ASCII forms.
 
 A decimal has a point. `0,5` may be one half with a decimal comma, or 0 and 5, so it is an error. In general,
 a comma directly before a digit is an error, unless it can only be a separator:
@@ -14,7 +14,8 @@ a comma directly before a digit is an error, unless it can only be a separator:
     1,0.5,0       a number joined to it by commas has a decimal point
     3:1,6:0.5     every entry is a pair, and a number cannot span two pairs
     1,2,3         in a list of references, which are whole numbers
-    0，5          full-width commas are not decimal commas
+
+A full-width comma is not a decimal comma.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from itertools import chain
 
 from .errors import shorten
 
-_FULL_WIDTH = {
-    ord(wide): plain
-    for wide, plain in zip("０１２３４５６７８９．；：＋－−", "0123456789.;:+--", strict=True)
-}
-# A full-width comma becomes a comma with a space, because it is not a decimal comma.
-_TO_ASCII = _FULL_WIDTH | {ord("，"): ", ", ord("、"): ", ", ord("–"): "-"}
+_WIDTH = 0xFEE0  # from the code of an ASCII character to that of its full-width form
+_FULL_WIDTH = {_WIDTH + ord(plain): plain for plain in "0123456789.;:+-~"}
+_DASHES = {0x2212: "-", 0x2013: "-"}  # minus sign, en dash
+# A full-width or ideographic comma becomes a comma with a space, because it is not a decimal comma.
+_COMMAS = {_WIDTH + ord(","): ", ", 0x3001: ", "}
+_TO_ASCII = _FULL_WIDTH | _DASHES | _COMMAS
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _SEPARATORS = re.compile(r"[\s,;]+")
 _RUN_ENDS = re.compile(r"[\s;]+")
@@ -105,7 +106,7 @@ def split_entries(text: str, name: str, *, integers: bool = False) -> list[str]:
     """
     text = _strip_around(":", text.translate(_TO_ASCII))
     if integers:
-        text = _strip_around("-", text.replace("~", "-").replace("～", "-"))
+        text = _strip_around("-", text.replace("~", "-"))
     entries = [entry for entry in _SEPARATORS.split(text) if entry]
     pairs = sum(":" in entry for entry in entries)
     if not integers and pairs < len(entries):

@@ -29,7 +29,7 @@ class EasyRefCropReference(io.ComfyNode):
             category="EasyRef",
             description="Crops references to squares and shows the crops. The authors advise square crops "
             "of the face for identity; for anything else, keep the whole images.",
-            search_aliases=["face crop", "prep image", "square crop", "crop to mask"],
+            search_aliases=["crop face", "prep image", "square crop", "crop to mask"],
             is_output_node=True,
             is_input_list=True,  # lists of different sizes, and one mask for each
             inputs=[

@@ -6,6 +6,7 @@ with the pack are in folders of the pack, which are searched last.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -13,8 +14,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import comfy.text_encoders
 import folder_paths
+from comfy.text_encoders import qwen_image
 
 from ...easyref_core.checkpoint.formats import BASE_MLLM, RELEASE
 from ...easyref_core.tiny.worlds import BASE, WORLDS
@@ -200,7 +201,7 @@ def tiny_base(world: str) -> Path:
 
 def host_tokenizer() -> Path:
     """ComfyUI's tokenizer for Qwen2.5-VL: Qwen2-VL's vocabulary and merges, and a few later tokens."""
-    return Path(comfy.text_encoders.__path__[0]) / "qwen25_tokenizer"
+    return Path(inspect.getfile(qwen_image)).with_name("qwen25_tokenizer")
 
 
 def _is_valid_name(name: str) -> bool:

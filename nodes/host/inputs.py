@@ -1,4 +1,4 @@
-"""Inputs shared by several nodes, each with its default and bounds."""
+"""Inputs shared by several nodes, each with its default and bounds, and their search words."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ from comfy_api.latest import io
 
 from ...easyref_core import INSTRUCTION, SIZE
 from .socket_types import EasyRefGroupSocket
+
+# Search words of Apply and Encode, which should come before the other nodes of the pack. Among nodes that are
+# found by an alias alone, the frontend prefers short names and a word that is a whole alias or begins one.
+IMAGE_PROMPT_ALIASES = (
+    "image prompt",
+    "ip adapter",
+    "ipadapter",
+    "face",
+    "character",
+    "style",
+    "style transfer",
+    "qwen",
+)
 
 
 def group_input(tooltip: str) -> io.MultiType.Input:

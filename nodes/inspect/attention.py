@@ -31,7 +31,7 @@ class EasyRefReferenceAttention(io.ComfyNode):
             category="EasyRef/look",
             description="Shows what the reference tokens attend to: heat maps of the last layer's attention "
             "over each reference, and its shares for each reference, the text and the tokens themselves.",
-            search_aliases=["attention map", "heat map", "ip adapter", "reference", "explain"],
+            search_aliases=["attention map", "heat map", "explain"],
             is_output_node=True,
             inputs=[
                 EasyRefModel.Input("easyref", tooltip="The EasyRef model that encoded the group."),

@@ -30,7 +30,7 @@ class EasyRefConsistency(io.ComfyNode):
             category="EasyRef/look",
             description="Measures how close images are to the references, by the cosine similarity of their "
             "CLIP vision embeddings. Use it to choose among seeds, weights and settings.",
-            search_aliases=["clip score", "image similarity", "best seed", "ip adapter", "reference"],
+            search_aliases=["clip score", "image similarity", "best seed"],
             is_output_node=True,
             inputs=[
                 io.ClipVision.Input("clip_vision", tooltip="The CLIP vision model, from Load CLIP Vision."),

@@ -35,7 +35,7 @@ class EasyRefReferenceInfluence(io.ComfyNode):
             description="Measures what each reference contributes: how much the reference tokens change "
             "without it, how similar the references look to the MLLM, and which one does not belong. The "
             "group is encoded again without each reference; the vision tower encodes each image only once.",
-            search_aliases=["outlier", "leave one out", "reference similarity", "ip adapter", "reference"],
+            search_aliases=["outlier", "leave one out", "reference similarity"],
             is_output_node=True,
             inputs=[
                 EasyRefModel.Input("easyref", tooltip="The EasyRef model, from Load EasyRef."),

@@ -26,7 +26,7 @@ class EasyRefWeightSheet(io.ComfyNode):
             category="EasyRef/look",
             description="Lists every pair of a weight and an end percent. With both lists linked to Apply "
             "EasyRef, the nodes after it run once for each pair; Assemble Sheet puts the images together.",
-            search_aliases=["xy plot", "x/y sheet", "grid", "compare weights", "ip adapter weight"],
+            search_aliases=["xy plot", "x/y sheet", "grid", "compare weights"],
             is_output_node=True,
             inputs=[
                 io.String.Input(

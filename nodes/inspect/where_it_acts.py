@@ -33,7 +33,7 @@ class EasyRefRecord(io.ComfyNode):
             category="EasyRef/look",
             description="Records how strongly the references act during sampling. Goes between Apply "
             "EasyRef and a sampler; the image stays the same.",
-            search_aliases=["record attention", "debug", "ip adapter", "reference"],
+            search_aliases=["record attention", "debug"],
             inputs=[
                 io.Model.Input("model", tooltip="From Apply EasyRef. Later references are not recorded.")
             ],
@@ -58,7 +58,7 @@ class EasyRefWhereItActs(io.ComfyNode):
             category="EasyRef/look",
             description="Shows how strong the reference term was relative to the text's attention: in each "
             "block of the UNet and each step, and at each position of the image.",
-            search_aliases=["attention map", "debug", "layer weights", "ip adapter", "reference"],
+            search_aliases=["attention map", "debug", "layer weights"],
             is_output_node=True,
             inputs=[
                 EasyRefRecordSocket.Input("record", tooltip="The record, from Record Where It Acts."),

@@ -69,10 +69,13 @@ def test_weight_sheet_puts_each_image_into_its_cell() -> None:
     colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
     batches = [[colour.expand(64, 64, 3)] for colour in colours]
     sheet = reports.weight_sheet(batches, [0, 1, 0, 1], [0.5, 0.5, 1, 1], 128)
-    pixels = golden.as_tensor(sheet)
-    quarters = [quarter for row in pixels.chunk(2) for quarter in row.chunk(2, dim=1)]
-    for quarter, colour in zip(quarters, colours, strict=True):
-        assert (quarter == colour).all(dim=-1).sum() > 0.9 * 128 * 128
+    found = [(golden.as_tensor(sheet) == colour).all(dim=-1) for colour in colours]
+    assert [int(cell.sum()) for cell in found] == [128 * 128] * 4
+    places = [tuple(cell.nonzero().min(dim=0).values.tolist()) for cell in found]
+    (top, left), (bottom, right) = places[0], places[3]
+    assert places == [(top, left), (top, right), (bottom, left), (bottom, right)]
+    assert top < bottom
+    assert left < right
     with pytest.raises(ValueError, match="1 pictures, 2 weights and 2 ends"):
         reports.weight_sheet(batches[:1], [0, 1], [1, 1])
 

@@ -195,3 +195,16 @@ def test_from_file_gives_the_prompt_of_the_page(page) -> None:
     for number, node in from_file.items():  # some frontends add inputs of their own to previews
         inputs = queued[number]["inputs"]
         assert node["inputs"] == {name: inputs[name] for name in inputs if name in node["inputs"]}
+
+
+SEARCH = """words => {
+    const pinia = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia
+    return pinia._s.get('nodeDef').nodeSearchService.searchNode(words).map(node => node.name)
+}"""
+
+
+@pytest.mark.parametrize("words", ["image prompt", "face", "character", "qwen", "ipadapter", "ip adapter"])
+def test_search_finds_apply_and_encode_first(page, words) -> None:
+    ours = [name for name in page.evaluate(SEARCH, words) if name.startswith("EasyRef")]
+    assert set(ours[:2]) == {"EasyRefApply", "EasyRefEncodeGroup"}
+    assert {"EasyRefReferenceAttention", "EasyRefConsistency", "EasyRefWhereItActs"}.isdisjoint(ours)

@@ -274,3 +274,13 @@ def test_mllm_in_a_hugging_face_cache_gives_the_same_image(server, patched):
     options = server.object_info()["EasyRefLoader"]["input"]["required"]["mllm"][1]["options"]
     assert name in options
     assert graphs.uncached_image(server, graphs.easyref(load={"mllm": name})) == patched
+
+
+def test_clients_other_than_the_frontend_get_no_texts(server) -> None:
+    """Such as comfy-api-simplified, which takes every binary message for an image."""
+    graph = graphs.easyref()
+    graph["encode"]["inputs"]["prompt"] = "a prompt of its own"
+    before = len(server.events)
+    history = server.run(graph)
+    assert history["outputs"]["encode"]["text"]
+    assert [event.type for event in server.events[before:] if event.type == "binary"] == []
