@@ -16,6 +16,7 @@ Modules in reading order (B groups, K references in each, T reference tokens):
     trainable.py     Batch -> reference tokens (B, T, C) -> prediction (B, 4, h, w), with gradients
     run.py           one stage in training: one update, and the checkpoint
     loop.py          all updates
+    export.py        a saved state -> a checkpoint
     cache.py         disk cache of VAE moments and context states
     resume.py        saved states; a killed run resumes bit for bit
     run_log.py       progress bar, metrics.csv, TensorBoard, sheets of sample images

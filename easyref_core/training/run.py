@@ -180,6 +180,11 @@ class Run:
             save(path, self.weights.config, self.weights.sites, tensors)
         self.accelerator.wait_for_everyone()
 
+    def close(self) -> None:
+        """Restore the base's UNet and free the accelerator's memory."""
+        self.model.attachment.remove()
+        self.accelerator.free_memory()
+
     @torch.no_grad()
     def sample_sheet(self) -> Image.Image:
         """Sheet of the first examples: references at the MLLM's size, target, generated image."""
