@@ -17,6 +17,9 @@ Modules in reading order (B groups, K references in each, T reference tokens):
     run.py           one stage in training: one update, and the checkpoint
     loop.py          all updates
     export.py        a saved state -> a checkpoint
+    shards.py        entries of tensors in safetensors files
+    precomputed.py   the frozen models' outputs in shards, in place of the models
+    precompute.py    writes them
     cache.py         disk cache of VAE moments and context states
     resume.py        saved states; a killed run resumes bit for bit
     run_log.py       progress bar, metrics.csv, TensorBoard, sheets of sample images

@@ -4,6 +4,7 @@ Training runs in as many processes as `accelerate launch` starts. COMMAND is one
 
     check         only read the rows; no model is loaded
     export        write the checkpoint of a saved state
+    precompute    store the outputs of the frozen models, which training then does not need
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def main() -> None:
     if name == "export":
         parser.add_argument("--state", type=int, metavar="UPDATE", help="default: the newest saved state")
         parser.add_argument("--to", type=Path, metavar="FILE", help="default: easyref-UPDATE.safetensors")
+    if name == "precompute":
+        parser.add_argument("--parts", type=lambda text: text.split(","), help="of latents,texts,contexts")
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s")
     log = logging.getLogger("easyref_core")
@@ -69,8 +72,20 @@ def export_state(stages: list[config.Settings], options: argparse.Namespace, log
     log.info("%s -> %s", settings.stage, export(settings, options.state, options.to))
 
 
+def precompute_parts(stages: list[config.Settings], options: argparse.Namespace, log: logging.Logger) -> None:
+    """Store the outputs of the frozen models for the stages."""
+    for settings in stages:
+        settings.require_files()
+    from .loop import make_accelerator
+    from .precompute import precompute
+
+    for settings in stages:
+        precompute(settings, make_accelerator(1), options.parts)
+        log.info("%s -> %s", settings.stage, settings.precomputed)
+
+
 Command = Callable[[list[config.Settings], argparse.Namespace, logging.Logger], None]
-COMMANDS: dict[str, Command] = {"check": check_rows, "export": export_state}
+COMMANDS: dict[str, Command] = {"check": check_rows, "export": export_state, "precompute": precompute_parts}
 
 
 def run_stages(stages: list[config.Settings], log: logging.Logger) -> None:

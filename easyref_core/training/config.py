@@ -76,6 +76,7 @@ class Settings:
     gradient_checkpointing: bool = False
     workers: int = 0  # data loading processes
     cache: Path | None = None  # folder of cached latents and, in stage 1, context states
+    precomputed: Path | None = None  # folder of the command precompute, used in place of the frozen models
     save_every: int = 1000  # updates between saved states
     keep: int = 2  # newest saved states that are retained
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -106,6 +107,9 @@ class Settings:
             raise ValueError(
                 f"data has {number} of rows and procedural, expected one. Set data.rows and data.root."
             )
+        if self.precomputed and (self.data.procedural is not None or self.cache):
+            other = "cache" if self.cache else "data.procedural"
+            raise ValueError(f"precomputed is set beside {other}, expected one of them. Set one to null.")
         if self.data.rows and self.data.root is None:
             raise ValueError("data.rows is set without data.root. Set data.root to the folder of the images.")
         if self.stage_spec.starts_from and self.start is None:

@@ -34,7 +34,8 @@ SETTINGS_FILE = "settings.json"  # of a run, in its output folder
 
 # Settings that do not affect the weights, so a resumed run may change them.
 FREE = frozenset(
-    "output workers cache save_every keep save_dtype log_every samples thorough max_broken".split()
+    "output workers cache precomputed save_every keep save_dtype log_every samples thorough "
+    "max_broken".split()
 )
 
 # Settings that decide the model which a state is of.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pkgutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,13 @@ from ..mllm.instructions import INSTRUCTION, image_token_id, load_tokenizer, tok
 from ..mllm.preprocess import preprocess
 from ..utils.finite import require_finite
 from ..utils.images import black_image
-from .base_model import BaseModel
+from .base_model import BaseModel, Text
 from .batches import Batch, Examples, LoadExamples
 from .broken_rows import BrokenRows
 from .cache import TensorCache, cached_contexts, cached_moments
 from .initial import Weights, from_base, from_checkpoint
 from .objective import denoising_loss
+from .precomputed import PARTS, provenance, read_manifest, require_provenance
 from .sampling import generate_images, to_images, unpatchify
 from .trainable import TrainableEasyRef, tensor_name
 
@@ -63,9 +65,13 @@ class Run:
     ) -> None:
         self.settings, self.accelerator = settings, accelerator
         examples = open_dataset(settings) if examples is None else examples
-        dtype = MIXED.get(accelerator.mixed_precision, torch.float32)
-        self.base = BaseModel.load(settings.base, accelerator.device, dtype)
+        dtype = frozen_dtype(accelerator)
+        stored = read_manifest(settings.precomputed)["parts"] if settings.precomputed else {}
+        parked = [model for part in stored for model in PARTS[part]]
+        self.base = BaseModel.load(settings.base, accelerator.device, dtype, parked)
         self.weights = load_weights(settings, self.base)
+        if settings.precomputed:
+            require_provenance(settings.precomputed, provenance(settings, self.base, self.weights, dtype))
         self.examples = examples(self.base, self.weights.config) if callable(examples) else examples
         self.broken_rows = BrokenRows(accelerator, settings.data.max_broken)
         self.tokenizer = load_tokenizer(settings.mllm)
@@ -77,6 +83,7 @@ class Run:
             aggregation=settings.aggregation,
             gradient_checkpointing=settings.gradient_checkpointing,
             frozen_dtype=dtype,
+            body_device="cpu" if "contexts" in stored else None,
         )
         self.latent_moments, self.contexts = self.base.latent_moments, None
         if settings.cache:
@@ -99,7 +106,7 @@ class Run:
         batch = batch.to(self.accelerator.device)
         timesteps, noise, vae_noise = randomness(batch, self.base)
         latents = self.latents(batch, vae_noise)
-        text, context = self.base.encode_text(batch.prompts), self.cached_context(batch)
+        text, context = self.text(batch), self.context(batch)
 
         def predict(noisy: Tensor) -> Tensor:
             return self.prepared(noisy, timesteps, text, batch, context)
@@ -113,13 +120,22 @@ class Run:
         """
         if batch.latents is not None:
             return batch.latents
-        mean, deviation = self.latent_moments(batch.pixels)
+        if batch.moments is not None:
+            mean, deviation = batch.moments
+        else:
+            mean, deviation = self.latent_moments(batch.pixels)
         return mean.to(vae_noise.device) + deviation.to(vae_noise.device) * vae_noise
 
-    def cached_context(self, batch: Batch) -> Tensor | None:
-        """Context states (B, S, D) from the cache; None if the run caches none."""
-        if self.contexts is None:
-            return None
+    def text(self, batch: Batch) -> Text:
+        """Text conditioning of the prompts: precomputed, or of the text encoders."""
+        if batch.text_states is not None:
+            return Text(batch.text_states, batch.text_pooled)
+        return self.base.encode_text(batch.prompts)
+
+    def context(self, batch: Batch) -> Tensor | None:
+        """Context states (B, S, D): precomputed, or from the cache; None if the run has neither."""
+        if batch.context is not None or self.contexts is None:
+            return batch.context
         with self.accelerator.autocast():  # as in the model's own forward pass
             return self.contexts(batch)
 
@@ -191,21 +207,35 @@ class Run:
         model, samples = self.model, self.settings.samples
         options = {name: getattr(samples, name) for name in ("negative", "guidance", "steps")}
         rows = {}
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.resident():
             empty = self.unconditional_tokens()
             for number in range(samples.count):
                 batch = self.examples.batch(range(number, number + 1)).to(self.accelerator.device)
-                tokens = model.tokens(batch, self.cached_context(batch))
+                tokens = model.tokens(batch, self.context(batch))
                 # repeated to the length of concatenated tokens, which does not change the attention
                 repeats = tokens.shape[1] // empty.shape[1]
                 model.condition(torch.cat([empty.repeat(1, repeats, 1), tokens]))
                 _, noise, vae_noise = randomness(batch, self.base)
                 target = self.base.decode(self.latents(batch, vae_noise))
                 images = generate_images(self.base, noise, batch.prompts, **options)
-                references = unpatchify(batch.patches, batch.grid, model.config)
+                # with precomputed context states the references are not read
+                grid = batch.grid if batch.context is None else batch.grid[:0]
+                references = unpatchify(batch.patches, grid, model.config)
                 label = f"{number + 1}: {len(references)} references, target, generated: {batch.prompts[0]}"
                 rows[label[:100]] = [*references, *to_images(target), *images]
         return contact_sheet(rows, cell=128)
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Put the models that the precomputed parts replace on the device, and back at the end."""
+        encoder, device = self.model.encoder, self.accelerator.device
+        home = encoder.norm.weight.device
+        with self.base.resident(*self.base.parked):
+            try:
+                encoder.to(device)
+                yield
+            finally:
+                encoder.to(home)
 
     def unconditional_tokens(self) -> Tensor:
         """Reference tokens (1, T, C) of the black image and the instruction without a prompt."""
@@ -214,6 +244,11 @@ class Run:
         ids = tokenize(self.tokenizer, INSTRUCTION, [int(grid.prod()) // config.merge_size**2])
         inputs = patches, grid, ids, torch.ones_like(ids, dtype=torch.bool)
         return self.model.encode(*(tensor.to(self.accelerator.device) for tensor in inputs))
+
+
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of all frozen weights but the VAE's."""
+    return MIXED.get(accelerator.mixed_precision, torch.float32)
 
 
 def open_dataset(settings: Settings) -> LoadExamples:
@@ -238,6 +273,8 @@ def randomness(batch: Batch, base: BaseModel) -> tuple[Tensor, Tensor, Tensor]:
     """Timesteps (B,), noise and the VAE's noise (B, 4, h, w), each sample's from its seed alone."""
     if batch.latents is not None:
         shape = batch.latents.shape[1:]
+    elif batch.moments is not None:
+        shape = batch.moments.shape[2:]
     else:
         sides = (side // base.vae_scale_factor for side in batch.pixels.shape[-2:])
         shape = (base.vae.config.latent_channels, *sides)

@@ -49,8 +49,12 @@ class TrainableEasyRef(nn.Module):
         aggregation: str = "easyref",
         gradient_checkpointing: bool = False,
         frozen_dtype: torch.dtype = torch.float32,
+        body_device: torch.device | str | None = None,
     ) -> None:
-        """image_token: id of <|image_pad|>. frozen_dtype: dtype of a frozen MLLM body."""
+        """image_token: id of <|image_pad|>.
+
+        frozen_dtype, body_device: of a frozen MLLM body; None is the UNet's device.
+        """
         super().__init__()
         if aggregation not in AGGREGATIONS:
             raise ValueError(f"aggregation is {aggregation!r}, expected one of {', '.join(AGGREGATIONS)}.")
@@ -62,7 +66,7 @@ class TrainableEasyRef(nn.Module):
         lora = {name: t for name, t in weights.tensors.items() if name.startswith(LORA_PREFIX)}
         modules.load_state_dict({n: t for n, t in weights.tensors.items() if n not in lora}, assign=True)
         if stage.body_frozen:
-            encoder = modules.encoder.requires_grad_(False).to(unet.device, frozen_dtype)
+            encoder = modules.encoder.requires_grad_(False).to(body_device or unet.device, frozen_dtype)
             self.__dict__["encoder"] = encoder
         else:
             self.encoder = modules.encoder
