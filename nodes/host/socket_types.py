@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .hosted_model import HostedEasyRef
 
 EasyRefModel = io.Custom("EASYREF_MODEL")  # hosted_model.HostedEasyRef
-EasyRefGroupSocket = io.Custom("EASYREF_GROUP")  # tuple of references in order, each (1, height, width, C)
+EasyRefGroupSocket = io.Custom("EASYREF_GROUP")  # images.ReferenceGroup, or a plain tuple of references
 EasyRefContext = io.Custom("EASYREF_CONTEXT")  # HostedContext
 EasyRefTokens = io.Custom("EASYREF_TOKENS")  # TokenPair
 EasyRefRecordSocket = io.Custom("EASYREF_RECORD")  # recording.Record
