@@ -161,7 +161,7 @@ class EasyRef:
 
     @torch.inference_mode()
     def aggregate(self, context: ContextStates) -> ReferenceTokens:
-        """Reference tokens (1, T, C) of a group, float32, with the weights of context.weighed.
+        """Reference tokens (1, T, C) of a group, float32, with its weights and masks (see ContextStates).
 
         Raises ValueError for a context of another checkpoint, and if the arithmetic overflowed.
         """

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from .host.socket_types import EasyRefContext, EasyRefModel, EasyRefTokens
+from .host.inputs import model_input
+from .host.socket_types import EasyRefContext, EasyRefTokens
 from .host.validation import validates_inputs
 
 if TYPE_CHECKING:
-    from ..easyref_core import ContextStates
     from .host.hosted_model import HostedEasyRef
+    from .host.socket_types import HostedContext
 
 
 BLACK, GROUP, NOISE = NEGATIVES = ("black image", "group", "noise")
@@ -29,8 +30,8 @@ class EasyRefAggregate(io.ComfyNode):
             "unconditional ones, by default from a black image with the same instruction.",
             search_aliases=["reference tokens", "image embeds", "negative reference"],
             inputs=[
-                EasyRefModel.Input("easyref", tooltip="The EasyRef model that encoded the group."),
                 EasyRefContext.Input("context", tooltip="The encoded group, from Encode Reference Group."),
+                model_input("The context carries the model that encoded it"),
                 io.Combo.Input(
                     "negative",
                     options=list(NEGATIVES),
@@ -77,10 +78,10 @@ class EasyRefAggregate(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        easyref: HostedEasyRef,
-        context: ContextStates,
+        context: HostedContext,
+        easyref: HostedEasyRef | None = None,
         negative: str = BLACK,
-        negative_context: ContextStates | None = None,
+        negative_context: HostedContext | None = None,
         noise_seed: int = 0,
         noise_strength: float = 0.5,
     ) -> io.NodeOutput:
@@ -96,4 +97,5 @@ class EasyRefAggregate(io.ComfyNode):
                 f"Reference Group to it, or set negative to {BLACK!r}."
             )
         strength = noise_strength if negative == NOISE else 0.0
-        return io.NodeOutput(easyref.aggregate(context, negative_context, noise_seed, strength))
+        model = context.model_or(easyref)
+        return io.NodeOutput(model.aggregate(context, negative_context, noise_seed, strength))

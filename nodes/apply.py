@@ -9,9 +9,9 @@ from comfy_api.latest import io
 from ..easyref_core.unet.layer_weights import LINEAR, WEIGHT_TYPES
 from ..easyref_core.unet.reference_attention import SCALINGS, V_ONLY
 from .host import preview
-from .host.inputs import IMAGE_PROMPT_ALIASES
+from .host.inputs import IMAGE_PROMPT_ALIASES, model_input
 from .host.notes import window_note
-from .host.socket_types import EasyRefModel, EasyRefTokens, TokenPair
+from .host.socket_types import EasyRefTokens, TokenPair
 from .host.validation import validates_inputs
 from .unet_patch.condition import ApplySettings, condition
 
@@ -37,7 +37,6 @@ class EasyRefApply(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="An SDXL model. LoRAs and other patches may come before or after."
                 ),
-                EasyRefModel.Input("easyref", tooltip="The EasyRef model that made the tokens."),
                 EasyRefTokens.Input("tokens", tooltip="Reference tokens, from Aggregate Reference Tokens."),
                 io.Float.Input(
                     "weight",
@@ -77,6 +76,7 @@ class EasyRefApply(io.ComfyNode):
                     "training. Several Apply nodes of one checkpoint add the LoRA once, at their largest "
                     "strength. 0 together with weight 0 gives the unpatched model.",
                 ),
+                model_input("Needed for tokens from Load Reference Tokens; others carry their model"),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -129,12 +129,12 @@ class EasyRefApply(io.ComfyNode):
     def execute(
         cls,
         model: ModelPatcher,
-        easyref: HostedEasyRef,
         tokens: TokenPair,
         weight: float,
         start_percent: float,
         end_percent: float,
         lora_strength: float,
+        easyref: HostedEasyRef | None = None,
         mask: Tensor | None = None,
         weight_type: str = LINEAR,
         layer_weights: str = "",
@@ -152,6 +152,6 @@ class EasyRefApply(io.ComfyNode):
             weight_schedule=weight_schedule,
             embeds_scaling=embeds_scaling,
         )
-        patched = condition(model, easyref, tokens, settings)
+        patched = condition(model, tokens.model_or(easyref), tokens, settings)
         note = window_note(start_percent, end_percent) if weight else None
         return io.NodeOutput(patched, ui=preview.text(note) if note else None)

@@ -90,7 +90,7 @@ class EasyRefEncodeGroup(io.ComfyNode):
                     f"The size was lowered from {requested_size} to {size} pixels, so that the group fits."
                 )
         prepared = easyref.model.prepare([image[0] for image in references], text, instruction, size)
-        context = easyref.encode_prepared(prepared)
+        context = easyref.encode_prepared(prepared).masked(references.masks)
         budget = easyref.model.budget(image_sizes(references), text, instruction, size)
         lines = [
             f"{count_text(len(references))}, {budget.total:,} of {budget.limit:,} tokens.",

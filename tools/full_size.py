@@ -80,7 +80,7 @@ def main() -> None:
         group = (torch.rand(1, 768, 1024, 3), torch.rand(1, 1024, 683, 3))
         texts = "an oil painting", instruction, 336
         context = run("encode 2 references", "EasyRefEncodeGroup", easyref, group, *texts)
-        tokens = run("aggregate, both sides", "EasyRefAggregate", easyref, context)
+        tokens = run("aggregate, both sides", "EasyRefAggregate", context)
         measure("K and V of 70 sites", lambda: easyref.key_values(tokens))
         print(f"context {tuple(context.states.shape)}, tokens {tuple(tokens.conditional.shape)}")
 

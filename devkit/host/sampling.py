@@ -53,7 +53,8 @@ class Easy:
         **settings: Any,
     ) -> ModelPatcher:
         """settings: the optional inputs of Apply EasyRef."""
-        inputs = model, self.easyref, tokens or self.tokens, weight, start, end, lora
+        inputs = model, tokens or self.tokens, weight, start, end, lora
+        settings = {"easyref": self.easyref, **settings}
         return golden.execute(self.pack, "EasyRefApply", *inputs, **settings).result[0]
 
     def pair(self, conditional: Tensor, unconditional: Tensor) -> Any:

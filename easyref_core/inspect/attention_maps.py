@@ -60,7 +60,7 @@ def attention_shares(model: EasyRef, context: ContextStates, token: int = -1) ->
         )
     weights = aggregation_attention(model.mllm.aggregator, states, bias)
     per_token = weights[0].mean(dim=0).cpu()  # (T, S + T)
-    return split_shares(per_token.mean(dim=0) if token < 0 else per_token[token], context, model.config)
+    return split_shares(per_token.mean(dim=0) if token < 0 else per_token[token], context)
 
 
 def aggregation_attention(
@@ -109,13 +109,12 @@ def attention_weights(
     return scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
 
 
-def split_shares(weights: Tensor, context: ContextStates, config: EasyRefConfig) -> AttentionShares:
+def split_shares(weights: Tensor, context: ContextStates) -> AttentionShares:
     """Split attention weights (S + T,) into shares of the references, the text and the reference tokens."""
     length, last = context.states.shape[1], context.spans[-1][1]
-    sizes = (context.grid[:, 1:] // config.merge_size).tolist()
     maps = tuple(
         weights[start:end].reshape(rows, columns)
-        for (start, end), (rows, columns) in zip(context.spans, sizes, strict=True)
+        for (start, end), (rows, columns) in zip(context.spans, context.token_grids, strict=True)
     )
     template = weights[:last].sum() - sum(attention_map.sum() for attention_map in maps)
     return AttentionShares(

@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 def weight_bias(context: ContextStates, num_tokens: int) -> Tensor | None:
     """Bias of the reference tokens' attention logits: log of each key's weight, (T, S + T) float32.
 
-    None where every weight is 1.
+    An image token has the weight of its reference times that of the reference's mask. None where every weight
+    is 1.
     """
-    if context.weights is None:
+    if context.weights is None and context.masks is None:
         return None
     factor = torch.ones(context.states.shape[1] + num_tokens)
-    for (start, end), weight in zip(context.spans, context.weights, strict=True):
-        factor[start:end] = weight
+    for i, (start, end) in enumerate(context.spans):
+        if context.weights is not None:
+            factor[start:end] = context.weights[i]
+        if context.masks is not None:
+            factor[start:end] *= context.masks[i].flatten()
     return factor.log().expand(num_tokens, -1)
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..utils.area_mean import area_means, overlaps
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,10 +38,7 @@ def token_mask(mask: Tensor, crop: Crop, grid: tuple[int, int]) -> Tensor:
     """
     rows = _overlaps(mask.shape[1], crop.latent[0], crop.top, crop.height, grid[0])
     columns = _overlaps(mask.shape[2], crop.latent[1], crop.left, crop.width, grid[1])
-    lengths = rows.sum(1)[:, None], columns.sum(1)
-    # integers until each division, so that a sum of overlaps over its length is exactly 1
-    frames = [((rows @ frame.double()) / lengths[0] @ columns.T) / lengths[1] for frame in mask]
-    return torch.stack(frames).flatten(1)
+    return area_means(mask, rows, columns).flatten(1)
 
 
 def _overlaps(pixels: int, latent: int, start: int, length: int, tokens: int) -> Tensor:
@@ -53,8 +52,6 @@ def _overlaps(pixels: int, latent: int, start: int, length: int, tokens: int) ->
     else:  # another pack resized the activations: tokens of equal length
         edges = (start * tokens + index * length) * pixels
     marks = torch.arange(2 * pixels + 1, dtype=torch.float64) * latent * tokens
-    upper = torch.minimum(edges[1:, None], marks[None, 1:])
-    lower = torch.maximum(edges[:-1, None], marks[None, :-1])
-    overlaps = (upper - lower).clamp(min=0)
     # columns [pixels, 2 * pixels) are the wrapped-around axis
-    return overlaps[:, :pixels] + overlaps[:, pixels:]
+    first, wrapped = overlaps(edges, marks).split(pixels, dim=1)
+    return first + wrapped

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ...easyref_core.utils.images import Box, middle_square, square_around
 from ..host import preview
-from ..host.images import split_group
+from ..host.images import ReferenceGroup, cropped, split_group, split_masks
 from ..host.socket_types import EasyRefGroupSocket
 from ..host.validation import validates_inputs
 
@@ -76,32 +76,31 @@ class EasyRefCropReference(io.ComfyNode):
         mask: list[Tensor] | None = None,
         padding: Sequence[float] = (1.5,),
     ) -> io.NodeOutput:
-        references = [reference for batch in images for reference in split_group(batch)]
+        references = ReferenceGroup.joined(map(split_group, images))
         if not references:
             raise ValueError("Nothing to crop. Connect at least one image.")
         boxes = crop_boxes(references, crop[0], mask, padding[0])
-        crops = tuple(
-            reference[:, top:bottom, left:right]
-            for reference, (left, top, right, bottom) in zip(references, boxes, strict=True)
-        )
+        crops = ReferenceGroup(*zip(*map(cropped, references, references.masks, boxes), strict=True))
         lines = [
             f"reference {i + 1}: {old.shape[2]}x{old.shape[1]} -> {new.shape[2]}x{new.shape[1]} at "
             f"({box[0]}, {box[1]})"
             for i, (old, new, box) in enumerate(zip(references, crops, boxes, strict=True))
             if old.shape != new.shape
         ]
-        ui = {**preview.images(crops), **preview.text("\n".join(lines) or "Nothing is cropped.")}
+        ui = {**preview.images(crops, crops.masks), **preview.text("\n".join(lines) or "Nothing is cropped.")}
         return io.NodeOutput(crops, list(crops), ui=ui)
 
 
-def crop_boxes(references: list[Tensor], crop: str, mask: list[Tensor] | None, padding: float) -> list[Box]:
+def crop_boxes(
+    references: Sequence[Tensor], crop: str, mask: list[Tensor] | None, padding: float
+) -> list[Box]:
     """Return the box to crop from each reference (1, height, width, C)."""
     sizes = [(reference.shape[1], reference.shape[2]) for reference in references]
     if crop == NONE:
         return [(0, 0, width, height) for height, width in sizes]
     if crop == MIDDLE:
         return [middle_square(height, width) for height, width in sizes]
-    masks = [single for batch in mask or [] for single in batch.reshape(-1, *batch.shape[-2:])]
+    masks = split_masks(mask or [])
     if len(masks) == 1:
         masks *= len(references)
     if len(masks) != len(references):

@@ -16,7 +16,7 @@ from ...easyref_core.utils.errors import shorten
 from ...easyref_core.utils.images import to_rgb
 from ..host import folders
 from ..host.file_changes import FileChanges
-from ..host.images import to_tensor
+from ..host.images import ReferenceGroup, split_group, to_tensor
 from ..host.socket_types import EasyRefGroupSocket
 from ..host.validation import validates_inputs
 from .summary import group_preview
@@ -118,7 +118,7 @@ class EasyRefGroupFromFolder(io.ComfyNode):
                 f"No picture was found in {shorten(repr(folder))} of the input folder ({tried}). Put "
                 f"pictures there, or give another folder. {' '.join(notes)}".rstrip()
             )
-        references = (*(group or ()), *images)
+        references = ReferenceGroup.joined([split_group(group or ()), ReferenceGroup(images)])
         return io.NodeOutput(references, "\n".join(names), ui=group_preview(references, notes))
 
 

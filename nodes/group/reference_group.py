@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
 from ...easyref_core.utils.number_lists import parse_references
-from ..host.images import split
+from ..host.images import ReferenceGroup, split, split_group, split_masks
 from ..host.socket_types import EasyRefGroupSocket
 from ..host.validation import validates_inputs
-from .summary import group_preview
+from .summary import count_text, group_preview
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +53,14 @@ class EasyRefGroup(io.ComfyNode):
                     optional=True,
                     tooltip="A group to extend: the images here come after its references.",
                 ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="A mask for each image here, in order: only the marked (white) part of a "
+                    "reference counts when the reference tokens gather what the group shares. A mask of any "
+                    "size is stretched over its image. The multimodal LLM still reads whole images, so some "
+                    "of the rest may come through. A mask of ones changes nothing.",
+                ),
             ],
             outputs=[EasyRefGroupSocket.Output(display_name="group", tooltip="The references, in order.")],
         )
@@ -68,17 +77,37 @@ class EasyRefGroup(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, images: dict[str, list[Tensor]], group: list[tuple[Tensor, ...]] | None = None
+        cls,
+        images: dict[str, list[Tensor]],
+        group: list[tuple[Tensor, ...]] | None = None,
+        masks: list[Tensor] | None = None,
     ) -> io.NodeOutput:
-        references = [reference for earlier in group or [] for reference in earlier]
+        earlier = [split_group(one) for one in group or []]
+        references: list[Tensor] = []
         # the order of the sockets, not of the dictionary: image10 comes after image9
         for name in sorted(images, key=lambda socket: int(socket.removeprefix("image"))):
             references += [
                 reference for batch in images[name] if batch is not None for reference in split(batch)
             ]
-        if not references:
+        added = ReferenceGroup(references, masks_for(references, masks))
+        extended = ReferenceGroup.joined([*earlier, added])
+        if not extended:
             raise ValueError(EMPTY)
-        return io.NodeOutput(tuple(references), ui=group_preview(references))
+        return io.NodeOutput(extended, ui=group_preview(extended))
+
+
+def masks_for(references: Sequence[Tensor], masks: Sequence[Tensor] | None) -> list[Tensor] | None:
+    """The mask (height, width) of each reference; None without masks. ValueError for another number."""
+    if masks is None:
+        return None
+    single = split_masks(masks)
+    if len(single) != len(references):
+        raise ValueError(
+            f"masks holds {len(single)}, images {count_text(len(references))}. Connect one mask for each, as "
+            "a batch or a list in the order of the sockets; a mask of ones leaves an image whole. The "
+            "references of group keep their own masks."
+        )
+    return single
 
 
 @validates_inputs
@@ -108,5 +137,5 @@ class EasyRefSelectReferences(io.ComfyNode):
         chosen = parse_references(references, "references", len(group), MAX_SELECTED) or range(
             1, len(group) + 1
         )
-        selected = tuple(group[number - 1] for number in chosen)
+        selected = split_group(group).selected(number - 1 for number in chosen)
         return io.NodeOutput(selected, ui=group_preview(selected))

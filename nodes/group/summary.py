@@ -8,21 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 from ...easyref_core.inspect.duplicates import duplicates
 from ..host import preview
-from ..host.notes import duplicate_notes
+from ..host.notes import duplicate_notes, mask_notes
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ...easyref_core.mllm.budget import Budget
+    from ..host.images import ReferenceGroup
 
 MIN_ADVISED = 3  # references, as the authors advise
 
 
-def group_preview(references: Sequence[Tensor], notes: Sequence[str] = ()) -> dict[str, Any]:
+def group_preview(group: ReferenceGroup, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Return the ui of a node that made a group: contact sheet, number of references, notes, duplicates."""
-    duplicate_lines = duplicate_notes(duplicates([reference[0] for reference in references]))
-    lines = [count_text(len(references)), *notes, *small_group_notes(len(references)), *duplicate_lines]
-    return {**preview.images(references), **preview.text("\n".join(lines))}
+    duplicate_lines = duplicate_notes(duplicates([reference[0] for reference in group]))
+    lines = [
+        count_text(len(group)),
+        *notes,
+        *small_group_notes(len(group)),
+        *mask_notes(group.masks),
+        *duplicate_lines,
+    ]
+    return {**preview.images(group, group.masks), **preview.text("\n".join(lines))}
 
 
 def count_text(references: int) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class CopyByReference:
-    """Mixin of objects in model_options: `copy.deepcopy` returns the object, because it refers to tensors."""
+    """Mixin of objects that refer to tensors or weights: `copy.deepcopy` returns the object itself."""
 
     def __deepcopy__(self, memo: dict) -> Any:
         return self

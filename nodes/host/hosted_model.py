@@ -25,9 +25,9 @@ from ...easyref_core.mllm.budget import MemoryOptions, activation_bytes, flops
 from ...easyref_core.model import EasyRef, build
 from ...easyref_core.tokens.reference_tokens import ReferenceTokens
 from ...easyref_core.utils.images import black_image
-from .attach import attach
+from .attach import CopyByReference, attach
 from .key_values import MAX_TABLE_BYTES, KeyValueProjector, KeyValueTable, project_rows
-from .socket_types import TokenPair
+from .socket_types import HostedContext, TokenPair
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,8 +40,11 @@ if TYPE_CHECKING:
 PRECISIONS = ("auto", "bf16", "fp32", "fp8_e4m3fn")
 
 
-class HostedEasyRef:
-    """Value of EASYREF_MODEL. The host finds the weights that it may evict by `patcher` and `get_models`."""
+class HostedEasyRef(CopyByReference):
+    """Value of EASYREF_MODEL. The host finds the weights that it may evict by `patcher` and `get_models`.
+
+    Contexts and tokens refer to it. It must not refer to them, or a cycle would keep the weights in memory.
+    """
 
     def __init__(self, model: EasyRef) -> None:
         self.model = model
@@ -51,6 +54,12 @@ class HostedEasyRef:
             self.clear_caches_on_detach(patcher)
         self._key_values: WeakKeyDictionary[TokenPair, list[KeyValue]] = WeakKeyDictionary()
         self.rate: float | None = None  # FLOPs per second of the last encoding, for estimates
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "An EasyRef model cannot be pickled, because ComfyUI manages its weights; nor can a context or "
+            "reference tokens, which refer to it. Save Reference Tokens writes tokens to a file."
+        )
 
     def get_models(self) -> list[ModelPatcher]:
         return [self.patcher, self._kv_patcher]
@@ -70,7 +79,7 @@ class HostedEasyRef:
         instruction: str,
         size: int,
         progress: Callable[[float], None] | None = None,
-    ) -> ContextStates:
+    ) -> HostedContext:
         """Context states of a group, on the host's intermediate device.
 
         progress: called with the fraction done (0..1) after each block of the MLLM body. By default it
@@ -80,7 +89,7 @@ class HostedEasyRef:
 
     def encode_prepared(
         self, group: PreparedGroup, progress: Callable[[float], None] | None = None
-    ) -> ContextStates:
+    ) -> HostedContext:
         """Context states of a prepared group; see encode."""
         plan = self.model.plan(group)
         self._load_for(plan.patches, plan.new_tokens, plan.cached_tokens)
@@ -90,7 +99,7 @@ class HostedEasyRef:
         if not plan.cached_tokens:
             done = flops(self.model.config, plan.patches, plan.new_tokens)
             self.rate = done / max(time.monotonic() - start, 1e-3)
-        return context
+        return HostedContext(**vars(context), easyref=self)
 
     def aggregate(
         self,
@@ -117,7 +126,8 @@ class HostedEasyRef:
                 self.model.aggregate(context),
                 self.model.unconditional(provenance.instruction, provenance.size, noise_seed, noise_strength),
             )
-        return TokenPair(*(ReferenceTokens.of(t.to(mm.intermediate_device()), t.provenance) for t in tokens))
+        sides = (ReferenceTokens.of(t.to(mm.intermediate_device()), t.provenance) for t in tokens)
+        return TokenPair(*sides, easyref=self)
 
     def attention(self, context: ContextStates, token: int) -> AttentionShares:
         """Attention of the reference tokens to a context; see attention_shares."""

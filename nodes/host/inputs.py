@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ...easyref_core import INSTRUCTION, SIZE
-from .socket_types import EasyRefGroupSocket
+from .socket_types import EasyRefGroupSocket, EasyRefModel
 
 # Search words of Apply and Encode, which should come before the other nodes of the pack. Among nodes that are
 # found by an alias alone, the frontend prefers short names and a word that is a whole alias or begins one.
@@ -29,6 +29,15 @@ def group_input(tooltip: str) -> io.MultiType.Input:
 def instruction_input(tooltip: str) -> io.String.Input:
     """The instruction to the MLLM on what to look for."""
     return io.String.Input("instruction", default=INSTRUCTION, multiline=True, advanced=True, tooltip=tooltip)
+
+
+def model_input(reason: str) -> EasyRefModel.Input:
+    """The EasyRef model of nodes whose other input carries one. reason: why it may be left open."""
+    return EasyRefModel.Input(
+        "easyref",
+        optional=True,
+        tooltip=f"{reason}. A connected model takes precedence; it must have the same checkpoint.",
+    )
 
 
 def prompt_input(tooltip: str) -> io.String.Input:

@@ -12,6 +12,8 @@ from ...easyref_core.utils.lru_cache import ByteLRUCache
 from ...easyref_core.utils.prompt_syntax import plain_text
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ...easyref_core.mllm.prefix_cache import PreparedGroup
 
 MAX_BLACK = 8  # of 255; noise of a compressed black image stays below
@@ -65,6 +67,16 @@ def black_notes(numbers: Sequence[int]) -> list[str]:
         f"Warning: reference {number} is black, as the unconditional side's image is. Remove it from the "
         "group."
         for number in numbers
+    ]
+
+
+def mask_notes(masks: Iterable[Tensor | None]) -> list[str]:
+    """A warning for each mask of a reference that marks nothing; None is a reference without a mask."""
+    return [
+        f"Warning: the mask of reference {number} marks nothing, so nothing of it counts. Load Image gives "
+        "such a mask for an image without a painted or transparent part."
+        for number, mask in enumerate(masks, start=1)
+        if mask is not None and not (mask > 0).any()
     ]
 
 

@@ -7,21 +7,63 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
+from ...easyref_core.mllm.context import ContextStates
+
 if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
     from ...easyref_core import ReferenceTokens
+    from .hosted_model import HostedEasyRef
 
 EasyRefModel = io.Custom("EASYREF_MODEL")  # hosted_model.HostedEasyRef
-EasyRefGroupSocket = io.Custom("EASYREF_GROUP")  # tuple of references in order, each (1, height, width, C)
-EasyRefContext = io.Custom("EASYREF_CONTEXT")  # easyref_core.ContextStates
+EasyRefGroupSocket = io.Custom("EASYREF_GROUP")  # images.ReferenceGroup, or a plain tuple of references
+EasyRefContext = io.Custom("EASYREF_CONTEXT")  # HostedContext
 EasyRefTokens = io.Custom("EASYREF_TOKENS")  # TokenPair
 EasyRefRecordSocket = io.Custom("EASYREF_RECORD")  # recording.Record
 
 
+class CarriesModel:
+    """Mixin of values that refer to the EasyRef model that made them, so that no wire needs to repeat it.
+
+    The host looks for `patcher` and `get_models` in cached values: it protects models that the current prompt
+    uses, and evicts values of earlier prompts that hold a model first. The weights are not copied.
+    """
+
+    easyref: HostedEasyRef | None
+
+    @property
+    def patcher(self) -> ModelPatcher | None:
+        return self.easyref.patcher if self.easyref else None
+
+    def get_models(self) -> list[ModelPatcher]:
+        return self.easyref.get_models() if self.easyref else []
+
+    def model_or(self, connected: HostedEasyRef | None) -> HostedEasyRef:
+        """The connected model, which takes precedence, or the one that this value carries."""
+        model = connected or self.easyref
+        if model is None:
+            raise ValueError(
+                "easyref is not connected, and the reference tokens come from a file, which does not contain "
+                "their model. Connect Load EasyRef, with the checkpoint that made the tokens, to easyref."
+            )
+        return model
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class TokenPair:
+class HostedContext(CarriesModel, ContextStates):
+    """Context states of a group, with the model that encoded it."""
+
+    easyref: HostedEasyRef = dataclasses.field(kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenPair(CarriesModel):
     """Reference tokens (B, T, C) of the conditional and of the unconditional side; one row is for all
     latents.
+
+    easyref: the model that made them; None for tokens from a file.
     """
 
     conditional: ReferenceTokens
     unconditional: ReferenceTokens
+    easyref: HostedEasyRef | None = None

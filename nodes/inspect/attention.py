@@ -10,15 +10,15 @@ from torch.nn.functional import interpolate
 from ...easyref_core.inspect.attention_maps import require_same_group
 from ...easyref_core.inspect.reports import attention_report, heat_maps
 from ..host.images import split_group, to_tensor
-from ..host.inputs import group_input
-from ..host.socket_types import EasyRefContext, EasyRefModel
+from ..host.inputs import group_input, model_input
+from ..host.socket_types import EasyRefContext
 from ..host.validation import validates_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...easyref_core import ContextStates
     from ..host.hosted_model import HostedEasyRef
+    from ..host.socket_types import HostedContext
 
 
 @validates_inputs
@@ -34,7 +34,6 @@ class EasyRefReferenceAttention(io.ComfyNode):
             search_aliases=["attention map", "heat map", "explain"],
             is_output_node=True,
             inputs=[
-                EasyRefModel.Input("easyref", tooltip="The EasyRef model that encoded the group."),
                 EasyRefContext.Input("context", tooltip="The encoded group, from Encode Reference Group."),
                 group_input("The group that was encoded; the heat maps are drawn over its images."),
                 io.Int.Input(
@@ -45,6 +44,7 @@ class EasyRefReferenceAttention(io.ComfyNode):
                     advanced=True,
                     tooltip="One reference token, counted from 0 (the released model has 64). -1: the mean.",
                 ),
+                model_input("The context carries the model that encoded it"),
             ],
             outputs=[
                 io.Image.Output(display_name="sheet", tooltip="The heat maps over the references."),
@@ -60,14 +60,15 @@ class EasyRefReferenceAttention(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        easyref: HostedEasyRef,
-        context: ContextStates,
+        context: HostedContext,
         group: Tensor | tuple[Tensor, ...],
         token: int = -1,
+        easyref: HostedEasyRef | None = None,
     ) -> io.NodeOutput:
         images = [image[0] for image in split_group(group)]
-        shares = easyref.attention(context, token)
-        require_same_group(images, context, easyref.model.config)
+        model = context.model_or(easyref)
+        shares = model.attention(context, token)
+        require_same_group(images, context, model.model.config)
         report = attention_report(images, shares, token)
         sheet = to_tensor(report.image)
         masks = [

@@ -68,18 +68,19 @@ class EasyRefReferenceInfluence(io.ComfyNode):
         size: int = SIZE,
     ) -> io.NodeOutput:
         references, (text, notes) = split_group(group), read_prompt(prompt)
-
-        def tokens(images: Sequence[Tensor], progress: Progress) -> Tensor:
-            return easyref.aggregate(easyref.encode(images, text, instruction, size, progress)).conditional
-
         images = [image[0] for image in references]
+
+        def tokens(indexes: Sequence[int], progress: Progress) -> Tensor:
+            context = easyref.encode([images[i] for i in indexes], text, instruction, size, progress)
+            return easyref.aggregate(context.masked(references.selected(indexes).masks)).conditional
+
         influence = leave_one_out(
-            images,
-            lambda images, progress: easyref.vision_features(images, size, progress),
+            range(len(images)),
+            lambda _, progress: easyref.vision_features(images, size, progress),
             tokens,
             progress_callback(len(references) + 2),
         )
         report = influence_report(images, influence)
         chart, text = to_tensor(report.image), "\n".join([report.text, *notes])
-        others = tuple(image for i, image in enumerate(references) if i != influence.outlier)
+        others = references.selected(i for i in range(len(references)) if i != influence.outlier)
         return io.NodeOutput(chart, text, influence.outlier, others, ui=ui.PreviewImage(chart, cls=cls))

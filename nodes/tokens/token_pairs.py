@@ -53,14 +53,16 @@ def map_pairs(
 ) -> TokenPair:
     """Apply a function to the conditional and unconditional tokens; an unchanged pair is returned itself.
 
-    Equal unconditional rows, as of the black image, become one row, which is used for every image.
+    Equal unconditional rows, as of the black image, become one row, which is used for every image. The result
+    carries the model of the first pair that has one; all are of one checkpoint.
     """
     conditional = combine([pair.conditional for pair in pairs])
     unconditional = distinct(combine([_expand_unconditional(pair) for pair in pairs]))
     for pair in pairs:  # the same object, because its keys and values are cached by identity
         if conditional is pair.conditional and unconditional is pair.unconditional:
             return pair
-    return TokenPair(conditional, unconditional)
+    easyref = next((pair.easyref for pair in pairs if pair.easyref), None)
+    return TokenPair(conditional, unconditional, easyref)
 
 
 def _expand_unconditional(pair: TokenPair) -> ReferenceTokens:

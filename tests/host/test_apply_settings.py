@@ -419,7 +419,7 @@ def test_a_value_that_the_schema_does_not_allow(easy, model, setting: str, value
     inputs = {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, "lora_strength": 1.0, setting: value}
     node = golden.node(easy.pack, "EasyRefApply")
     with pytest.raises((ValueError, TypeError), match=f"^{setting} is .*; wanted {wanted}"):
-        node.execute(model, easy.easyref, easy.tokens, **inputs)
+        node.execute(model, easy.tokens, **inputs)
 
 
 @pytest.mark.parametrize("settings", [{"layer_weights": "3:1e308"}, {"weight_schedule": "1, 1e308"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on
 WORKFLOW = ROOT / "workflows" / "easyref_basic.json"
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 TRY_IT_NOW = ROOT / "workflows" / "try_it_now.json"
+WITH_ALL_WIRES = Path(__file__).with_name("saved") / "with_all_wires.json"  # of version 0.1.0
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,8 @@ def test_links_survive_loading_and_defaults_are_the_authors(page) -> None:
     assert sockets == ["images.image0", "images.image1", "images.image2"]
     for kind, names in {
         "EasyRefEncodeGroup": ("easyref", "group", "prompt"),
-        "EasyRefAggregate": ("easyref", "context"),
-        "EasyRefApply": ("model", "easyref", "tokens"),
+        "EasyRefAggregate": ("context",),
+        "EasyRefApply": ("model", "tokens"),
         "KSampler": ("model", "positive", "negative", "latent_image"),
     }.items():
         assert all(isinstance(by_type[kind][name], list) for name in names), kind
@@ -108,6 +110,17 @@ def test_workflows_saved_with_a_randomized_seed_keep_their_values(page) -> None:
     again = page.evaluate("() => app.graph.serialize()")["nodes"]
     (values,) = (node["widgets_values"] for node in again if node["id"] == aggregate["id"])
     assert values == aggregate["widgets_values"]
+
+
+def test_workflows_saved_with_easyref_on_every_node_keep_their_links(page) -> None:
+    """Its socket was the first of these nodes; since it is optional, it comes after the required ones."""
+    browser.open_workflow(page, WITH_ALL_WIRES)
+    first = prompt_of(page)
+    for number, node in graphs.from_file(WITH_ALL_WIRES).items():
+        if node["class_type"].startswith("EasyRef"):
+            assert first[number]["inputs"] == node["inputs"], node["class_type"]
+    page.evaluate("() => app.loadGraphData(app.graph.serialize())")
+    assert prompt_of(page) == first
 
 
 def test_one_text_node_feeds_clip_and_mllm_unchanged(page) -> None:

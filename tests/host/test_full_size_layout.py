@@ -107,7 +107,8 @@ def test_each_lora_has_the_shape_of_its_weight(sdxl, lora_by_weight) -> None:
     ],
 )
 def test_other_models_are_refused_by_name(pack, released, unet_config: dict, named: str) -> None:
-    inputs = on_meta(unet_config), released, TOKENS, 1.0, 0.0, 1.0, 1.0
+    tokens = golden.part(pack, "nodes.host.socket_types").TokenPair(**vars(TOKENS), easyref=released)
+    inputs = on_meta(unet_config), tokens, 1.0, 0.0, 1.0, 1.0
     with pytest.raises(ValueError, match=rf"^The MODEL {named}") as refused:
         golden.execute(pack, "EasyRefApply", *inputs)
     for part in (

@@ -42,7 +42,7 @@ def run(model: ModelPatcher, cfg: float = 5.0, prompt: int = 0) -> torch.Tensor:
 def test_attention_maps_have_the_size_of_each_reference(pack, easy, outputs) -> None:
     group = golden.references()
     context = golden.encode(pack, easy.easyref, "a cat")
-    sheet, maps, report = outputs("EasyRefReferenceAttention", easy.easyref, context, group, -1)
+    sheet, maps, report = outputs("EasyRefReferenceAttention", context, group, -1)
     assert sheet.shape[0] == 1
     assert 0 <= sheet.min() <= sheet.max() <= 1
     assert [mask.shape[1:] for mask in maps] == [image.shape[1:3] for image in group]
@@ -50,7 +50,7 @@ def test_attention_maps_have_the_size_of_each_reference(pack, easy, outputs) -> 
     for i, share in enumerate(easy.easyref.attention(context, -1).references):
         assert f"reference {i + 1}: {100 * share:.1f} %" in report
     with pytest.raises(ValueError, match="The group is not the one that was encoded"):
-        outputs("EasyRefReferenceAttention", easy.easyref, context, group[:2])
+        outputs("EasyRefReferenceAttention", context, group[:2])
 
 
 @pytest.fixture

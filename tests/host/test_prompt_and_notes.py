@@ -125,7 +125,7 @@ def test_window(pack) -> None:
 
 def test_a_window_that_never_opens_is_shown_on_apply(easy, model) -> None:
     def shown(weight: float, start: float, end: float) -> object:
-        inputs = model, easy.easyref, easy.tokens, weight, start, end, 1.0
+        inputs = model, easy.tokens, weight, start, end, 1.0
         return golden.execute(easy.pack, "EasyRefApply", *inputs).ui
 
     assert "start_percent is 0.6 and end_percent is 0.4" in str(shown(1.0, 0.6, 0.4))

@@ -247,7 +247,7 @@ def contexts(easy) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def aggregate(easy, execute) -> Callable[..., Any]:
-    node = functools.partial(execute, "EasyRefAggregate", easy.easyref)
+    node = functools.partial(execute, "EasyRefAggregate")
     return lambda context, **inputs: node(context, **inputs).result[0]
 
 
