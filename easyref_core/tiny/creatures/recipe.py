@@ -15,8 +15,9 @@ from ..sdxl import EMPTY_RATE, NAME_RATE, create_sdxl, pretrain_sdxl
 from ..tokenizer import COMPARE, DESCRIBE, TEMPLATE, train_mllm_tokenizer
 from ..vae import pretrain_vae, reconstruct
 from ..worlds import BASE, CREATURES
-from .captions import all_captions, caption
+from .captions import all_captions, caption, words
 from .dataset import Dataset, draw_dataset
+from .descriptions import PARTS, all_descriptions, describe, described
 from .examples import COUNT, DATASET_SEED
 from .judge import train_judge
 from .qwen2_vl import pretrain_qwen2_vl
@@ -27,6 +28,7 @@ JUDGE_TRAINING = Training(steps=2500, batch=64, lr=2e-3, seed=0)
 VISION_TRAINING = Training(steps=2000, batch=64, lr=3e-3, seed=0)
 QWEN2_VL_TRAINING = Training(steps=3000, batch=32, lr=1.5e-3, seed=0)
 SDXL_TRAINING = Training(steps=2600, batch=64, lr=1.5e-3, seed=0)
+DESCRIBED_RATE = 0.6  # probability that a caption may have words for the identity
 VIEWS = 6  # of each creature, for the MLLM
 SCENES = 4000  # views that the VAE and the UNet are trained on, beside the targets
 CONFIGS = Path(__file__).parent
@@ -50,7 +52,7 @@ def make_base(folder: Path, log: Log) -> None:
         train_mllm_tokenizer(mllm, corpus())
         pretrain_qwen2_vl(dataset, mllm, QWEN2_VL_TRAINING, VISION_TRAINING, log)
     if work != base:
-        create_sdxl(work, SDXL_TRAINING.seed, _config("sdxl"), corpus())
+        create_sdxl(work, SDXL_TRAINING.seed, _config("sdxl"), clip_corpus())
         pretrain_sdxl(images, partial(draw_caption, dataset), work, SDXL_TRAINING, log)
         work.rename(base)
 
@@ -61,15 +63,24 @@ def draw_caption(dataset: Dataset, index: int, rng: np.random.Generator) -> str:
         return ""
     named = rng.random(2) < NAME_RATE
     if index < len(dataset):
+        said = rng.random(len(PARTS)) < NAME_RATE * (rng.random() < DESCRIBED_RATE)
+        parts = describe(dataset.identities[index])
+        parts = {part: parts[part] for part, is_said in zip(PARTS, said, strict=True) if is_said}
         ground, place = dataset.grounds[index], dataset.places[index]
-        return caption(1, ground if named[0] else None, place if named[1] else None)
+        return described(parts) + words(ground if named[0] else None, place if named[1] else None)
     view = (index - len(dataset)) * dataset.views.shape[1]
     count = np.count_nonzero(dataset.view_scenes.radii[view])
     return caption(count, dataset.view_scenes.grounds[view] if named[0] else None)
 
 
+def clip_corpus() -> Iterator[str]:
+    """Texts of the base's tokenizers, in which every word occurs often enough to become a token."""
+    for text in (*all_captions(), *all_descriptions()):
+        yield from [text, f" {text}"] * 40
+
+
 def corpus() -> Iterator[str]:
-    """Texts of the tokenizers, in which every word occurs often enough to become a token."""
+    """Texts of the MLLM's tokenizer, in which every word occurs often enough to become a token."""
     for text in all_captions():
         yield from [text, f"{text}. "] * 40
     yield from [*TEMPLATE, DESCRIBE, COMPARE] * 200
