@@ -1,8 +1,8 @@
 """Coarse words for identities, in captions of the base: "a tall red creature with fine teal stripes".
 
 A base without words for what references share has no path to it from its cross-attention. EasyRef's K and V
-start as copies of the text's and do not learn such a path. SDXL has words for colours, forms and patterns too,
-and details remain beyond them. No prompt of EasyRef's training or of a benchmark has these words.
+start as copies of the text's and do not learn such a path. SDXL has words for colours, forms and patterns;
+details remain beyond them. No prompt of EasyRef's training or of a benchmark has these words.
 """
 
 from __future__ import annotations
