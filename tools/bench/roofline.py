@@ -73,7 +73,7 @@ class OperationFloor(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func.is_view or func._overloadpacket in ALLOCATIONS:
+        if func.is_view or func._overloadpacket in MOVING_NOTHING:
             return out
         formula = FORMULAS.get(func._overloadpacket)
         operations = formula(*args, **kwargs, out_val=out) if formula else 0
@@ -84,4 +84,5 @@ class OperationFloor(TorchDispatchMode):
         return out
 
 
-ALLOCATIONS = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty}
+# allocations, and the view that is not declared as one
+MOVING_NOTHING = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten._unsafe_view}
