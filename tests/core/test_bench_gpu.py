@@ -127,8 +127,9 @@ ROW = Row("first", 1.0, "s", wanted=Limit("<=", 2.0))
 
 
 def command_of(options: GpuOptions, text: str) -> Path:
-    """A command in place of gpu.py, which has measured one row of "edit" before."""
-    file_of("edit", options, "jsonl").write_text(json.dumps(entry(ROW)) + "\n", encoding="utf-8")
+    """A command in place of gpu.py, which has stored one row of "edit" and half of another before."""
+    half = '{"name": "sec'
+    file_of("edit", options, "jsonl").write_text(f"{json.dumps(entry(ROW))}\n{half}", encoding="utf-8")
     file = options.folder / "command.py"
     file.write_text(text, encoding="utf-8")
     return file

@@ -109,19 +109,23 @@ class Ways(NamedTuple):
         return counts.step(self.unet, tensors)
 
 
-def both_ways(unet: UNet2DConditionModel, dtype: torch.dtype, device: str) -> Ways:
+def both_ways(
+    unet: UNet2DConditionModel, dtype: torch.dtype, device: str, processor: type[ReferenceProcessor]
+) -> Ways:
     """The UNet's own processors, and those with random K and V."""
     modules, widths = dict(unet.named_modules()), cross_attention_widths(unet)
     attentions = [modules[f"{site.diffusers}.attn2"] for site in widths]
     bare = [attention.processor for attention in attentions]
     patched = []
     for width in widths.values():
-        patched.append(TimedProcessor() if device == "cpu" else ReferenceProcessor())
+        patched.append(processor())
         patched[-1].attend_to(tuple(torch.randn(2, TOKENS, width, device=device).to(dtype) for _ in "kv"))
     return Ways(unet, attentions, bare, patched)
 
 
-def random_ways(options: Options, say: Say) -> Ways | None:
+def random_ways(
+    options: Options, say: Say, processor: type[ReferenceProcessor] = ReferenceProcessor
+) -> Ways | None:
     """SDXL's UNet with random weights, small with --quick; None where the weights do not fit."""
     from diffusers import UNet2DConditionModel
 
@@ -135,15 +139,16 @@ def random_ways(options: Options, say: Say) -> Ways | None:
         say(f"  times left out: the UNet takes {size / GIB:.1f} GiB and {free / GIB:.1f} are free.")
         return None
     say(f"  making random weights, {size / GIB:.1f} GiB")
-    return both_ways(materialize(unet, options.device, dtype), dtype, options.device)
+    return both_ways(materialize(unet, options.device, dtype), dtype, options.device, processor)
 
 
 def timed(options: Options, say: Say) -> list[Row]:
     """Seconds of a step and memory, patched against unpatched; nothing where the weights do not fit."""
-    ways = random_ways(options, say)
+    on_gpu = options.device != "cpu"
+    ways = random_ways(options, say, ReferenceProcessor if on_gpu else TimedProcessor)
     if ways is None:
         return []
-    on_gpu, dtype = options.device != "cpu", ways.unet.dtype
+    dtype = ways.unet.dtype
     kind, rows = "small UNet" if options.quick else "SDXL", []
     for pixels in (ON_GPU,) if on_gpu and not options.quick else options.pixels:
         tensors = counts.inputs(pixels, dtype, options.device)

@@ -109,11 +109,12 @@ def timed_run(server: ComfyServer, graph: Graph) -> float:
 
 
 def latent_rows(label: str, mode: Mode, output: Path, stored: Path) -> Iterator[Row]:
-    """Compare the prompt's latents with those of the first mode, or store them as these."""
+    """Compare the prompt's latents with those of the first exact mode, or store them as these."""
     (file,) = output.glob("*.latent")
     latents = load_file(file)["latent_tensor"]
     if not stored.exists():
-        save_file({"latents": latents}, stored)
+        if mode.exact:
+            save_file({"latents": latents}, stored)
         return
     found = cosine(latents, load_file(stored)["latents"])
     yield Row(

@@ -117,8 +117,9 @@ def run_process(name: str, options: GpuOptions, limit: float, command: Path = CO
     lines = errors.read_text(encoding="utf-8", errors="replace").splitlines()
     if code:
         problem = f"Failed: {lines[-1] if lines else f'exit code {code}'}"
-    stored = rows_file.read_text(encoding="utf-8").splitlines()
-    rows = tuple(row_of(json.loads(line)) for line in stored)
+    stored = rows_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    # a process that is killed may leave half a line
+    rows = tuple(row_of(json.loads(line)) for line in stored if line.endswith("\n"))
     return Outcome(name, rows, took, problem, "\n".join(lines[-LAST_LINES:]) if problem else "")
 
 
