@@ -14,6 +14,7 @@ Modules in reading order (B groups, K references in each, T reference tokens):
     objective.py     the loss of a noise schedule (epsilon, v-prediction, sample), and its sampler
     initial.py       initial weights of a run
     trainable.py     Batch -> reference tokens (B, T, C) -> prediction (B, 4, h, w), with gradients
+    optimizers.py    AdamW, 8-bit AdamW, Adafactor
     run.py           one stage in training: one update, and the checkpoint
     loop.py          all updates
     export.py        a saved state -> a checkpoint

@@ -65,12 +65,15 @@ class Settings:
     start: Path | None = None  # checkpoint of an earlier stage; None: base MLLM and UNet
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warmup, down to 0 at the end
     warmup: int = 0  # updates
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     weight_decay: float = 0.0
     clip: float | None = None  # maximum norm of the gradients
     seed: int = 0
     num_tokens: int = 64
     final_layers: int = 1  # layers with reference tokens; 2, 3: the paper's insertion layer -2, -3
     lora_rank: int = 128  # of the stages that train a LoRA
+    mllm_lora_rank: int = 0  # train a LoRA of the MLLM's body in place of its weights, merged on save
+    weight_dtype: Literal["float32", "bfloat16"] = "float32"  # of the trained weights
     causal: bool = True
     aggregation: Literal["easyref", "average", "concatenation"] = "easyref"
     gradient_checkpointing: bool = False
@@ -96,7 +99,9 @@ class Settings:
     def __post_init__(self) -> None:
         positive = ("updates", "batch_size", "accumulation", "num_tokens", "final_layers", "lora_rank")
         require_at_least(self, dict.fromkeys((*positive, "save_every", "keep", "log_every"), 1))
-        require_at_least(self, dict.fromkeys(("warmup", "seed", "workers", "weight_decay"), 0))
+        require_at_least(
+            self, dict.fromkeys(("warmup", "seed", "workers", "weight_decay", "mllm_lora_rank"), 0)
+        )
         if self.seed > MAX_SEED:
             raise ValueError(f"seed is {self.seed}, expected at most {MAX_SEED}.")
         for name in ("learning_rate", "clip"):
@@ -106,6 +111,11 @@ class Settings:
             number = "both" if self.data.rows else "neither"
             raise ValueError(
                 f"data has {number} of rows and procedural, expected one. Set data.rows and data.root."
+            )
+        if self.mllm_lora_rank and self.stage_spec.body_frozen:
+            raise ValueError(
+                f"mllm_lora_rank is {self.mllm_lora_rank}, but stage {self.stage!r} freezes the MLLM's body. "
+                "Set it to 0, or train stage 'multi_reference'."
             )
         if self.precomputed and (self.data.procedural is not None or self.cache):
             other = "cache" if self.cache else "data.procedural"

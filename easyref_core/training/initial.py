@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from torch import Tensor
 
+MLLM_LORA_PREFIX = "mllm_lora."  # of the LoRA of the MLLM's body, which no checkpoint holds
 REFERENCE_TOKENS_STD = 0.1  # the authors' 0.1 * randn
 
 
@@ -112,6 +113,32 @@ def fresh_lora(
         else torch.zeros(shape)
         for name, shape in lora_shapes(config, widths).items()
     }
+
+
+def fresh_mllm_lora(tensors: Mapping[str, Tensor], rank: int, seed: int) -> dict[str, Tensor]:
+    """LoRA without effect of every linear layer in the blocks of the MLLM's decoder and vision tower."""
+    generator = torch.Generator().manual_seed(seed)
+    lora = {}
+    for name, weight in tensors.items():
+        if match := re.fullmatch(r"encoder\.((?:layers|visual\.blocks)\..+)\.weight", name):
+            if weight.ndim == 2:
+                rows, columns = weight.shape
+                down = torch.randn(rank, columns, generator=generator) / rank
+                lora[f"{MLLM_LORA_PREFIX}{match[1]}.down.weight"] = down
+                lora[f"{MLLM_LORA_PREFIX}{match[1]}.up.weight"] = torch.zeros(rows, rank)
+    return lora
+
+
+def merge_mllm_lora(tensors: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The body's tensors, encoder.*, with the products of a LoRA added, in float32."""
+    merged = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
+    for name, down in lora.items():
+        if name.endswith(".down.weight"):
+            path = name.removeprefix(MLLM_LORA_PREFIX).removesuffix(".down.weight")
+            up = lora[f"{MLLM_LORA_PREFIX}{path}.up.weight"]
+            weight = merged[f"encoder.{path}.weight"]
+            merged[f"encoder.{path}.weight"] = weight.float() + (up.float() @ down.float()).to(weight.device)
+    return merged
 
 
 def _float32_copy(_: str, tensor: Tensor) -> Tensor:

@@ -39,12 +39,17 @@ FREE = frozenset(
 )
 
 # Settings that decide the model which a state is of.
-MODEL = frozenset("stage base mllm start num_tokens final_layers lora_rank causal aggregation".split()) | {
-    "contents of start"
-}
+MODEL = frozenset(
+    "stage base mllm start num_tokens final_layers lora_rank mllm_lora_rank causal aggregation".split()
+) | {"contents of start"}
 
 # Settings that older runs did not have, and what these runs did.
-ABSENT = {"data.apply_exif": False}
+ABSENT = {
+    "data.apply_exif": False,
+    "optimizer": "adamw",
+    "mllm_lora_rank": 0,
+    "weight_dtype": "float32",
+}
 
 
 @contextmanager

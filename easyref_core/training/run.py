@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import pkgutil
 from collections.abc import Iterator
@@ -22,8 +23,9 @@ from .base_model import BaseModel, Text
 from .batches import Batch, Examples, LoadExamples
 from .broken_rows import BrokenRows
 from .cache import TensorCache, cached_contexts, cached_moments
-from .initial import Weights, from_base, from_checkpoint
+from .initial import MLLM_LORA_PREFIX, Weights, fresh_mllm_lora, from_base, from_checkpoint, merge_mllm_lora
 from .objective import denoising_loss
+from .optimizers import make_optimizer
 from .precomputed import PARTS, provenance, read_manifest, require_provenance
 from .sampling import generate_images, to_images, unpatchify
 from .trainable import TrainableEasyRef, tensor_name
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .config import Settings
+
+log = logging.getLogger(__name__)
 
 NOT_FINITE_REMEDY = (
     "The last good saved state remains and nothing was exported. Lower learning_rate, set clip to 1.0, or "
@@ -94,10 +98,9 @@ class Run:
                 encoder = self.model.encoder
                 tag = f"context {encoder.norm.weight.dtype} {fingerprint(encoder.state_dict().items())}"
                 self.contexts = partial(cached_contexts, cache, tag, self.model.context)
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        _cast_trained(self.model, settings.weight_dtype, accelerator.mixed_precision)
+        trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        optimizer = make_optimizer(settings, trained)
         configure_deepspeed(accelerator, settings)
         self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
 
@@ -185,7 +188,10 @@ class Run:
         tensors = {}
         if self.accelerator.is_main_process:
             tensors = {tensor_name(name): tensor for name, tensor in state.items()}
-            if self.settings.stage_spec.body_frozen and not self.weights.body_is_base:
+            lora = {name: tensors.pop(name) for name in list(tensors) if name.startswith(MLLM_LORA_PREFIX)}
+            if lora:
+                tensors |= merge_mllm_lora(self.weights.tensors, lora)
+            elif self.settings.stage_spec.body_frozen and not self.weights.body_is_base:
                 encoder = self.model.encoder.state_dict()
                 tensors |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
             dtype = getattr(torch, self.settings.save_dtype)
@@ -251,6 +257,22 @@ def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
     return MIXED.get(accelerator.mixed_precision, torch.float32)
 
 
+def _cast_trained(model: TrainableEasyRef, dtype: str, mixed_precision: str) -> None:
+    """Cast the trained weights. Raises ValueError for bfloat16 where the computation is in another dtype."""
+    if dtype == "float32":
+        return
+    if mixed_precision != "bf16":
+        raise ValueError(
+            f"weight_dtype is bfloat16 with mixed precision {mixed_precision!r}, expected 'bf16'. Start with "
+            "accelerate launch --mixed_precision bf16, or set weight_dtype to float32."
+        )
+    log.warning(
+        "weight_dtype bfloat16: an update of less than about 1/256 of a weight is lost to rounding. Prefer "
+        "float32 with optimizer adamw_8bit or adafactor where it fits."
+    )
+    model.to(torch.bfloat16)
+
+
 def open_dataset(settings: Settings) -> LoadExamples:
     """Check the data set of settings.data, before a model is loaded, and return the function that loads it.
 
@@ -295,6 +317,8 @@ def load_weights(settings: Settings, base: BaseModel) -> Weights:
     if settings.start is None:
         return from_base(settings.mllm, base.unet, lora_rank=rank, seed=settings.seed, **sizes)
     weights = from_checkpoint(settings.start, settings.mllm, base.unet, lora_rank=rank, seed=settings.seed)
+    if settings.mllm_lora_rank:
+        weights.tensors.update(fresh_mllm_lora(weights.tensors, settings.mllm_lora_rank, settings.seed))
     for name, expected in sizes.items():
         if (actual := getattr(weights.config, name)) != expected:
             raise ValueError(
