@@ -28,6 +28,7 @@ Modules in reading order (B groups, K references in each, T reference tokens):
 
     full_size.py     full-size models on the meta device
     counting.py      FLOPs and peak memory there
+    memory.py        memory of a run, compared with the device's
     cost.py          memory and time of each stage at full size
 
 Nothing is imported here, because the nodes need none of it.

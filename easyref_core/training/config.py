@@ -77,6 +77,7 @@ class Settings:
     causal: bool = True
     aggregation: Literal["easyref", "average", "concatenation"] = "easyref"
     gradient_checkpointing: bool = False
+    memory_check: bool = True  # refuse a run whose counted memory exceeds the device's; false: only warn
     workers: int = 0  # data loading processes
     cache: Path | None = None  # folder of cached latents and, in stage 1, context states
     precomputed: Path | None = None  # folder of the command precompute, used in place of the frozen models

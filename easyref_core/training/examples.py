@@ -117,6 +117,12 @@ class RowExamples:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def max_references(self) -> int:
+        """References of the largest group."""
+        counts = (len(row.references) - (row.target is None) for row in self.rows)
+        return min(max(1, *counts, 1), self.augmentation.max_references)
+
     def batch(self, positions: Sequence[int]) -> Batch:
         samples, seeds, broken = [], [], []
         for position in positions:

@@ -107,26 +107,34 @@ def fresh_lora(
     config: EasyRefConfig, widths: Mapping[Site, int], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """LoRA without effect: down is drawn with standard deviation 1 / rank, up is zero."""
+    return _without_effect(lora_shapes(config, widths), config.lora_rank, generator)
+
+
+def _without_effect(
+    shapes: Mapping[str, tuple[int, ...]], rank: int, generator: torch.Generator
+) -> dict[str, Tensor]:
     return {
-        name: torch.randn(shape, generator=generator) / config.lora_rank
-        if ".down." in name
-        else torch.zeros(shape)
-        for name, shape in lora_shapes(config, widths).items()
+        name: torch.randn(shape, generator=generator) / rank if ".down." in name else torch.zeros(shape)
+        for name, shape in shapes.items()
     }
 
 
-def fresh_mllm_lora(tensors: Mapping[str, Tensor], rank: int, seed: int) -> dict[str, Tensor]:
-    """LoRA without effect of every linear layer in the blocks of the MLLM's decoder and vision tower."""
-    generator = torch.Generator().manual_seed(seed)
-    lora = {}
+def mllm_lora_shapes(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[int, int]]:
+    """Shapes of a LoRA of every linear layer in the blocks of the MLLM's decoder and vision tower."""
+    shapes = {}
     for name, weight in tensors.items():
-        if match := re.fullmatch(r"encoder\.((?:layers|visual\.blocks)\..+)\.weight", name):
-            if weight.ndim == 2:
-                rows, columns = weight.shape
-                down = torch.randn(rank, columns, generator=generator) / rank
-                lora[f"{MLLM_LORA_PREFIX}{match[1]}.down.weight"] = down
-                lora[f"{MLLM_LORA_PREFIX}{match[1]}.up.weight"] = torch.zeros(rows, rank)
-    return lora
+        match = re.fullmatch(r"encoder\.((?:layers|visual\.blocks)\..+)\.weight", name)
+        if match and weight.ndim == 2:
+            rows, columns = weight.shape
+            shapes[f"{MLLM_LORA_PREFIX}{match[1]}.down.weight"] = (rank, columns)
+            shapes[f"{MLLM_LORA_PREFIX}{match[1]}.up.weight"] = (rows, rank)
+    return shapes
+
+
+def fresh_mllm_lora(tensors: Mapping[str, Tensor], rank: int, seed: int) -> dict[str, Tensor]:
+    """LoRA of the MLLM without effect, drawn as `fresh_lora`."""
+    generator = torch.Generator().manual_seed(seed)
+    return _without_effect(mllm_lora_shapes(tensors, rank), rank, generator)
 
 
 def merge_mllm_lora(tensors: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ SETTINGS_FILE = "settings.json"  # of a run, in its output folder
 # Settings that do not affect the weights, so a resumed run may change them.
 FREE = frozenset(
     "output workers cache precomputed save_every keep save_dtype log_every samples thorough "
-    "max_broken".split()
+    "max_broken memory_check".split()
 )
 
 # Settings that decide the model which a state is of.

@@ -24,6 +24,7 @@ from .batches import Batch, Examples, LoadExamples
 from .broken_rows import BrokenRows
 from .cache import TensorCache, cached_contexts, cached_moments
 from .initial import MLLM_LORA_PREFIX, Weights, fresh_mllm_lora, from_base, from_checkpoint, merge_mllm_lora
+from .memory import require_memory
 from .objective import denoising_loss
 from .optimizers import make_optimizer
 from .precomputed import PARTS, provenance, read_manifest, require_provenance
@@ -77,6 +78,7 @@ class Run:
         if settings.precomputed:
             require_provenance(settings.precomputed, provenance(settings, self.base, self.weights, dtype))
         self.examples = examples(self.base, self.weights.config) if callable(examples) else examples
+        _require_memory(settings, accelerator, self.base, self.weights, self.examples)
         self.broken_rows = BrokenRows(accelerator, settings.data.max_broken)
         self.tokenizer = load_tokenizer(settings.mllm)
         self.model = TrainableEasyRef(
@@ -255,6 +257,18 @@ class Run:
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
     """The dtype of all frozen weights but the VAE's."""
     return MIXED.get(accelerator.mixed_precision, torch.float32)
+
+
+def _require_memory(
+    settings: Settings, accelerator: Accelerator, base: BaseModel, weights: Weights, examples: Any
+) -> None:
+    """Compare the run's memory with the device's; sharded weights are not counted."""
+    from accelerate.utils import DistributedType
+
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        log.warning("Memory is not checked, because %s shards weights.", accelerator.distributed_type.value)
+    elif examples:
+        require_memory(settings, base, weights, getattr(examples, "max_references", None))
 
 
 def _cast_trained(model: TrainableEasyRef, dtype: str, mixed_precision: str) -> None:
