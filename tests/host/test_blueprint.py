@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on
 
 (NAME,) = BLUEPRINTS
 FILE = ROOT / "subgraphs" / f"{NAME}.json"
-ONE_NODE = ROOT / "workflows" / "one_node.json"
+ONE_NODE, TRY_IT_NOW = (ROOT / "workflows" / f"{name}.json" for name in ("one_node", "try_it_now"))
 SEARCH = """words => {
     const pinia = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia
     return pinia._s.get('nodeDef').nodeSearchService.searchNode(words).map(node => node.display_name)
@@ -144,6 +144,25 @@ def app(opened) -> Iterator[Page]:
 def test_one_node_opens_as_an_app(app) -> None:
     browser.open_workflow(app, ONE_NODE, as_app=True)
     assert labels_of(app) == [label for *_, label in PLANS["one_node"].app.inputs]
+
+
+def test_try_it_now_opens_as_an_app_and_runs(server, app) -> None:
+    browser.open_workflow(app, TRY_IT_NOW, as_app=True)
+    saved = json.loads(TRY_IT_NOW.read_text(encoding="utf-8"))
+    nodes = {str(node["id"]): node for node in saved["nodes"]}
+    data = saved["extra"]["linearData"]
+    labels = [
+        slot["label"]
+        for number, widget in data["inputs"]
+        for slot in nodes[number]["inputs"]
+        if slot["name"] == widget
+    ]
+    assert len(labels) == 5
+    assert labels_of(app) == labels
+    assert [nodes[number]["title"] for number in data["outputs"]] == ["Without EasyRef", "With EasyRef"]
+    browser.set_widgets(app, {"KSampler": {"steps": 2}})
+    history = browser.queue(server, app)
+    assert all(history["outputs"][number]["images"] for number in data["outputs"])
 
 
 def test_apps_name_widgets_and_outputs_that_exist() -> None:
