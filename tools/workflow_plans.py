@@ -1,4 +1,4 @@
-"""Plans of the shipped workflows, from workflow_plans.yaml and the Markdown notes in workflow_notes/.
+"""Plans of the shipped workflows and blueprints, from workflow_plans.yaml and workflow_notes/.
 
 tools/workflows.py builds the JSON files from them.
 """
@@ -6,7 +6,7 @@ tools/workflows.py builds the JSON files from them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +29,32 @@ class Node:
     model: list[str] | None = None  # file, URL, folder of models/
 
 
+class App(NamedTuple):
+    """A workflow opened as an app: widgets [node, widget, label], and the nodes whose images it shows."""
+
+    inputs: Sequence[Sequence[str]]
+    outputs: Sequence[str]
+
+
 class Plan(NamedTuple):
     """One workflow: its note in Markdown, and its nodes by name."""
 
     note: str
     nodes: Mapping[str, Node]
+    app: App | None = None
+
+
+class Blueprint(NamedTuple):
+    """One subgraph that the frontend's search offers as a node.
+
+    inputs: [node, input] by their names outside; outputs: [node, output index].
+    """
+
+    description: str
+    search_aliases: Sequence[str]
+    nodes: Mapping[str, Node]
+    inputs: Mapping[str, Sequence[Any]]
+    outputs: Mapping[str, Sequence[Any]]
 
 
 def references(group: str, image: str, count: int) -> dict[str, Node]:
@@ -58,6 +79,22 @@ def workflow_nodes(common: Mapping[str, Any], workflow: Mapping[str, Any]) -> di
     return {name: node for part in (*groups, built) for name, node in part.items()}
 
 
+def blueprint(common: Mapping[str, Any], fields: Mapping[str, Any]) -> Blueprint:
+    """The blueprint of common nodes with its changes, without their links to nodes that it does not have."""
+
+    def node(name: str, changes: Mapping[str, Any]) -> Node:
+        own = common[name] | changes
+        inputs = {
+            key: value
+            for key, value in own.get("inputs", {}).items()
+            if not isinstance(value, list) or value[0] in fields["nodes"]
+        }
+        return Node(**own | {"inputs": inputs})
+
+    nodes = {name: node(name, changes) for name, changes in fields["nodes"].items()}
+    return Blueprint(**fields | {"nodes": nodes})
+
+
 def note(name: str) -> str:
     """The Markdown note of a workflow, with the shared paragraphs in place of {new_image} and {files}."""
     shared = {part: _read(f"shared_{part}") for part in ("new_image", "files")}
@@ -69,7 +106,12 @@ def _read(name: str) -> str:
 
 
 _plans = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+BLUEPRINTS = {name: blueprint(_plans["common"], fields) for name, fields in _plans["blueprints"].items()}
 PLANS = {
-    name: Plan(note(name), workflow_nodes(_plans["common"], workflow))
+    name: Plan(
+        note(name),
+        workflow_nodes(_plans["common"], workflow),
+        App(**workflow["app"]) if "app" in workflow else None,
+    )
     for name, workflow in _plans["workflows"].items()
 }

@@ -1,4 +1,4 @@
-"""Build the workflow files of tools/workflow_plans.yaml in the real frontend, and a thumbnail of each.
+"""Build the blueprints and workflows of tools/workflow_plans.yaml in the real frontend, with thumbnails.
 
     python tools/workflows.py [name ...]
 
@@ -8,10 +8,11 @@ it again when a node gains an input.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import sys
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,15 @@ from screenshots import LANCZOS, THUMBNAIL, WORKFLOWS
 
 from devkit.host import browser
 from devkit.host.server import ComfyServer
-from devkit.hosts import find_hosts
+from devkit.hosts import ROOT, find_hosts
 from devkit.project import pyproject
-from tools.workflow_plans import PLANS, Plan
+from tools.workflow_plans import BLUEPRINTS, PLANS, App, Node, Plan
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
+SUBGRAPHS = ROOT / "subgraphs"
+CATEGORY = "EasyRef"  # of the blueprints, in the frontend's list
 VIEW = (2300, 1150)  # pixels
 GAP = (60, 70)  # pixels between columns and between the nodes of a column, title bars included
 WIDTH = {
@@ -41,7 +44,7 @@ WIDTH = {
     "EasyRefReferenceInfluence": 420,
     "EasyRefWhereItActs": 420,
 }
-USUAL = 300
+USUAL, BLUEPRINT = 300, 460
 CANVAS = (20, 20, 20)  # the frontend's background
 NOTE = 440  # pixels, width of the note
 VERSION = pyproject()["project"]["version"]
@@ -55,7 +58,7 @@ HOST = "0.20.0"  # the oldest ComfyUI that a workflow asks for
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(PLANS)
+    names = sys.argv[1:] or [*BLUEPRINTS, *PLANS]
     with ComfyServer(find_hosts()[0]) as server:
         shutil.copy(server.host / "input" / "example.png", server.base / "input")
         for file in FILES:  # the frontend marks loaders whose file is missing
@@ -65,40 +68,116 @@ def main() -> None:
         for name in names:
             # a page for each: the frontend keeps values by node number and widget name
             with browser.frontend(server, *VIEW) as page:
-                file = WORKFLOWS / f"{name}.json"
-                saved = build(page, PLANS[name])
+                file = SUBGRAPHS / f"{name}.json" if name in BLUEPRINTS else WORKFLOWS / f"{name}.json"
+                saved = build_blueprint(page, name) if name in BLUEPRINTS else build(page, PLANS[name])
                 file.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                save_thumbnail(page, file, saved)
+                if name in PLANS:
+                    save_thumbnail(page, file, saved)
                 print(f"workflows: {name}, {len(saved['nodes'])} nodes", flush=True)
 
 
 def build(page: Page, plan: Plan) -> dict[str, Any]:
     """The workflow as the frontend saves it, with where its nodes and models come from."""
+    ids = add_nodes(page, plan.nodes, NOTE + GAP[0])
+    browser.run_script(page, "add_note", [plan.note, NOTE])
+    saved = serialized(page)
+    set_properties(saved["nodes"], plan.nodes, ids)
+    saved["extra"] = {"ds": {"scale": 0.7, "offset": [60, 150]}}
+    if plan.app:
+        make_app(saved, plan.app, ids)
+    return saved
+
+
+def make_app(saved: dict[str, Any], app: App, ids: Mapping[str, int | str]) -> None:
+    """Let a workflow open as an app."""
+    nodes = {str(node["id"]): node for node in saved["nodes"]}
+    for name, widget, label in app.inputs:
+        (slot,) = (slot for slot in nodes[str(ids[name])]["inputs"] if slot["name"] == widget)
+        slot["label"] = label
+    inputs = [[str(ids[name]), widget] for name, widget, _ in app.inputs]
+    outputs = [str(ids[name]) for name in app.outputs]
+    saved["extra"] |= {"linearMode": True, "linearData": {"inputs": inputs, "outputs": outputs}}
+
+
+def build_blueprint(page: Page, name: str) -> dict[str, Any]:
+    """The blueprint as the frontend saves it: a workflow of one node, and its subgraph."""
+    plan = BLUEPRINTS[name]
+    ids = add_nodes(page, plan.nodes, 0)
+    browser.run_script(page, "make_subgraph", [name, ids, plan.inputs, plan.outputs])
+    saved = serialized(page)
+    (subgraph,) = saved["definitions"]["subgraphs"]
+    subgraph |= {"category": CATEGORY, "description": plan.description, "extra": {}}
+    set_properties(subgraph["nodes"], plan.nodes, ids)
+    saved["extra"] = {
+        "BlueprintDescription": plan.description,
+        "BlueprintSearchAliases": list(plan.search_aliases),
+    }
+    return saved
+
+
+def add_nodes(page: Page, planned: Mapping[str, Node], left: int) -> dict[str, int | str]:
+    """Create, link and lay out nodes in an empty graph, from `left` on. Return their ids by name."""
     nodes = {
-        name: dataclasses.asdict(node)
-        | {
+        name: {
+            "type": node.type,
+            "title": node.title,
+            "blueprint": read_blueprint(node.type) if node.type in BLUEPRINTS else None,
             "values": {k: v for k, v in node.inputs.items() if not isinstance(v, list)},
             "links": {k: v for k, v in node.inputs.items() if isinstance(v, list)},
-            "width": WIDTH.get(node.type, USUAL),
         }
-        for name, node in plan.nodes.items()
+        for name, node in planned.items()
     }
-    saved, ids = browser.run_script(page, "build_workflow", [plan.note, NOTE, nodes, GAP])
-    models = {str(ids[name]): node.model for name, node in plan.nodes.items()}
-    for node in saved["nodes"]:
-        ours = node["type"].startswith("EasyRef")
-        node["properties"] = {"Node name for S&R": node["type"]}
-        if node["type"] != "MarkdownNote":
-            node["properties"] |= (
-                {"cnr_id": "easyref", "ver": VERSION} if ours else {"cnr_id": "comfy-core", "ver": HOST}
-            )
-        if model := models.get(str(node["id"])):
-            file, url, folder = model
-            node["properties"]["models"] = [{"name": file, "url": url, "directory": folder}]
-    saved = drop_nulls(saved)
+    sizes = {
+        name: {
+            "column": node.column,
+            "width": BLUEPRINT if node.type in BLUEPRINTS else WIDTH.get(node.type, USUAL),
+            "height": node.height,
+        }
+        for name, node in planned.items()
+    }
+    ids = browser.run_script(page, "add_nodes", [nodes])
+    page.wait_for_timeout(300)
+    browser.run_script(page, "lay_out", [ids, sizes, left, GAP])
+    page.wait_for_timeout(300)
+    return ids
+
+
+def read_blueprint(name: str) -> dict[str, Any]:
+    return json.loads((SUBGRAPHS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def serialized(page: Page) -> dict[str, Any]:
+    """The graph as the frontend saves it, without null properties and random ids."""
+    saved = drop_nulls(page.evaluate("() => app.graph.serialize()"))
     saved["id"] = "00000000-0000-0000-0000-000000000000"
-    saved["extra"] = {"ds": {"scale": 0.7, "offset": [60, 150]}}
-    return saved
+    text = json.dumps(saved)
+    for subgraph in saved.get("definitions", {}).get("subgraphs", []):
+        name = subgraph["name"]
+        random = {subgraph["id"]: name}
+        random |= {slot["id"]: f"{name} in {slot['name']}" for slot in subgraph["inputs"]}
+        random |= {slot["id"]: f"{name} out {slot['name']}" for slot in subgraph["outputs"]}
+        for old, stable in random.items():
+            text = text.replace(old, str(uuid.uuid5(uuid.NAMESPACE_URL, f"easyref {stable}")))
+    return json.loads(text)
+
+
+def set_properties(
+    saved: Sequence[dict[str, Any]], planned: Mapping[str, Node], ids: Mapping[str, int | str]
+) -> None:
+    """Set where nodes come from, and the models that they load."""
+    plans = {str(ids[name]): node for name, node in planned.items()}
+    for node in saved:
+        node["properties"] = {"Node name for S&R": node["type"]}
+        if node["type"] == "MarkdownNote":
+            continue
+        plan = plans[str(node["id"])]
+        ours = plan.type.startswith("EasyRef")
+        node["properties"] |= (
+            {"cnr_id": "easyref", "ver": VERSION} if ours else {"cnr_id": "comfy-core", "ver": HOST}
+        )
+        if plan.model:
+            file, url, folder = plan.model
+            node["properties"]["models"] = [{"name": file, "url": url, "directory": folder}]
 
 
 def drop_nulls(saved: Any) -> Any:

@@ -54,9 +54,15 @@ def screenshot(page: Page, frame: tuple[float, float, float], wait: int) -> Imag
     return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
 
 
-def open_workflow(page: Page, workflow: Path) -> list[str]:
-    """Load a workflow file, and return the node types that the frontend does not know."""
-    page.evaluate("workflow => app.loadGraphData(workflow)", json.loads(workflow.read_text(encoding="utf-8")))
+def open_workflow(page: Page, workflow: Path, as_app: bool = False) -> list[str]:
+    """Load a workflow file, and return the node types that the frontend does not know.
+
+    as_app: as the file says; otherwise an app is opened as a graph, which leaves the renderer as it is.
+    """
+    saved = json.loads(workflow.read_text(encoding="utf-8"))
+    if not as_app:
+        saved["extra"].pop("linearMode", None)
+    page.evaluate("workflow => app.loadGraphData(workflow)", saved)
     page.wait_for_timeout(500)
     return page.evaluate(
         "() => app.graph._nodes.map(node => node.type).filter(type => !LiteGraph.registered_node_types[type])"

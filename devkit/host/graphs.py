@@ -81,19 +81,56 @@ def tokens() -> Graph:
 
 
 def from_file(workflow: Path) -> Graph:
-    """A saved workflow (UI format 0.4) as the frontend queues it, by the nodes' numbers."""
+    """A saved workflow (UI format 0.4) as the frontend queues it, by the nodes' numbers.
+
+    The nodes of a subgraph have the numbers "<its node>:<number>".
+    """
     saved = json.loads(workflow.read_text(encoding="utf-8"))
+    subgraphs = {one["id"]: one for one in saved.get("definitions", {}).get("subgraphs", [])}
     links = {link[0]: [str(link[1]), link[2]] for link in saved["links"]}
-    graph = {}
+    graph, results = {}, {}
     for entry in saved["nodes"]:
         if entry["type"] == "MarkdownNote":
             continue
-        values = [value for value in entry.get("widgets_values", []) if value not in AFTER_GENERATE]
-        widgets = [socket["name"] for socket in entry["inputs"] if "widget" in socket]
-        linked = {socket["name"]: links[socket["link"]] for socket in entry["inputs"] if socket["link"]}
-        inputs = dict(zip(widgets, values, strict=True)) | linked
-        graph[str(entry["id"])] = node(entry["type"], **inputs) | {"_meta": {"title": entry.get("title")}}
+        number, inputs = str(entry["id"]), _inputs(entry, links)
+        if entry["type"] in subgraphs:
+            inner, outputs = _subgraph(number, subgraphs[entry["type"]], inputs)
+            graph |= inner
+            results |= {(number, i): output for i, output in enumerate(outputs)}
+        else:
+            graph[number] = node(entry["type"], **inputs) | {"_meta": {"title": entry.get("title")}}
+    for entry in graph.values():
+        for name, value in entry["inputs"].items():
+            if isinstance(value, list):
+                entry["inputs"][name] = results.get(tuple(value), value)
     return graph
+
+
+def _inputs(entry: dict[str, Any], links: dict[int, list]) -> dict[str, Any]:
+    """Values and links of a saved node. links: [node, output] by the link's number."""
+    values = [value for value in entry.get("widgets_values", []) if value not in AFTER_GENERATE]
+    widgets = [socket["name"] for socket in entry["inputs"] if "widget" in socket]
+    linked = {socket["name"]: links[socket["link"]] for socket in entry["inputs"] if socket["link"]}
+    return dict(zip(widgets, values, strict=True)) | linked
+
+
+def _subgraph(number: str, subgraph: dict[str, Any], given: dict[str, Any]) -> tuple[Graph, list[list]]:
+    """The nodes of a subgraph, and the [node, output] of each of its outputs. given: inputs of its node."""
+    inside = {link["id"]: link for link in subgraph["links"]}
+    names = [slot["name"] for slot in subgraph["inputs"]]
+
+    def source(link: dict[str, Any]) -> Any:
+        if link["origin_id"] == subgraph["inputNode"]["id"]:
+            return given.get(names[link["origin_slot"]])
+        return [f"{number}:{link['origin_id']}", link["origin_slot"]]
+
+    links = {link_id: source(link) for link_id, link in inside.items()}
+    nodes = {
+        f"{number}:{entry['id']}": node(entry["type"], **_inputs(entry, links))
+        | {"_meta": {"title": entry.get("title")}}
+        for entry in subgraph["nodes"]
+    }
+    return nodes, [links[slot["linkIds"][0]] for slot in subgraph["outputs"]]
 
 
 def group(*images: list, **inputs: Any) -> dict[str, Any]:

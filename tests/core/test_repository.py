@@ -126,10 +126,17 @@ def test_help_page_has_the_nodes_picture(name: str) -> None:
 WORKFLOWS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))
 
 
+def nodes_of(name: str) -> list[dict]:
+    """The nodes of a workflow and of its subgraphs."""
+    saved = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    inner = (subgraph["nodes"] for subgraph in saved.get("definitions", {}).get("subgraphs", []))
+    return [*saved["nodes"], *(node for nodes in inner for node in nodes)]
+
+
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_seeds_of_a_workflow_are_fixed(name: str) -> None:
     """A seed that the frontend draws for every Run would execute its node and all after it again."""
-    nodes = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))["nodes"]
+    nodes = nodes_of(name)
     values = [value for node in nodes for value in node.get("widgets_values", []) if isinstance(value, str)]
     assert "fixed" in values
     assert {"randomize", "increment", "decrement"}.isdisjoint(values)
@@ -138,10 +145,10 @@ def test_seeds_of_a_workflow_are_fixed(name: str) -> None:
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflow_offers_its_downloads(name: str) -> None:
     """The frontend downloads the `models` property of a node from huggingface.co into a known folder."""
-    workflow = ROOT / "workflows" / f"{name}.json"
-    nodes = json.loads(workflow.read_text(encoding="utf-8"))["nodes"]
     offered = {
-        node["type"]: node["properties"]["models"] for node in nodes if "models" in node.get("properties", {})
+        node["type"]: node["properties"]["models"]
+        for node in nodes_of(name)
+        if "models" in node.get("properties", {})
     }
     assert set(offered) == (set() if name == "try_it_now" else {"CheckpointLoaderSimple", "EasyRefLoader"})
     for models in offered.values():
@@ -149,7 +156,7 @@ def test_workflow_offers_its_downloads(name: str) -> None:
             assert model["url"].startswith("https://huggingface.co/")
             assert model["name"].endswith(".safetensors")
             assert model["directory"] in ("checkpoints", "easyref")
-    assert workflow.with_suffix(".jpg").is_file()
+    assert (ROOT / "workflows" / f"{name}.jpg").is_file()
 
 
 def test_entry_is_small_and_silent_outside_comfyui() -> None:

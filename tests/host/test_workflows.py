@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from devkit.host import graphs
 from devkit.hosts import ROOT
-from tools.workflow_plans import PLANS
+from tools.workflow_plans import BLUEPRINTS, PLANS, Node
 
 from . import tiny_workflow
 
@@ -28,7 +30,11 @@ def test_workflow_gives_images(server, workflow):
 def test_workflow_matches_its_plan_and_the_defaults(server, name):
     schemas = server.object_info()
     saved = graphs.from_file(ROOT / "workflows" / f"{name}.json")
-    for node, plan in zip(saved.values(), PLANS[name].nodes.values(), strict=True):
+    planned = PLANS[name].nodes.values()
+    plans = [plan for plan in planned if plan.type not in BLUEPRINTS]
+    plans += [node for plan in planned if plan.type in BLUEPRINTS for node in inside(plan)]
+    for number, plan in zip(sorted(saved, key=lambda number: ":" in number), plans, strict=True):
+        node = saved[number]
         assert node["class_type"] == plan.type
         sections = schemas[plan.type]["input"]
         inputs = sections["required"] | sections.get("optional", {})
@@ -39,6 +45,18 @@ def test_workflow_matches_its_plan_and_the_defaults(server, name):
                 assert value == plan.inputs[key], key
             elif key in inputs and (default := default_of(*inputs[key])) is not None:
                 assert value == default, f"{plan.type}.{key}"
+
+
+def inside(plan: Node) -> list[Node]:
+    """The nodes of a blueprint with the inputs that its node has outside."""
+    blueprint = BLUEPRINTS[plan.type]
+    given = {tuple(blueprint.inputs[name]): value for name, value in plan.inputs.items()}
+    return [
+        dataclasses.replace(
+            node, inputs={**node.inputs, **{key: value for (of, key), value in given.items() if of == name}}
+        )
+        for name, node in blueprint.nodes.items()
+    ]
 
 
 def default_of(kind, options=None):

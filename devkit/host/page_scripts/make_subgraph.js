@@ -1,0 +1,21 @@
+// Moves nodes into a subgraph. ids: by name; inputs: [node, input] by the subgraph's name of it; outputs: [node, output].
+([title, ids, inputs, outputs]) => {
+    const nodes = new Map(Object.entries(ids).map(([name, id]) => [name, app.graph.getNodeById(id)]))
+    const { subgraph, node } = app.graph.convertToSubgraph(new Set(nodes.values()))
+    // the conversion copies nodes, in their order and under their ids
+    const inner = name => subgraph.getNodeById(ids[name])
+    for (const [name, [from, input]] of Object.entries(inputs)) {
+        const slot = inner(from).inputs.find(slot => slot.name === input)
+        if (!slot) throw new Error(`${from} has no input ${input}: ${inner(from).inputs.map(i => i.name)}`)
+        subgraph.addInput(name, `${slot.type}`).connect(slot, inner(from))
+    }
+    for (const [name, [from, output]] of Object.entries(outputs)) {
+        const slot = inner(from).outputs[output]
+        subgraph.addOutput(name, `${slot.type}`).connect(slot, inner(from))
+    }
+    subgraph.inputNode.arrange()
+    subgraph.outputNode.arrange()
+    node.title = subgraph.name = title
+    node.setSize([460, Math.max(node.computeSize()[1], 260)])
+    node.pos = [0, 0]
+}
