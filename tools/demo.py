@@ -26,11 +26,10 @@ from easyref_core.inspect.drawing import contact_sheet
 if TYPE_CHECKING:
     from easyref_core.mrbench.methods import Method
 
-WEIGHTS = ROOT / "easyref_core" / "tiny" / "weights"
 WORKFLOW = ROOT / "workflows" / "try_it_now.json"
 SHEET, TABLE = ROOT / "output" / "demo.png", ROOT / "output" / "demo.md"
 # The first example groups, not selected: number, references, with an outsider.
-EXAMPLES = ((0, 2, False), (1, 3, False), (2, 4, False), (3, 5, False), (4, 6, False), (5, 6, True))
+EXAMPLES = ((0, 2, False), (1, 3, False), (2, 4, False), (3, 5, False), (4, 6, False), (5, 5, True))
 MAX_REFERENCES, IMAGES = 6, 2  # references of a group; images of each method
 GROUPS, SEED = 60, 7  # held-out groups of the table, and the seed they are drawn with
 
@@ -52,8 +51,9 @@ def main() -> None:
 
     logging.disable_progress_bar()
     from easyref_core.tiny.evaluate import tiny_methods
+    from easyref_core.tiny.worlds import SHAPES
 
-    hosts, methods = find_hosts(), tiny_methods(WEIGHTS)
+    hosts, methods = find_hosts(), tiny_methods(SHAPES.weights)
     if hosts:
         print(f"demo: workflows/try_it_now.json in ComfyUI {host_version(hosts[0])}", flush=True)
         examples = in_comfyui(hosts[0])
@@ -98,18 +98,19 @@ def in_comfyui(host: Path) -> Iterator[Example]:
 
 def in_diffusers(methods: Mapping[str, Method]) -> Iterator[Example]:
     """Generate the images of the same examples with the core and diffusers, from other noise."""
-    from easyref_core.tiny.demo_group import demo_group, in_common
-    from easyref_core.tiny.evaluate import Group, generate_images
+    from easyref_core.mrbench.methods import Task
+    from easyref_core.tiny.demo_group import demo_group
+    from easyref_core.tiny.evaluate import generate_images
 
     for number, references, outsider in EXAMPLES:
-        plan, pixels = demo_group(number, references, outsider)
-        images = tuple(map(Image.fromarray, pixels))
-        group = Group(f"demo-{number}", plan, images, images[0])
+        group = demo_group(number, references, outsider)
+        images = tuple(map(Image.fromarray, group.references))
+        task = Task(f"demo-{number}", group.prompt, images)
         generated = [
-            [generate_images(method, [group], seed)[0] for seed in range(IMAGES)]
+            [generate_images(method, [task], seed)[0] for seed in range(IMAGES)]
             for method in methods.values()
         ]
-        yield Example(in_common(plan), plan.prompt, images, *generated)
+        yield Example(group.shared, group.prompt, images, *generated)
 
 
 def sheet(examples: Sequence[Example]) -> Image.Image:

@@ -10,7 +10,6 @@ take back, is listed separately.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -22,30 +21,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from safetensors.torch import save_file
 
 from devkit.cpu_torch import complete_cpu_torch
 from devkit.host.in_process import enter_host, load_pack
-from devkit.hosts import ROOT, find_hosts
+from devkit.hosts import find_hosts
+from tools.bench.random_weights import write_released
 from tools.bench.report import GIB
 from tools.bench.timing import PeakMemory
 
-LAYOUT = ROOT / "tests" / "golden" / "released_layout.json"
 CHECKPOINT, SOURCE = "easyref.safetensors", "from the checkpoint"
-
-
-def write_checkpoint(path: Path) -> int:
-    """Write random bfloat16 tensors of every key and shape of the released file; returns their bytes."""
-    random = torch.Generator().manual_seed(0)
-    shapes: dict[str, list[int]] = json.loads(LAYOUT.read_text(encoding="utf-8"))["keys"]
-    tensors = {
-        name: torch.ones(shape, dtype=torch.bfloat16)
-        if len(shape) == 1 and name.endswith("weight")  # norms
-        else torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=random)
-        for name, shape in shapes.items()
-    }
-    save_file(tensors, path)
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def measure(name: str, call: Callable[[], Any]) -> Any:
@@ -74,7 +58,7 @@ def main() -> None:
 
         import_module(f"{pack.__name__}.nodes.host.folders").register_folders()
         folder_paths.folder_names_and_paths["easyref"] = ([folder], {".safetensors"})
-        print(f"checkpoint: {write_checkpoint(Path(folder) / CHECKPOINT) / GIB:.2f} GiB", flush=True)
+        print(f"checkpoint: {write_released(Path(folder) / CHECKPOINT) / GIB:.2f} GiB", flush=True)
         measure("before loading", lambda: None)
         easyref = run(f"load ({precision})", "EasyRefLoader", CHECKPOINT, SOURCE, precision, SOURCE)
         group = (torch.rand(1, 768, 1024, 3), torch.rand(1, 1024, 683, 3))

@@ -11,7 +11,6 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -20,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from devkit.cpu_torch import complete_cpu_torch
 from devkit.hosts import ROOT
 
-WORLDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+TRAININGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 SEEDS = (0, 1, 2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("world", choices=WORLDS)
+    parser.add_argument("world", choices=TRAININGS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="training seeds")
     parser.add_argument("--arms", nargs="+", help="arms to train; all by default")
     parser.add_argument("--models", type=Path, help="folder with the base models, and of the results")
@@ -34,26 +33,27 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     complete_cpu_torch()
-    world = WORLDS[arguments.world]
-    models = arguments.models or ROOT / world["models"]
+    models = arguments.models or ROOT / TRAININGS[arguments.world]["models"]
     for seed in arguments.seeds:
-        for arm in arguments.arms or world["arms"]:
-            train_arm(world, models, arm, seed)
+        for arm in arguments.arms or TRAININGS[arguments.world]["arms"]:
+            train_arm(arguments.world, models, arm, seed)
 
 
-def train_arm(world: dict[str, Any], models: Path, arm: str, seed: int) -> None:
+def train_arm(world: str, models: Path, arm: str, seed: int) -> None:
     """Train the stages of one arm with one seed."""
-    from easyref_core.tiny.recipe import BASE, MLLM
+    from easyref_core.tiny.worlds import BASE, WORLDS
     from easyref_core.training.config import load
     from easyref_core.training.loop import train
 
-    entry = world["arms"][arm]
-    overrides = [f"base={models / BASE}", f"mllm={models / MLLM}", f"seed={seed}", *entry.get("settings", [])]
-    stages = load(ROOT / world["config"], [*overrides, f"output={folder(models, arm, seed)}"])
+    training = TRAININGS[world]
+    entry, config = training["arms"][arm], ROOT / training["config"]
+    overrides = [f"base={models / BASE}", f"mllm={models / WORLDS[world].mllm}", f"seed={seed}"]
+    overrides += entry.get("settings", [])
+    stages = load(config, [*overrides, f"output={folder(models, arm, seed)}"])
     if "from" in entry:
-        earlier = load(ROOT / world["config"], [*overrides, f"output={folder(models, entry['from'], seed)}"])
+        earlier = load(config, [*overrides, f"output={folder(models, entry['from'], seed)}"])
         start = f"stages.{stages[-1].stage}.start={earlier[-2].result}"
-        stages = load(ROOT / world["config"], [*overrides, f"output={folder(models, arm, seed)}", start])[-1:]
+        stages = load(config, [*overrides, f"output={folder(models, arm, seed)}", start])[-1:]
     for settings in stages:
         logging.info("%s@%d: %s", arm, seed, train(settings))
 

@@ -25,42 +25,23 @@ GROUPS, SEED = 250, 1000  # number of held-out groups, and their seed
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
-    """One of the two procedural datasets, and where the models that are trained on it belong."""
+class Recipe:
+    """The training of a world's models: the modules, the stages, and the output."""
 
     package: str  # with the modules recipe and evaluate
     config: str  # of the three stages
     folder: Path  # default output
-    easyref: str  # file of the trained EasyRef
-    judges: tuple[str, ...]  # files of what scores images
-
-    @property
-    def weights(self) -> Path:
-        """Folder of the shipped files."""
-        return ROOT / self.package.replace(".", "/") / "weights"
 
 
-WORLDS = {
-    "shapes": World(
-        "easyref_core.tiny",
-        "tiny.yaml",
-        ROOT / "runs/tiny",
-        "tiny_easyref.safetensors",
-        ("classifier.safetensors",),
-    ),
-    "creatures": World(
-        "easyref_core.tiny.creatures",
-        "creatures.yaml",
-        ROOT / "runs/creatures",
-        "creatures_easyref.safetensors",
-        ("judge.safetensors",),
-    ),
+RECIPES = {
+    "shapes": Recipe("easyref_core.tiny", "tiny.yaml", ROOT / "runs/tiny"),
+    "creatures": Recipe("easyref_core.tiny.creatures", "creatures.yaml", ROOT / "runs/creatures"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--world", choices=WORLDS, default="shapes")
+    parser.add_argument("--world", choices=RECIPES, default="shapes")
     parser.add_argument("--folder", type=Path, help="output folder (default: runs/tiny or runs/creatures)")
     parser.add_argument("--only-base", action="store_true", help="stop before EasyRef's three stages")
     parser.add_argument("--ship", action="store_true", help="replace the shipped weights by the result")
@@ -68,42 +49,46 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     complete_cpu_torch()
-    world = WORLDS[arguments.world]
-    folder = arguments.folder or world.folder
-    train_all(world, folder, arguments.only_base)
+    recipe = RECIPES[arguments.world]
+    folder = arguments.folder or recipe.folder
+    train_all(arguments.world, folder, arguments.only_base)
     if arguments.only_base:
         return
-    print(importlib.import_module(f"{world.package}.evaluate").evaluate(folder, GROUPS, SEED))
+    print(importlib.import_module(f"{recipe.package}.evaluate").evaluate(folder, GROUPS, SEED))
     if arguments.ship:
-        ship(world, folder)
+        ship(arguments.world, folder)
 
 
-def train_all(world: World, folder: Path, only_base: bool = False) -> None:
+def train_all(world: str, folder: Path, only_base: bool = False) -> None:
     """Train the base models and the three stages, and copy the last checkpoint beside the base."""
-    from easyref_core.tiny.recipe import BASE, MLLM
+    from easyref_core.tiny.worlds import BASE, WORLDS
     from easyref_core.training.config import load
     from easyref_core.training.loop import train
 
+    recipe, files = RECIPES[world], WORLDS[world]
     log = logging.getLogger("train_tiny")
-    importlib.import_module(f"{world.package}.recipe").make_base(folder, log.info)
+    importlib.import_module(f"{recipe.package}.recipe").make_base(folder, log.info)
     if only_base:
         return
-    overrides = [f"base={folder / BASE}", f"mllm={folder / MLLM}", f"output={folder}"]
-    for settings in load(ROOT / "easyref_core" / "training" / "configs" / world.config, overrides):
+    overrides = [f"base={folder / BASE}", f"mllm={folder / files.mllm}", f"output={folder}"]
+    for settings in load(ROOT / "easyref_core" / "training" / "configs" / recipe.config, overrides):
         result = train(settings)
-    shutil.copy(result, folder / world.easyref)
+    shutil.copy(result, folder / files.easyref)
 
 
-def ship(world: World, folder: Path) -> None:
+def ship(world: str, folder: Path) -> None:
     """Copy the files that inference needs."""
-    from easyref_core.tiny.recipe import BASE, MLLM
+    from easyref_core.tiny.worlds import BASE, WORLDS
 
-    shutil.rmtree(world.weights, ignore_errors=True)
-    shutil.copytree(folder / BASE, world.weights / BASE)
+    files = WORLDS[world]
+    shutil.rmtree(files.weights, ignore_errors=True)
+    shutil.copytree(folder / BASE, files.weights / BASE)
     # without weights, because the checkpoint contains the fine-tuned MLLM
-    shutil.copytree(folder / MLLM, world.weights / MLLM, ignore=shutil.ignore_patterns("*.safetensors"))
-    for file in (*world.judges, world.easyref):
-        shutil.copy(folder / file, world.weights / file)
+    shutil.copytree(
+        folder / files.mllm, files.weights / files.mllm, ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    for file in (files.judge, files.easyref):
+        shutil.copy(folder / file, files.weights / file)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,14 @@ for config in CONFIGS.values():
 SDXL, SSD_1B, REFINER, SD15, FLUX = (CONFIGS[name] for name in "SDXL SSD_1B REFINER SD15 FLUX".split())
 
 
-def on_meta(unet_config: dict[str, Any]) -> ModelPatcher:
-    """The model that ComfyUI detects from this config; an SDXL if it detects none."""
+def on_meta(unet_config: dict[str, Any], load_device: str = "cpu") -> ModelPatcher:
+    """The model that ComfyUI detects from this config; an SDXL if it detects none.
+
+    load_device: where the host runs it.
+    """
     known = comfy.model_detection.model_config_from_unet_config(unet_config)
     config = known or comfy.supported_models.SDXL(unet_config)
     model = config.get_model({}, device="meta")
-    return comfy.model_patcher.ModelPatcher(model, load_device=torch.device("cpu"), offload_device="cpu")
+    return comfy.model_patcher.ModelPatcher(
+        model, load_device=torch.device(load_device), offload_device="cpu"
+    )

@@ -10,8 +10,8 @@ from types import ModuleType
 from devkit.hosts import ROOT, overlay
 
 
-def enter_host(host: Path) -> None:
-    """Put a ComfyUI on sys.path, always on the CPU, so that its numbers can be compared.
+def enter_host(host: Path, cpu: bool = True) -> None:
+    """Put a ComfyUI on sys.path, by default on the CPU, so that its numbers can be compared.
 
     The host comes first, because this pack has a `nodes` folder and the host a nodes.py.
     """
@@ -20,7 +20,7 @@ def enter_host(host: Path) -> None:
     importlib.import_module("utils.extra_config")
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True  # read when comfy.model_management is imported
+    comfy.cli_args.args.cpu = cpu  # read when comfy.model_management is imported
 
 
 def load_pack() -> ModuleType:

@@ -69,6 +69,7 @@ class ComfyServer:
         packs: Mapping[str, Path] = PACKS,
         prepare: Callable[[Path], object] = lambda base: None,
         start_timeout: float = 180,
+        cpu: bool = True,
     ) -> None:
         self.host = host or find_hosts()[0]
         self.args = args
@@ -76,6 +77,7 @@ class ComfyServer:
         self.packs = packs
         self.prepare = prepare
         self.start_timeout = start_timeout
+        self.cpu = cpu
         self.client_id = ""
         self.events: list[Event] = []
         # A proxy set in the environment is not for this machine's own ports.
@@ -113,7 +115,8 @@ class ComfyServer:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        flags = ["--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(self.base)]
+        flags = ["--cpu"] if self.cpu else []
+        flags += ["--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(self.base)]
         flags += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.packs]
         flags += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
         path = os.pathsep.join(filter(None, [str(overlay(self.host)), os.environ.get("PYTHONPATH")]))

@@ -70,7 +70,8 @@ def generate(parsed: argparse.Namespace) -> None:
     """Generate the images of the methods of a config."""
     from .generate import read_config, run
 
-    for name, done in run(read_config(parsed.config), parsed.methods, parsed.references).items():
+    counts = parsed.references, parsed.groups
+    for name, done in run(read_config(parsed.config), parsed.methods, *counts).items():
         _print(f"{name}: {done.new} images generated, {done.existing} existed already")
         _print(describe(done.exclusions))
 
@@ -175,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     option("config", type=Path, help="YAML, see easyref_core/mrbench/configs")
     option("--methods", nargs="+", default=(), help="only these methods of the config")
     option("--references", type=int, help="use only the first so many references of each group")
+    option("--groups", type=int, help="use only the first so many groups of each split")
     option = add(score)
     option("manifest", type=Path)
     option("out", type=Path, help="folder with <method>/<group id>/<seed>.png")

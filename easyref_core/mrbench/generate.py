@@ -7,6 +7,7 @@ added later. Under `accelerate launch` every process generates a share of the gr
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 from .checks import check_dataclass
 from .images import Exclusion, load_image, save_image
 from .latency import Timing, append_timings, clock, device_name
-from .manifest import Group, Manifest, read_manifest, usable
+from .manifest import SPLITS, Group, Manifest, read_manifest, usable
 from .methods import Method, NotFiniteError, Sampling, Task, build, check
 from .processes import this_process
 from .record import base_fingerprint, group_digest, merge, read_record, write_record
@@ -95,20 +96,23 @@ def read_config(path: Path | str) -> Config:
     return Config(**{**data, "methods": methods})
 
 
-def run(config: Config, names: Sequence[str] = (), references: int | None = None) -> dict[str, Generated]:
+def run(
+    config: Config, names: Sequence[str] = (), references: int | None = None, groups: int | None = None
+) -> dict[str, Generated]:
     """Generate the images of the methods in `names`, or of all methods of the config.
 
     A name selects the entries of all its training seeds, <name>@<seed> a single one.
 
     references: number of each group's references to use, from the first; those images are written to
     <method>-<n>-references.
+    groups: number of groups of each split to use, from the first; None uses all. More can be added later.
     """
     import torch
 
     from ..training.base_model import BaseModel
 
     names = select(names, config.methods)
-    manifest = read_manifest(config.manifest)
+    manifest = limit_groups(read_manifest(config.manifest), groups)
     base = BaseModel.load(config.base, this_process().device, getattr(torch, config.dtype))
     results = {}
     for name in names:
@@ -185,6 +189,14 @@ def _generate_batch(
     each, name = painted / (len(tasks) * len(todo)), device_name(device)
     for task, seconds in zip(tasks, prepared, strict=True):
         yield Timing(len(task.references), seconds, each, name, is_first=False)
+
+
+def limit_groups(manifest: Manifest, count: int | None) -> Manifest:
+    """Return the manifest with the first `count` groups of each split; None keeps all."""
+    if count is not None and count < 1:
+        raise ValueError(f"groups is {count}; wanted 1 or more, or none at all to use every group.")
+    kept = [[group for group in manifest.groups if group.split == split][:count] for split in SPLITS]
+    return replace(manifest, groups=tuple(itertools.chain(*kept)))
 
 
 def limit_references(group: Group, count: int | None) -> Group:

@@ -6,7 +6,7 @@
       training_seeds: [0, 1, 2]
 
 expands into the entries `easyref@0`, `easyref@1` and `easyref@2`, with image folders of those names. The
-summary and the report pool them into `easyref`.
+summary and the report pool them into `easyref`. A setting that is only "{seed}" becomes the number.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def expand(name: str, entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if KEY not in entry:
         if has_placeholder:
             raise ValueError(
-                f"Method {name} has {PLACEHOLDER} in a path; wanted also {KEY}, such as [0, 1, 2]."
+                f"Method {name} has {PLACEHOLDER} in a setting; wanted also {KEY}, such as [0, 1, 2]."
             )
         return {name: settings}
     seeds = entry[KEY]
@@ -41,11 +41,13 @@ def expand(name: str, entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         raise ValueError(f"Method {name}: {KEY} is {seeds!r}; wanted each seed once.")
     if not has_placeholder:
         raise ValueError(
-            f"Method {name} has {KEY} but {PLACEHOLDER} in none of its paths, so all seeds would be one "
+            f"Method {name} has {KEY} but {PLACEHOLDER} in none of its settings, so all seeds would be one "
             f"model. Put {PLACEHOLDER} into the path of its checkpoint or weights."
         )
 
     def filled(value: Any, seed: int) -> Any:
+        if value == PLACEHOLDER:
+            return seed
         return value.replace(PLACEHOLDER, str(seed)) if isinstance(value, str) else value
 
     return {f"{name}@{seed}": {key: filled(value, seed) for key, value in settings.items()} for seed in seeds}

@@ -1,6 +1,6 @@
 """MRBench on the procedural dataset: groups with held-in and with held-out targets.
 
-python -m easyref_core.tiny.benchmark runs/tiny_benchmark
+python -m easyref_core.tiny.benchmark runs/tiny/benchmark
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy
 from ..files.atomic_write import atomic_write
 from .images import ATTRIBUTES, COUNTS, NAMES, all_combinations, render
 from .optimizer import Log, OneCycleAdamW, Training
+from .worlds import SHAPES
 
-FILE = Path(__file__).parent / "weights" / "classifier.safetensors"
+FILE = SHAPES.weights / SHAPES.judge
 COPIES = 4  # images of every combination; one of them is reconstructed by the VAE
 CHANNELS = (3, 16, 32, 32, 48)
 NARROW, FEATURES = 16, 96  # channels of the last 4 x 4 grid, and features computed from it

@@ -19,8 +19,7 @@ from ..training.base_model import BaseModel
 from .classifier import load_classifier
 from .groups import Plan, evaluation_groups
 from .images import ATTRIBUTES, IMAGE_SIZE, render
-from .qwen2_vl import SIZE
-from .recipe import BASE, CLASSIFIER, EASYREF, MLLM
+from .worlds import BASE, SHAPES
 
 SAMPLING = Sampling(size=IMAGE_SIZE, steps=20, guidance=4.0, negative="")
 BATCH = 50  # groups generated together
@@ -74,15 +73,15 @@ def render_groups(plans: Sequence[Plan], seed: int) -> list[Group]:
 
 
 def generate_images(
-    method: Method, groups: Sequence[Group], seed: int = 0, sampling: Sampling = SAMPLING
+    method: Method, tasks: Sequence[Task], seed: int = 0, sampling: Sampling = SAMPLING
 ) -> list[Image.Image]:
-    """Generate one image of each group, in batches of groups that the method can generate together."""
+    """Generate one image of each task, in batches of tasks that the method can generate together."""
     images: dict[str, Image.Image] = {}
-    for tasks, seeds in batches([(group.task, (seed,)) for group in groups], method, BATCH):
-        conditions = [method.prepare(task, Path()) for task in tasks]
-        rows = method.generate(tasks, conditions, seeds, sampling)
-        images |= {task.id: image for task, (image,) in zip(tasks, rows, strict=True)}
-    return [images[group.id] for group in groups]
+    for part, seeds in batches([(task, (seed,)) for task in tasks], method, BATCH):
+        conditions = [method.prepare(task, Path()) for task in part]
+        rows = method.generate(part, conditions, seeds, sampling)
+        images |= {task.id: image for task, (image,) in zip(part, rows, strict=True)}
+    return [images[task.id] for task in tasks]
 
 
 def classify_images(
@@ -102,22 +101,23 @@ def classify_images(
 def tiny_methods(folder: Path) -> dict[str, Method]:
     """The tiny SDXL without and with EasyRef, from a folder with the files of weights/."""
     base = BaseModel.load(folder / BASE)
-    checkpoint, mllm = str(folder / EASYREF), str(folder / MLLM)
-    return {"without": Plain(base), "with EasyRef": EasyRefMethod(base, checkpoint, mllm, size=SIZE)}
+    checkpoint, mllm = str(folder / SHAPES.easyref), str(folder / SHAPES.mllm)
+    return {"without": Plain(base), "with EasyRef": EasyRefMethod(base, checkpoint, mllm, size=SHAPES.size)}
 
 
 def evaluate(folder: Path, count: int, seed: int) -> str:
     """The `accuracy_table` of `count` held-out groups, from a folder with the files of weights/."""
     groups = render_groups(list(evaluation_groups(seed, count)), seed)
-    return accuracy_table(tiny_methods(folder), groups, load_classifier(folder / CLASSIFIER))
+    return accuracy_table(tiny_methods(folder), groups, load_classifier(folder / SHAPES.judge))
 
 
 def accuracy_table(
     methods: Mapping[str, Method], groups: Sequence[Group], classify: Classify, seed: int = 0
 ) -> str:
     """The `summary` of each method's images, as a Markdown table with an explanation."""
+    tasks = [group.task for group in groups]
     columns = [
-        summary(classify_images(generate_images(method, groups, seed), groups, classify))
+        summary(classify_images(generate_images(method, tasks, seed), groups, classify))
         for method in methods.values()
     ]
     lines = table(

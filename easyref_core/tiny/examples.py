@@ -26,8 +26,9 @@ from .classifier import to_tensor
 from .dataset import Dataset, draw_dataset
 from .groups import plan_group
 from .images import COUNTS, IMAGE_SIZE, NAMES, caption, held_out
-from .qwen2_vl import MAX_REFERENCES, SIZE, body_config, resize_all
+from .qwen2_vl import MAX_REFERENCES, body_config, resize_all
 from .sdxl import encode_dataset
+from .worlds import SHAPES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -160,7 +161,7 @@ class ShapeExamples(ProceduralExamples):
             seed,
             tokenizer=load_tokenizer(mllm),
             config=config,
-            size=SIZE,
+            size=SHAPES.size,
             images=resize_all(self.dataset.images, config),
             latents=encode_dataset(base, self.dataset.images),
         )

@@ -68,9 +68,13 @@ def plan_group(
 
 
 def spread(rng: np.random.Generator, values: int, count: int) -> NDArray[np.integer]:
-    """Draw `count` of `values` values as evenly as possible: no value repeats before all have occurred."""
-    rounds = [rng.permutation(values) for _ in range(-(-count // values))]
-    return rng.permutation(np.concatenate(rounds)[:count])
+    """Draw `count` of `values` values as evenly as possible, in random order."""
+    return rng.permutation(rounds(rng, values, count))
+
+
+def rounds(rng: np.random.Generator, values: int, count: int) -> NDArray[np.integer]:
+    """Draw `count` of `values` values, of which none repeats before all have occurred."""
+    return np.concatenate([rng.permutation(values) for _ in range(-(-count // values))])[:count]
 
 
 def evaluation_groups(

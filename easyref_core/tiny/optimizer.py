@@ -65,6 +65,7 @@ class OneCycleMuon:
     last layers, embeddings, biases and norms are AdamW's, at the learning rate of the `Training`.
 
     lr: maximum learning rate of Muon. warmup: fraction of the steps with a rising learning rate.
+    weight_decay: of Muon, decoupled; it bounds the largest singular values by its inverse.
     """
 
     MOMENTUM = 0.95
@@ -73,7 +74,12 @@ class OneCycleMuon:
     NOT_INSIDE = "conv_in", "conv_out", "embed", "head"
 
     def __init__(
-        self, modules: Iterable[nn.Module], training: Training, lr: float, warmup: float = 0.05
+        self,
+        modules: Iterable[nn.Module],
+        training: Training,
+        lr: float,
+        warmup: float = 0.05,
+        weight_decay: float = 0.0,
     ) -> None:
         named = [pair for module in modules for pair in module.named_parameters()]
         inside = {id(p) for name, p in named if p.ndim > 1 and not any(n in name for n in self.NOT_INSIDE)}
@@ -81,7 +87,7 @@ class OneCycleMuon:
         self.momenta = [torch.zeros_like(p) for p in self.matrices]
         others = [p for _, p in named if id(p) not in inside]
         self.others = OneCycleAdamW(others, training, weight_decay=0.0, warmup=warmup)
-        self.scale = lr / training.lr
+        self.scale, self.weight_decay = lr / training.lr, weight_decay
 
     def step(self, loss: Tensor) -> None:
         """Backpropagate and update the parameters."""
@@ -95,7 +101,7 @@ class OneCycleMuon:
                     continue
                 momentum.lerp_(matrix.grad, 1 - self.MOMENTUM)
                 update = self._orthogonal(matrix.grad.lerp(momentum, self.MOMENTUM).flatten(1))
-                matrix.add_(update.reshape(matrix.shape), alpha=-lr)
+                matrix.mul_(1 - lr * self.weight_decay).add_(update.reshape(matrix.shape), alpha=-lr)
 
     def _orthogonal(self, matrix: Tensor) -> Tensor:
         """Bring the singular values of a matrix near 1, and scale by its shape."""

@@ -26,11 +26,11 @@ from .images import caption
 from .optimizer import Log, OneCycleAdamW, Training
 from .tokenizer import COMPARE, DESCRIBE
 from .vision_pretraining import pretrain_vision
+from .worlds import SHAPES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SIZE = 84  # pixels, `size` of preprocess: an image of 64 pixels is not resized
 IMAGE_TOKENS = 4  # of such an image, and of the black image
 IMAGE_GRID = torch.tensor([(1, 4, 4)])  # frames, rows and columns of its patches
 MAX_REFERENCES = 6
@@ -72,7 +72,7 @@ def body_config(mllm: Mapping[str, Any] = CONFIG) -> EasyRefConfig:
 
 def resize_all(images: NDArray[np.uint8], config: EasyRefConfig) -> NDArray[np.uint8]:
     """Resize images (M, 64, 64, 3) for the MLLM, once for the training."""
-    return np.stack([np.asarray(resize(Image.fromarray(image), config, SIZE)) for image in images])
+    return np.stack([np.asarray(resize(Image.fromarray(image), config, SHAPES.size)) for image in images])
 
 
 def pretrain_qwen2_vl(dataset: Dataset, folder: Path, training: Training, vision: Training, log: Log) -> None:

@@ -12,9 +12,8 @@ from .qwen2_vl import pretrain_qwen2_vl
 from .sdxl import create_sdxl, pretrain_sdxl, shapes_caption
 from .tokenizer import train_mllm_tokenizer
 from .vae import pretrain_vae, reconstruct
+from .worlds import BASE, SHAPES
 
-BASE, MLLM, CLASSIFIER = "base", "tiny-qwen2-vl", "classifier.safetensors"
-EASYREF = "tiny_easyref.safetensors"
 VAE_TRAINING = Training(steps=3200, batch=16, lr=2e-3, seed=0)
 CLASSIFIER_TRAINING = Training(steps=1500, batch=128, lr=2e-3, seed=0)
 VISION_TRAINING = Training(steps=3000, batch=64, lr=3e-3, seed=0)
@@ -30,7 +29,7 @@ def make_base(folder: Path, log: Log) -> None:
     Held-out combinations are in the training of the classifier only.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    base, mllm, classifier = folder / BASE, folder / MLLM, folder / CLASSIFIER
+    base, mllm, classifier = folder / BASE, folder / SHAPES.mllm, folder / SHAPES.judge
     log = timed(log)
     work = base if base.is_dir() else folder / f"{BASE}.partial"
     if not (work / "vae").is_dir():

@@ -26,6 +26,8 @@ NAME_RATE, EMPTY_RATE = 0.7, 0.1  # probability that a caption names an attribut
 # sooner.
 MAX_SNR = 5.0
 MUON_LR = 0.02
+# Without it, logits and outputs of the cross-attention grow tenfold, and EasyRef learns nothing beside them.
+MUON_WEIGHT_DECAY = 0.5
 EMA_DECAY = 0.999  # the averaged weights are saved
 
 
@@ -81,7 +83,7 @@ def pretrain_sdxl(
     rng, batch = np.random.default_rng(training.seed), training.batch
     trained = {part: getattr(base, part).train() for part in ("unet", "text_encoder", "text_encoder_2")}
     parameters = [p.requires_grad_() for module in trained.values() for p in module.parameters()]
-    optimizer = OneCycleMuon(trained.values(), training, MUON_LR)
+    optimizer = OneCycleMuon(trained.values(), training, MUON_LR, weight_decay=MUON_WEIGHT_DECAY)
     average = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
     latents = encode_dataset(base, images)
     signal = base.schedule.alphas_cumprod

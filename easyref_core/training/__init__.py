@@ -14,8 +14,13 @@ Modules in reading order (B groups, K references in each, T reference tokens):
     objective.py     the loss of a noise schedule (epsilon, v-prediction, sample), and its sampler
     initial.py       initial weights of a run
     trainable.py     Batch -> reference tokens (B, T, C) -> prediction (B, 4, h, w), with gradients
+    optimizers.py    AdamW, 8-bit AdamW, Adafactor
     run.py           one stage in training: one update, and the checkpoint
     loop.py          all updates
+    export.py        a saved state -> a checkpoint
+    shards.py        entries of tensors in safetensors files
+    precomputed.py   the frozen models' outputs in shards, in place of the models
+    precompute.py    writes them
     cache.py         disk cache of VAE moments and context states
     resume.py        saved states; a killed run resumes bit for bit
     run_log.py       progress bar, metrics.csv, TensorBoard, sheets of sample images
@@ -23,6 +28,7 @@ Modules in reading order (B groups, K references in each, T reference tokens):
 
     full_size.py     full-size models on the meta device
     counting.py      FLOPs and peak memory there
+    memory.py        memory of a run, compared with the device's
     cost.py          memory and time of each stage at full size
 
 Nothing is imported here, because the nodes need none of it.

@@ -1,4 +1,11 @@
-"""accelerate launch -m easyref_core.training CONFIG.yaml [key=value ...]: train the stages of a YAML."""
+"""python -m easyref_core.training [COMMAND] CONFIG.yaml [key=value ...]: train the stages of a YAML.
+
+Training runs in as many processes as `accelerate launch` starts. COMMAND is one of
+
+    check         only read the rows; no model is loaded
+    export        write the checkpoint of a saved state
+    precompute    store the outputs of the frozen models, which training then does not need
+"""
 
 from __future__ import annotations
 
@@ -7,6 +14,7 @@ import logging
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from . import config
@@ -15,21 +23,69 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m easyref_core.training", description=__doc__)
+    arguments = sys.argv[1:]
+    name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else None
+    parser = argparse.ArgumentParser(
+        prog=f"python -m easyref_core.training{f' {name}' if name else ''}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("config", help="the YAML file, see easyref_core/training/configs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the YAML's")
-    parser.add_argument("--only", metavar="STAGE", help="train only this stage of the YAML; set its start")
-    arguments = parser.parse_intermixed_args()
+    parser.add_argument("--only", metavar="STAGE", help="only this stage of the YAML; set its start")
+    if name == "export":
+        parser.add_argument("--state", type=int, metavar="UPDATE", help="default: the newest saved state")
+        parser.add_argument("--to", type=Path, metavar="FILE", help="default: easyref-UPDATE.safetensors")
+    if name == "precompute":
+        parser.add_argument("--parts", type=lambda text: text.split(","), help="of latents,texts,contexts")
+    options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s")
     log = logging.getLogger("easyref_core")
     log.setLevel(logging.INFO)
     try:
-        run_stages(select(config.load(arguments.config, arguments.overrides), arguments.only), log)
+        stages = select(config.load(options.config, options.overrides), options.only)
+        COMMANDS.get(name, lambda stages, _, log: run_stages(stages, log))(stages, options, log)
     except (ValueError, OSError) as error:
         message = expected_message(error)
         if message is None:
             raise
         sys.exit(message)
+
+
+def check_rows(stages: list[config.Settings], _: argparse.Namespace, log: logging.Logger) -> None:
+    """Read the rows of the stages and log their number."""
+    from .rows import count_rows
+
+    for settings in stages:
+        log.info("%s: %s", settings.stage, count_rows(settings.data))
+
+
+def export_state(stages: list[config.Settings], options: argparse.Namespace, log: logging.Logger) -> None:
+    """Write the checkpoint of a saved state of one stage."""
+    if len(stages) > 1:
+        known = ", ".join(settings.stage for settings in stages)
+        raise ValueError(f"The YAML has several stages ({known}). Choose one with --only STAGE.")
+    from .export import export
+
+    [settings] = stages
+    settings.require_files()
+    log.info("%s -> %s", settings.stage, export(settings, options.state, options.to))
+
+
+def precompute_parts(stages: list[config.Settings], options: argparse.Namespace, log: logging.Logger) -> None:
+    """Store the outputs of the frozen models for the stages."""
+    for settings in stages:
+        settings.require_files()
+    from .loop import make_accelerator
+    from .precompute import precompute
+
+    for settings in stages:
+        precompute(settings, make_accelerator(1), options.parts)
+        log.info("%s -> %s", settings.stage, settings.precomputed)
+
+
+Command = Callable[[list[config.Settings], argparse.Namespace, logging.Logger], None]
+COMMANDS: dict[str, Command] = {"check": check_rows, "export": export_state, "precompute": precompute_parts}
 
 
 def run_stages(stages: list[config.Settings], log: logging.Logger) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
@@ -42,19 +43,27 @@ class BaseModel:
     tokenizer_2: CLIPTokenizer
     schedule: DDPMScheduler
     device: torch.device
+    parked: tuple[str, ...] = ()  # models that stay in main memory except in `resident`
+
+    MODELS: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "text_encoder_2")
 
     @classmethod
     def load(
-        cls, folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        folder: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        parked: Iterable[str] = (),
     ) -> BaseModel:
         """Load the folder of a diffusers StableDiffusionXLPipeline; all but the VAE in `dtype`.
 
+        parked: names of MODELS that are not put on `device`.
         Raises FileNotFoundError for another folder, ValueError for an unknown prediction type.
         """
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-        folder, device = Path(folder), torch.device(device)
+        folder, device, parked = Path(folder), torch.device(device), tuple(parked)
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(
                 f"{folder} has no model_index.json, so it is not a diffusers SDXL folder. Expected one with "
@@ -69,7 +78,8 @@ class BaseModel:
         require_known(schedule)
 
         def frozen(kind: type, name: str, dtype: torch.dtype) -> torch.nn.Module:
-            return local(kind, name, torch_dtype=dtype).to(device).requires_grad_(False).eval()
+            model = local(kind, name, torch_dtype=dtype).to("cpu" if name in parked else device)
+            return model.requires_grad_(False).eval()
 
         return cls(
             unet=frozen(UNet2DConditionModel, "unet", dtype).to(memory_format=torch.channels_last),
@@ -82,7 +92,20 @@ class BaseModel:
             tokenizer_2=local(AutoTokenizer, "tokenizer_2"),
             schedule=schedule,
             device=device,
+            parked=parked,
         )
+
+    @contextmanager
+    def resident(self, *names: str) -> Iterator[None]:
+        """Put parked models on the device, and back into main memory at the end."""
+        models = [getattr(self, name) for name in names if name in self.parked]
+        try:
+            for model in models:
+                model.to(self.device)
+            yield
+        finally:
+            for model in models:
+                model.to("cpu")
 
     @property
     def vae_scale_factor(self) -> int:

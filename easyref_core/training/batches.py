@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,7 @@ Size = tuple[int, int]
 class Sample:
     """One training example with cropped and resized images, after all random choices."""
 
-    target: Tensor  # (3, H, W) in -1..1
+    target: Tensor | None  # (3, H, W) in -1..1; None if moments are precomputed
     prompt: str  # input of SDXL's text encoders ("" when dropped)
     patches: Tensor  # (patches of all references, 1176): input of the vision tower, see preprocess.py
     grid: Tensor  # (K, 3): frames, rows, columns in patches
@@ -32,14 +33,21 @@ class Sample:
     original_size: Size  # height, width
     crop: Size  # top, left
     target_size: Size  # height, width
+    moments: Tensor | None = None  # (2, 4, h, w): mean and standard deviation of the latents, precomputed
+    text: tuple[Tensor, Tensor] | None = None  # states (N, C) and pooled (P,) of the prompt, precomputed
+    context: Tensor | None = None  # (S, D): context states, precomputed; the patches are then empty
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B collated samples. Exactly one of pixels and latents is set."""
+    """B collated samples. Exactly one of pixels, latents and moments is set."""
 
     pixels: Tensor | None = None  # (B, 3, H, W) in -1..1
     latents: Tensor | None = None  # (B, 4, h, w), precomputed
+    moments: Tensor | None = None  # (2, B, 4, h, w): mean and standard deviation of the latents, precomputed
+    text_states: Tensor | None = None  # (B, N, C), precomputed, and with it:
+    text_pooled: Tensor | None = None  # (B, P)
+    context: Tensor | None = None  # (B, S, D): context states, precomputed, zero at padding
     prompts: tuple[str, ...]
     time_ids: Tensor  # (B, 6) float: original height and width, crop top and left, target height and width
     patches: Tensor  # (patches of the whole batch, 1176), group by group
@@ -112,8 +120,20 @@ def collate(samples: Sequence[Sample], seeds: Sequence[int]) -> Batch:
     """Collate samples into a batch. Raises ValueError if their target sizes differ."""
     input_ids, padding_mask = pad_left([sample.input_ids for sample in samples])
     sizes = [(*sample.original_size, *sample.crop, *sample.target_size) for sample in samples]
+    first = samples[0]
+    stored: dict[str, Tensor] = {}
+    if first.text is not None:
+        columns = zip(*(sample.text for sample in samples), strict=True)
+        stored |= dict(zip(("text_states", "text_pooled"), map(torch.stack, columns), strict=True))
+    if first.context is not None:
+        contexts = [sample.context for sample in samples]
+        stored["context"] = pad_sequence(contexts, batch_first=True, padding_side="left")
+    if first.moments is not None:
+        stored["moments"] = _stack([sample.moments for sample in samples]).transpose(0, 1)
+    else:
+        stored["pixels"] = _stack([sample.target for sample in samples])
     return Batch(
-        pixels=_stack([sample.target for sample in samples]),
+        **stored,
         prompts=tuple(sample.prompt for sample in samples),
         time_ids=torch.tensor(sizes, dtype=torch.float32),
         patches=torch.cat([sample.patches for sample in samples]),
@@ -140,6 +160,7 @@ def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _stack(targets: Sequence[Tensor]) -> Tensor:
+    """Stack targets (3, H, W), or their moments (2, 4, h, w)."""
     sizes = sorted({(target.shape[-2], target.shape[-1]) for target in targets})
     if len(sizes) > 1:
         listed = ", ".join(f"{height}x{width}" for height, width in sizes)

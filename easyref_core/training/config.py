@@ -65,17 +65,22 @@ class Settings:
     start: Path | None = None  # checkpoint of an earlier stage; None: base MLLM and UNet
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warmup, down to 0 at the end
     warmup: int = 0  # updates
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     weight_decay: float = 0.0
     clip: float | None = None  # maximum norm of the gradients
     seed: int = 0
     num_tokens: int = 64
     final_layers: int = 1  # layers with reference tokens; 2, 3: the paper's insertion layer -2, -3
     lora_rank: int = 128  # of the stages that train a LoRA
+    mllm_lora_rank: int = 0  # train a LoRA of the MLLM's body in place of its weights, merged on save
+    weight_dtype: Literal["float32", "bfloat16"] = "float32"  # of the trained weights
     causal: bool = True
     aggregation: Literal["easyref", "average", "concatenation"] = "easyref"
     gradient_checkpointing: bool = False
+    memory_check: bool = True  # refuse a run whose counted memory exceeds the device's; false: only warn
     workers: int = 0  # data loading processes
     cache: Path | None = None  # folder of cached latents and, in stage 1, context states
+    precomputed: Path | None = None  # folder of the command precompute, used in place of the frozen models
     save_every: int = 1000  # updates between saved states
     keep: int = 2  # newest saved states that are retained
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -95,7 +100,9 @@ class Settings:
     def __post_init__(self) -> None:
         positive = ("updates", "batch_size", "accumulation", "num_tokens", "final_layers", "lora_rank")
         require_at_least(self, dict.fromkeys((*positive, "save_every", "keep", "log_every"), 1))
-        require_at_least(self, dict.fromkeys(("warmup", "seed", "workers", "weight_decay"), 0))
+        require_at_least(
+            self, dict.fromkeys(("warmup", "seed", "workers", "weight_decay", "mllm_lora_rank"), 0)
+        )
         if self.seed > MAX_SEED:
             raise ValueError(f"seed is {self.seed}, expected at most {MAX_SEED}.")
         for name in ("learning_rate", "clip"):
@@ -106,6 +113,14 @@ class Settings:
             raise ValueError(
                 f"data has {number} of rows and procedural, expected one. Set data.rows and data.root."
             )
+        if self.mllm_lora_rank and self.stage_spec.body_frozen:
+            raise ValueError(
+                f"mllm_lora_rank is {self.mllm_lora_rank}, but stage {self.stage!r} freezes the MLLM's body. "
+                "Set it to 0, or train stage 'multi_reference'."
+            )
+        if self.precomputed and (self.data.procedural is not None or self.cache):
+            other = "cache" if self.cache else "data.procedural"
+            raise ValueError(f"precomputed is set beside {other}, expected one of them. Set one to null.")
         if self.data.rows and self.data.root is None:
             raise ValueError("data.rows is set without data.root. Set data.root to the folder of the images.")
         if self.stage_spec.starts_from and self.start is None:

@@ -21,15 +21,18 @@ from ..files.atomic_write import atomic_write_text
 from .config import load
 from .full_size import (
     EASYREF,
+    IMAGE_SIDE,
     IMAGE_TOKENS,
     LATENT_SIDE,
     OTHER_TOKENS,
     MicroBatchCost,
+    Workload,
     context_length,
     micro_batch_cost,
     parameters,
-    released_shapes,
+    weights,
 )
+from .optimizers import copy_bytes, state_bytes
 from .stages import STAGES, Stage, group_of
 
 
@@ -45,6 +48,13 @@ class Machine(NamedTuple):
 
 
 A100 = Machine("A100 80GB", 80e9, bf16_flops=312e12, tf32_flops=156e12, utilisation=0.4, reserve_bytes=4e9)
+# Dense rates of the makers' data sheets, accumulated in float32; a single GPU needs no NCCL buffers.
+MACHINES = (
+    Machine("RTX 4090", 24e9, bf16_flops=165e12, tf32_flops=82.6e12, utilisation=0.4, reserve_bytes=1.5e9),
+    Machine("L40S", 48e9, bf16_flops=362e12, tf32_flops=183e12, utilisation=0.4, reserve_bytes=1.5e9),
+    A100._replace(reserve_bytes=1.5e9),
+    Machine("H100 SXM", 80e9, bf16_flops=989e12, tf32_flops=494e12, utilisation=0.4, reserve_bytes=1.5e9),
+)
 GPUS = (1, 8, 32)
 TEMPLATE = Path(__file__).with_name("cost_template.md")
 
@@ -59,6 +69,7 @@ class Plan:
     updates: int
     references: int
     zero2: bool  # DeepSpeed ZeRO-2 instead of replicas
+    side: int = IMAGE_SIDE  # pixels of a target
 
 
 def _plan(file: str, references: int, zero2: bool) -> Plan:
@@ -66,6 +77,14 @@ def _plan(file: str, references: int, zero2: bool) -> Plan:
     [settings] = load(Path(__file__).parent / "configs" / file)
     sizes = {"global_batch": 32 * settings.accumulation * settings.batch_size, "updates": settings.updates}
     return Plan(settings.stage_spec, settings.batch_size, **sizes, references=references, zero2=zero2)
+
+
+def _small_plan(stage: Stage, references: int) -> Plan:
+    """Plan of finetune_small.yaml on one GPU."""
+    [settings] = load(Path(__file__).parent / "configs" / "finetune_small.yaml")
+    sizes = {"global_batch": settings.accumulation * settings.batch_size, "updates": settings.updates}
+    sizes |= {"side": settings.data.augmentation.resolution}
+    return Plan(stage, settings.batch_size, **sizes, references=references, zero2=False)
 
 
 PLANS = (
@@ -77,6 +96,16 @@ PLANS = (
 
 
 @dataclass(frozen=True)
+class Levers:
+    """Settings that lower the memory of a run, as in config.Settings."""
+
+    optimizer: str = "adamw"
+    weight_dtype: str = "float32"
+    mllm_lora_rank: int = 0
+    precomputed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Memory and time of a plan on a number of GPUs."""
 
@@ -84,37 +113,61 @@ class Estimate:
     gpus: int
     checkpointing: bool
     machine: Machine = A100
+    levers: Levers = Levers()
 
     @cached_property
     def num_trained(self) -> int:
         """Number of parameters with gradients."""
-        shapes = {n: s for n, s in released_shapes().items() if group_of(n) in self.plan.stage.trains}
-        return sum(torch.Size(shape).numel() for shape in shapes.values())
+        stage, rank = self.plan.stage, self.levers.mllm_lora_rank
+        return sum(
+            tensor.numel()
+            for name, tensor in weights(stage, mllm_lora_rank=rank).tensors.items()
+            if group_of(name) in stage.trains and not (rank and name.startswith("encoder."))
+        )
 
     @property
     def frozen_bytes(self) -> int:
-        """UNet, text encoders and, in stage 1, the MLLM body in bfloat16; the VAE in float32."""
-        numbers = parameters()
-        body = numbers["body"] + numbers["vision tower"] if self.plan.stage.body_frozen else 0
-        return 2 * (numbers["unet"] + numbers["text encoders"] + body) + 4 * numbers["vae"]
+        """UNet, text encoders and a frozen MLLM body in bfloat16, the VAE in float32; what is not parked."""
+        numbers, precomputed = parameters(), self.levers.precomputed
+        size = 2 * numbers["unet"]
+        if "texts" not in precomputed:
+            size += 2 * numbers["text encoders"]
+        if "latents" not in precomputed:
+            size += 4 * numbers["vae"]
+        frozen = self.plan.stage.body_frozen or self.levers.mllm_lora_rank
+        if frozen and "contexts" not in precomputed:
+            size += 2 * (numbers["body"] + numbers["vision tower"])
+        return size
 
     @property
     def trained_bytes(self) -> float:
-        """2 bytes per parameter for the bfloat16 copy, and 16 for float32 weight, gradient and both moments.
-
-        ZeRO-2 shards the 16 over the GPUs.
-        """
-        return self.num_trained * (2 + 16 / (self.gpus if self.plan.zero2 else 1))
+        """The bfloat16 copy of the weights, and weights, gradients and moments, which ZeRO-2 shards."""
+        levers = self.levers
+        states = state_bytes(levers.optimizer, levers.weight_dtype)
+        return self.num_trained * (
+            copy_bytes(levers.weight_dtype) + states / (self.gpus if self.plan.zero2 else 1)
+        )
 
     @property
     def cost(self) -> MicroBatchCost:
         plan = self.plan
-        return micro_batch_cost(plan.stage, plan.batch, plan.references, self.checkpointing)
+        contexts = self.levers.precomputed & {"contexts"}
+        workload = Workload(
+            stage=plan.stage,
+            batch=plan.batch,
+            references=plan.references,
+            checkpointing=self.checkpointing,
+            mllm_lora_rank=self.levers.mllm_lora_rank,
+            precomputed=contexts,
+            side=plan.side,
+        )
+        return micro_batch_cost(workload)
 
     @property
     def activation_bytes(self) -> int:
         """The larger of two peaks, because the VAE finishes before the step begins."""
-        return max(self.cost.step.peak_bytes, self.cost.vae.peak_bytes)
+        vae = 0 if "latents" in self.levers.precomputed else self.cost.vae.peak_bytes
+        return max(self.cost.step.peak_bytes, vae)
 
     @property
     def total_bytes(self) -> float:
@@ -134,7 +187,9 @@ class Estimate:
     @property
     def peak_seconds(self) -> float:
         """Time of a micro-batch at the peak rates."""
-        return (self.cost.step.flops + self.cost.text.flops) / self.machine.bf16_flops + self.vae_seconds
+        text = 0 if "texts" in self.levers.precomputed else self.cost.text.flops
+        vae = 0 if "latents" in self.levers.precomputed else self.vae_seconds
+        return (self.cost.step.flops + text) / self.machine.bf16_flops + vae
 
     @property
     def vae_seconds(self) -> float:
@@ -145,6 +200,32 @@ class Estimate:
     def days(self) -> float:
         """Time of all updates."""
         return self.seconds * self.plan.updates / 86400
+
+
+GROUPS = _small_plan(STAGES["multi_reference"], references=8)
+SINGLES = _small_plan(STAGES["alignment"], references=1)
+STORED = frozenset({"latents", "texts"})
+RANK = 64
+# Name, plan, gradient checkpointing and levers of the rows of `lever_table`.
+LEVERS = (
+    ("stage 3, AdamW", GROUPS, False, Levers()),
+    ("with gradient checkpointing", GROUPS, True, Levers()),
+    ("and latents and texts precomputed", GROUPS, True, Levers(precomputed=STORED)),
+    ("and 8-bit AdamW", GROUPS, True, Levers("adamw_8bit", precomputed=STORED)),
+    ("or Adafactor", GROUPS, True, Levers("adafactor", precomputed=STORED)),
+    ("AdamW, bfloat16 weights", GROUPS, True, Levers("adamw", "bfloat16", precomputed=STORED)),
+    ("8-bit AdamW, bfloat16 weights", GROUPS, True, Levers("adamw_8bit", "bfloat16", precomputed=STORED)),
+    ("Adafactor, bfloat16 weights", GROUPS, True, Levers("adafactor", "bfloat16", precomputed=STORED)),
+    ("stage 3 with a LoRA of the MLLM, AdamW", GROUPS, True, Levers("adamw", "float32", RANK)),
+    ("and latents and texts precomputed", GROUPS, True, Levers("adamw", "float32", RANK, STORED)),
+    ("and 8-bit AdamW", GROUPS, True, Levers("adamw_8bit", "float32", RANK, STORED)),
+    ("or Adafactor", GROUPS, True, Levers("adafactor", "float32", RANK, STORED)),
+    ("8-bit AdamW, bfloat16 weights", GROUPS, True, Levers("adamw_8bit", "bfloat16", RANK, STORED)),
+    ("stage 1, AdamW", SINGLES, True, Levers()),
+    ("and latents and texts precomputed", SINGLES, True, Levers(precomputed=STORED)),
+    ("and contexts precomputed", SINGLES, True, Levers(precomputed=STORED | {"contexts"})),
+    ("and 8-bit AdamW", SINGLES, True, Levers("adamw_8bit", precomputed=STORED | {"contexts"})),
+)
 
 
 def table(header: str, rows: list[tuple[object, ...]]) -> str:
@@ -226,6 +307,19 @@ def _total(estimate: Estimate) -> str:
     return f"{bold}{_gigabytes(estimate.total_bytes)}{bold}"
 
 
+def lever_table() -> str:
+    """Memory of the plans of a single GPU under each lever, and seconds per update where it fits."""
+    rows = []
+    for name, plan, checkpointing, levers in LEVERS:
+        estimates = [Estimate(plan, 1, checkpointing, machine, levers) for machine in MACHINES]
+        first = estimates[0]
+        parts = (first.frozen_bytes, first.trained_bytes, first.activation_bytes, first.total_bytes)
+        fits = [f"{e.seconds:.0f} s" if e.total_bytes <= e.machine.memory_bytes else "no" for e in estimates]
+        rows.append((name, f"{first.num_trained / 1e6:.0f} M", *map(_gigabytes, parts), *fits))
+    names = " | ".join(machine.name for machine in MACHINES)
+    return table(f"levers | trained | frozen | trained | activations | total | {names}", rows)
+
+
 def saving_table() -> str:
     """Time that cache.py saves per update."""
     rows = []
@@ -251,6 +345,16 @@ def document(machine: Machine = A100) -> str:
         flops=flops_table(),
         costs=cost_table(),
         savings=saving_table(),
+        levers=lever_table(),
+        lora_rank=RANK,
+        group=GROUPS.references,
+        small_side=GROUPS.side,
+        small_batch=GROUPS.global_batch,
+        machines="; ".join(
+            f"{m.name} {m.memory_bytes / 1e9:.0f} GB, {m.bf16_flops / 1e12:.0f} and {m.tf32_flops / 1e12:.0f}"
+            for m in MACHINES
+        ),
+        small_reserve=f"{MACHINES[0].reserve_bytes / 1e9:.1f}",
         machine=machine.name,
         bf16=f"{machine.bf16_flops / 1e12:.0f}",
         tf32=f"{machine.tf32_flops / 1e12:.0f}",

@@ -6,6 +6,7 @@ which materializes the attention matrix; LiveBytes and flash_attention are for t
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PEAK_STEP = 1.01  # relative step of a peak
+
+
 class Cost(NamedTuple):
     """Compute and memory of one call."""
 
@@ -34,8 +38,13 @@ def count(call: Callable[[], Any]) -> Cost:
     Existing weights and inputs are not part of the peak. Gradients of weights are, unless the call frees
     them.
     """
-    with flash_attention(), FlopCounterMode(display=False) as counter, LiveBytes() as live:
-        call()
+    gc.collect()
+    gc.freeze()  # garbage collections during the call then see only its own objects
+    try:
+        with flash_attention(), FlopCounterMode(display=False) as counter, LiveBytes() as live:
+            call()
+    finally:
+        gc.unfreeze()
     return Cost(counter.get_total_flops(), live.peak)
 
 
@@ -86,8 +95,12 @@ class LiveBytes(TorchDispatchMode):
     def _add(self, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
         self.live += size
-        self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._remove, size)
+        if self.live > PEAK_STEP * self.peak:
+            # Under a dispatch mode, torch's checkpoint leaves recomputed tensors in reference cycles, which
+            # it does not without one.
+            gc.collect()
+            self.peak = max(self.peak, self.live)
 
     def _remove(self, size: int) -> None:
         self.live -= size

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from ..mllm.preprocess import SIZE, preprocess
 from ..utils.images import black_image
 from .batches import Batch, Sample, collate, generator, new_seed, row_at
 from .crops import center_crop, face_crop, native_resize
+from .precomputed import Precomputed
 from .rows import InvalidRow, load_image, read_rows
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from .base_model import BaseModel
     from .batches import LoadExamples
     from .config import Settings
-    from .rows import Row
+    from .crops import Crop
+    from .rows import Box, Row
 
 
 MAX_TRIES = 100  # rows in place of one that cannot be used
@@ -78,8 +80,9 @@ def open_rows(settings: Settings) -> LoadExamples:
     """
     data = settings.data
     rows = read_rows(data.rows, data.root, data.skip_rows, data.thorough, data.apply_exif)
+    stored = Precomputed(settings, rows) if settings.precomputed else None
     tokenizer = load_tokenizer(settings.mllm)
-    options = {"seed": settings.seed, "apply_exif": data.apply_exif}
+    options = {"seed": settings.seed, "apply_exif": data.apply_exif, "stored": stored}
 
     def load(base: BaseModel, config: EasyRefConfig) -> RowExamples:
         return RowExamples(rows, data.root, config, tokenizer, data.augmentation, **options)
@@ -88,7 +91,10 @@ def open_rows(settings: Settings) -> LoadExamples:
 
 
 class RowExamples:
-    """Examples (batches.py) of JSON rows. apply_exif: see `load_image`."""
+    """Examples (batches.py) of JSON rows. apply_exif: see `load_image`.
+
+    stored: precomputed parts, in place of which no image is read, encoded or tokenized.
+    """
 
     def __init__(
         self,
@@ -100,14 +106,22 @@ class RowExamples:
         seed: int = 0,
         *,
         apply_exif: bool = True,
+        stored: Precomputed | None = None,
     ) -> None:
         self.rows, self.root = rows, Path(root)
         self.config, self.tokenizer = config, tokenizer
         self.augmentation, self.seed = augmentation or Augmentation(), seed
-        self.apply_exif = apply_exif
+        self.apply_exif, self.stored = apply_exif, stored
+        self.parts = stored.parts if stored else frozenset()
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def max_references(self) -> int:
+        """References of the largest group."""
+        counts = (len(row.references) - (row.target is None) for row in self.rows)
+        return min(max(1, *counts, 1), self.augmentation.max_references)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         samples, seeds, broken = [], [], []
@@ -140,48 +154,79 @@ class RowExamples:
 
     def sample(self, row: Row, rng: np.random.Generator) -> Sample:
         """Draw a sample of a row. Raises InvalidRow for an unusable image and for too many tokens."""
-        augmentation = self.augmentation
         text = row.texts[rng.integers(len(row.texts))]
-        target, references = self.images(row, rng)
-        crop = (native_resize if augmentation.native else center_crop)(target, augmentation.resolution)
-        if len(references) == 1 and not augmentation.native:
-            # The authors crop it at the target's corner, which adds black bars where the two differ in aspect
-            # (a face crop is square, its target seldom).
-            references = [center_crop(references[0], augmentation.resolution).image]
-
-        drop_image, drop_text = drops(augmentation, rng)
-        text = "" if drop_text else text
-        patches, grid, input_ids = self.mllm_inputs([black_image()] if drop_image else references, text, row)
-        return Sample(
-            target=to_tensor(crop.image),
-            prompt=text,
-            patches=patches,
-            grid=grid,
-            input_ids=input_ids,
-            original_size=crop.original_size,
-            crop=crop.corner,
-            target_size=crop.target_size,
-        )
-
-    def images(self, row: Row, rng: np.random.Generator) -> tuple[Image.Image, list[Image.Image]]:
-        """Load a row's target and a random choice of its references, unresized."""
-        if row.face:
-            target = self.open(row.target, row)
-            return target, [face_crop(target, row.face, rng)]
-        target, files = held_out(row, rng)
-        files = choose(files, self.augmentation.max_references, self.augmentation.truncation, rng)
-        return self.open(target, row), [self.open(file, row) for file in files]
-
-    def open(self, file: str, row: Row) -> Image.Image:
-        """Load an image file as RGB. Raises InvalidRow as `load_image` does, naming the row too."""
+        file, files = self.files(row, rng)
         try:
-            return load_image(self.root, file, self.apply_exif)
+            image = None if "latents" in self.parts and not row.face else self.open(file)
+            references = self.references(image, files, row.face, rng)
+            drop_image, drop_text = drops(self.augmentation, rng)
+            text = "" if drop_text else text
+            target = self.target_inputs(file, image)
+            group = self.group_inputs(files, references, text, drop_image)
         except InvalidRow as error:
             raise InvalidRow(f"line {row.line}: {error}") from error
+        states = self.stored.text(text) if "texts" in self.parts else None
+        return Sample(**target, **group, prompt=text, text=states and (states["states"], states["pooled"]))
 
-    def mllm_inputs(
-        self, references: list[Image.Image], text: str, row: Row
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def files(self, row: Row, rng: np.random.Generator) -> tuple[str, list[str]]:
+        """A row's target and a random choice of its references; () if the target's face is the reference."""
+        if row.face:
+            return row.target, []
+        target, files = held_out(row, rng)
+        return target, choose(files, self.augmentation.max_references, self.augmentation.truncation, rng)
+
+    def open(self, file: str) -> Image.Image:
+        """Load an image file as RGB. Raises InvalidRow as `load_image` does."""
+        return load_image(self.root, file, self.apply_exif)
+
+    def references(
+        self, target: Image.Image | None, files: Sequence[str], face: Box | None, rng: np.random.Generator
+    ) -> list[Image.Image]:
+        """The references as the MLLM is to see them, before its resize; none if contexts are precomputed."""
+        if "contexts" in self.parts:
+            return []
+        return self.fit([face_crop(target, face, rng)] if face else [self.open(file) for file in files])
+
+    def fit(self, references: list[Image.Image]) -> list[Image.Image]:
+        """Crop a single reference as its target.
+
+        The authors crop it at the target's corner, which adds black bars where the two differ in aspect (a
+        face crop is square, its target seldom).
+        """
+        if len(references) > 1 or self.augmentation.native:
+            return references
+        return [center_crop(image, self.augmentation.resolution).image for image in references]
+
+    def crop(self, target: Image.Image) -> Crop:
+        """Resize or crop a target."""
+        return (native_resize if self.augmentation.native else center_crop)(
+            target, self.augmentation.resolution
+        )
+
+    def target_inputs(self, file: str, image: Image.Image | None) -> dict[str, Any]:
+        """The fields of a Sample that the target decides; an image that is not needed may be None."""
+        if "latents" in self.parts:
+            latents = self.stored.latents(file)
+            pixels, moments, sizes = None, latents["moments"], map(tuple, latents["sizes"].tolist())
+        else:
+            crop = self.crop(image)
+            pixels, moments, sizes = to_tensor(crop.image), None, crop[1:]
+        sizes = dict(zip(("original_size", "crop", "target_size"), sizes, strict=True))
+        return {"target": pixels, "moments": moments, **sizes}
+
+    def group_inputs(
+        self, files: Sequence[str], references: list[Image.Image], text: str, drop_image: bool
+    ) -> dict[str, Any]:
+        """The fields of a Sample that the references and the text decide."""
+        if "contexts" in self.parts:
+            [file] = files
+            entry = self.stored.context(file, text, drop_image)
+            patches = torch.empty(0, self.config.patch_values)
+            return {"patches": patches, "context": entry.pop("states"), **entry}
+        patches, grid, ids = self.mllm_inputs([black_image()] if drop_image else references, text)
+        return {"patches": patches, "grid": grid, "input_ids": ids}
+
+    def mllm_inputs(self, references: list[Image.Image], text: str) -> tuple[Tensor, Tensor, Tensor]:
         """Patches, grid (K, 3) and input_ids (S,) of references and a text."""
         patches, grid = preprocess(references, self.config, self.augmentation.size)
         counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
@@ -189,15 +234,14 @@ class RowExamples:
         limit, longest = self.augmentation.max_length, self.config.max_positions - self.config.num_tokens
         if limit and (ids[limit:] == image_token_id(self.tokenizer)).any():
             raise InvalidRow(
-                f"line {row.line} has {len(references)} references with {sum(counts)} image "
-                f"tokens, but max_length {limit} would truncate them. Train on groups in stage 3, with "
-                "max_length null."
+                f"{len(references)} references have {sum(counts)} image tokens, but max_length {limit} would "
+                "truncate them. Train on groups in stage 3, with max_length null."
             )
         ids = ids[:limit]
         if len(ids) > longest:
             raise InvalidRow(
-                f"line {row.line} is {len(ids)} tokens long ({len(references)} references), but "
-                f"the MLLM accepts at most {longest}. Lower max_references or size."
+                f"the input is {len(ids)} tokens long ({len(references)} references), but the MLLM accepts "
+                f"at most {longest}. Lower max_references or size."
             )
         return patches, grid, ids
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from torch import Tensor
 
+MLLM_LORA_PREFIX = "mllm_lora."  # of the LoRA of the MLLM's body, which no checkpoint holds
 REFERENCE_TOKENS_STD = 0.1  # the authors' 0.1 * randn
 
 
@@ -106,12 +107,46 @@ def fresh_lora(
     config: EasyRefConfig, widths: Mapping[Site, int], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """LoRA without effect: down is drawn with standard deviation 1 / rank, up is zero."""
+    return _without_effect(lora_shapes(config, widths), config.lora_rank, generator)
+
+
+def _without_effect(
+    shapes: Mapping[str, tuple[int, ...]], rank: int, generator: torch.Generator
+) -> dict[str, Tensor]:
     return {
-        name: torch.randn(shape, generator=generator) / config.lora_rank
-        if ".down." in name
-        else torch.zeros(shape)
-        for name, shape in lora_shapes(config, widths).items()
+        name: torch.randn(shape, generator=generator) / rank if ".down." in name else torch.zeros(shape)
+        for name, shape in shapes.items()
     }
+
+
+def mllm_lora_shapes(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[int, int]]:
+    """Shapes of a LoRA of every linear layer in the blocks of the MLLM's decoder and vision tower."""
+    shapes = {}
+    for name, weight in tensors.items():
+        match = re.fullmatch(r"encoder\.((?:layers|visual\.blocks)\..+)\.weight", name)
+        if match and weight.ndim == 2:
+            rows, columns = weight.shape
+            shapes[f"{MLLM_LORA_PREFIX}{match[1]}.down.weight"] = (rank, columns)
+            shapes[f"{MLLM_LORA_PREFIX}{match[1]}.up.weight"] = (rows, rank)
+    return shapes
+
+
+def fresh_mllm_lora(tensors: Mapping[str, Tensor], rank: int, seed: int) -> dict[str, Tensor]:
+    """LoRA of the MLLM without effect, drawn as `fresh_lora`."""
+    generator = torch.Generator().manual_seed(seed)
+    return _without_effect(mllm_lora_shapes(tensors, rank), rank, generator)
+
+
+def merge_mllm_lora(tensors: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The body's tensors, encoder.*, with the products of a LoRA added, in float32."""
+    merged = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
+    for name, down in lora.items():
+        if name.endswith(".down.weight"):
+            path = name.removeprefix(MLLM_LORA_PREFIX).removesuffix(".down.weight")
+            up = lora[f"{MLLM_LORA_PREFIX}{path}.up.weight"]
+            weight = merged[f"encoder.{path}.weight"]
+            merged[f"encoder.{path}.weight"] = weight.float() + (up.float() @ down.float()).to(weight.device)
+    return merged
 
 
 def _float32_copy(_: str, tensor: Tensor) -> Tensor:

@@ -65,8 +65,7 @@ def _train(run: Run) -> None:
         run.save(settings.result)
     finally:
         run_log.close()
-        run.model.attachment.remove()
-        accelerator.free_memory()
+        run.close()
 
 
 def make_accelerator(accumulation: int) -> Accelerator:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,14 +30,26 @@ log = logging.getLogger(__name__)
 
 # Data loading processes of a killed run hold its lock until they find that it has died, within 5 seconds.
 LOCK_SECONDS = 15.0
+SETTINGS_FILE = "settings.json"  # of a run, in its output folder
 
 # Settings that do not affect the weights, so a resumed run may change them.
 FREE = frozenset(
-    "output workers cache save_every keep save_dtype log_every samples thorough max_broken".split()
+    "output workers cache precomputed save_every keep save_dtype log_every samples thorough "
+    "max_broken memory_check".split()
 )
 
+# Settings that decide the model which a state is of.
+MODEL = frozenset(
+    "stage base mllm start num_tokens final_layers lora_rank mllm_lora_rank causal aggregation".split()
+) | {"contents of start"}
+
 # Settings that older runs did not have, and what these runs did.
-ABSENT = {"data.apply_exif": False}
+ABSENT = {
+    "data.apply_exif": False,
+    "optimizer": "adamw",
+    "mllm_lora_rank": 0,
+    "weight_dtype": "float32",
+}
 
 
 @contextmanager
@@ -93,7 +105,7 @@ def resume(accelerator: Accelerator, output: Path) -> int:
     """
     damaged: dict[Path, str] = {}
     for update, folder in reversed(saved_states(output).items()):
-        reason = _load_state(accelerator, folder)
+        reason = load_state(accelerator, folder)
         if reason is None:
             if accelerator.is_main_process:
                 _set_aside(damaged, folder)
@@ -108,7 +120,7 @@ def resume(accelerator: Accelerator, output: Path) -> int:
     return 0
 
 
-def _load_state(accelerator: Accelerator, folder: Path) -> str | None:
+def load_state(accelerator: Accelerator, folder: Path) -> str | None:
     """Load a state; None, or the reason in all processes if it is damaged for one of them."""
     reason = None
     try:
@@ -130,26 +142,40 @@ def _set_aside(damaged: dict[Path, str], used: Path) -> None:
 
 def require_same_run(settings: Settings, processes: int) -> None:
     """Write settings.json. ValueError if the output folder has states of a run with different settings."""
-    file = settings.output / "settings.json"
+    file = settings.output / SETTINGS_FILE
     current = {**flatten(settings), "processes": processes, **input_hashes(settings)}
     if file.is_file() and saved_states(settings.output):
-        previous = json.loads(file.read_text(encoding="utf-8"))
-        previous = ABSENT | previous
         ignored = FREE | ({"updates"} if settings.schedule == "constant" else set())
         ignored |= set() if settings.data.rows else {"apply_exif"}  # procedural images have none
-        differences = [
-            f"{name} was {previous.get(name)!r} and is {current.get(name)!r}"
-            for name in sorted(previous.keys() | current.keys())
-            if name.rpartition(".")[2] not in ignored
-            and name.partition(".")[0] not in ignored
-            and previous.get(name) != current.get(name)
-        ]
-        if differences:
-            raise ValueError(
-                f"{settings.output} contains a run with other settings ({'; '.join(differences)}). "
-                "Set them back to continue it, or set another output."
-            )
+        _refuse_differences(
+            settings.output,
+            current,
+            lambda name: name.rpartition(".")[2] in ignored or name.partition(".")[0] in ignored,
+            "Set them back to continue it, or set another output.",
+        )
     atomic_write_text(file, json.dumps(current, indent=1))
+
+
+def require_same_model(settings: Settings) -> None:
+    """Raise ValueError if the states of the output folder are of another model than the settings'."""
+    if (settings.output / SETTINGS_FILE).is_file():
+        current = {**flatten(settings), **input_hashes(settings)}
+        remedy = "Set them back to export its states."
+        _refuse_differences(settings.output, current, lambda name: name not in MODEL, remedy)
+
+
+def _refuse_differences(
+    output: Path, current: dict[str, Any], ignore: Callable[[str], bool], remedy: str
+) -> None:
+    """Raise ValueError for settings that differ from those in the output's settings.json."""
+    previous = ABSENT | json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
+    differences = [
+        f"{name} was {previous.get(name)!r} and is {current.get(name)!r}"
+        for name in sorted(previous.keys() | current.keys())
+        if not ignore(name) and previous.get(name) != current.get(name)
+    ]
+    if differences:
+        raise ValueError(f"{output} contains a run with other settings ({'; '.join(differences)}). {remedy}")
 
 
 def input_hashes(settings: Settings) -> dict[str, str]:

@@ -25,12 +25,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import ExifTags, Image, ImageOps
 
 from ..files.image_files import open_image
 from ..utils.images import to_rgb
+
+if TYPE_CHECKING:
+    from .config import Data
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +86,23 @@ def read_rows(
     if invalid:
         log.warning("%s", _summary(path, invalid, total, skip_rows))
     return rows
+
+
+def count_rows(data: Data) -> str:
+    """Read and check the rows of a run's data and describe them by number and kind.
+
+    Raises FileNotFoundError or ValueError as `read_rows` does.
+    """
+    if data.rows is None:
+        return "the images are procedural, so there are no rows to check"
+    rows = read_rows(data.rows, data.root, data.skip_rows, data.thorough, data.apply_exif)
+    groups = sum(len(row.references) > 1 for row in rows)
+    faces = sum(row.face is not None for row in rows)
+    largest = max(len(row.references) for row in rows)
+    return (
+        f"{len(rows)} rows of {data.rows} can be used: {groups} groups (at most {largest} images), {faces} "
+        f"faces, {len(rows) - groups - faces} single references"
+    )
 
 
 def _summary(path: Path, invalid: list[tuple[int, str]], total: int, skip_rows: int) -> str:

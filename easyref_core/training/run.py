@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import pkgutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +19,15 @@ from ..mllm.instructions import INSTRUCTION, image_token_id, load_tokenizer, tok
 from ..mllm.preprocess import preprocess
 from ..utils.finite import require_finite
 from ..utils.images import black_image
-from .base_model import BaseModel
+from .base_model import BaseModel, Text
 from .batches import Batch, Examples, LoadExamples
 from .broken_rows import BrokenRows
 from .cache import TensorCache, cached_contexts, cached_moments
-from .initial import Weights, from_base, from_checkpoint
+from .initial import MLLM_LORA_PREFIX, Weights, fresh_mllm_lora, from_base, from_checkpoint, merge_mllm_lora
+from .memory import require_memory
 from .objective import denoising_loss
+from .optimizers import make_optimizer
+from .precomputed import PARTS, provenance, read_manifest, require_provenance
 from .sampling import generate_images, to_images, unpatchify
 from .trainable import TrainableEasyRef, tensor_name
 
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .config import Settings
+
+log = logging.getLogger(__name__)
 
 NOT_FINITE_REMEDY = (
     "The last good saved state remains and nothing was exported. Lower learning_rate, set clip to 1.0, or "
@@ -63,10 +70,15 @@ class Run:
     ) -> None:
         self.settings, self.accelerator = settings, accelerator
         examples = open_dataset(settings) if examples is None else examples
-        dtype = MIXED.get(accelerator.mixed_precision, torch.float32)
-        self.base = BaseModel.load(settings.base, accelerator.device, dtype)
+        dtype = frozen_dtype(accelerator)
+        stored = read_manifest(settings.precomputed)["parts"] if settings.precomputed else {}
+        parked = [model for part in stored for model in PARTS[part]]
+        self.base = BaseModel.load(settings.base, accelerator.device, dtype, parked)
         self.weights = load_weights(settings, self.base)
+        if settings.precomputed:
+            require_provenance(settings.precomputed, provenance(settings, self.base, self.weights, dtype))
         self.examples = examples(self.base, self.weights.config) if callable(examples) else examples
+        _require_memory(settings, accelerator, self.base, self.weights, self.examples)
         self.broken_rows = BrokenRows(accelerator, settings.data.max_broken)
         self.tokenizer = load_tokenizer(settings.mllm)
         self.model = TrainableEasyRef(
@@ -77,6 +89,7 @@ class Run:
             aggregation=settings.aggregation,
             gradient_checkpointing=settings.gradient_checkpointing,
             frozen_dtype=dtype,
+            body_device="cpu" if "contexts" in stored else None,
         )
         self.latent_moments, self.contexts = self.base.latent_moments, None
         if settings.cache:
@@ -87,10 +100,9 @@ class Run:
                 encoder = self.model.encoder
                 tag = f"context {encoder.norm.weight.dtype} {fingerprint(encoder.state_dict().items())}"
                 self.contexts = partial(cached_contexts, cache, tag, self.model.context)
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        _cast_trained(self.model, settings.weight_dtype, accelerator.mixed_precision)
+        trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        optimizer = make_optimizer(settings, trained)
         configure_deepspeed(accelerator, settings)
         self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
 
@@ -99,7 +111,7 @@ class Run:
         batch = batch.to(self.accelerator.device)
         timesteps, noise, vae_noise = randomness(batch, self.base)
         latents = self.latents(batch, vae_noise)
-        text, context = self.base.encode_text(batch.prompts), self.cached_context(batch)
+        text, context = self.text(batch), self.context(batch)
 
         def predict(noisy: Tensor) -> Tensor:
             return self.prepared(noisy, timesteps, text, batch, context)
@@ -113,13 +125,22 @@ class Run:
         """
         if batch.latents is not None:
             return batch.latents
-        mean, deviation = self.latent_moments(batch.pixels)
+        if batch.moments is not None:
+            mean, deviation = batch.moments
+        else:
+            mean, deviation = self.latent_moments(batch.pixels)
         return mean.to(vae_noise.device) + deviation.to(vae_noise.device) * vae_noise
 
-    def cached_context(self, batch: Batch) -> Tensor | None:
-        """Context states (B, S, D) from the cache; None if the run caches none."""
-        if self.contexts is None:
-            return None
+    def text(self, batch: Batch) -> Text:
+        """Text conditioning of the prompts: precomputed, or of the text encoders."""
+        if batch.text_states is not None:
+            return Text(batch.text_states, batch.text_pooled)
+        return self.base.encode_text(batch.prompts)
+
+    def context(self, batch: Batch) -> Tensor | None:
+        """Context states (B, S, D): precomputed, or from the cache; None if the run has neither."""
+        if batch.context is not None or self.contexts is None:
+            return batch.context
         with self.accelerator.autocast():  # as in the model's own forward pass
             return self.contexts(batch)
 
@@ -169,7 +190,10 @@ class Run:
         tensors = {}
         if self.accelerator.is_main_process:
             tensors = {tensor_name(name): tensor for name, tensor in state.items()}
-            if self.settings.stage_spec.body_frozen and not self.weights.body_is_base:
+            lora = {name: tensors.pop(name) for name in list(tensors) if name.startswith(MLLM_LORA_PREFIX)}
+            if lora:
+                tensors |= merge_mllm_lora(self.weights.tensors, lora)
+            elif self.settings.stage_spec.body_frozen and not self.weights.body_is_base:
                 encoder = self.model.encoder.state_dict()
                 tensors |= {f"encoder.{name}": tensor for name, tensor in encoder.items()}
             dtype = getattr(torch, self.settings.save_dtype)
@@ -180,27 +204,46 @@ class Run:
             save(path, self.weights.config, self.weights.sites, tensors)
         self.accelerator.wait_for_everyone()
 
+    def close(self) -> None:
+        """Restore the base's UNet and free the accelerator's memory."""
+        self.model.attachment.remove()
+        self.accelerator.free_memory()
+
     @torch.no_grad()
     def sample_sheet(self) -> Image.Image:
         """Sheet of the first examples: references at the MLLM's size, target, generated image."""
         model, samples = self.model, self.settings.samples
         options = {name: getattr(samples, name) for name in ("negative", "guidance", "steps")}
         rows = {}
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.resident():
             empty = self.unconditional_tokens()
             for number in range(samples.count):
                 batch = self.examples.batch(range(number, number + 1)).to(self.accelerator.device)
-                tokens = model.tokens(batch, self.cached_context(batch))
+                tokens = model.tokens(batch, self.context(batch))
                 # repeated to the length of concatenated tokens, which does not change the attention
                 repeats = tokens.shape[1] // empty.shape[1]
                 model.condition(torch.cat([empty.repeat(1, repeats, 1), tokens]))
                 _, noise, vae_noise = randomness(batch, self.base)
                 target = self.base.decode(self.latents(batch, vae_noise))
                 images = generate_images(self.base, noise, batch.prompts, **options)
-                references = unpatchify(batch.patches, batch.grid, model.config)
+                # with precomputed context states the references are not read
+                grid = batch.grid if batch.context is None else batch.grid[:0]
+                references = unpatchify(batch.patches, grid, model.config)
                 label = f"{number + 1}: {len(references)} references, target, generated: {batch.prompts[0]}"
                 rows[label[:100]] = [*references, *to_images(target), *images]
         return contact_sheet(rows, cell=128)
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Put the models that the precomputed parts replace on the device, and back at the end."""
+        encoder, device = self.model.encoder, self.accelerator.device
+        home = encoder.norm.weight.device
+        with self.base.resident(*self.base.parked):
+            try:
+                encoder.to(device)
+                yield
+            finally:
+                encoder.to(home)
 
     def unconditional_tokens(self) -> Tensor:
         """Reference tokens (1, T, C) of the black image and the instruction without a prompt."""
@@ -209,6 +252,39 @@ class Run:
         ids = tokenize(self.tokenizer, INSTRUCTION, [int(grid.prod()) // config.merge_size**2])
         inputs = patches, grid, ids, torch.ones_like(ids, dtype=torch.bool)
         return self.model.encode(*(tensor.to(self.accelerator.device) for tensor in inputs))
+
+
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of all frozen weights but the VAE's."""
+    return MIXED.get(accelerator.mixed_precision, torch.float32)
+
+
+def _require_memory(
+    settings: Settings, accelerator: Accelerator, base: BaseModel, weights: Weights, examples: Any
+) -> None:
+    """Compare the run's memory with the device's; sharded weights are not counted."""
+    from accelerate.utils import DistributedType
+
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        log.warning("Memory is not checked, because %s shards weights.", accelerator.distributed_type.value)
+    elif examples:
+        require_memory(settings, base, weights, getattr(examples, "max_references", None))
+
+
+def _cast_trained(model: TrainableEasyRef, dtype: str, mixed_precision: str) -> None:
+    """Cast the trained weights. Raises ValueError for bfloat16 where the computation is in another dtype."""
+    if dtype == "float32":
+        return
+    if mixed_precision != "bf16":
+        raise ValueError(
+            f"weight_dtype is bfloat16 with mixed precision {mixed_precision!r}, expected 'bf16'. Start with "
+            "accelerate launch --mixed_precision bf16, or set weight_dtype to float32."
+        )
+    log.warning(
+        "weight_dtype bfloat16: an update of less than about 1/256 of a weight is lost to rounding. Prefer "
+        "float32 with optimizer adamw_8bit or adafactor where it fits."
+    )
+    model.to(torch.bfloat16)
 
 
 def open_dataset(settings: Settings) -> LoadExamples:
@@ -233,6 +309,8 @@ def randomness(batch: Batch, base: BaseModel) -> tuple[Tensor, Tensor, Tensor]:
     """Timesteps (B,), noise and the VAE's noise (B, 4, h, w), each sample's from its seed alone."""
     if batch.latents is not None:
         shape = batch.latents.shape[1:]
+    elif batch.moments is not None:
+        shape = batch.moments.shape[2:]
     else:
         sides = (side // base.vae_scale_factor for side in batch.pixels.shape[-2:])
         shape = (base.vae.config.latent_channels, *sides)
@@ -253,6 +331,8 @@ def load_weights(settings: Settings, base: BaseModel) -> Weights:
     if settings.start is None:
         return from_base(settings.mllm, base.unet, lora_rank=rank, seed=settings.seed, **sizes)
     weights = from_checkpoint(settings.start, settings.mllm, base.unet, lora_rank=rank, seed=settings.seed)
+    if settings.mllm_lora_rank:
+        weights.tensors.update(fresh_mllm_lora(weights.tensors, settings.mllm_lora_rank, settings.seed))
     for name, expected in sizes.items():
         if (actual := getattr(weights.config, name)) != expected:
             raise ValueError(

@@ -10,7 +10,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "reference_tokens": ("aggregator.reference_tokens.",),
     "projector": ("aggregator.projector.",),
     "kv": ("kv.",),
-    "body": ("encoder.",),  # all other layers of the MLLM, and its vision tower
+    # all other layers of the MLLM, and its vision tower, or the LoRA that is trained in their place
+    "body": ("encoder.", "mllm_lora."),
     "lora": ("unet.",),
 }
 

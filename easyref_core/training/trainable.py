@@ -18,7 +18,7 @@ from ..checkpoint.modules import CheckpointModules
 from ..mllm.qwen2_vl import SkipInit
 from ..unet.diffusers_unet import attach
 from .batches import pad_left
-from .initial import Weights
+from .initial import MLLM_LORA_PREFIX, Weights
 from .stages import Stage, group_of
 
 if TYPE_CHECKING:
@@ -49,8 +49,13 @@ class TrainableEasyRef(nn.Module):
         aggregation: str = "easyref",
         gradient_checkpointing: bool = False,
         frozen_dtype: torch.dtype = torch.float32,
+        body_device: torch.device | str | None = None,
     ) -> None:
-        """image_token: id of <|image_pad|>. frozen_dtype: dtype of a frozen MLLM body."""
+        """image_token: id of <|image_pad|>.
+
+        frozen_dtype, body_device: of a frozen MLLM body; None is the UNet's device. The body is frozen in
+        stage 1, and where `weights` have a LoRA of it (initial.fresh_mllm_lora).
+        """
         super().__init__()
         if aggregation not in AGGREGATIONS:
             raise ValueError(f"aggregation is {aggregation!r}, expected one of {', '.join(AGGREGATIONS)}.")
@@ -59,15 +64,22 @@ class TrainableEasyRef(nn.Module):
         self.aggregation = aggregation
         self.__dict__["unet"] = unet
         modules = CheckpointModules(config, weights.widths, SkipInit, device="meta")
-        lora = {name: t for name, t in weights.tensors.items() if name.startswith(LORA_PREFIX)}
-        modules.load_state_dict({n: t for n, t in weights.tensors.items() if n not in lora}, assign=True)
-        if stage.body_frozen:
-            encoder = modules.encoder.requires_grad_(False).to(unet.device, frozen_dtype)
+        prefixes = (LORA_PREFIX, MLLM_LORA_PREFIX)
+        lora, mllm_lora = (
+            {name: t for name, t in weights.tensors.items() if name.startswith(prefix)} for prefix in prefixes
+        )
+        own = {name: t for name, t in weights.tensors.items() if not name.startswith(prefixes)}
+        modules.load_state_dict(own, assign=True)
+        if stage.body_frozen or mllm_lora:
+            encoder = modules.encoder.requires_grad_(False).to(body_device or unet.device, frozen_dtype)
             self.__dict__["encoder"] = encoder
         else:
             self.encoder = modules.encoder
         self.aggregator, self.kv = modules.aggregator, modules.kv
         self.lora = _lora_layers(lora)
+        self.mllm_lora = _mllm_lora_layers(mllm_lora)
+        for key, layer in self.mllm_lora.items():
+            self.encoder.get_submodule(_layer_path(key)).register_forward_hook(partial(_add_update, layer))
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(group_of(tensor_name(name)) in stage.trains)
         if gradient_checkpointing:
@@ -164,7 +176,9 @@ def split_references(input_ids: Tensor, image_token: int, references: int) -> li
 
 
 def tensor_name(parameter: str) -> str:
-    """Translate a parameter name of TrainableEasyRef to the tensor name of checkpoint.save."""
+    """Translate a parameter name of TrainableEasyRef to the name of its tensor in Weights."""
+    if parameter.startswith(MLLM_LORA_PREFIX):
+        return _layer_path(parameter)
     match = re.fullmatch(r"lora\.(.+)/(to_\w+)\.(down|up)\.weight", parameter)
     return _lora_name(match[1].replace("/", "."), match[2], match[3]) if match else parameter
 
@@ -174,19 +188,41 @@ def _lora_name(attention: str, layer: str, side: str) -> str:
 
 
 def _layer_path(key: str) -> str:
-    """Path of a layer in the UNet from its key in the ModuleDict, whose keys must not contain dots."""
+    """Path of a layer from its key in a ModuleDict, whose keys must not contain dots."""
     return key.replace("/", ".")
 
 
 def _lora_layers(tensors: Mapping[str, Tensor]) -> nn.ModuleDict:
-    """Linear layers up(down(x)) by `_layer_path` key."""
+    """Linear layers up(down(x)) of the UNet by `_layer_path` key."""
     lora = nn.ModuleDict()
     for name, down in tensors.items():
         path = name.removeprefix(LORA_PREFIX)
         if match := re.fullmatch(r"(.+)\.processor\.(to_\w+)_lora\.down\.weight", path):
-            sides = {"down": down, "up": tensors[_lora_name(match[1], match[2], "up")]}
-            linears = {side: nn.Linear(*w.T.shape, bias=False, device="meta") for side, w in sides.items()}
-            layer = nn.Sequential(OrderedDict(linears))
-            layer.load_state_dict({f"{side}.weight": w for side, w in sides.items()}, assign=True)
-            lora[f"{match[1]}.{match[2]}".replace(".", "/")] = layer
+            up = tensors[_lora_name(match[1], match[2], "up")]
+            lora[f"{match[1]}.{match[2]}".replace(".", "/")] = _low_rank_layer(down, up)
     return lora
+
+
+def _mllm_lora_layers(tensors: Mapping[str, Tensor]) -> nn.ModuleDict:
+    """Linear layers up(down(x)) of the MLLM's body by `_layer_path` key."""
+    lora = nn.ModuleDict()
+    for name, down in tensors.items():
+        if name.endswith(".down.weight"):
+            path = name.removesuffix(".down.weight")
+            key = path.removeprefix(MLLM_LORA_PREFIX).replace(".", "/")
+            lora[key] = _low_rank_layer(down, tensors[f"{path}.up.weight"])
+    return lora
+
+
+def _low_rank_layer(down: Tensor, up: Tensor) -> nn.Sequential:
+    """up(down(x)) with these weights."""
+    sides = {"down": down, "up": up}
+    linears = {side: nn.Linear(*w.T.shape, bias=False, device="meta") for side, w in sides.items()}
+    layer = nn.Sequential(OrderedDict(linears))
+    layer.load_state_dict({f"{side}.weight": w for side, w in sides.items()}, assign=True)
+    return layer
+
+
+def _add_update(layer: nn.Module, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Forward hook that adds a LoRA to a layer's output."""
+    return output + layer(inputs[0])

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 from comfy_api.latest import io
 
 from ...easyref_core.tiny.clip_text import encode_text
-from ...easyref_core.tiny.demo_group import demo_group, in_common
+from ...easyref_core.tiny.demo_group import MAX_REFERENCES, WORDS, demo_group
 from ...easyref_core.tiny.groups import OUTSIDER_FROM
+from ...easyref_core.utils.errors import shorten
 from ...easyref_core.utils.prompt_syntax import plain_text
-from ..host import folders
+from ..host import folders, preview
 from ..host.validation import validates_inputs
 from .tiny_sdxl import load_model
 from .tiny_vae import load_vae
 
-MIN_REFERENCES, MAX_REFERENCES = 2, 6  # references of a group, as in training
+MIN_REFERENCES = 2  # of a group, as in training
 
 
 @validates_inputs
@@ -54,14 +57,14 @@ class EasyRefDemo(io.ComfyNode):
                     default=4,
                     min=MIN_REFERENCES,
                     max=MAX_REFERENCES,
-                    tooltip="Number of references in the group.",
+                    tooltip="Number of references in the group. More references extend the same group.",
                 ),
                 io.Boolean.Input(
                     "with_outsider",
                     default=False,
                     advanced=True,
-                    tooltip="Adds a reference that shares nothing with the others. Trained in groups of "
-                    f"{OUTSIDER_FROM} or more; in smaller ones the outlier is hard to identify.",
+                    tooltip="Adds a reference that shares nothing with the others, at the end. Trained in "
+                    f"groups of {OUTSIDER_FROM} or more; in smaller ones the outlier is hard to identify.",
                 ),
             ],
             outputs=[
@@ -94,12 +97,25 @@ class EasyRefDemo(io.ComfyNode):
         cls, prompt: str, negative_prompt: str, example: int, references: int, with_outsider: bool
     ) -> io.NodeOutput:
         base = folders.tiny_base()
-        plan, pixels = demo_group(example, references, with_outsider)
-        images = torch.from_numpy(pixels).float() / 255
-        prompt = plain_text(prompt).strip() or plan.prompt
-        positive, negative = conditionings(base, (prompt, plain_text(negative_prompt)))
-        models = load_model(base), positive, negative, load_vae(base)
-        return io.NodeOutput(*models, images, prompt, in_common(plan))
+        group = demo_group(example, references, with_outsider)
+        images = torch.from_numpy(group.references).float() / 255
+        prompts = plain_text(prompt).strip() or group.prompt, plain_text(negative_prompt)
+        models = load_model(base), *conditionings(base, prompts), load_vae(base)
+        note = unknown_words(prompts, WORDS)
+        ui = preview.text(note) if note else None
+        return io.NodeOutput(*models, images, prompts[0], group.shared, ui=ui)
+
+
+def unknown_words(prompts: Iterable[str], known: Collection[str]) -> str | None:
+    """A warning that names the words of prompts that the tiny model was not trained on."""
+    words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+", prompt))
+    unknown = [repr(word) for word in words if word not in known]
+    if not unknown:
+        return None
+    return (
+        f"Warning: the tiny model was not trained on {shorten(', '.join(unknown))}. Its words are: "
+        f"{', '.join(sorted(known))}."
+    )
 
 
 def conditionings(base: Path, prompts: tuple[str, ...]) -> list[list]:

@@ -18,6 +18,7 @@ import folder_paths
 from comfy.text_encoders import qwen_image
 
 from ...easyref_core.checkpoint.formats import BASE_MLLM, RELEASE
+from ...easyref_core.tiny.worlds import BASE, SHAPES
 from ...easyref_core.utils.errors import shorten
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ NO_TOKENS = "no file in output/easyref"
 DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|clock\$|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.I)
 MAX_PREFIX_LENGTH = 1000  # characters
 MAX_NAME_BYTES = 255 - len("_00001_.safetensors")
-SHIPPED = Path(__file__).absolute().parents[2] / "easyref_core" / "tiny" / "weights"
-TINY = "tiny_easyref.safetensors"  # the checkpoint there; the other files belong to the demo's SDXL
+SHIPPED = SHAPES.weights
+TINY = SHAPES.easyref  # the checkpoint there; the other files belong to the demo's SDXL
 
 
 def register_folders() -> None:
@@ -189,7 +190,7 @@ def state_of(files: Iterable[Path]) -> str:
 
 def tiny_base() -> Path:
     """Folder of the shipped tiny SDXL. Raises FileNotFoundError if the pack was installed without it."""
-    base = SHIPPED / "base"
+    base = SHIPPED / BASE
     if not (base / "model_index.json").is_file():
         raise FileNotFoundError(
             f"The tiny model of the demo is not in {base}. Install the complete pack again."

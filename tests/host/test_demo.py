@@ -12,20 +12,20 @@ import comfy.memory_management
 import comfy.model_patcher
 import comfy.sample
 import comfy.sd
+import numpy as np
 import pytest
 import torch
 
 from devkit.host import golden
 from devkit.hosts import ROOT
-from easyref_core.tiny.demo_group import demo_group
+from easyref_core.tiny.demo_group import demo_group, demo_plan
 from easyref_core.tiny.images import NAMES, held_out
+from easyref_core.tiny.worlds import SHAPES
 from easyref_core.training.base_model import BaseModel
 
 from . import tiny_weights
 
 pytestmark = pytest.mark.one_host
-
-SHIPPED = ROOT / "easyref_core" / "tiny" / "weights"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["stand-in", "shipped"])
 def base(request: pytest.FixtureRequest, stand_in: Path) -> Path:
     """The diffusers folder of the tiny SDXL."""
-    return (stand_in if request.param == "stand-in" else SHIPPED) / "base"
+    return (stand_in if request.param == "stand-in" else SHAPES.weights) / "base"
 
 
 @pytest.fixture(scope="module")
@@ -193,10 +193,28 @@ def test_example_is_reproducible(demo) -> None:
 
 
 def test_empty_prompt_is_the_examples(demo) -> None:
-    plan, _ = demo_group(3, 4, False)
+    prompt = demo_group(3, 4, False).prompt
     empty = outputs(demo, prompt=" ")
-    assert empty["prompt"] == plan.prompt != ""
-    assert torch.equal(empty["positive"][0][0], outputs(demo, prompt=plan.prompt)["positive"][0][0])
+    assert empty["prompt"] == prompt != ""
+    assert torch.equal(empty["positive"][0][0], outputs(demo, prompt=prompt)["positive"][0][0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("a blue thing on sand, (striped:1.2)", None),
+        ("A dog on grass, two moons", "'A', 'dog', 'two', 'moons'"),
+    ],
+)
+def test_words_that_the_model_does_not_know_are_named(demo, prompt: str, unknown: str | None) -> None:
+    inputs = {"negative_prompt": "", "example": 3, "references": 2, "with_outsider": False}
+    with torch.inference_mode():
+        shown = demo.EasyRefDemo.execute(prompt=prompt, **inputs).ui
+    if unknown is None:
+        assert shown is None
+    else:
+        (text,) = shown["text"]
+        assert text.startswith(f"Warning: the tiny model was not trained on {unknown}. Its words are: ")
 
 
 def test_prompt_of_the_user_is_used_and_returned(demo) -> None:
@@ -208,17 +226,16 @@ def test_prompt_of_the_user_is_used_and_returned(demo) -> None:
 
 
 def test_outsider_shares_nothing_and_is_named(demo) -> None:
-    plan, _ = demo_group(3, 5, True)
+    plan = demo_plan(3, 5, True)
     columns = [NAMES.index(name) for name in plan.shared]
-    outsider = plan.references[plan.outsider, columns]
-    others = plan.references[[i for i in range(5) if i != plan.outsider]][:, columns]
-    assert (others == plan.target[columns]).all()
+    *others, outsider = plan.references[:, columns]
+    assert (np.array(others) == plan.target[columns]).all()
     assert (outsider != plan.target[columns]).all()
-    assert f"reference {plan.outsider + 1}," in outputs(demo, references=5, with_outsider=True)["shared"]
+    assert "reference 6," in outputs(demo, references=5, with_outsider=True)["shared"]
 
 
 def test_target_of_an_example_is_held_out_from_training() -> None:
-    assert all(held_out(demo_group(example, 4, False)[0].target) for example in range(50))
+    assert all(held_out(demo_plan(example, 4, False).target) for example in range(50))
 
 
 def test_missing_model_is_an_error_with_a_remedy(demo, tmp_path, monkeypatch, pack) -> None:

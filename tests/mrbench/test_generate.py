@@ -14,12 +14,20 @@ import yaml
 from PIL import Image
 
 from easyref_core.mrbench import generate as generation
-from easyref_core.mrbench.generate import RunSettings, batches, generate, load_task, read_config, run
+from easyref_core.mrbench.generate import (
+    RunSettings,
+    batches,
+    generate,
+    limit_groups,
+    load_task,
+    read_config,
+    run,
+)
 from easyref_core.mrbench.latency import collect
-from easyref_core.mrbench.manifest import Group, Manifest, write_manifest
+from easyref_core.mrbench.manifest import SPLITS, Group, Manifest, write_manifest
 from easyref_core.mrbench.methods import KINDS, Method, Sampling
 from easyref_core.mrbench.processes import Process
-from easyref_core.mrbench.training_seeds import select
+from easyref_core.mrbench.training_seeds import pooled_name, select
 from easyref_core.training.base_model import BaseModel
 
 from . import tiny
@@ -219,6 +227,17 @@ def test_fewer_references_can_be_used(
         generate(manifest, method, "easyref", settings, references=0)
 
 
+def test_fewer_groups_can_be_used(manifest: Manifest) -> None:
+    """The first of each split."""
+    first, second = manifest.groups
+    groups = [dataclasses.replace(group, split=split) for split in SPLITS for group in (first, second)]
+    kept = limit_groups(dataclasses.replace(manifest, groups=tuple(groups)), 1).groups
+    assert [(group.id, group.split) for group in kept] == [(first.id, split) for split in SPLITS]
+    assert limit_groups(manifest, None) == manifest
+    with pytest.raises(ValueError, match="groups is 0; wanted 1 or more"):
+        limit_groups(manifest, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "batch", "sizes"),
     [
@@ -279,6 +298,10 @@ class TestConfig:
         assert select(["plain", "easyref@2"], methods) == ["plain", "easyref@2"]
         assert select([], methods) == list(methods)
 
+    def test_a_training_seed_can_be_a_number(self, read: Any) -> None:
+        entry = {"kind": "lora", "seed": "{seed}", "training_seeds": [0, 2]}
+        assert read(methods={"lora": entry}).methods["lora@2"] == {"kind": "lora", "seed": 2}
+
     def test_it_runs(self, read: Any, tmp_path: Path) -> None:
         tiny.make_base(tmp_path / "base")
         done = run(read(), ["plain"], references=1)
@@ -299,10 +322,10 @@ class TestConfig:
             ({"seeds": 4}, "seeds is 4; wanted a list of whole numbers"),
             ({"seeds": ["a"]}, r"seeds is \['a'\]; wanted a list"),
             ({"prompt": 3}, "prompt is 3; wanted a string"),
-            ({"methods": {"m": {"kind": "plain", "training_seeds": [0]}}}, "in none of its paths, so all"),
+            ({"methods": {"m": {"kind": "plain", "training_seeds": [0]}}}, "in none of its settings, so all"),
             (
                 {"methods": {"m": {"kind": "easyref", "checkpoint": "{seed}.safetensors"}}},
-                "Method m has {seed} in a path; wanted also training_seeds",
+                "Method m has {seed} in a setting; wanted also training_seeds",
             ),
             (
                 {"methods": {"m": {"kind": "easyref", "checkpoint": "{seed}", "training_seeds": [1, 1]}}},
@@ -332,7 +355,8 @@ class TestConfig:
         for name in ("sdxl.yaml", "tiny.yaml"):
             methods = configs[name].methods
             assert {entry["kind"] for entry in methods.values()} == set(KINDS)
-            assert {"easyref_stage_1", "easyref_stage_2", "easyref_without_stage_1"} <= methods.keys()
+            stages = ["easyref_stage_1", "easyref_stage_2", "easyref_without_stage_1"]
+            assert {pooled_name(name) for name in select(stages, methods)} == set(stages)
         assert configs["sdxl_single.yaml"].prompt == ""
 
     def test_an_unknown_method_is_refused(self, read: Any) -> None:

@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 
 from easyref_core.mllm.instructions import load_tokenizer
 from easyref_core.mrbench.methods.ip_adapter import load_image_encoder
+from easyref_core.tiny.clip_text import token_ids
 from easyref_core.tiny.creatures import recipe
 from easyref_core.tiny.creatures.captions import all_captions, caption
 from easyref_core.tiny.creatures.dataset import Dataset, draw_dataset
+from easyref_core.tiny.creatures.descriptions import describe, described
 from easyref_core.tiny.creatures.examples import CreatureExamples, SingleCreatures
 from easyref_core.tiny.creatures.groups import SIZES, render_groups
 from easyref_core.tiny.creatures.identities import NUMBERS, PARTS, VARIANCE, draw_identities, split
@@ -35,7 +37,7 @@ from easyref_core.tiny.creatures.qwen2_vl import BODY, IMAGE_TOKENS, pretrain_qw
 from easyref_core.tiny.creatures.vision_pretraining import REACH, label_tokens, part_errors
 from easyref_core.tiny.examples import ProceduralSettings
 from easyref_core.tiny.optimizer import Training
-from easyref_core.tiny.tokenizer import train_mllm_tokenizer
+from easyref_core.tiny.tokenizer import CLIP_TOKEN_IDS, train_clip_tokenizer, train_mllm_tokenizer
 
 VIEWS = 4
 
@@ -53,6 +55,35 @@ def one(identity: np.ndarray, place: int = 0, ground: int = 0) -> np.ndarray:
     """One rendered creature with fixed random changes."""
     scenes = alone(identity[None], np.array([ground]), np.array([place]), generator())
     return render(scenes, generator())[0].astype(int)
+
+
+# Captions of the base
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ({0: 0.9, 10: 0.9}, "a wide grey creature with fine grey stripes"),
+        ({0: -0.9, 4: 0.8, 5: -0.8, 6: -0.8, 10: -0.9}, "a tall red creature with broad grey stripes"),
+        ({3: -0.5, 7: 0.6, 8: 0.6, 9: 0.6}, "a curved grey creature with even white stripes"),
+        ({2: 0.3}, "a round grey creature with even grey stripes"),
+    ],
+)
+def test_descriptions_name_form_colours_and_stripes(numbers: dict[int, float], expected: str) -> None:
+    identity = np.zeros(NUMBERS)
+    identity[list(numbers)] = list(numbers.values())
+    assert described(describe(identity)) == expected
+
+
+def test_captions_of_the_base_fit_its_tokenizer(creatures: Dataset, tmp_path: Path) -> None:
+    """A token for each word, so that none is cut off."""
+    train_clip_tokenizer(tmp_path, recipe.clip_corpus())
+    rng = generator()
+    captions = [recipe.draw_caption(creatures, i % len(creatures), rng) for i in range(300)]
+    ends = (token_ids(tmp_path, captions) == CLIP_TOKEN_IDS["eos_token_id"]).int().argmax(dim=1)
+    assert ends.tolist() == [len(text.split()) + 1 for text in captions]
+    kinds = {("stripes" in text, " on " in text, " at the " in text) for text in captions}
+    assert len(kinds) == 8
 
 
 # Images

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import easyref_core as er
 from easyref_core.mllm.preprocess import preprocess
 from easyref_core.tiny.classifier import load_classifier
 from easyref_core.tiny.evaluate import (
@@ -23,9 +20,10 @@ from easyref_core.tiny.evaluate import (
 from easyref_core.tiny.examples import ProceduralSettings, ShapeExamples
 from easyref_core.tiny.groups import evaluation_groups
 from easyref_core.tiny.images import ATTRIBUTES, NAMES, all_combinations, held_out, render
-from easyref_core.tiny.qwen2_vl import IMAGE_TOKENS, SIZE
+from easyref_core.tiny.qwen2_vl import IMAGE_TOKENS
+from easyref_core.tiny.worlds import SHAPES
 
-WEIGHTS = Path(er.__file__).parent / "tiny" / "weights"
+WEIGHTS = SHAPES.weights
 
 
 class MeanColours:
@@ -62,7 +60,7 @@ def test_a_position_gives_the_same_sample_in_any_batch(examples: ShapeExamples) 
 
 def test_patches_are_those_of_the_core(examples: ShapeExamples) -> None:
     image = Image.fromarray(examples.dataset.images[7])
-    expected, expected_grid = preprocess([image], examples.config, SIZE)
+    expected, expected_grid = preprocess([image], examples.config, SHAPES.size)
     patches, grid = examples.patchify([[7]])
     assert torch.equal(patches, expected)
     assert torch.equal(grid, expected_grid)
@@ -91,7 +89,7 @@ def test_images_of_held_out_groups_show_the_references() -> None:
     assert all(held_out(group.plan.target) for group in groups)
     classify = load_classifier()
     without, with_references = (
-        summary(classify_images(generate_images(method, groups), groups, classify))
+        summary(classify_images(generate_images(method, [group.task for group in groups]), groups, classify))
         for method in tiny_methods(WEIGHTS).values()
     )
     assert without["shared"].mean < chance(groups) + 0.15

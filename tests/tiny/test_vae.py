@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -46,6 +47,17 @@ def test_muon_works_on_weights_in_channels_last() -> None:
         OneCycleMuon([model], TRAINING, lr=0.1).step(model(torch.ones(1, 3, 12, 12)).square().mean())
         updated.append(model.inner.weight)
     torch.testing.assert_close(*updated)
+
+
+@pytest.mark.parametrize(("weight_decay", "bounded"), [(2.0, True), (0.0, False)])
+def test_weight_decay_of_muon_bounds_the_singular_values(weight_decay: float, bounded: bool) -> None:
+    """By its inverse, times the inexactness of the Newton-Schulz iteration."""
+    torch.manual_seed(0)
+    model, images = Model(), torch.randn(4, 3, 12, 12)
+    optimizer = OneCycleMuon([model], TRAINING, lr=0.2, weight_decay=weight_decay)
+    for _ in range(TRAINING.steps):
+        optimizer.step(-model(images).mean())
+    assert (torch.linalg.matrix_norm(model.inner.weight.flatten(1), 2) < 1.25 / 2.0) == bounded
 
 
 def test_edges_are_differences_between_neighbouring_pixels() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -42,7 +43,7 @@ def test_parameters_are_those_of_the_released_layout_and_of_sdxl(groups: list[st
 
 
 def test_sizes_and_tensors_are_those_of_the_layout() -> None:
-    known = {key: list(v) if isinstance(v, tuple) else v for key, v in full_size.UNET.items()}
+    known = {key: list(v) if isinstance(v, tuple) else v for key, v in full_size.FULL_SIZE.unet.items()}
     assert known.items() <= LAYOUT["sdxl_unet_config"].items()
     lm_head = 1  # tied, and never used
     assert len(full_size.released_shapes()) == len(LAYOUT["keys"]) - lm_head
@@ -105,10 +106,31 @@ def test_checkpointing_costs_one_more_forward_and_less_memory() -> None:
     assert recomputing.peak_bytes < 0.6 * plain.peak_bytes
 
 
+def test_checkpointed_layers_keep_only_their_inputs() -> None:
+    """Recomputed tensors in reference cycles, which only a dispatch mode makes, are not counted."""
+    x, weight = meta(1000, 64).requires_grad_(), meta(64, 256)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        hidden = x @ weight
+        return x + (hidden * (1.702 * hidden).sigmoid_()) @ weight.T
+
+    def peak(layers: int) -> int:
+        def run() -> None:
+            y = x
+            for _ in range(layers):
+                y = checkpoint(layer, y, use_reentrant=False)
+            y.sum().backward()
+
+        return count(run).peak_bytes
+
+    assert peak(12) - peak(4) <= 1.1 * 8 * x.nbytes
+
+
 @pytest.fixture(scope="module")
 def alignment() -> full_size.MicroBatchCost:
     """One example of stage 1."""
-    return full_size.micro_batch_cost(STAGES["alignment"], 1, 1, False)
+    workload = full_size.Workload(stage=STAGES["alignment"], batch=1, references=1, checkpointing=False)
+    return full_size.micro_batch_cost(workload)
 
 
 def test_document_has_the_counts(alignment: full_size.MicroBatchCost) -> None:
@@ -144,3 +166,30 @@ def test_memory_is_the_sum_of_its_parts(alignment: full_size.MicroBatchCost) -> 
     assert one.activation_bytes == max(alignment.step.peak_bytes, alignment.vae.peak_bytes)
     assert (one.accumulation, many.accumulation) == (256, 8)
     assert one.seconds == pytest.approx(32 * many.seconds)
+
+
+PLAIN = cost.Levers()
+
+
+def estimate(machine: cost.Machine = cost.A100, **levers: object) -> cost.Estimate:
+    plan = cost.Plan(STAGES["multi_reference"], 1, 16, updates=1, references=8, zero2=False)
+    return cost.Estimate(plan, 1, True, machine, dataclasses.replace(PLAIN, **levers))
+
+
+def test_each_lever_changes_its_part() -> None:
+    plain, numbers = estimate(), full_size.parameters()
+    body = numbers["body"] + numbers["vision tower"]
+    assert plain.trained_bytes == 18 * plain.num_trained
+    assert estimate(optimizer="adamw_8bit").trained_bytes == (12 + 1 / 32) * plain.num_trained
+    assert estimate(optimizer="adafactor").trained_bytes == pytest.approx(10 * plain.num_trained, rel=2e-3)
+    assert estimate(weight_dtype="bfloat16").trained_bytes == 8 * plain.num_trained
+    both = estimate(weight_dtype="bfloat16", optimizer="adamw_8bit")
+    assert both.trained_bytes == (6 + 1 / 32) * plain.num_trained
+    lora = estimate(mllm_lora_rank=64)
+    assert lora.frozen_bytes == plain.frozen_bytes + 2 * body
+    # q, k, v and o, and three matrices of the MLP, in 27 layers; qkv, proj and two of the MLP in 32
+    decoder = 27 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
+    vision = 32 * ((1280 + 3 * 1280) + 2 * 1280 + 2 * (1280 + 5120))
+    assert lora.num_trained == plain.num_trained - body + 64 * (decoder + vision)
+    stored = estimate(precomputed=frozenset({"latents", "texts"}))
+    assert stored.frozen_bytes == 2 * numbers["unet"]

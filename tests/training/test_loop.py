@@ -248,6 +248,7 @@ def test_every_yaml_runs_a_tiny_update(
             start=settings.start and tiny.GOLDEN_START["start"],
             samples=dataclasses.replace(settings.samples, steps=1, count=1),
             **{"updates": 1, "num_tokens": 8, "lora_rank": 8, "batch_size": 1, "workers": 0},
+            **{"optimizer": "adamw", "precomputed": None},  # need a package and rows
         )
         er.load(train(settings, examples), tiny.MLLM)
         assert len(list((settings.output / "samples").iterdir())) == 1

@@ -35,16 +35,23 @@ from tools.bench.report import Options, Row, describe, parser, publish
 from tools.bench.timing import interleaved, seconds
 
 TOKENS, TEXT, POOLED = (1, 64, 2048), (1, 77, 2048), (1, 1280)
+# in place of SDXL's sizes, for tests
+SMALL: dict[str, Any] = {
+    "model_channels": 64,
+    "transformer_depth": [0, 0, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
+}
 LATE = 0.9  # a window from there on is not reached in the first step
 
 
-def full_size_sdxl() -> Any:
-    """A ModelPatcher of SDXL in float32 with random weights."""
+def random_sdxl(dtype: torch.dtype = torch.float32, load_device: str = "cpu", **sizes: Any) -> Any:
+    """A ModelPatcher of SDXL with random weights. sizes: of its UNet that differ, such as SMALL."""
     from devkit.host.full_size_unets import SDXL, on_meta
     from tools.bench.random_weights import materialize
 
-    model = on_meta(SDXL | {"dtype": torch.float32})
-    materialize(model.model.diffusion_model, "cpu", torch.float32)
+    model = on_meta(SDXL | {"dtype": dtype} | sizes, load_device)
+    materialize(model.model.diffusion_model, "cpu", dtype)
     return model
 
 
@@ -116,7 +123,7 @@ def measure(pack: ModuleType, host: str, pixels: tuple[int, ...], pairs: int) ->
 
     say = partial(print, flush=True)
     say("making random weights")
-    bare = full_size_sdxl()
+    bare = random_sdxl()
     patched, later = with_references(pack, bare), with_references(pack, bare, LATE)
     rows = []
     for side in pixels:

@@ -9,7 +9,7 @@ no logits (the authors' code computes those too, and the 28th layer).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -33,26 +33,44 @@ from tools.bench.transformers_mllm import body_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from easyref_core.model import EasyRef
+
 IMAGE_SIZES = ((1024, 1024), (832, 1216), (1216, 832))  # width, height, in turn
 IMAGE_TOKEN = 151655  # of Qwen2-VL's tokenizer: <|image_pad|>
 # text tokens: the template's start, instruction, prompt, the template's end
 BEFORE, INSTRUCTION, PROMPT, AFTER = 14, 25, 16, 5
 CHANGED_REFERENCES = 8  # of the group that is changed
+PROMPT_CHANGED, ONE_ADDED = "prompt changed", "one added at the end"
+CHANGES = (
+    *(PROMPT_CHANGED, ONE_ADDED),
+    *("the last removed", "the first removed", "order reversed", "one replaced in the middle"),
+)
 MAX_ALL_PAIRS = 2  # references up to which all pairs are run; beyond, half of them
 MAX_ALL_LAYERS = 8  # references up to which all layers are run; beyond, one in eight
 
 
 class Encoder:
-    """The MLLM with random weights, and groups for it."""
+    """The MLLM, and groups for it. note: ends the name of each group, where the MLLM is not whole."""
 
-    def __init__(self, config: EasyRefConfig, device: str) -> None:
+    def __init__(self, mllm: CheckpointModules, encoder: CachedGroupEncoder, note: str = "") -> None:
+        self.mllm, self.encoder, self.note = mllm, encoder, note
+        self.config, self.image_token = mllm.encoder.config, encoder.image_token
+        self.device, self.dtype = encoder.device, encoder.dtype
+        self.exact = Limit("<=", 1e-5) if self.dtype == torch.float32 else None
+
+    @classmethod
+    def random(cls, config: EasyRefConfig, device: str, note: str = "") -> Encoder:
+        """With random weights of these sizes; bfloat16 on a GPU, else float32."""
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.config, self.device, self.dtype = config, torch.device(device), dtype
-        self.exact = Limit("<=", 1e-5) if dtype == torch.float32 else None
-        self.image_token = min(IMAGE_TOKEN, config.vocab_size - 1)
         modules = CheckpointModules(config, {}, SkipInit, device="meta")
-        self.mllm: CheckpointModules = materialize(modules, device, dtype)
-        self.encoder = CachedGroupEncoder(self.mllm.encoder, self.image_token, self.device, dtype)
+        mllm: CheckpointModules = materialize(modules, device, dtype)
+        image_token = min(IMAGE_TOKEN, config.vocab_size - 1)
+        return cls(mllm, CachedGroupEncoder(mllm.encoder, image_token, torch.device(device), dtype), note)
+
+    @classmethod
+    def of(cls, easyref: EasyRef) -> Encoder:
+        """With the weights and caches of a loaded model."""
+        return cls(easyref.modules, easyref.group_encoder)
 
     def group(self, images: list[int], prompt: int = 0) -> PreparedGroup:
         """The images of these numbers, with the prompt of this number."""
@@ -99,24 +117,30 @@ def noise_image(number: int, config: EasyRefConfig) -> np.ndarray:
 def measure(options: Options, say: Say) -> list[Row]:
     """Rows of the part "encode"; see the package."""
     config = QUICK if options.quick else EASYREF
-    encoder = Encoder(config, options.device)
-    rows = _changed(encoder, 2 if options.quick else CHANGED_REFERENCES, options, say)
+    encoder = Encoder.random(config, options.device)
+    rows = changed(encoder, 2 if options.quick else CHANGED_REFERENCES, options, say)
     small = [count for count in options.references if count <= MAX_ALL_LAYERS]
-    rows += [row for count in small for row in _cold(encoder, count, options, say)]
+    rows += [row for count in small for row in cold(encoder, count, options, say)]
     if large := [count for count in options.references if count > MAX_ALL_LAYERS]:
         del encoder
         depths = {name: max(1, getattr(config, name) // 8) for name in ("vision_depth", "body_layers")}
-        encoder = Encoder(dataclasses.replace(config, **depths), options.device)
-        rows += [row for count in large for row in _cold(encoder, count, options, say)]
+        shallow = dataclasses.replace(config, **depths)
+        encoder = Encoder.random(shallow, options.device, ", one layer in eight")
+        rows += [row for count in large for row in cold(encoder, count, options, say)]
     return rows
 
 
-def _changed(encoder: Encoder, count: int, options: Options, say: Say) -> list[Row]:
-    """Time of encoding a changed group right after the group was encoded cold; to the cold time."""
+def changed(
+    encoder: Encoder, count: int, options: Options, say: Say, names: Sequence[str] = CHANGES
+) -> list[Row]:
+    """Time of encoding a changed group right after the group was encoded cold; to the cold time.
+
+    names: of the changes, some of CHANGES.
+    """
     first, middle, prompts = list(range(count)), count // 2, iter(range(1, 10**6))
     changes: dict[str, tuple[Callable[[], PreparedGroup], Limit | None]] = {
-        "prompt changed": (lambda: encoder.group(first, next(prompts)), Limit("<=", 1 / 30)),
-        "one added at the end": (lambda: encoder.group([*first, count]), Limit("<=", 1 / 6)),
+        PROMPT_CHANGED: (lambda: encoder.group(first, next(prompts)), Limit("<=", 1 / 30)),
+        ONE_ADDED: (lambda: encoder.group([*first, count]), Limit("<=", 1 / 6)),
         "the last removed": (lambda: encoder.group(first[:-1]), None),
         "the first removed": (lambda: encoder.group(first[1:]), None),
         "order reversed": (lambda: encoder.group(first[::-1]), None),
@@ -126,15 +150,16 @@ def _changed(encoder: Encoder, count: int, options: Options, say: Say) -> list[R
         ),
     }
     group, rows = encoder.group(first), []
-    for name, (change, wanted) in changes.items():
+    for name in names:
+        change, wanted = changes[name]
         say(f" {count} references, {name}")
         tokens, warm, cold = [], [], []
         for _ in range(max(1, options.pairs // 2) if wanted else 1):
             cold.append(seconds(lambda: encoder.cold_tokens(group)))
-            changed = change()
-            warm.append(seconds(partial(encoder.add_tokens, changed, tokens)))
+            after = change()
+            warm.append(seconds(partial(encoder.add_tokens, after, tokens)))
             say(f"  cold {cold[-1]:.3f} s, {name} {warm[-1]:.3f} s")
-        distance = _distance(tokens[-1], encoder.cold_tokens(changed))
+        distance = _distance(tokens[-1], encoder.cold_tokens(after))
         what = f"{count} references, {name}"
         pairs = Pairs(tuple(cold), tuple(warm))
         label = f"{what}: distance of the tokens from a cold run's"
@@ -145,11 +170,10 @@ def _changed(encoder: Encoder, count: int, options: Options, say: Say) -> list[R
     return rows
 
 
-def _cold(encoder: Encoder, count: int, options: Options, say: Say) -> list[Row]:
+def cold(encoder: Encoder, count: int, options: Options, say: Say) -> list[Row]:
     """Time and memory of a group that is encoded for the first time, beside transformers' Qwen2-VL."""
     config, group = encoder.config, encoder.group(list(range(count)))
-    depth = "" if config.body_layers in (EASYREF.body_layers, QUICK.body_layers) else ", one layer in eight"
-    name = f"{count} references ({group.input_ids.shape[1]} tokens{depth})"
+    name = f"{count} references ({group.input_ids.shape[1]} tokens{encoder.note})"
     say(f" {name}")
     encoder.encoder.caches.clear()  # so that the memory before does not hold an earlier group
     with PeakMemory(options.device) as peak:

@@ -1,12 +1,16 @@
-"""Random weights for modules made on the meta device, and the sizes of the models to make."""
+"""Random weights for modules made on the meta device and for files, and the sizes of the models to make."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save_file
 
+from devkit.golden import LAYOUT
 from easyref_core.training.full_size import EASYREF
 from easyref_core.unet.layout import Site, sdxl_sites
 
@@ -47,6 +51,17 @@ def materialize(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
     for name, parameter in module.named_parameters():
         fill(name, parameter, block)
     return module.eval()
+
+
+def write_released(path: Path) -> int:
+    """Write random bfloat16 tensors of every name and shape of the released file; -> their bytes."""
+    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).bfloat16()
+    shapes: dict[str, list[int]] = json.loads(LAYOUT.read_text(encoding="utf-8"))["keys"]
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        fill(name, tensor, block)
+    save_file(tensors, path)
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def fill(name: str, tensor: Tensor, block: Tensor) -> None:

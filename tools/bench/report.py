@@ -10,7 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -96,23 +96,45 @@ def describe() -> dict[str, str]:
     machine |= {package: _version(package) for package in PACKAGES}
     for number in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(number)
-        machine[f"GPU {number}"] = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB"
+        machine[f"GPU {number}"] = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}"
     return machine
 
 
 def markdown(machine: Mapping[str, str], rows: Sequence[Row]) -> str:
     """The machine, and one line a row."""
+    return f"{machine_list(machine)}\n\n{table(rows)}"
+
+
+def machine_list(machine: Mapping[str, str]) -> str:
+    return "\n".join(f"- {name}: {text}" for name, text in machine.items())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table with one line a row."""
     lines = [HEAD, ("---", "---:", "---:", "---:", "---:", "---"), *(row.cells() for row in rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join(f"- {name}: {text}" for name, text in machine.items()) + f"\n\n{table}"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def entry(row: Row) -> dict[str, Any]:
+    """A row for JSON: "name", "value", "unit", "ratio", "spread", "wanted" and "met"."""
+    return dataclasses.asdict(row) | {"wanted": row.wanted and str(row.wanted), "met": row.met}
+
+
+def row_of(stored: Mapping[str, Any]) -> Row:
+    """The row of an entry."""
+    fields = {name: stored[name] for name in ("name", "value", "unit", "ratio")}
+    wanted = stored["wanted"] and Limit(*_limit_fields(stored["wanted"]))
+    return Row(**fields, spread=stored["spread"] and tuple(stored["spread"]), wanted=wanted)
+
+
+def _limit_fields(text: str) -> tuple[str, float]:
+    sign, bound = text.split()
+    return sign, float(bound)
 
 
 def write_json(file: Path, machine: Mapping[str, str], rows: Sequence[Row]) -> None:
-    """{"machine": {...}, "rows": [{"name", "value", "unit", "ratio", "spread", "wanted", "met"}, ...]}"""
-    entries = [
-        dataclasses.asdict(row) | {"wanted": row.wanted and str(row.wanted), "met": row.met} for row in rows
-    ]
-    text = json.dumps({"machine": dict(machine), "rows": entries}, indent=1) + "\n"
+    """{"machine": {...}, "rows": [entry, ...]}"""
+    text = json.dumps({"machine": dict(machine), "rows": [entry(row) for row in rows]}, indent=1) + "\n"
     file.write_text(text, encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ from tools.bench.report import Limit, Row
 SAMPLE_SECONDS = 0.005  # between two looks at the memory
 Call = Callable[[], Any]
 Say = Callable[[str], None]
+Clock = Callable[[Call], float]
 
 
 class Pairs(NamedTuple):
@@ -45,17 +46,23 @@ class Pairs(NamedTuple):
         return Row(name, self.medians[1], "s", ratio, spread, wanted)
 
 
-def interleaved(first: Call, second: Call, pairs: int, say: Say = lambda _: None) -> Pairs:
-    """Time two calls in turn: A B, B A, A B, ... after one run of each that is not counted."""
+def interleaved(
+    first: Call, second: Call, pairs: int, say: Say = lambda _: None, clock: Clock | None = None
+) -> Pairs:
+    """Time two calls in turn: A B, B A, A B, ... after one run of each that is not counted.
+
+    clock: `seconds` by default.
+    """
+    clock = clock or seconds
     ways, times = (first, second), ([], [])
     gc.collect()
     gc.freeze()  # existing objects need not be traversed again between the calls
     try:
         for way in ways:
-            seconds(way)
+            clock(way)
         for pair in range(pairs):
             for i in (0, 1) if pair % 2 == 0 else (1, 0):
-                times[i].append(seconds(ways[i]))
+                times[i].append(clock(ways[i]))
             say(f"  pair {pair + 1} of {pairs}: {times[0][-1]:.3f} s, {times[1][-1]:.3f} s")
     finally:
         gc.unfreeze()
@@ -72,6 +79,19 @@ def seconds(call: Call) -> float:
     start = timer()
     call()
     return timer() - start
+
+
+def event_seconds(call: Call) -> float:
+    """Time of one call between two CUDA events on the device; on a CPU, that of `seconds`."""
+    if not torch.cuda.is_available():
+        return seconds(call)
+    gc.collect()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 class PeakMemory:

@@ -23,6 +23,7 @@ from easyref_core.unet.diffusers_unet import ReferenceProcessor, cross_attention
 from tools.bench import unet_counts as counts
 from tools.bench.random_weights import materialize
 from tools.bench.report import GIB, Limit, Options, Row
+from tools.bench.roofline import device_peak
 from tools.bench.timing import Pairs, PeakMemory, Say, interleaved, seconds
 
 if TYPE_CHECKING:
@@ -108,20 +109,24 @@ class Ways(NamedTuple):
         return counts.step(self.unet, tensors)
 
 
-def both_ways(unet: UNet2DConditionModel, dtype: torch.dtype, device: str) -> Ways:
+def both_ways(
+    unet: UNet2DConditionModel, dtype: torch.dtype, device: str, processor: type[ReferenceProcessor]
+) -> Ways:
     """The UNet's own processors, and those with random K and V."""
     modules, widths = dict(unet.named_modules()), cross_attention_widths(unet)
     attentions = [modules[f"{site.diffusers}.attn2"] for site in widths]
     bare = [attention.processor for attention in attentions]
     patched = []
     for width in widths.values():
-        patched.append(TimedProcessor() if device == "cpu" else ReferenceProcessor())
+        patched.append(processor())
         patched[-1].attend_to(tuple(torch.randn(2, TOKENS, width, device=device).to(dtype) for _ in "kv"))
     return Ways(unet, attentions, bare, patched)
 
 
-def timed(options: Options, say: Say) -> list[Row]:
-    """Seconds of a step and memory, patched against unpatched; nothing where the weights do not fit."""
+def random_ways(
+    options: Options, say: Say, processor: type[ReferenceProcessor] = ReferenceProcessor
+) -> Ways | None:
+    """SDXL's UNet with random weights, small with --quick; None where the weights do not fit."""
     from diffusers import UNet2DConditionModel
 
     on_gpu = options.device != "cpu"
@@ -132,9 +137,18 @@ def timed(options: Options, say: Say) -> list[Row]:
     size = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
     if not on_gpu and size * 1.2 > (free := psutil.virtual_memory().available):
         say(f"  times left out: the UNet takes {size / GIB:.1f} GiB and {free / GIB:.1f} are free.")
-        return []
+        return None
     say(f"  making random weights, {size / GIB:.1f} GiB")
-    ways = both_ways(materialize(unet, options.device, dtype), dtype, options.device)
+    return both_ways(materialize(unet, options.device, dtype), dtype, options.device, processor)
+
+
+def timed(options: Options, say: Say) -> list[Row]:
+    """Seconds of a step and memory, patched against unpatched; nothing where the weights do not fit."""
+    on_gpu = options.device != "cpu"
+    ways = random_ways(options, say, ReferenceProcessor if on_gpu else TimedProcessor)
+    if ways is None:
+        return []
+    dtype = ways.unet.dtype
     kind, rows = "small UNet" if options.quick else "SDXL", []
     for pixels in (ON_GPU,) if on_gpu and not options.quick else options.pixels:
         tensors = counts.inputs(pixels, dtype, options.device)
@@ -159,16 +173,21 @@ def _timed_at(ways: Ways, tensors: counts.Inputs, name: str, options: Options, s
             terms.append(TimedProcessor.seconds)
         rows.append(terms_row(name, steps, terms, None if options.quick else MAX_IN_TERMS))
     else:
-        rows += _roofline_rows(ways.unet, name, patched, pairs.medians[1])
+        rows += roofline_rows(ways.unet, name, patched, pairs.medians[1])
+    return rows + memory_rows(bare, patched, name, options.device)
+
+
+def memory_rows(bare: Callable[[], Any], patched: Callable[[], Any], name: str, device: str) -> list[Row]:
+    """Most memory of a patched step beside the weights, to the unpatched one's; none if unknown."""
     peaks = []
     for way in (bare, patched):
-        with PeakMemory(options.device) as peak:
+        with PeakMemory(device) as peak:
             way()
         peaks.append(peak.added)
-    if all(peaks):  # known, and large enough to be measured
-        label = f"{name}: most memory beside the weights; to unpatched"
-        rows.append(Row(label, peaks[1] / GIB, "GiB", peaks[1] / peaks[0]))
-    return rows
+    if not all(peaks):  # unknown, or too small to be measured
+        return []
+    label = f"{name}: most memory beside the weights; to unpatched"
+    return [Row(label, peaks[1] / GIB, "GiB", peaks[1] / peaks[0])]
 
 
 def terms_row(name: str, steps: Sequence[float], terms: Sequence[float], wanted: Limit | None) -> Row:
@@ -178,25 +197,12 @@ def terms_row(name: str, steps: Sequence[float], terms: Sequence[float], wanted:
     return Pairs(rest, tuple(terms)).row(label, wanted)
 
 
-def _roofline_rows(unet: UNet2DConditionModel, name: str, step: Callable[[], Any], took: float) -> list[Row]:
+def roofline_rows(unet: UNet2DConditionModel, name: str, step: Callable[[], Any], took: float) -> list[Row]:
     """Least time of a step on the device: its operations at the speed of a large matrix product."""
     with FlopCounterMode(display=False) as operations:
         step()
     weights = list(unet.parameters())
-    dtype, device = weights[0].dtype, weights[0].device
-    speed, copying = peaks(dtype, device)
-    floor = max(operations.get_total_flops() / speed, sum(weight.nbytes for weight in weights) / copying)
-    return [
-        Row(f"{name}: at the device's peak; the step's time to it", floor, "s", took / floor),
-        Row(f"{name}: peak of a large matrix product, {dtype}", speed / 1e12, "10^12 operations/s"),
-        Row(f"{name}: peak of a large copy, read and written", copying / 1e9, "10^9 bytes/s"),
-    ]
-
-
-def peaks(dtype: torch.dtype, device: torch.device, side: int = 8192) -> tuple[float, float]:
-    """Operations per second of a matrix product, side x side; bytes per second of a copy of as many."""
-    a, b, c = (torch.randn(side, side, device=device).to(dtype) for _ in "abc")
-    product, copy = (
-        min(seconds(call) for _ in range(5)) for call in (lambda: torch.mm(a, b, out=c), lambda: c.copy_(a))
-    )
-    return 2 * side**3 / product, 2 * a.nbytes / copy
+    peak = device_peak(weights[0].dtype, weights[0].device)
+    floor = peak.seconds(operations.get_total_flops(), sum(weight.nbytes for weight in weights))
+    label = f"{name}: at the device's peak; the step's time to it"
+    return [Row(label, floor, "s", took / floor), *peak.rows()]

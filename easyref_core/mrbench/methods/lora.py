@@ -41,6 +41,7 @@ class LoRAMethod(Method):
     captions: texts of the references in training. "references" are the manifest's captions, "prompt" is the
     group's prompt, and "none" is an empty text, which leaves the meaning of the prompt's words unchanged.
     size: pixels of the references in training.
+    seed: changes the initial weights and the noise of every group.
     """
 
     kind = "lora"
@@ -52,6 +53,7 @@ class LoRAMethod(Method):
     batch: int = 1
     weight: float = 1.0
     captions: str = "none"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.captions not in CAPTIONS:
@@ -73,7 +75,7 @@ class LoRAMethod(Method):
         file = folder / FILE
         if not file.is_file():
             where = f"lora, group {task.id}"
-            lora, _ = self.train(task.references, self._texts(task), group_seed(task.id), where)
+            lora, _ = self.train(task.references, self._texts(task), self.seed + group_seed(task.id), where)
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as partial:
                 save_file(lora, partial)

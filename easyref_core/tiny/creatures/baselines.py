@@ -1,6 +1,6 @@
 """Trains the IP-Adapter of the creatures, and its image encoder.
 
-    python -m easyref_core.tiny.creatures.baselines runs/creatures_baselines --base runs/creatures/base
+    python -m easyref_core.tiny.creatures.baselines runs/creatures/baselines --base runs/creatures/base
 
 The IP-Adapter has as many updates of as many images as EasyRef's three stages together. Files that exist
 already are skipped. A LoRA is trained for each group when its images are generated.
@@ -24,7 +24,7 @@ from .recipe import VIEWS
 
 ENCODER = "image_encoder"
 ENCODER_TRAINING = Training(steps=4000, batch=64, lr=2e-3, seed=5)
-IP_ADAPTER_TRAINING = IPAdapterTraining(steps=2500, batch=32, lr=5e-4)
+IP_ADAPTER_TRAINING = IPAdapterTraining(steps=3000, batch=16, lr=5e-4)
 
 
 def make_image_encoder(folder: Path, log: Log) -> Path:

@@ -1,6 +1,6 @@
 """MRBench on the creatures: groups of held-in creatures, which trainings have seen, and of new ones.
 
-python -m easyref_core.tiny.creatures.benchmark runs/creatures_benchmark
+python -m easyref_core.tiny.creatures.benchmark runs/creatures/benchmark
 """
 
 from __future__ import annotations

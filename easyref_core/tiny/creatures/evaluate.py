@@ -14,27 +14,26 @@ from ...mrbench.metrics import Interval, bootstrap
 from ...mrbench.report import table
 from ...training.base_model import BaseModel
 from ..evaluate import generate_images
-from ..recipe import BASE, MLLM
+from ..worlds import BASE, CREATURES
 from .groups import Group, render_groups
 from .identities import PARTS, VARIANCE, Floats, draw_identities, split
-from .judge import FILE, CreatureJudge, load_judge
-from .qwen2_vl import SIZE
+from .judge import CreatureJudge, load_judge
 
-EASYREF = "creatures_easyref.safetensors"
 CANDIDATES = 100  # identities among which the nearest to an image is looked for, its own with them
 
 
 def creature_methods(folder: Path) -> dict[str, Method]:
     """The creatures' SDXL without and with EasyRef, from a folder with the files of weights/."""
     base = BaseModel.load(folder / BASE)
-    easyref = EasyRefMethod(base, str(folder / EASYREF), str(folder / MLLM), size=SIZE)
+    checkpoint, mllm = str(folder / CREATURES.easyref), str(folder / CREATURES.mllm)
+    easyref = EasyRefMethod(base, checkpoint, mllm, size=CREATURES.size)
     return {"without": Plain(base), "with EasyRef": easyref}
 
 
 def evaluate(folder: Path, count: int, seed: int) -> str:
     """The `identity_table` of `count` new creatures, from a folder with the files of weights/."""
     groups = render_groups(draw_identities(np.random.default_rng(seed), count), seed)
-    return identity_table(creature_methods(folder), groups, load_judge(folder / FILE.name))
+    return identity_table(creature_methods(folder), groups, load_judge(folder / CREATURES.judge))
 
 
 def identity_table(
@@ -56,7 +55,7 @@ def summary(
     method: Method, groups: Sequence[Group], judge: CreatureJudge, seed: int = 0
 ) -> dict[str, Interval]:
     """Measures of one image of each group, with 95 % intervals over groups."""
-    images = generate_images(method, groups, seed)
+    images = generate_images(method, [group.task for group in groups], seed)
     measured, wanted = judge.images(images), np.stack([group.identity for group in groups])
     similar = similarities(measured, judge.images([group.target for group in groups]))
     names = judge(images)

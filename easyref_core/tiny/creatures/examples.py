@@ -15,9 +15,10 @@ from ...training.examples import choose
 from ..classifier import to_tensor
 from ..examples import ProceduralExamples, ProceduralSettings, SingleBatch, time_ids
 from ..sdxl import encode_dataset
+from ..worlds import CREATURES
 from .captions import caption
 from .dataset import Dataset, draw_dataset
-from .qwen2_vl import BODY, MAX_REFERENCES, SIZE
+from .qwen2_vl import BODY, MAX_REFERENCES
 
 MIN_REFERENCES = 2
 COUNT = 6000  # identities
@@ -45,7 +46,7 @@ class CreatureExamples(ProceduralExamples):
             seed,
             tokenizer=load_tokenizer(mllm),
             config=BODY,
-            size=SIZE,
+            size=CREATURES.size,
             images=np.concatenate([dataset.targets, dataset.views.reshape(-1, *dataset.views.shape[2:])]),
             latents=encode_dataset(base, dataset.targets),
         )

@@ -17,11 +17,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ...mrbench.methods.clip_pixels import clip_pixels_of
 from ..classifier import to_tensor
 from ..clip import initialize
-from ..optimizer import Log, OneCycleAdamW, Training
+from ..optimizer import Log, OneCycleMuon, Training
 from .dataset import Dataset
 from .identities import NUMBERS, VARIANCE
 from .images import IMAGE_SIZE
-from .vision_pretraining import label_tokens, part_errors
+from .vision_pretraining import MUON_LR, label_tokens, part_errors
 
 CONFIG = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))["vision"]
 SIDE = 4  # cells along a side of an image; the embedding tells the creature of each
@@ -35,8 +35,8 @@ def pretrain_image_encoder(dataset: Dataset, folder: Path, training: Training, l
     rng = np.random.default_rng(training.seed)
     model = CLIPVisionModelWithProjection(CLIPVisionConfig(**CONFIG)).train()
     initialize(model.vision_model, CONFIG["patch_size"])
-    head = nn.Linear(CONFIG["projection_dim"], SIDE**2 * (1 + NUMBERS))
-    optimizer = OneCycleAdamW([*model.parameters(), *head.parameters()], training)
+    head = nn.ModuleDict({"head": nn.Linear(CONFIG["projection_dim"], SIDE**2 * (1 + NUMBERS))})
+    optimizer = OneCycleMuon([model, head], training, MUON_LR)
     kinds = [
         (images, *map(torch.from_numpy, label_tokens(scenes, SIDE)))
         for images, scenes in (
@@ -48,7 +48,7 @@ def pretrain_image_encoder(dataset: Dataset, folder: Path, training: Training, l
         images, on, identities = kinds[step % 2]
         picked = rng.integers(len(images), size=training.batch)
         embeds = model(clip_pixels_of(to_tensor(images[picked]), IMAGE_SIZE)).image_embeds
-        outputs = head(embeds).unflatten(1, (SIDE**2, -1))
+        outputs = head["head"](embeds).unflatten(1, (SIDE**2, -1))
         covered = on[picked]
         predicted, wanted = outputs[..., 1:][covered], identities[picked][covered]
         presence = binary_cross_entropy_with_logits(outputs[..., 0], covered.float())

@@ -18,12 +18,13 @@ from torch.nn.functional import cross_entropy
 from ...files.atomic_write import atomic_write
 from ..classifier import to_tensor
 from ..optimizer import Log, OneCycleAdamW, Training
+from ..worlds import CREATURES
 from .captions import GROUND_NAMES, PLACE_NAMES
 from .identities import NUMBERS, VARIANCE, Floats, draw_identities
 from .images import alone, render
 from .vision_pretraining import part_errors
 
-FILE = Path(__file__).parent / "weights" / "judge.safetensors"
+FILE = CREATURES.weights / CREATURES.judge
 CHANNELS = (3, 24, 48, 64, 96)
 NARROW, FEATURES = 32, 128  # channels of the last 4 x 4 grid, and features computed from it
 OUTPUTS = (NUMBERS, len(GROUND_NAMES), len(PLACE_NAMES))

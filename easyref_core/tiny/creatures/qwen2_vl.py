@@ -25,7 +25,6 @@ from .vision_pretraining import MUON_LR, label_tokens, part_errors, pretrain_vis
 
 CONFIG = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 BODY = body_config(CONFIG)
-SIZE = 64  # pixels, `size` of preprocess: an image of 64 pixels is not resized
 SIDE = IMAGE_SIZE // BODY.patch_size  # patches
 IMAGE_GRID = torch.tensor([(1, SIDE, SIDE)])
 IMAGE_TOKENS = (SIDE // BODY.merge_size) ** 2  # of an image, and of the black image
