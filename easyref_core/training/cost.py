@@ -351,7 +351,7 @@ def document(machine: Machine = A100) -> str:
         small_side=GROUPS.side,
         small_batch=GROUPS.global_batch,
         machines="; ".join(
-            f"{m.name} {m.memory_bytes / 1e9:.0f} GB, {m.bf16_flops / 1e12:.0f} and {m.tf32_flops / 1e12:.0f}"
+            f"{m.name} {m.memory_bytes / 1e9:.0f}, {m.bf16_flops / 1e12:.0f} and {m.tf32_flops / 1e12:.0f}"
             for m in MACHINES
         ),
         small_reserve=f"{MACHINES[0].reserve_bytes / 1e9:.1f}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from easyref_core.training import cost, full_size
+from easyref_core.training.config import load
 from easyref_core.training.counting import count
 from easyref_core.training.stages import STAGES
 
 from . import tiny
 
+CONFIGS = Path(cost.__file__).parent / "configs"
 LAYOUT = json.loads((tiny.GOLDEN / "released_layout.json").read_text())
 DOCUMENT = (tiny.GOLDEN.parents[1] / "docs" / "training_cost.md").read_text()
 
@@ -193,3 +196,31 @@ def test_each_lever_changes_its_part() -> None:
     assert lora.num_trained == plain.num_trained - body + 64 * (decoder + vision)
     stored = estimate(precomputed=frozenset({"latents", "texts"}))
     assert stored.frozen_bytes == 2 * numbers["unet"]
+
+
+def test_levers_of_the_document_name_every_machine_and_lever() -> None:
+    section = DOCUMENT.partition("## Levers on one GPU")[2].partition("\n## ")[0]
+    assert all(machine.name in section for machine in cost.MACHINES)
+    rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")]
+    assert rows[2:] == [name for name, *_ in cost.LEVERS]
+    levers = [levers for *_, levers in cost.LEVERS]
+    assert {row.optimizer for row in levers} == {"adamw", "adamw_8bit", "adafactor"}
+    assert {row.weight_dtype for row in levers} == {"float32", "bfloat16"}
+    assert {checkpointing for _, _, checkpointing, _ in cost.LEVERS} == {True, False}
+
+
+def test_small_configuration_is_a_row_that_fits_24_gb() -> None:
+    [settings] = load(CONFIGS / "finetune_small.yaml")
+    levers = cost.Levers(
+        settings.optimizer, settings.weight_dtype, settings.mllm_lora_rank, frozenset({"latents", "texts"})
+    )
+    [name] = [
+        name
+        for name, plan, checkpointing, row in cost.LEVERS
+        if (plan, checkpointing, row) == (cost.GROUPS, settings.gradient_checkpointing, levers)
+    ]
+    assert settings.data.augmentation.max_references == cost.GROUPS.references
+    section = DOCUMENT.partition("| stage 3 with a LoRA of the MLLM")[2]
+    [row] = [line.split("|") for line in section.splitlines() if line.startswith(f"| {name} |")][:1]
+    assert float(row[6]) < 24
+    assert row[7].strip().endswith(" s")
