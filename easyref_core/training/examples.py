@@ -157,7 +157,7 @@ class RowExamples:
         text = row.texts[rng.integers(len(row.texts))]
         file, files = self.files(row, rng)
         try:
-            image = None if "latents" in self.parts and not row.face else self.open(file)
+            image = None if "latents" in self.parts and not row.face else self.load(file)
             references = self.references(image, files, row.face, rng)
             drop_image, drop_text = drops(self.augmentation, rng)
             text = "" if drop_text else text
@@ -175,7 +175,7 @@ class RowExamples:
         target, files = held_out(row, rng)
         return target, choose(files, self.augmentation.max_references, self.augmentation.truncation, rng)
 
-    def open(self, file: str) -> Image.Image:
+    def load(self, file: str) -> Image.Image:
         """Load an image file as RGB. Raises InvalidRow as `load_image` does."""
         return load_image(self.root, file, self.apply_exif)
 
@@ -185,7 +185,7 @@ class RowExamples:
         """The references as the MLLM is to see them, before its resize; none if contexts are precomputed."""
         if "contexts" in self.parts:
             return []
-        return self.fit([face_crop(target, face, rng)] if face else [self.open(file) for file in files])
+        return self.fit([face_crop(target, face, rng)] if face else [self.load(file) for file in files])
 
     def fit(self, references: list[Image.Image]) -> list[Image.Image]:
         """Crop a single reference as its target.

@@ -103,7 +103,7 @@ def latent_jobs(examples: RowExamples, base: BaseModel) -> Iterable[Job]:
     """Latents of every file that can be a target."""
 
     def compute(file: str) -> Entry:
-        crop = examples.crop(examples.open(file))
+        crop = examples.crop(examples.load(file))
         mean, deviation = base.latent_moments(to_tensor(crop.image)[None])
         sizes = torch.tensor([crop.original_size, crop.corner, crop.target_size])
         return {"moments": torch.cat([mean, deviation]), "sizes": sizes}
@@ -137,7 +137,7 @@ def context_jobs(examples: RowExamples, model: TrainableEasyRef, accelerator: Ac
     """Context states of every reference and of the black image, each with every text of its rows."""
 
     def compute(file: str | None, text: str) -> Entry:
-        images = [black_image()] if file is None else examples.fit([examples.open(file)])
+        images = [black_image()] if file is None else examples.fit([examples.load(file)])
         patches, grid, ids = examples.mllm_inputs(images, text)
         mask = torch.ones_like(ids[None], dtype=torch.bool)
         inputs = (tensor.to(accelerator.device) for tensor in (patches, grid, ids[None], mask))

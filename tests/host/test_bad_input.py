@@ -188,7 +188,7 @@ GRAPHS: dict[str, tuple[Callable[[], graphs.Graph], list[str]]] = {
     "beyond the last alone": (lambda: with_group(images_image100=IMAGE), [EMPTY, "images.image0"]),
     "unknown input": (
         lambda: graphs.easyref(apply={"attn_mask": ["image0", 1]}),
-        ["Apply EasyRef has no input 'attn_mask'", "end_percent, lora_strength, mask"],
+        ["Apply EasyRef has no input 'attn_mask'", "end_percent, lora_strength, easyref, mask"],
     ),
     "group of an empty batch": (of_empty_batch, [EMPTY, "at least one image"]),
     "empty batch in the encoder": (

@@ -90,7 +90,7 @@ def test_images_are_upright_unless_exif_is_ignored(
         expected = expected.transpose(turned[orientation])
     options = {"augmentation": STAGE_1, "apply_exif": apply_exif}
     data = RowExamples([row()], tmp_path, tiny.config(), load_tokenizer(tiny.MLLM), **options)
-    actual = data.open("0.png")
+    actual = data.load("0.png")
     assert (actual.size, actual.tobytes()) == (expected.size, expected.tobytes())
     assert torch.equal(data.sample(row(), rng()).target, to_tensor(center_crop(expected, 64).image))
 

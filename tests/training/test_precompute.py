@@ -162,7 +162,7 @@ def test_new_rows_are_named_and_added(settings: MakeSettings, images: Path) -> N
     stored(make(settings, images, SINGLES))
     new = {"target": "3.png", "image_file": "3.png", "text": "ghi"}
     run = make(settings, images, [*SINGLES, new], precomputed=images.parent / "precomputed")
-    with pytest.raises(ValueError, match=r"lacks 1 \w+ of the rows.*Run precompute again with this YAML"):
+    with pytest.raises(ValueError, match=r"lacks \d \w+ of the rows.*Run precompute again with this YAML"):
         open_rows(run)
     precompute(run, make_accelerator(1))
     open_rows(run)

@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from easyref_core.training.full_size import UNET
+from easyref_core.training.full_size import FULL_SIZE
 from easyref_core.training.full_size import unet as full_size_unet
 from easyref_core.unet.diffusers_unet import ReferenceProcessor, cross_attention_widths
 from tools.bench import unet_counts as counts
@@ -133,7 +133,7 @@ def random_ways(
     dtype = torch.float16 if on_gpu else torch.float32
     gc.collect()
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**(UNET | SMALL if options.quick else UNET))
+        unet = UNet2DConditionModel(**FULL_SIZE.unet | (SMALL if options.quick else {}))
     size = sum(parameter.numel() for parameter in unet.parameters()) * dtype.itemsize
     if not on_gpu and size * 1.2 > (free := psutil.virtual_memory().available):
         say(f"  times left out: the UNet takes {size / GIB:.1f} GiB and {free / GIB:.1f} are free.")

@@ -13,7 +13,7 @@ import torch
 
 from easyref_core.checkpoint.checkpoint import lora_shapes
 from easyref_core.training.counting import Cost, count
-from easyref_core.training.full_size import DTYPE, EASYREF, POOLED, PROMPT_TOKENS, sites
+from easyref_core.training.full_size import DTYPE, EASYREF, FULL_SIZE, PROMPT_TOKENS, sites
 from easyref_core.unet.diffusers_unet import attach
 from easyref_core.unet.layout import parse_diffusers
 from easyref_core.unet.reference_attention import KVProjections
@@ -60,7 +60,7 @@ def inputs(pixels: int, dtype: torch.dtype, device: str) -> Inputs:
 
     text = random(ROWS, PROMPT_TOKENS, EASYREF.token_width)
     tensors = random(ROWS, 4, side, side), torch.full((ROWS,), 500.0, device=device), text
-    return tensors, {"text_embeds": random(ROWS, POOLED), "time_ids": random(ROWS, 6)}
+    return tensors, {"text_embeds": random(ROWS, FULL_SIZE.pooled), "time_ids": random(ROWS, 6)}
 
 
 def step(unet: UNet2DConditionModel, tensors: Inputs) -> Tensor:

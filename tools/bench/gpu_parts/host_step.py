@@ -19,7 +19,7 @@ from tools.bench.gpu_parts.step import MAX_SLOWER, QUICK_PIXELS, synchronization
 from tools.bench.report import GIB, Limit, Row
 from tools.bench.timing import PeakMemory, Say, event_seconds, interleaved
 
-PIXELS = 1024
+FULL_PIXELS = 1024
 WITHIN_RESERVED = Limit("<=", 1.0)
 
 
@@ -57,7 +57,7 @@ def enter(options: GpuOptions) -> ModuleType:
 def models(pack: ModuleType, options: GpuOptions) -> tuple[Any, Any, str, int]:
     """ModelPatchers without and with references, the step's name, and the side of its image."""
     dtype = torch.float32 if options.device == "cpu" else torch.float16
-    pixels = QUICK_PIXELS if options.quick else PIXELS
+    pixels = QUICK_PIXELS if options.quick else FULL_PIXELS
     import comfy.model_management
 
     device = str(comfy.model_management.get_torch_device())  # with its index, which the host compares
