@@ -13,8 +13,12 @@
         const slot = inner(from).outputs[output]
         subgraph.addOutput(name, `${slot.type}`).connect(slot, inner(from))
     }
+    // beside the nodes, whose bounds the conversion may know only from an earlier place
     subgraph.inputNode.arrange()
     subgraph.outputNode.arrange()
+    const boxes = subgraph.nodes.map(node => ({ left: node.pos[0], right: node.pos[0] + node.size[0] }))
+    subgraph.inputNode.pos = [Math.min(...boxes.map(box => box.left)) - subgraph.inputNode.size[0] - 60, 0]
+    subgraph.outputNode.pos = [Math.max(...boxes.map(box => box.right)) + 60, 0]
     node.title = subgraph.name = title
     node.setSize([460, Math.max(node.computeSize()[1], 260)])
     node.pos = [0, 0]
