@@ -7,8 +7,8 @@ added later. Under `accelerate launch` every process generates a share of the gr
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from .checks import check_dataclass
 from .images import Exclusion, load_image, save_image
 from .latency import Timing, append_timings, clock, device_name
-from .manifest import SPLITS, Group, Manifest, read_manifest, usable
+from .manifest import Group, Manifest, read_manifest, usable
 from .methods import Method, NotFiniteError, Sampling, Task, build, check
 from .processes import this_process
 from .record import base_fingerprint, group_digest, merge, read_record, write_record
@@ -193,10 +193,17 @@ def _generate_batch(
 
 def limit_groups(manifest: Manifest, count: int | None) -> Manifest:
     """Return the manifest with the first `count` groups of each split; None keeps all."""
-    if count is not None and count < 1:
+    if count is None:
+        return manifest
+    if count < 1:
         raise ValueError(f"groups is {count}; wanted 1 or more, or none at all to use every group.")
-    kept = [[group for group in manifest.groups if group.split == split][:count] for split in SPLITS]
-    return replace(manifest, groups=tuple(itertools.chain(*kept)))
+    seen: Counter[str] = Counter()
+    kept = []
+    for group in manifest.groups:
+        seen[group.split] += 1
+        if seen[group.split] <= count:
+            kept.append(group)
+    return replace(manifest, groups=tuple(kept))
 
 
 def limit_references(group: Group, count: int | None) -> Group:

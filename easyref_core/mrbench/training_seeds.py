@@ -6,7 +6,7 @@
       training_seeds: [0, 1, 2]
 
 expands into the entries `easyref@0`, `easyref@1` and `easyref@2`, with image folders of those names. The
-summary and the report pool them into `easyref`. A setting that is only "{seed}" becomes the number.
+summary and the report pool them into `easyref`. `seed: "{seed}"`, as of LoRA, becomes the number.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 KEY, PLACEHOLDER = "training_seeds", "{seed}"
+NUMBER = "seed"  # the setting that is a number and not a path
 SEED = re.compile(r"@\d+")
 
 
@@ -45,12 +46,14 @@ def expand(name: str, entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             f"model. Put {PLACEHOLDER} into the path of its checkpoint or weights."
         )
 
-    def filled(value: Any, seed: int) -> Any:
-        if value == PLACEHOLDER:
+    def fill(setting: str, value: Any, seed: int) -> Any:
+        if setting == NUMBER and value == PLACEHOLDER:
             return seed
         return value.replace(PLACEHOLDER, str(seed)) if isinstance(value, str) else value
 
-    return {f"{name}@{seed}": {key: filled(value, seed) for key, value in settings.items()} for seed in seeds}
+    return {
+        f"{name}@{seed}": {key: fill(key, value, seed) for key, value in settings.items()} for seed in seeds
+    }
 
 
 def pooled_name(entry: str) -> str:

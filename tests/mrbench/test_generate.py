@@ -234,6 +234,8 @@ def test_fewer_groups_can_be_used(manifest: Manifest) -> None:
     kept = limit_groups(dataclasses.replace(manifest, groups=tuple(groups)), 1).groups
     assert [(group.id, group.split) for group in kept] == [(first.id, split) for split in SPLITS]
     assert limit_groups(manifest, None) == manifest
+    mixed = dataclasses.replace(manifest, groups=tuple(groups[i] for i in (2, 0, 3, 1)))
+    assert limit_groups(mixed, 2) == mixed
     with pytest.raises(ValueError, match="groups is 0; wanted 1 or more"):
         limit_groups(manifest, 0)
 
@@ -301,6 +303,11 @@ class TestConfig:
     def test_a_training_seed_can_be_a_number(self, read: Any) -> None:
         entry = {"kind": "lora", "seed": "{seed}", "training_seeds": [0, 2]}
         assert read(methods={"lora": entry}).methods["lora@2"] == {"kind": "lora", "seed": 2}
+
+    def test_a_path_can_be_the_training_seed_alone(self, read: Any, tmp_path: Path) -> None:
+        entry = {"kind": "easyref", "checkpoint": "{seed}", "training_seeds": [0, 2]}
+        methods = read(methods={"easyref": entry}).methods
+        assert methods["easyref@0"]["checkpoint"] == str(tmp_path / "0")
 
     def test_it_runs(self, read: Any, tmp_path: Path) -> None:
         tiny.make_base(tmp_path / "base")
