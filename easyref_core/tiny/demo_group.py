@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .groups import Plan, plan_group, rounds
-from .images import COUNTS, NAMES, all_combinations, caption, render
+from .images import ATTRIBUTES, COUNTS, NAMES, render
 
 MAX_REFERENCES = 6  # of a group in training
-WORDS = frozenset(" ".join(["thing", *map(caption, all_combinations())]).split())
+WORDS = frozenset(("a", "thing", "on", "at", "the")).union(*ATTRIBUTES.values())  # of captions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +54,4 @@ def in_common(plan: Plan) -> str:
     words = ", ".join(f"{name} {value}" for name, value in values.items())
     if plan.outsider is None:
         return words
-    return f"{words} {but_for(plan.outsider)}"
-
-
-def but_for(outsider: int) -> str:
-    """Say which reference does not belong, by its index."""
-    return f"(but for reference {outsider + 1}, which does not belong)"
+    return f"{words} (but for reference {plan.outsider + 1}, which does not belong)"

@@ -14,6 +14,5 @@ In reading order:
     judge.py               a CNN that measures the creature of an image
     recipe.py              all of these in order, with every size and seed
     evaluate.py            similarity of generated creatures to those of their groups
-    demo_group.py          numbered example groups
     image_encoder.py, baselines.py, benchmark.py      MRBench, with baselines trained on the same images
 """

@@ -47,7 +47,7 @@ class VisionRegressor(nn.Module):
 
 
 def label_tokens(scenes: Scenes, side: int) -> tuple[NDArray[np.bool_], Floats]:
-    """Whether each of side x side image tokens is on a creature (N, T), and that creature's identity.
+    """Label each of side x side image tokens: is it on a creature (N, T), and that creature's identity.
 
     The nearest creature counts, in its own radii. Identities: (N, T, 13).
     """
