@@ -33,7 +33,7 @@ from .full_size import (
     weights,
 )
 from .optimizers import copy_bytes, state_bytes
-from .stages import STAGES, Stage, group_of
+from .stages import STAGES, Stage
 
 
 class Machine(NamedTuple):
@@ -118,12 +118,9 @@ class Estimate:
     @cached_property
     def num_trained(self) -> int:
         """Number of parameters with gradients."""
-        stage, rank = self.plan.stage, self.levers.mllm_lora_rank
-        return sum(
-            tensor.numel()
-            for name, tensor in weights(stage, mllm_lora_rank=rank).tensors.items()
-            if group_of(name) in stage.trains and not (rank and name.startswith("encoder."))
-        )
+        stage = self.plan.stage
+        trained = weights(stage, mllm_lora_rank=self.levers.mllm_lora_rank).trained(stage)
+        return sum(tensor.numel() for tensor in trained.values())
 
     @property
     def frozen_bytes(self) -> int:

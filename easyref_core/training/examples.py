@@ -121,7 +121,7 @@ class RowExamples:
     def max_references(self) -> int:
         """References of the largest group."""
         counts = (len(row.references) - (row.target is None) for row in self.rows)
-        return min(max(1, *counts, 1), self.augmentation.max_references)
+        return min(max([1, *counts]), self.augmentation.max_references)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         samples, seeds, broken = [], [], []

@@ -23,6 +23,7 @@ from ..files.tensor_files import read_sources
 from ..mllm.config import EasyRefConfig
 from ..unet.diffusers_unet import cross_attention_widths
 from ..unet.layout import Site, require_fit
+from .stages import Stage, group_of
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -40,6 +41,15 @@ class Weights:
     widths: Mapping[Site, int]  # of the UNet's cross-attentions, in processor order
     tensors: dict[str, Tensor]  # encoder.*, aggregator.*, kv.*, unet.<path>.processor.to_q_lora.down.weight
     body_is_base: bool  # True if encoder.* is the base MLLM's, so a checkpoint may omit it
+
+    def trained(self, stage: Stage) -> dict[str, Tensor]:
+        """The tensors that a stage trains; with a LoRA of the MLLM, the body's own are frozen."""
+        has_lora = any(name.startswith(MLLM_LORA_PREFIX) for name in self.tensors)
+        return {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if group_of(name) in stage.trains and not (has_lora and name.startswith("encoder."))
+        }
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .full_size import Sizes, Workload, step_cost, vae_cost
-from .initial import MLLM_LORA_PREFIX
 from .optimizers import copy_bytes, state_bytes
 from .precomputed import read_manifest
-from .stages import group_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -111,18 +109,11 @@ def count_memory(settings: Settings, base: BaseModel, weights: Weights, referenc
         frozen += numel(body) * base.unet.dtype.itemsize
     per_parameter = state_bytes(settings.optimizer, settings.weight_dtype)
     per_parameter += copy_bytes(settings.weight_dtype) if base.unet.dtype != torch.float32 else 0
-    trained = {name: t for name, t in weights.tensors.items() if _is_trained(settings, name)}
-    return MemoryCount(frozen, numel(trained) * per_parameter, activations)
+    return MemoryCount(frozen, numel(weights.trained(stage)) * per_parameter, activations)
 
 
 def numel(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
-
-
-def _is_trained(settings: Settings, name: str) -> bool:
-    if settings.mllm_lora_rank and name.startswith("encoder."):
-        return False
-    return name.startswith(MLLM_LORA_PREFIX) or group_of(name) in settings.stage_spec.trains
 
 
 def _body_parked(settings: Settings) -> bool:

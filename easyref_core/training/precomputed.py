@@ -208,10 +208,14 @@ class Precomputed:
 
     def context(self, file: str, text: str, drop_image: bool) -> dict[str, Tensor]:
         """states (S, D), input_ids (S,) and grid (1, 3) of a reference, or of the black image instead."""
-        kept = self._entry("contexts", context_key(self.root, file, text))
-        return self._entry("contexts", context_key(self.root, None, text)) if drop_image else kept
+        key = context_key(self.root, file, text)
+        self._require_usable(key)  # also if its image is dropped, as without precomputed states
+        return self._entry("contexts", context_key(self.root, None, text) if drop_image else key)
 
     def _entry(self, part: str, key: str) -> dict[str, Tensor]:
+        self._require_usable(key)
+        return self._shards[part][key]
+
+    def _require_usable(self, key: str) -> None:
         if key in self.unusable:
             raise InvalidRow(self.unusable[key])
-        return self._shards[part][key]

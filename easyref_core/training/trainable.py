@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoint.checkpoint import LORA_PREFIX
 from ..checkpoint.modules import CheckpointModules
 from ..mllm.qwen2_vl import SkipInit
-from ..unet.diffusers_unet import attach
+from ..unet.diffusers_unet import add_update, attach
 from .batches import pad_left
 from .initial import MLLM_LORA_PREFIX, Weights
 from .stages import Stage, group_of
@@ -79,7 +79,8 @@ class TrainableEasyRef(nn.Module):
         self.lora = _lora_layers(lora)
         self.mllm_lora = _mllm_lora_layers(mllm_lora)
         for key, layer in self.mllm_lora.items():
-            self.encoder.get_submodule(_layer_path(key)).register_forward_hook(partial(_add_update, layer))
+            adapted = self.encoder.get_submodule(_layer_path(key))
+            adapted.register_forward_hook(partial(add_update, layer, 1.0))
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(group_of(tensor_name(name)) in stage.trains)
         if gradient_checkpointing:
@@ -221,8 +222,3 @@ def _low_rank_layer(down: Tensor, up: Tensor) -> nn.Sequential:
     layer = nn.Sequential(OrderedDict(linears))
     layer.load_state_dict({f"{side}.weight": w for side, w in sides.items()}, assign=True)
     return layer
-
-
-def _add_update(layer: nn.Module, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Forward hook that adds a LoRA to a layer's output."""
-    return output + layer(inputs[0])

@@ -183,7 +183,7 @@ def attach(
         attention, _, name = path.rpartition(".")
         layer = getattr(attentions[attention], name)
         layer = layer[0] if name == "to_out" else layer
-        undo.append(layer.register_forward_hook(partial(_add_update, update, lora_strength)).remove)
+        undo.append(layer.register_forward_hook(partial(add_update, update, lora_strength)).remove)
     return Attachment(unet, processors, weight, undo)
 
 
@@ -202,7 +202,7 @@ def low_rank_updates(lora: Mapping[str, Tensor]) -> dict[str, Update]:
     }
 
 
-def _add_update(
+def add_update(
     update: Update, strength: float, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
     """Forward hook that adds an update to a layer's output."""

@@ -1,4 +1,4 @@
-"""Self-attention of the last layer in float64, one query after another."""
+"""The last layer in float64: its self-attention, one query after another, and the reference tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from easyref_core.mllm.config import EasyRefConfig
 from easyref_core.mllm.qwen2_vl import SelfAttention
+from easyref_core.tokens.aggregator import ReferenceAggregator
 
 
 @torch.no_grad()
@@ -46,3 +47,18 @@ def attend(
             weights[head, token] = exponential / exponential.sum()
             values[token, head] = weights[head, token] @ v[:, head // group]
     return weights, values.flatten(1)[None]
+
+
+@torch.no_grad()
+def gather(
+    aggregator: ReferenceAggregator, config: EasyRefConfig, states: torch.Tensor, factor: torch.Tensor
+) -> torch.Tensor:
+    """Reference tokens before the projector from context states (1, S, D), by an aggregator in float64.
+
+    factor: see `attend`.
+    """
+    layer = aggregator.layers[-1]
+    x = torch.cat([states.double(), aggregator.reference_tokens.weight[None]], dim=1)
+    _, values = attend(layer.self_attn, config, layer.input_layernorm(x), factor=factor)
+    attended = x[:, -config.num_tokens :] + layer.self_attn.o_proj(values)
+    return aggregator.norm(attended + layer.mlp(layer.post_attention_layernorm(attended)))

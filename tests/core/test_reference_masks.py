@@ -14,7 +14,7 @@ from devkit.golden import EXACT, error
 from easyref_core.tokens.aggregator import weight_bias
 from easyref_core.utils.area_mean import grid_means
 
-from .by_hand import attend
+from .by_hand import gather
 from .errors import assert_says, error_of
 
 SIZES = [(1, 1), (7, 5), (64, 64), (333, 517)]
@@ -70,11 +70,7 @@ def test_attention_matches_the_one_computed_by_hand(context: er.ContextStates) -
         factor[start:end] = blocks.mean(dim=(1, 3)).flatten()
     bias = weight_bias(context.masked(masks), tokens).double()
 
-    layer = aggregator.layers[-1]
-    x = torch.cat([context.states.double(), aggregator.reference_tokens.weight[None]], dim=1)
-    _, values = attend(layer.self_attn, fresh.config, layer.input_layernorm(x), factor=factor)
-    attended = x[:, -tokens:] + layer.self_attn.o_proj(values)
-    wanted = aggregator.norm(attended + layer.mlp(layer.post_attention_layernorm(attended)))
+    wanted = gather(aggregator, fresh.config, context.states, factor)
     found = aggregator.gather(context.states.double(), attn_bias=bias)
     assert error(found, wanted) <= 1e-6  # RoPE is in float32
 

@@ -13,7 +13,7 @@ from devkit.golden import EXACT, error
 from easyref_core.mllm.qwen2_vl import attention_mask, text_rope
 from easyref_core.tokens.aggregator import ReferenceAggregator, weight_bias
 
-from .by_hand import attend
+from .by_hand import gather
 from .errors import assert_says, error_of
 
 
@@ -29,12 +29,7 @@ def test_attention_matches_the_one_computed_by_hand(
     for (start, end), weight in zip(context.spans, weights, strict=True):
         factor[start:end] = weight
 
-    layer = aggregator.layers[-1]
-    learned = aggregator.reference_tokens.weight[None]
-    x = torch.cat([context.states.double(), learned], dim=1)
-    _, values = attend(layer.self_attn, fresh.config, layer.input_layernorm(x), factor=factor)
-    attended = x[:, -tokens:] + layer.self_attn.o_proj(values)
-    wanted = aggregator.norm(attended + layer.mlp(layer.post_attention_layernorm(attended)))
+    wanted = gather(aggregator, fresh.config, context.states, factor)
     found = aggregator.gather(context.states.double(), attn_bias=bias)
     assert error(found, wanted) <= 1e-6  # RoPE is in float32
 

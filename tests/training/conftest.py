@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.test_utils.testing import AccelerateTestCase
 
 from easyref_core.training.base_model import BaseModel
 from easyref_core.training.loop import train
@@ -41,3 +43,13 @@ def settings(base_folder: Path, tmp_path: Path) -> tiny.MakeSettings:
 def train_tiny(settings: tiny.MakeSettings, examples: tiny.TinyExamples) -> tiny.Train:
     """Train with `settings` and return the checkpoint."""
     return lambda **changes: train(settings(**changes), examples)
+
+
+@pytest.fixture
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The environment of accelerate launch --mixed_precision bf16."""
+    reset_accelerator = AccelerateTestCase().tearDown
+    reset_accelerator()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    yield
+    reset_accelerator()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.test_utils.testing import AccelerateTestCase
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -270,16 +269,6 @@ def test_run_log(train_tiny: Train, tmp_path: Path) -> None:
     sheets = sorted((tmp_path / "samples").iterdir())
     assert [sheet.name for sheet in sheets] == ["0000002.png", "0000003.png"]
     assert Image.open(sheets[0]).size > (300, 200)
-
-
-@pytest.fixture
-def bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The environment of accelerate launch --mixed_precision bf16."""
-    reset_accelerator = AccelerateTestCase().tearDown
-    reset_accelerator()
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    yield
-    reset_accelerator()
 
 
 @pytest.mark.usefixtures("bfloat16")

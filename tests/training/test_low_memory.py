@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.test_utils.testing import AccelerateTestCase
 from safetensors.torch import load_file
 
 import easyref_core as er
@@ -136,17 +134,7 @@ def test_bfloat16_weights_need_mixed_precision(settings: MakeSettings, examples:
         Run(settings(weight_dtype="bfloat16"), make_accelerator(1), examples)
 
 
-@pytest.fixture
-def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The environment of accelerate launch --mixed_precision bf16."""
-    reset_accelerator = AccelerateTestCase().tearDown
-    reset_accelerator()
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    yield
-    reset_accelerator()
-
-
-@pytest.mark.usefixtures("_bfloat16")
+@pytest.mark.usefixtures("bfloat16")
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor"])
 def test_bfloat16_weights_train_and_are_saved(
     train_tiny: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture, optimizer: str

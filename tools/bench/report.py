@@ -31,6 +31,11 @@ class Options:
     pixels: tuple[int, ...] = (256, 512)  # sides of the images that are timed, CFG
     device: str = "cpu"
 
+    @property
+    def unet_name(self) -> str:
+        """Name of the UNet whose step is measured."""
+        return "small UNet" if self.quick else "SDXL"
+
 
 class Limit(NamedTuple):
     """Bound on a row: on its ratio if it has one, else on its value."""

@@ -149,10 +149,11 @@ def timed(options: Options, say: Say) -> list[Row]:
     if ways is None:
         return []
     dtype = ways.unet.dtype
-    kind, rows = "small UNet" if options.quick else "SDXL", []
+    rows: list[Row] = []
     for pixels in (ON_GPU,) if on_gpu and not options.quick else options.pixels:
         tensors = counts.inputs(pixels, dtype, options.device)
-        rows += _timed_at(ways, tensors, f"{kind} step at {pixels} x {pixels}, CFG, {dtype}", options, say)
+        name = f"{options.unet_name} step at {pixels} x {pixels}, CFG, {dtype}"
+        rows += _timed_at(ways, tensors, name, options, say)
     return rows
 
 

@@ -11,10 +11,10 @@ import torch
 from devkit.golden import error
 from tools.bench import unet_counts as counts
 from tools.bench.gpu_parts.options import GpuOptions
-from tools.bench.gpu_parts.step import MAX_SLOWER, QUICK_PIXELS
+from tools.bench.gpu_parts.step import MAX_SLOWER
 from tools.bench.report import Row
 from tools.bench.timing import Say, event_seconds, interleaved, seconds
-from tools.bench.unet import ON_GPU, random_ways
+from tools.bench.unet import random_ways
 
 QUICK_BACKEND, BACKEND = "eager", "inductor"
 
@@ -24,11 +24,10 @@ def measure(options: GpuOptions, say: Say) -> Iterator[Row]:
     ways = random_ways(options, say)
     if ways is None:
         return
-    backend, pixels = (QUICK_BACKEND, QUICK_PIXELS) if options.quick else (BACKEND, ON_GPU)
+    backend, pixels = QUICK_BACKEND if options.quick else BACKEND, options.step_pixels
     inputs = counts.inputs(pixels, ways.unet.dtype, options.device)
     compiled = ways._replace(unet=torch.compile(ways.unet, backend=backend))
-    kind = "small UNet" if options.quick else "SDXL"
-    name = f"torch.compile ({backend}), {kind}, step at {pixels} x {pixels}, CFG"
+    name = f"torch.compile ({backend}), {options.unet_name}, step at {pixels} x {pixels}, CFG"
     eager, patched, bare = (
         partial(way.step, processors, inputs)
         for way, processors in ((ways, ways.patched), (compiled, ways.patched), (compiled, ways.bare))

@@ -15,11 +15,10 @@ from devkit.host.in_process import enter_host, load_pack
 from devkit.hosts import host_version
 from tools.bench.comfyui import SMALL, one_step, random_sdxl, with_references
 from tools.bench.gpu_parts.options import GpuOptions
-from tools.bench.gpu_parts.step import MAX_SLOWER, QUICK_PIXELS, synchronization_rows
+from tools.bench.gpu_parts.step import MAX_SLOWER, synchronization_rows
 from tools.bench.report import GIB, Limit, Row
 from tools.bench.timing import PeakMemory, Say, event_seconds, interleaved
 
-FULL_PIXELS = 1024
 WITHIN_RESERVED = Limit("<=", 1.0)
 
 
@@ -57,14 +56,13 @@ def enter(options: GpuOptions) -> ModuleType:
 def models(pack: ModuleType, options: GpuOptions) -> tuple[Any, Any, str, int]:
     """ModelPatchers without and with references, the step's name, and the side of its image."""
     dtype = torch.float32 if options.device == "cpu" else torch.float16
-    pixels = QUICK_PIXELS if options.quick else FULL_PIXELS
+    pixels = options.step_pixels
     import comfy.model_management
 
     device = str(comfy.model_management.get_torch_device())  # with its index, which the host compares
     bare = random_sdxl(dtype, device, **(SMALL if options.quick else {}))
-    kind = "small UNet" if options.quick else "SDXL"
     version = host_version(options.comfyui)
-    name = f"ComfyUI {version}, {kind}, step at {pixels} x {pixels}, CFG, {dtype}"
+    name = f"ComfyUI {version}, {options.unet_name}, step at {pixels} x {pixels}, CFG, {dtype}"
     return bare, with_references(pack, bare), name, pixels
 
 

@@ -11,7 +11,9 @@ import easyref_core as er
 from devkit import golden
 from tools.bench.loading import TOKENIZER
 from tools.bench.report import Options
+from tools.bench.unet import ON_GPU
 
+QUICK_PIXELS = 64
 CHECKPOINT = "easyref.safetensors"  # in GpuOptions.folder
 
 
@@ -26,6 +28,11 @@ class GpuOptions(Options):
     def dtype(self) -> torch.dtype:
         """Compute dtype of the MLLM, as the nodes choose it."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+    @property
+    def step_pixels(self) -> int:
+        """Side of the image of a UNet's step."""
+        return QUICK_PIXELS if self.quick else ON_GPU
 
     @property
     def checkpoint(self) -> Path:

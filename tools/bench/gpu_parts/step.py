@@ -13,10 +13,9 @@ from tools.bench.gpu_parts.options import GpuOptions
 from tools.bench.report import Limit, Row
 from tools.bench.synchronizations import synchronizations
 from tools.bench.timing import Say, event_seconds, interleaved
-from tools.bench.unet import ON_GPU, memory_rows, random_ways, roofline_rows
+from tools.bench.unet import memory_rows, random_ways, roofline_rows
 
 MAX_SLOWER, NO_MORE = Limit("<=", 1.02), Limit("<=", 0)
-QUICK_PIXELS = 64
 
 
 def measure(options: GpuOptions, say: Say) -> Iterator[Row]:
@@ -24,10 +23,10 @@ def measure(options: GpuOptions, say: Say) -> Iterator[Row]:
     ways = random_ways(options, say)
     if ways is None:
         return
-    pixels, wanted = (QUICK_PIXELS, None) if options.quick else (ON_GPU, MAX_SLOWER)
+    pixels, wanted = options.step_pixels, None if options.quick else MAX_SLOWER
     inputs = counts.inputs(pixels, ways.unet.dtype, options.device)
     bare, patched = (partial(ways.step, way, inputs) for way in (ways.bare, ways.patched))
-    name = f"{'small UNet' if options.quick else 'SDXL'}, step at {pixels} x {pixels}, CFG, {ways.unet.dtype}"
+    name = f"{options.unet_name}, step at {pixels} x {pixels}, CFG, {ways.unet.dtype}"
     say(f"  {name}: unpatched, patched")
     pairs = interleaved(bare, patched, options.pairs, say, event_seconds)
     yield pairs.row(f"{name}; patched to unpatched", wanted)
