@@ -1,7 +1,7 @@
 # make demo   what EasyRef does, shown on this machine
 # make test   every test in the first ComfyUI found (COMFYUI_PATH, ~/comfy/ComfyUI*), and in each further one those that
 #             depend on its version; make test-all every test in every one
-# make tiny   trains the tiny model that ships with the pack again, from nothing (about an hour on two cores)
+# make tiny   trains the tiny model of the shapes, from nothing (about an hour on two cores)
 # All need only python3 (3.10 or newer) and the package index: they set up .venv themselves.
 
 PYTHON ?= python3
