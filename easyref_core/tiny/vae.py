@@ -35,12 +35,10 @@ def pretrain_vae(
             inputs = draw_crops(pixels, training.batch)
         else:
             inputs = _images(pixels, training.batch // 4)
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(inputs).latent_dist
-            outputs = vae.decode(posterior.sample()).sample
-        outputs = outputs.float()
+        posterior = vae.encode(inputs).latent_dist
+        outputs = vae.decode(posterior.sample()).sample
         error, edges = (outputs - inputs).abs().mean(), edge_error(outputs, inputs)
-        kl = posterior.kl().float().mean() / posterior.mean[0].numel()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
         optimizer.step(error + EDGE_WEIGHT * edges + KL_WEIGHT * kl)
         if training.logs(step):
             log(f"VAE {step}: L1 {error.item():.4f}, edges {edges.item():.4f}, KL {kl.item():.2f}")
