@@ -4,25 +4,28 @@ The body is causal and the images come before the text, so the keys and values o
 depend on what follows them. They are cached with their context states, and a group that begins with the same
 images, in the same order and at the same size, continues at the first difference. The vision features of an
 image are cached for any group that it is in, and so are its resized pixels, because hashing an image is
-faster than resizing it.
+faster than resizing it. Images are hashed and resized in threads: hashes, numpy and PIL release the GIL.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 
+from ..utils.fast_hash import fast_hash
+from ..utils.images import to_rgb
 from ..utils.lru_cache import ByteLRUCache
 from .preprocess import pixels_of
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
     from .budget import MemoryOptions
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 # Of each position: the token's id, or an image token's PreparedImage.digest.
 PrefixKey = tuple[int | bytes, ...]
+ImageKey = tuple[bytes, int]  # hash_values, and the size in pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +47,7 @@ class PreparedImage:
 
     @classmethod
     def of(cls, pixels: np.ndarray) -> PreparedImage:
-        content = str(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()
-        return cls(pixels, hashlib.sha256(content).digest())
+        return cls(pixels, fast_hash(str(pixels.shape), np.ascontiguousarray(pixels)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,10 +142,26 @@ class EncodeCaches:
     def prepare(
         self, images: Sequence[Image.Image | Tensor], config: EasyRefConfig, size: int
     ) -> tuple[PreparedImage, ...]:
-        """Resize the images of a group that passed check_group. Raises ValueError for non-finite values."""
-        return tuple(
-            self._prepare(image, f"reference {i + 1}", config, size) for i, image in enumerate(images)
-        )
+        """Resize the images of a group that passed check_group, in threads; those that are cached only hash.
+
+        Raises ValueError for non-finite values.
+        """
+        images = list(images)
+        # An object that occurs twice is read once, because PIL reads a file late, and not thread-safely.
+        first_of = {id(image): i for i, image in reversed(list(enumerate(images)))}
+        distinct = sorted(first_of.values())
+
+        def hash_or_resize(index: int) -> tuple[ImageKey, PreparedImage | None]:
+            return self._prepare(images[index], f"reference {index + 1}", config, size)
+
+        with ThreadPoolExecutor(min(len(distinct), os.cpu_count() or 1)) as threads:
+            results = dict(zip(distinct, threads.map(hash_or_resize, distinct), strict=True))
+        # Every cached image is taken before the first new one is stored, which may evict it.
+        prepared = {i: resized or self.images.get(key) for i, (key, resized) in results.items()}
+        for key, resized in results.values():
+            if resized:
+                self.images.put(key, resized, resized.pixels.nbytes)
+        return tuple(prepared[first_of[id(image)]] for image in images)
 
     def plan(self, group: PreparedGroup, use_prefix: bool = True) -> EncodePlan:
         """Plan the encoding of a group; without `use_prefix`, of the features of all its images."""
@@ -183,14 +202,14 @@ class EncodeCaches:
 
     def _prepare(
         self, image: Image.Image | Tensor, name: str, config: EasyRefConfig, size: int
-    ) -> PreparedImage:
-        values = hash_values(image)
-        if values is None or (values, size) not in self.images:
-            prepared = PreparedImage.of(pixels_of(image, name, config, size))
-            if values is not None:
-                self.images.put((values, size), prepared, prepared.pixels.nbytes)
-            return prepared
-        return self.images.get((values, size))
+    ) -> tuple[ImageKey, PreparedImage | None]:
+        """Return the key of an image and, if it is not cached, the resized image. Called in threads."""
+        if isinstance(image, Image.Image):
+            image = to_rgb(image, name)
+        key = hash_values(image), size
+        if key in self.images:
+            return key, None
+        return key, PreparedImage.of(pixels_of(image, name, config, size))
 
     def _longest_prefix(self, group: PreparedGroup) -> tuple[Prefix | None, int]:
         """Return the prefix that shares most positions with a group, at least one image, and their number."""
@@ -203,14 +222,12 @@ class EncodeCaches:
         return self.prefixes.get(best), min(common[best], len(key) - 1)
 
 
-def hash_values(image: Image.Image | Tensor) -> bytes | None:
-    """Hash of the values, shape and dtype of an image tensor (H, W, C); None for a PIL image."""
-    if not isinstance(image, torch.Tensor):
-        return None
+def hash_values(image: Image.Image | Tensor) -> bytes:
+    """Hash of the values, shape and type of an image: an RGB image, or a tensor (H, W, C)."""
+    if isinstance(image, Image.Image):
+        return fast_hash(f"{image.mode} {image.size}", image.tobytes())
     values = image.detach().cpu().contiguous()
-    content = hashlib.sha256(f"{tuple(values.shape)} {values.dtype}".encode())
-    content.update(values.view(torch.uint8).numpy())
-    return content.digest()
+    return fast_hash(f"{tuple(values.shape)} {values.dtype}", values.view(torch.uint8).numpy())
 
 
 def _common_length(first: PrefixKey, second: PrefixKey) -> int:

@@ -29,6 +29,8 @@ CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 # (256, 3), the normalised value of each byte. The authors' processor rescales to 0..1 in float64, too.
 NORMALISED = ((np.arange(256) * (1 / 255)).astype(np.float32)[:, None] - CLIP_MEAN) / CLIP_STD
+# (768,), the same, channel after channel
+NORMALISED_FLAT = torch.from_numpy(NORMALISED.T.reshape(-1))
 
 
 def preprocess(
@@ -121,13 +123,16 @@ def patchify(images: np.ndarray, config: EasyRefConfig) -> Tensor:
 
     The four patches of an image token are adjacent; the still image is repeated into two frames.
     """
-    pixels = torch.from_numpy(NORMALISED[images, np.arange(3)])
-    frames = repeat(pixels, "n h w c -> n t h w c", t=config.temporal_patch_size)
-    return rearrange(
-        frames,
-        "n t (h mh ph) (w mw pw) c -> (n h w mh mw) (c t ph pw)",
+    patches = rearrange(
+        images,
+        "n (h mh ph) (w mw pw) c -> (n h w mh mw) c (ph pw)",
         mh=config.merge_size,
         mw=config.merge_size,
         ph=config.patch_size,
         pw=config.patch_size,
     )
+    # Rearranged as bytes and looked up afterwards, because the floats are four times as large.
+    indexes = patches.astype(np.int32) + 256 * np.arange(3, dtype=np.int32)[:, None]
+    values = NORMALISED_FLAT.index_select(0, torch.from_numpy(indexes.reshape(-1)))
+    frames = config.temporal_patch_size
+    return repeat(values.view(patches.shape), "n c values -> n (c frames values)", frames=frames)

@@ -15,6 +15,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and
 
 MIN_SIDE = 14  # pixels, one patch of the vision tower
 MAX_ASPECT_RATIO = 200  # qwen_vl_utils refuses more
+BLOCK_PIXELS = 2**15  # converted at a time, so that the intermediate values stay in the processor's cache
 UNCONDITIONAL_SIDE = 512  # pixels of the black image in the authors' inference.py
 
 
@@ -77,15 +78,28 @@ def to_rgb(image: Image.Image | Tensor, name: str = "reference") -> Image.Image:
                 f"{name}, of PIL's mode {image.mode}, cannot be read as RGB ({error}). Its file is "
                 "damaged, or convert it first: wanted any mode that PIL converts to RGB."
             ) from error
-    pixels = image.detach().to("cpu", torch.float32)
-    if not torch.isfinite(pixels).all():
-        broken = int((~torch.isfinite(pixels)).sum())
-        raise ValueError(
-            f"{name} holds {broken} values that are NaN or infinite. Check the node that made it."
-        )
-    # Rounding, not truncating, restores the exact bytes of an image that was divided by 255.
-    pixels = (pixels[..., :3].clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.expand(-1, -1, 3).numpy())
+    return Image.fromarray(_to_bytes(image.detach().to("cpu", torch.float32).numpy(), name))
+
+
+def _to_bytes(values: np.ndarray, name: str) -> np.ndarray:
+    """(H, W, C) float32 in 0..1 -> (H, W, 3) bytes; errors as for to_rgb.
+
+    numpy, because it starts no threads of its own in those that prepare a group.
+    """
+    pixels = np.empty((*values.shape[:2], 3), np.uint8)
+    rows = max(1, BLOCK_PIXELS // values.shape[1])
+    for start in range(0, len(values), rows):
+        block = values[start : start + rows]
+        if not np.isfinite(block).all():
+            broken = int((~np.isfinite(values)).sum())
+            raise ValueError(
+                f"{name} holds {broken} values that are NaN or infinite. Check the node that made it."
+            )
+        block = block[..., :3].clip(0, 1)
+        np.multiply(block, 255, out=block)
+        # Rounding, not truncating, restores the exact bytes of an image that was divided by 255.
+        pixels[start : start + rows] = np.rint(block, out=block)
+    return pixels
 
 
 def thumbnail(image: Image.Image | Tensor, side: int) -> Image.Image:

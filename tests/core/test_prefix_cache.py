@@ -176,6 +176,36 @@ def test_image_is_resized_once(
         transposed.pixels[0] = 0
 
 
+def test_pil_image_is_resized_once(fresh: er.EasyRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    resized, resize = [], preprocess.resize
+    monkeypatch.setattr(preprocess, "resize", lambda *args: resized.append(1) or resize(*args))
+    image, other = IMAGES["A"], IMAGES["B"]
+    first, second, again = caches(fresh).prepare([image, other, image], fresh.config, SIZE)
+    assert first is again
+    assert len(resized) == 2
+    copies = [image.copy(), other.convert("RGBA"), image.copy()]
+    assert caches(fresh).prepare(copies, fresh.config, SIZE) == (first, second, first)
+    assert len(resized) == 2
+    copies[0].putpixel((3, 4), (1, 2, 3))
+    changed, *_ = caches(fresh).prepare(copies, fresh.config, SIZE)
+    assert changed.digest != first.digest
+    assert len(resized) == 3
+
+
+def test_first_bad_reference_is_named(fresh: er.EasyRef) -> None:
+    group = [torch.rand(90, 90, 3), *(torch.full((90, 90, 3), torch.nan) for _ in range(3))]
+    with pytest.raises(ValueError, match="reference 2 holds 24300 values"):
+        caches(fresh).prepare(group, fresh.config, SIZE)
+    assert caches(fresh).nbytes == 0
+
+
+def test_cached_image_is_used_before_new_ones_evict_it() -> None:
+    model = load(pixel_cache_bytes=30_000)  # one image at this size takes 21,168 bytes
+    (first,) = caches(model).prepare([IMAGES["A"]], model.config, SIZE)
+    group = [IMAGES["B"], IMAGES["A"]]
+    assert caches(model).prepare(group, model.config, SIZE)[1] is first
+
+
 def test_reference_weights_are_not_cached(fresh: er.EasyRef) -> None:
     weighed = fresh.aggregate(encode(fresh, "AB").weighed([2, 0]))
     assert torch.equal(tokens(fresh, "AB"), tokens(fresh, "AB"))
