@@ -1,8 +1,9 @@
 """Caches of pixels, vision features and decoder prefixes; the prepared group and the encode plan.
 
 The body is causal and the images come before the text, so the keys and values of a group's images do not
-depend on what follows them. They are cached with their context states, and a group that begins with the same
-images, in the same order and at the same size, continues at the first difference. The vision features of an
+depend on what follows them. They are cached with their context states, and so are those of the text, which
+begins with the instruction. A group that begins with the same images, in the same order and at the same size,
+continues at the first token that differs: after another prompt, at the prompt. The vision features of an
 image are cached for any group that it is in, and so are its resized pixels, because hashing an image is
 faster than resizing it. Images are hashed and resized in threads: hashes, numpy and PIL release the GIL.
 """
@@ -13,6 +14,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -66,6 +68,11 @@ class PreparedGroup:
         return self.grid.prod(dim=1).tolist()
 
     @property
+    def images_end(self) -> int:
+        """Number of positions up to the mark after the last image, which is included."""
+        return self.spans[-1][1] + 1
+
+    @cached_property
     def prefix_key(self) -> PrefixKey:
         key: list[int | bytes] = self.input_ids[0].tolist()
         for (start, end), image in zip(self.spans, self.images, strict=True):
@@ -75,9 +82,10 @@ class PreparedGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """KV cache and context states of a group up to the end of its last image."""
+    """KV cache and context states of a group and its text."""
 
     key: PrefixKey
+    images_end: int  # see PreparedGroup
     layers: tuple[LayerKV, ...]
     states: Tensor  # (1, length, D)
 
@@ -180,25 +188,24 @@ class EncodeCaches:
         )
 
     def put_prefix(self, plan: EncodePlan, layers: Sequence[LayerKVCache], states: Tensor) -> None:
-        """Cache a group's prefix in place of the one that it extends; empties `layers` and copies `states`.
+        """Cache a group in place of a prefix whose images it extends; empties `layers` and copies `states`.
 
-        A prefix that is already cached, or larger than the cache, is left out.
+        A group whose images are already cached, or that is larger than the cache, is left out.
         """
-        end = plan.group.spans[-1][1] + 1  # the mark after the image included
-        if plan.cached_tokens >= end:
+        group = plan.group
+        if plan.cached_tokens >= group.images_end:
             return
-        size = states[:, :end].nbytes
-        size += sum(t[:, :, :end].nbytes for layer in layers for t in layer.key_value)
+        size = states.nbytes + sum(t.nbytes for layer in layers for t in layer.key_value)
         if size > self.prefixes.max_bytes:
             return
-        key, copies = plan.group.prefix_key[:end], []
+        copies = []
         for layer in layers:
-            copies.append(tuple(t[:, :, :end].to(self.device, copy=True) for t in layer.key_value))
+            copies.append(tuple(t.to(self.device, copy=True) for t in layer.key_value))
             layer.truncate(0)  # now, so that at most one layer exists twice
-        prefix = Prefix(key, tuple(copies), states[:, :end].clone())
-        if plan.prefix and plan.prefix.key == key[: len(plan.prefix.key)]:
+        prefix = Prefix(group.prefix_key, group.images_end, tuple(copies), states.clone())
+        if plan.prefix and plan.cached_tokens >= plan.prefix.images_end:
             self.prefixes.drop(plan.prefix.key)
-        self.prefixes.put(key, prefix, prefix.nbytes)
+        self.prefixes.put(prefix.key, prefix, prefix.nbytes)
 
     def _prepare(
         self, image: Image.Image | Tensor, name: str, config: EasyRefConfig, size: int

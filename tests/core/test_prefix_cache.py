@@ -51,9 +51,10 @@ def caches(model: er.EasyRef) -> EncodeCaches:
     return model.group_encoder.caches
 
 
-def plan_of(model: er.EasyRef, group: str, **options: bool) -> EncodePlan:
+def plan_of(model: er.EasyRef, group: str, use_prefix: bool = True, **options: object) -> EncodePlan:
     images = [IMAGES[letter] for letter in group]
-    return model.plan(model.prepare(images, "a cat", er.INSTRUCTION, SIZE), **options)
+    texts = {"prompt": "a cat", "instruction": er.INSTRUCTION, "size": SIZE, **options}
+    return model.plan(model.prepare(images, **texts), use_prefix)
 
 
 def encode(model: er.EasyRef, group: str, prompt: str = "a cat", **options: object) -> er.ContextStates:
@@ -116,13 +117,23 @@ CHANGES: dict[str, tuple[str, dict, int, int]] = {
 def test_only_changes_are_encoded(fresh: er.EasyRef, name: str) -> None:
     group, options, encoded, reused = CHANGES[name]
     tokens(fresh, "ABC")
+    before = plan_of(fresh, "ABC").group.prefix_key
     with counting(fresh) as counts:
         context = encode(fresh, group, **options)
     assert counts["images"] == encoded
-    cached = context.spans[reused - 1][1] + 1 if reused else 0
-    # the mark before the first image that differs may be cached too
-    assert context.states.shape[1] - counts["tokens"] - cached in ((0, 1) if reused else (0,))
+    key = plan_of(fresh, group, **options).group.prefix_key
+    common = next((i for i, (a, b) in enumerate(zip(before, key, strict=False)) if a != b), len(key))
+    assert common >= context.spans[reused - 1][1] + 1 if reused else common < context.spans[0][1]
+    assert counts["tokens"] == len(key) - (min(common, len(key) - 1) if reused else 0)
     assert error(fresh.aggregate(context), uncached(group, **options)) <= EXACT
+
+
+def test_another_prompt_continues_after_the_instruction(fresh: er.EasyRef) -> None:
+    tokens(fresh, "AB", prompt="a cat")
+    plan = plan_of(fresh, "AB", prompt="dogs in the snow")
+    instruction = plan_of(fresh, "AB", prompt="").group.input_ids.shape[1]
+    assert plan.cached_tokens > plan.group.images_end
+    assert plan.new_tokens <= plan.group.input_ids.shape[1] - instruction + 8  # the template's end
 
 
 def test_long_history_does_not_change_tokens(fresh: er.EasyRef) -> None:
