@@ -124,6 +124,7 @@ class EasyRef:
         self, plan: EncodePlan, progress: Callable[[float], None] = lambda done: None
     ) -> ContextStates:
         """Context states (1, S, D) of a planned group; see encode."""
+        self.checkpoint.require_not_cut()
         group = plan.group
         return ContextStates(
             self.group_encoder.run(plan, progress), group.provenance, group.grid, group.spans
@@ -180,6 +181,7 @@ class EasyRef:
         Raises ValueError for a context of another checkpoint.
         """
         self.require_same_checkpoint(context, "context")
+        self.checkpoint.require_not_cut()
         bias = weight_bias(context, self.config.num_tokens)
         states = context.states.to(self.device, self.dtype)
         return states, None if bias is None else bias.to(self.device, self.dtype)
@@ -213,6 +215,7 @@ class EasyRef:
         dtype: of the computation, the model's by default. device: of the result, the model's by default.
         Raises ValueError for values that are not finite.
         """
+        self.checkpoint.require_not_cut()
         dtype, device = dtype or self.dtype, device or self.device
         # autograd cannot save tensors that `aggregate` computed in inference mode
         with torch.set_grad_enabled(torch.is_grad_enabled() and not tokens.is_inference()):

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 
 from ..files.atomic_write import atomic_write
-from ..files.tensor_files import Source, has_weights, open_tensors, read_json, read_sources
+from ..files.tensor_files import (
+    Source,
+    TensorFile,
+    copy_to_pages,
+    has_weights,
+    open_tensors,
+    read_json,
+    read_sources,
+)
 from ..mllm.config import EasyRefConfig, Shapes, mllm_name
 from ..mllm.qwen2_vl import SkipInit
 from ..unet.layout import Site
@@ -62,6 +70,8 @@ class Checkpoint:
     config: EasyRefConfig
     widths: Mapping[Site, int]  # of the UNet's cross-attentions, in processor order
     sources: Mapping[str, Source]  # by name in the model: encoder.*, aggregator.*, kv.*, unet.*_lora.*
+    mapped: bool = True  # tensors that `cast` leaves alone stay the file's mapping; else they are copied
+    _mapped_files: dict[Path, TensorFile] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -73,7 +83,8 @@ class Checkpoint:
         return self._read([name for name in self.sources if not name.startswith(LORA_PREFIX)], cast)
 
     def lora(self) -> dict[str, torch.Tensor]:
-        """The attention LoRA, memory-mapped, by diffusers path: <path>.processor.to_q_lora.down.weight."""
+        """The attention LoRA as stored, by diffusers path: <path>.processor.to_q_lora.down.weight."""
+        self.require_not_cut()
         return dict(self._lora)
 
     @functools.cached_property
@@ -93,8 +104,20 @@ class Checkpoint:
                     "floating-point numbers. Quantized files are not read; use the release, or save it in "
                     "float16 or bfloat16."
                 )
-            state[name] = cast(name, tensor.flatten(1) if name == PATCH_EMBED else tensor)
+            stored = tensor.flatten(1) if name == PATCH_EMBED else tensor
+            state[name] = cast(name, stored)
+            if state[name] is stored:
+                if self.mapped:
+                    file = self.sources[name].file
+                    self._mapped_files[file.path] = file
+                else:
+                    state[name] = copy_to_pages(stored, stored.dtype)
         return state
+
+    def require_not_cut(self) -> None:
+        """Raises ValueError if a file whose mapping is in use was made shorter, see TensorFile."""
+        for file in self._mapped_files.values():
+            file.require_not_cut()
 
     def fingerprint(self) -> str:
         """Hash of the first and last values of each tensor, the same for each file format of one dtype.
@@ -120,11 +143,13 @@ def end_values(tensor: torch.Tensor) -> bytes:
     return ends.float().cpu().numpy().tobytes()
 
 
-def open_checkpoint(path: Path, mllm: Path | None = None, causal: bool | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, mllm: Path | None = None, causal: bool | None = None, mapped: bool = True
+) -> Checkpoint:
     """Recognize, translate and check a checkpoint.
 
     mllm: folder of the base MLLM: its config.json, and its weights where the checkpoint has none.
-    causal: overrides the checkpoint's setting of the final layer's attention.
+    causal: overrides the checkpoint's setting of the final layer's attention. mapped: see Checkpoint.
     Raises FileNotFoundError, and ValueError for a file that is not a complete EasyRef checkpoint.
     """
     file = open_tensors(path)
@@ -145,7 +170,7 @@ def open_checkpoint(path: Path, mllm: Path | None = None, causal: bool | None = 
     if causal is not None:
         config = dataclasses.replace(config, causal=causal)
     widths = {site: shapes.get(f"kv.to_k_ip.{i}.weight", (0,))[0] for i, site in enumerate(sites)}
-    checkpoint = Checkpoint(path, config, widths, sources)
+    checkpoint = Checkpoint(path, config, widths, sources, mapped)
     _require_shapes(checkpoint, shapes)
     return checkpoint
 

@@ -6,6 +6,8 @@ Names and shapes are read when a file is opened. Values are memory-mapped when t
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +34,14 @@ class TensorFile(Protocol):
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """The named tensors, memory-mapped where the format allows it."""
+        ...
+
+    def require_not_cut(self) -> None:
+        """Raises ValueError if the file was made shorter since it was opened.
+
+        Reading the missing part of its mapping would end the process (SIGBUS). A file that was replaced or
+        deleted stays mapped, complete.
+        """
         ...
 
 
@@ -78,7 +88,7 @@ class _MappedFile:
     metadata: Mapping[str, str] = {}
 
     def __init__(self, path: Path) -> None:
-        self.path, self._version = path, _version(path)
+        self.path, self._version, self._inode = path, _version(path), _inode(path.stat())
 
     def _map(self) -> Callable[[str], torch.Tensor]:
         """Map the file: name -> tensor."""
@@ -93,6 +103,19 @@ class _MappedFile:
                 tensor = get(names[0])
                 mapped += tensor.nbytes
                 yield names.pop(0), tensor
+
+    def require_not_cut(self) -> None:
+        try:
+            now = self.path.stat()
+        except FileNotFoundError:
+            return
+        opened = self._version[0]
+        if _inode(now) == self._inode and now.st_size < opened:
+            raise ValueError(
+                f"{self.path} was made shorter while it was in use ({opened:,} bytes when it was opened, "
+                f"{now.st_size:,} now). Download or copy it again under another name, rename it, and load it "
+                "again."
+            )
 
     def _require_unchanged(self) -> None:
         """Raises ValueError if the file was replaced: a model must not hold tensors of two files."""
@@ -169,11 +192,29 @@ class FolderOfTensors:
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         return read_sources({name: Source(self._files[name], name) for name in names})
 
+    def require_not_cut(self) -> None:
+        for file in {file.path: file for file in self._files.values()}.values():
+            file.require_not_cut()
+
+
+def copy_to_pages(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy in memory pages of its own.
+
+    They return to the system when the copy is freed; heap memory would mostly stay.
+    """
+    pages = mmap.mmap(-1, tensor.numel() * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(tensor.shape).copy_(tensor)
+
 
 def _version(path: Path) -> tuple[int, int]:
     """Size in bytes and modification time, which distinguish a replaced file from the opened one."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def _inode(stat: os.stat_result) -> tuple[int, int]:
+    """Device and number of a file, which a file that replaces it does not share."""
+    return stat.st_dev, stat.st_ino
 
 
 def _is_pickle(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from comfy.patcher_extension import CallbacksMP
 from comfy_execution.utils import get_executing_context
 
 from ...easyref_core.checkpoint.checkpoint import Cast, may_be_fp8, open_checkpoint
+from ...easyref_core.files.tensor_files import copy_to_pages
 from ...easyref_core.inspect.attention_maps import AttentionShares, attention_shares
 from ...easyref_core.inspect.influence import pooled_features
 from ...easyref_core.mllm.budget import MemoryOptions, activation_bytes, flops
@@ -26,6 +26,7 @@ from ...easyref_core.model import EasyRef, build
 from ...easyref_core.tokens.reference_tokens import ReferenceTokens
 from ...easyref_core.utils.images import black_image
 from .attach import CopyByReference, attach
+from .drives import may_stay_mapped
 from .key_values import MAX_TABLE_BYTES, KeyValueProjector, KeyValueTable, project_rows
 from .socket_types import HostedContext, TokenPair
 
@@ -149,6 +150,7 @@ class HostedEasyRef(CopyByReference):
         Computed once per tokens.
         """
         if tokens not in self._key_values:
+            self.model.checkpoint.require_not_cut()
             mm.load_models_gpu([self._kv_patcher])
             project = partial(self.model.key_values, dtype=torch.float32, device=mm.intermediate_device())
             rows = torch.cat([tokens.unconditional, tokens.conditional])
@@ -173,6 +175,7 @@ class HostedEasyRef(CopyByReference):
         self, patches: Sequence[int], tokens: int, cached_tokens: int = 0, at_least: int = 0
     ) -> None:
         """Load the MLLM with memory for its activations: at_least in bytes, the rest as activation_bytes."""
+        self.model.checkpoint.require_not_cut()
         config = self.model.config
         tokens += config.num_tokens
         needed = activation_bytes(config, patches, tokens, self.model.dtype.itemsize, cached_tokens)
@@ -185,7 +188,8 @@ def load_hosted(
     """Load a checkpoint for the host. precision: of the MLLM's stored weights, one of PRECISIONS."""
     device = mm.get_torch_device()
     compute = compute_dtype(device, precision)
-    opened = open_checkpoint(checkpoint, mllm, causal)
+    mapped = all(may_stay_mapped(path) for path in (checkpoint, mllm) if path)
+    opened = open_checkpoint(checkpoint, mllm, causal, mapped)
     memory = MemoryOptions(mm.intermediate_device(), on_out_of_memory=_free)
     cast = storage(precision, compute, device)
     operations = comfy.ops.manual_cast
@@ -202,7 +206,7 @@ def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
 def storage(precision: str, compute: torch.dtype, device: torch.device) -> Cast:
     """Cast of each weight to its stored dtype.
 
-    `auto` leaves the file's bytes memory-mapped, unless they are wider than the compute dtype.
+    `auto` leaves the file's bytes as they are, unless they are wider than the compute dtype.
     """
     embeddings = precision == "fp8_e4m3fn" and looks_up_fp8(device)
 
@@ -222,15 +226,6 @@ def storage(precision: str, compute: torch.dtype, device: torch.device) -> Cast:
         return tensor if tensor.dtype == dtype else copy_to_pages(tensor, dtype)
 
     return cast
-
-
-def copy_to_pages(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in memory pages of its own.
-
-    They return to the system when the copy is freed; heap memory would mostly stay.
-    """
-    pages = mmap.mmap(-1, tensor.numel() * dtype.itemsize)
-    return torch.frombuffer(pages, dtype=dtype).view(tensor.shape).copy_(tensor)
 
 
 def looks_up_fp8(device: torch.device) -> bool:

@@ -37,6 +37,8 @@ class ShapesOnly:
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, torch.empty(self.shapes[name], device="meta")) for name in names)
 
+    def require_not_cut(self) -> None: ...
+
 
 def opened(shapes: dict[str, list[int]]) -> Checkpoint:
     """A checkpoint of tensors with these names and shapes, with no MLLM folder beside it."""
