@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from easyref_core.training.full_size import EASYREF, released_shapes
-from tools.bench import encoding, loading, unet, unet_counts
+from tools.bench import encoding, loading, stages, unet, unet_counts
 from tools.bench.report import Limit, Options, Row, markdown, write_json
 from tools.bench.timing import Pairs, PeakMemory, interleaved
 
@@ -73,6 +73,21 @@ def test_rows_of_encoding() -> None:
     distances = [row for row in rows if "distance" in row.name]
     assert len(distances) == 6 + 2
     assert all(row.met for row in distances)
+
+
+def test_rows_of_stages() -> None:
+    """The authors' preprocessing gives the same patches; another prompt prefills its tokens alone."""
+    with torch.inference_mode():
+        rows = stages.measure(QUICK, lambda _: None)
+    check(rows)
+    (difference,) = [row for row in rows if "difference" in row.name]
+    assert difference.met
+    (edit,) = [row for row in rows if "to the roofline" in row.name]
+    assert f"{encoding.PROMPT + encoding.AFTER} of " in edit.name
+    for stage in (stages.VISION, stages.DECODER):
+        assert (
+            len([row for row in rows if row.name.endswith(f": {stage}")]) == 2 + (stage == stages.VISION) - 1
+        )
 
 
 def test_rows_of_loading() -> None:

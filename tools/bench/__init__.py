@@ -1,6 +1,7 @@
 """Costs of EasyRef on this machine: `python tools/bench [--parts encode,unet,load] [--quick]`.
 
     encode   encoding.py   time and memory of encoding a group of references
+    stages   stages.py     time of each stage of encoding, cold and after another prompt
     unet     unet.py       cost of the reference term in a step of SDXL's UNet: operations, time, memory
     load     loading.py    time and memory of loading a checkpoint, size held by precision
 

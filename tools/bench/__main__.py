@@ -16,7 +16,7 @@ from devkit.cpu_torch import complete_cpu_torch
 from tools.bench import __doc__ as about
 from tools.bench.report import Options, describe, numbers, parser, publish
 
-PARTS = {"encode": "encoding", "unet": "unet", "load": "loading"}  # part -> module
+PARTS = {"encode": "encoding", "stages": "stages", "unet": "unet", "load": "loading"}  # part -> module
 QUICK_PAIRS = 2
 
 

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from threading import Event, Thread
 from typing import Any, NamedTuple
@@ -79,6 +80,14 @@ def seconds(call: Call) -> float:
     start = timer()
     call()
     return timer() - start
+
+
+def cpu_seconds(call: Call) -> float:
+    """CPU time of one call, of all threads of the process."""
+    gc.collect()
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 def event_seconds(call: Call) -> float:

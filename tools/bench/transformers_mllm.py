@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,13 +60,24 @@ def text_model(config: EasyRefConfig) -> PreTrainedModel:
     return kind._from_config(sizes, attn_implementation="sdpa").eval()
 
 
-def body_of(
-    encoder: GroupEncoder, image_token: int, device: torch.device
-) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """The same MLLM body, sharing the encoder's weights: patches, grid, ids -> states (1, S, D).
+class TransformersBody:
+    """transformers' vision tower and decoder: patches, grid, ids -> states (1, S, D)."""
 
-    None where transformers is not installed.
-    """
+    def __init__(self, tower: PreTrainedModel, text: PreTrainedModel, image_token: int) -> None:
+        self.tower, self.text, self.image_token = tower, text, image_token
+
+    def __call__(self, patches: Tensor, grid: Tensor, ids: Tensor) -> Tensor:
+        seen: Any = self.tower(patches, grid_thw=grid.to(ids.device))
+        seen = getattr(seen, "pooler_output", seen)  # from 5.0 on
+        x = self.text.get_input_embeddings()(ids)
+        x = x.masked_scatter((ids == self.image_token)[..., None], seen.to(x.dtype))
+        # as the authors' code: plain positions, also over images
+        places = torch.arange(ids.shape[1], device=ids.device)[None, None].expand(3, 1, -1)
+        return self.text(inputs_embeds=x, position_ids=places, use_cache=False).last_hidden_state
+
+
+def body_of(encoder: GroupEncoder, image_token: int, device: torch.device) -> TransformersBody | None:
+    """The same MLLM body, sharing the encoder's weights; None where transformers is not installed."""
     try:
         with torch.device("meta"):
             tower, text = vision_tower(encoder.config), text_model(encoder.config)
@@ -75,17 +85,7 @@ def body_of(
         return None
     _share(tower, encoder.visual.state_dict(), device)
     _share(text, {k: v for k, v in encoder.state_dict().items() if not k.startswith("visual.")}, device)
-
-    def run(patches: Tensor, grid: Tensor, ids: Tensor) -> Tensor:
-        seen: Any = tower(patches, grid_thw=grid.to(ids.device))
-        seen = getattr(seen, "pooler_output", seen)  # from 5.0 on
-        x = text.get_input_embeddings()(ids)
-        x = x.masked_scatter((ids == image_token)[..., None], seen.to(x.dtype))
-        # as the authors' code: plain positions, also over images
-        places = torch.arange(ids.shape[1], device=ids.device)[None, None].expand(3, 1, -1)
-        return text(inputs_embeds=x, position_ids=places, use_cache=False).last_hidden_state
-
-    return run
+    return TransformersBody(tower, text, image_token)
 
 
 def _share(theirs: nn.Module, ours: dict[str, Tensor], device: torch.device) -> None:
