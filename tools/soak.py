@@ -1,12 +1,13 @@
-"""Soak test: hundreds of random workflows on one real ComfyUI, cancelled and freed at random.
+"""Soak test: hundreds of random workflows of several clients on one real ComfyUI, disturbed at random.
 
     python tools/soak.py [--prompts 300] [--seed 0]
 
 Starts a ComfyUI with this pack and the tiny models of the tests, on the CPU, and queues workflows drawn from
-the seed (tools/soak_prompts.py), in bursts. Some are interrupted while they run, some deleted from the queue,
-and /free is requested in both its forms. Every 20 prompts the server is emptied and measured
-(devkit/host/watch_nodes); memory and handles must not grow. Prints tables and one line for each failure; the
-exit code is 1 if there was one.
+the seed (tools/soak_prompts.py), with checkpoints of two sizes, in bursts, from three clients. Some are
+interrupted while they run, some deleted from the queue; /free is requested in both its forms while they run;
+and in some bursts the host sees so little memory that it evicts its models. Every 20 prompts the server is
+emptied and measured (devkit/host/watch_nodes); memory and handles must not grow. Prints tables and one line
+for each failure; the exit code is 1 if there was one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from devkit.host import golden, graphs
 from devkit.host.server import LAST_EVENTS, PACKS, ComfyServer, pixels
 from devkit.hosts import ROOT, find_hosts, host_version
 from tools.growth import growth
-from tools.soak_prompts import CHECKPOINTS, Drawn, Saved, draw, probes, shorter
+from tools.soak_prompts import SECOND, Drawn, Saved, draw, probes, shorter
 
 WATCH = ROOT / "devkit" / "host" / "watch_nodes"
 # Idle threads must not spin, and freed memory must not be held back for the thread that had it.
@@ -48,15 +49,19 @@ LIMITS = {
 # Bytes that the libraries leak, measured in workflows that repeat one thing (docs/reliability.md): the host
 # for each prompt; for each model loaded safetensors 0.8, which loses 64 bytes with every tensor it reads.
 LIBRARY_LEAKS = {"prompts": 7 * 1024, "TinySDXL": 33 * 1024, "EasyRefLoader": 65 * 1024}
+CLIENTS = 3  # each with a websocket of its own
+LITTLE_MEMORY = 16 * MB  # available, as the host sees it
+LARGER_LAYERS, LARGER_WIDTH = 6, 256  # of the MLLM body of the larger checkpoint
 MAX_WARM_LEVELS = 1  # of 255: difference of an image that was made from cached work
 CANCELLED_AT = ("load", "group", "encode", "aggregate", "apply", "sample", "decode", "save")
 
 
 class Soak:
-    """One run: the server, the queued prompts, and their results."""
+    """One run: the server, its clients, the queued prompts, and their results."""
 
     def __init__(self, server: ComfyServer, random: Random) -> None:
         self.server, self.random = server, random
+        self.clients = [server, *(server.another_client() for _ in range(CLIENTS - 1))]
         self.saved: list[Saved] = []
         self.disturbed: set[str] = set()  # prompts that were interrupted or deleted
         self.counts: Counter[str] = Counter()
@@ -100,34 +105,45 @@ class Soak:
 
     def _burst(self, size: int) -> None:
         burst = [draw(self.random, self.saved) for _ in range(size)]
-        queued = {self.server.queue(drawn.graph): drawn for drawn in burst}
+        if little := self.random.random() < 0.2:
+            self._set_available(LITTLE_MEMORY)
+            self.counts["bursts with little memory"] += 1
+        queued: dict[str, tuple[ComfyServer, Drawn]] = {}
+        for drawn in burst:
+            client = self.random.choice(self.clients)
+            queued[client.queue(drawn.graph)] = client, drawn
         self.kinds.update(kind for drawn in burst for kind in drawn.kinds)
-        self._disturb(list(queued))
-        for prompt_id, drawn in queued.items():
-            self._finish(prompt_id, drawn)
+        self._disturb({prompt_id: client for prompt_id, (client, _) in queued.items()})
+        for prompt_id, (client, drawn) in queued.items():
+            self._finish(client, prompt_id, drawn)
+        if little:
+            self._set_available(None)
         if self.random.random() < 0.1:
             self._free()
 
-    def _disturb(self, queued: list[str]) -> None:
-        """Interrupt one of these, delete one, or request /free, while they run."""
-        chance = self.random.random()
+    def _set_available(self, memory: int | None) -> None:
+        self.server.post("/memory", {"available": memory})
+
+    def _disturb(self, queued: dict[str, ComfyServer]) -> None:
+        """Interrupt one of these, delete one, or request /free, while they run. queued: with clients."""
+        chance, victim = self.random.random(), self.random.choice(list(queued))
         if chance < 0.15 and len(queued) > 1:
-            victim = self.random.choice(queued[1:])
+            victim = self.random.choice(list(queued)[1:])
             self.disturbed.add(victim)
             self.server.delete(victim)
-        elif chance < 0.6:
-            victim = self.random.choice(queued)
+        elif chance < 0.55:
             self.disturbed.add(victim)
-            self._wait_for_moment(victim)
+            self._wait_for_moment(queued[victim], victim)
             # without an id the running prompt is interrupted, which must then be this one
             self.server.interrupt(None if len(queued) == 1 and self.random.random() < 0.5 else victim)
-        elif chance < 0.7:
+        elif chance < 0.75:
+            self._wait_for_moment(queued[victim], victim)
             self._free()
 
-    def _wait_for_moment(self, prompt_id: str) -> None:
+    def _wait_for_moment(self, client: ComfyServer, prompt_id: str) -> None:
         """Wait until the prompt reaches a drawn node or ends without it, and then a moment more."""
         node, moment = self.random.choice(CANCELLED_AT), self.random.choice((0, 0.01, 0.05, 0.2))
-        self.server.wait_event(
+        client.wait_event(
             lambda event: (
                 event.data.get("prompt_id") == prompt_id
                 and (event.type in LAST_EVENTS or event.data.get("node") == node)
@@ -140,15 +156,15 @@ class Soak:
         self.server.free(cache)
         self.counts["freed, cache too" if cache else "freed, models"] += 1
 
-    def _finish(self, prompt_id: str, drawn: Drawn) -> None:
-        """Wait for the end of a prompt, and check that it ended as it should."""
-        while not (events := [e for e in self.server.events_of(prompt_id) if e.type in LAST_EVENTS]):
-            started = any(event.type == "execution_start" for event in self.server.events_of(prompt_id))
+    def _finish(self, client: ComfyServer, prompt_id: str, drawn: Drawn) -> None:
+        """Wait for the end of a client's prompt, and check that it ended as it should."""
+        while not (events := [e for e in client.events_of(prompt_id) if e.type in LAST_EVENTS]):
+            started = any(event.type == "execution_start" for event in client.events_of(prompt_id))
             if prompt_id in self.disturbed and not started and not self._is_queued(prompt_id):
                 self.counts["deleted from the queue"] += 1
                 return
             time.sleep(0.02)
-        last, executed = events[-1], self.server.executed(prompt_id)
+        last, executed = events[-1], client.executed(prompt_id)
         self.counts.update(drawn.graph[node]["class_type"] for node in executed if node in ("tiny", "load"))
         if last.type == "execution_error":
             self.fail(f"{drawn.kinds}: node {last.data['node_id']}: {last.data['exception_message']}")
@@ -159,14 +175,14 @@ class Soak:
                 self.fail(f"{drawn.kinds} was interrupted without a request")
         else:
             self.counts["finished"] += 1
-            self._check_output(prompt_id, drawn)
+            self._check_output(client, prompt_id, drawn)
 
     def _is_queued(self, prompt_id: str) -> bool:
         queue = json.loads(self.server.get("/queue"))
         return any(entry[1] == prompt_id for part in queue.values() for entry in part)
 
-    def _check_output(self, prompt_id: str, drawn: Drawn) -> None:
-        outputs = self.server.wait(prompt_id)["outputs"]
+    def _check_output(self, client: ComfyServer, prompt_id: str, drawn: Drawn) -> None:
+        outputs = client.wait(prompt_id)["outputs"]
         images = self.server.images({"outputs": {"save": outputs.get("save", {})}})
         if len(images) != drawn.images:
             self.fail(f"{drawn.kinds} gave {len(images)} images; wanted {drawn.images}")
@@ -252,10 +268,9 @@ def main() -> int:
     host, start = find_hosts()[0], time.monotonic()
     with ComfyServer(host, env=SETTINGS, packs={**PACKS, "watch_nodes": WATCH}) as server:
         graphs.install_golden(server)
-        golden.write_changed(
-            server.base / "models" / "easyref" / CHECKPOINTS[1],
-            lambda tensors: tensors["mllm_final_layer.reference_tokens"].mul_(2),
-        )
+        folder = server.base / "models" / "easyref"
+        golden.write_other_tokens(folder / SECOND)
+        golden.write_random(folder, LARGER_LAYERS, LARGER_WIDTH)
         soak = Soak(server, Random(options.seed))
         cold = {name: soak.cold(probe) for name, probe in probes().items()}
         warm = {name: soak.warm(probe) for name, probe in probes().items()}

@@ -14,7 +14,9 @@ from easyref_core.tokens.combine import METHODS
 from easyref_core.unet.layer_weights import WEIGHT_TYPES
 from easyref_core.unet.reference_attention import SCALINGS
 
-CHECKPOINTS = ("easyref.safetensors", "second.safetensors")
+GOLDEN, SECOND, LARGER = "easyref.safetensors", "second.safetensors", "random.safetensors"
+MLLM = "easyref/golden-qwen2-vl"
+CHECKPOINTS = {GOLDEN: MLLM, SECOND: MLLM, LARGER: "easyref/random-qwen2-vl"}  # with their MLLM folders
 FILES = [f"{i}.png" for i in range(golden.SETTINGS["images"])]
 SHAPES = {"1x64x64x3": 1, "1x96x64x3": 1, "2x56x84x3": 2, "1x128x72x3": 1}  # images of each
 PROMPTS = [
@@ -49,14 +51,15 @@ class Drawn:
 
 def draw(random: Random, saved: Sequence[Saved]) -> Drawn:
     """A workflow of random references, texts, settings and token nodes; it may load the `saved` tokens."""
-    checkpoint = random.choice(CHECKPOINTS)
+    checkpoint = random.choice(list(CHECKPOINTS))
     files = [file.file for file in saved if file.checkpoint == checkpoint]
     kind = random.choice(TOKEN_KINDS)
     kind = "plain" if kind == "load" and not files else kind
     kinds = [kind]
     precision = random.choice(("auto", "auto", "auto", "fp32", "bf16"))
     graph = graphs.easyref(
-        load={"checkpoint": checkpoint, "precision": precision}, seed=random.randrange(1000)
+        load={"checkpoint": checkpoint, "mllm": CHECKPOINTS[checkpoint], "precision": precision},
+        seed=random.randrange(1000),
     )
     for i in range(len(FILES)):
         del graph[f"image{i}"]
@@ -82,7 +85,7 @@ def probes() -> dict[str, Drawn]:
     """Workflows that must give the same images at the start and at the end."""
     first = graphs.easyref()
     settings = {"weight_schedule": "1, 0.5, 0", "weight_type": "style transfer", "lora_strength": 0.5}
-    load = {"checkpoint": CHECKPOINTS[1], "precision": "fp32"}
+    load = {"checkpoint": SECOND, "precision": "fp32"}
     second = graphs.easyref({"weight": 0.8, **settings}, load=load, seed=3)
     masked = graphs.easyref(
         {"mask": ["mask", 0], "embeds_scaling": list(SCALINGS)[1]}, {"prompt": PROMPTS[1]}
@@ -91,8 +94,10 @@ def probes() -> dict[str, Drawn]:
     combined = graphs.easyref({"tokens": ["tokens", 0]})
     _second_group(combined, [["image0", 0], ["image2", 0]], PROMPTS[2])
     combined["tokens"] = _joined("EasyRefCombineTokens", method="concat", factor=0.5, weights="")
-    workflows = {"plain": first, "second checkpoint": second, "masked": masked, "combined": combined}
-    return {name: Drawn(graph, (name,), CHECKPOINTS[0], 1) for name, graph in workflows.items()}
+    larger = graphs.easyref(load={"checkpoint": LARGER, "mllm": CHECKPOINTS[LARGER]})
+    workflows = {"plain": first, "second checkpoint": second, "larger checkpoint": larger}
+    workflows |= {"masked": masked, "combined": combined}
+    return {name: Drawn(graph, (name,), GOLDEN, 1) for name, graph in workflows.items()}
 
 
 def shorter(probe: Drawn) -> Graph:

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from devkit.golden import CHECKPOINT, GOLDEN, MLLM, SETTINGS, SIZE
 from devkit.golden import error as error
+from easyref_core.checkpoint.checkpoint import expected_shapes, open_checkpoint
+from easyref_core.checkpoint.checkpoint import save as save_checkpoint
 
 
 @functools.cache
@@ -54,14 +56,13 @@ def load(pack: ModuleType, precision: str = "auto", checkpoint: Path = CHECKPOIN
     return part(pack, "nodes.host.hosted_model").load_hosted(checkpoint, MLLM, MLLM, precision, None)
 
 
-def write_random(pack: ModuleType, folder: Path, layers: int, width: int, context: int = 4096) -> int:
+def write_random(folder: Path, layers: int, width: int, context: int = 4096) -> int:
     """Write a random checkpoint for the tiny UNet, random.safetensors, and its MLLM folder, random-qwen2-vl.
 
     layers, width: of the MLLM body; context: its maximal length in tokens. -> bytes of the weights in
     float32.
     """
-    checkpoint = part(pack, "easyref_core.checkpoint.checkpoint")
-    original = checkpoint.open_checkpoint(CHECKPOINT, MLLM)
+    original = open_checkpoint(CHECKPOINT, MLLM)
     config = dataclasses.replace(
         original.config,
         hidden_size=width,
@@ -71,14 +72,14 @@ def write_random(pack: ModuleType, folder: Path, layers: int, width: int, contex
         projector_width=width,
     )
     random = np.random.default_rng(0)
-    shapes = checkpoint.expected_shapes(config, original.widths)
+    shapes = expected_shapes(config, original.widths)
     tensors = {
         name: torch.ones(shape, dtype=torch.float16)
         if "norm" in name and name.endswith("weight")
         else torch.from_numpy((random.standard_normal(shape, np.float32) / 50).astype(np.float16))
         for name, shape in shapes.items()
     }
-    checkpoint.save(folder / "random.safetensors", config, original.sites, tensors)
+    save_checkpoint(folder / "random.safetensors", config, original.sites, tensors)
 
     settings = json.loads((MLLM / "config.json").read_text())
     settings |= {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers + 1}

@@ -157,11 +157,11 @@ def test_dynamic_vram(pack, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def size(pack, server) -> int:
+def size(server) -> int:
     """Installs a checkpoint large enough to show in the process's memory; -> its bytes in float32."""
     # a first run, whose imports and allocations do not belong to the model
     graphs.image(server, graphs.easyref())
-    return golden.write_random(pack, server.base / "models" / "easyref", layers=32, width=512)
+    return golden.write_random(server.base / "models" / "easyref", layers=32, width=512)
 
 
 def large(loader: str = "load", prompt: str = "") -> graphs.Graph:

@@ -184,9 +184,9 @@ def test_progress_moves_within_a_single_reference(server, pack):
 
 
 @pytest.fixture(scope="module")
-def _deep(server, pack) -> None:
+def _deep(server) -> None:
     """A checkpoint of many layers, with which a large group takes many seconds."""
-    golden.write_random(pack, server.base / "models" / "easyref", layers=64, width=256)
+    golden.write_random(server.base / "models" / "easyref", layers=64, width=256)
 
 
 def deep(batch: str, size: int) -> graphs.Graph:

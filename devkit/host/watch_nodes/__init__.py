@@ -4,6 +4,9 @@ GET /watch -> {"own": bytes of anonymous memory, "mapped": bytes of mapped files
 torch tensors, "tensor_bytes": their memory, "objects": number of objects of the garbage collector, "threads",
 "files": open files and sockets, "logged": [[level, logger, file, text]]}. It is measured after a garbage
 collection, and after the C library has returned its free pages.
+
+POST /memory {"available": bytes} -> the host sees this much available memory, and so evicts models; null: the
+real amount.
 """
 
 from __future__ import annotations
@@ -31,6 +34,25 @@ class Collector(logging.Handler):
 
 logging.getLogger().addHandler(Collector(logging.WARNING))
 logging.captureWarnings(True)
+
+
+available: int | None = None  # bytes that the host is told, if not the real ones
+virtual_memory = psutil.virtual_memory
+
+
+def reported_memory() -> tuple:
+    memory = virtual_memory()
+    return memory if available is None else memory._replace(available=available)
+
+
+psutil.virtual_memory = reported_memory
+
+
+@PromptServer.instance.routes.post("/memory")
+async def set_available(request: web.Request) -> web.Response:
+    global available
+    available = (await request.json())["available"]
+    return web.Response()
 
 
 def trim() -> None:
