@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,9 +45,10 @@ def tokenize(tokenizer: Tokenizer, text: str, image_tokens: Sequence[int]) -> Te
     """Return input_ids (1, S) of a chat with `text` and references of `image_tokens` tokens each."""
     require_text(text, "instruction and prompt")
     ids: list[int] = []
+    special_id = cache(partial(_special_id, tokenizer))  # there is a piece for each image token
     for piece, special in chat(text, image_tokens):
         if special:
-            ids.append(_special_id(tokenizer, piece))
+            ids.append(special_id(piece))
         else:
             ids += tokenizer.encode(piece, add_special_tokens=False).ids
     return torch.tensor([ids])
