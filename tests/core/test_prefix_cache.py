@@ -299,7 +299,7 @@ def test_nbytes_are_the_bytes_allocated(fresh: er.EasyRef) -> None:
 
 
 def test_larger_than_the_caches_is_computed_again() -> None:
-    model = load(prefix_cache_bytes=10, feature_cache_bytes=10)
+    model = load(pixel_cache_bytes=10, prefix_cache_bytes=10, feature_cache_bytes=10)
     for _ in range(2):
         with counting(model) as counts:
             assert torch.equal(tokens(model, "AB"), uncached("AB"))
@@ -357,10 +357,10 @@ def test_stopping_leaves_only_whole_features(fresh: er.EasyRef, before: str) -> 
         fresh.clear_cache()
         if before:
             tokens(fresh, before)
-        size = caches(fresh).nbytes
+        size = caches(fresh).device_nbytes
         with pytest.raises(Stop):
             encode(fresh, "ABCD", progress=partial(stop, at))
-        assert caches(fresh).nbytes - size <= caches(fresh).features.nbytes
+        assert caches(fresh).device_nbytes - size <= caches(fresh).features.nbytes
         assert error(tokens(fresh, "ABCD"), uncached("ABCD")) <= EXACT
 
 
