@@ -179,9 +179,7 @@ class HostedEasyRef(CopyByReference):
         mm.load_models_gpu([self.patcher], max(needed, at_least))
 
 
-def load_hosted(
-    checkpoint: Path, mllm: Path | None, tokenizer: Path, precision: str, causal: bool | None
-) -> HostedEasyRef:
+def load_hosted(checkpoint: Path, mllm: Path | None, precision: str, causal: bool | None) -> HostedEasyRef:
     """Load a checkpoint for the host. precision: of the MLLM's stored weights, one of PRECISIONS."""
     device = mm.get_torch_device()
     compute = compute_dtype(device, precision)
@@ -190,7 +188,7 @@ def load_hosted(
     cast = storage(precision, compute, device)
     operations = comfy.ops.manual_cast
     return HostedEasyRef(
-        build(opened, tokenizer, device, compute, cast=cast, operations=operations, memory=memory)
+        build(opened, mllm, device, compute, cast=cast, operations=operations, memory=memory)
     )
 
 
