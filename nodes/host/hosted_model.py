@@ -57,8 +57,8 @@ class HostedEasyRef(CopyByReference):
 
     def __reduce__(self) -> str:
         raise TypeError(
-            "An EasyRef model cannot be pickled, because ComfyUI manages its weights; nor can a context or "
-            "reference tokens, which refer to it. Save Reference Tokens writes tokens to a file."
+            "An EasyRef model cannot be pickled, because ComfyUI manages its weights. Run Load EasyRef in "
+            "each process that needs it; contexts and reference tokens can be pickled, without their model."
         )
 
     def get_models(self) -> list[ModelPatcher]:
