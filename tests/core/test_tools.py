@@ -1,4 +1,4 @@
-"""Choices of the tools that run the tests: rows of the table of versions."""
+"""Choices of the tools that run the tests: files of `make quick`, rows of the table of versions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from devkit.hosts import ROOT
 from devkit.project import pyproject
 from tools import versions
+from tools.run_tests import QUICK
+
+
+def test_files_of_quick_exist() -> None:
+    assert [name for name in QUICK if not (ROOT / name).is_file()] == []
+    assert len(set(QUICK)) == len(QUICK) > 20
 
 
 @pytest.fixture
