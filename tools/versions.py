@@ -140,7 +140,7 @@ def check(combination: Combination, tests: list[str], folder: Path) -> Row:
         return row | {"failed": "not installed"}
     default = ["tests/host" if combination.host else "tests/core"]
     row |= json.loads(output_of(python, "-c", VERSIONS))
-    return row | run_tests(python, combination.host, tests or default, place.with_suffix(".log"))
+    return row | run_tests(python, combination.host, tests or default, place.with_name(f"{place.name}.log"))
 
 
 def table(rows: list[Row], packages: tuple[str, ...]) -> str:
