@@ -21,7 +21,7 @@ from devkit.hosts import ROOT, find_hosts, host_version
 # The rules of the repository, the golden numbers, and what is pure arithmetic or parsing.
 QUICK = [
     f"tests/core/test_{name}.py"
-    for name in "archive atomic_write combine github golden house images layer_weights masks number_lists "
+    for name in "archive atomic_write github golden house images layer_weights masks number_lists "
     "prompt_syntax python_versions quirks reference_masks reference_weights released_layout repository "
     "scaling schedule security sources token_files unet_layout".split()
 ]
