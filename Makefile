@@ -1,4 +1,5 @@
 # make demo   what EasyRef does, shown on this machine
+# make quick  lint, types and the fast tests of the core, for each commit (less than a minute on two cores)
 # make test   every test in the first ComfyUI found (COMFYUI_PATH, ~/comfy/ComfyUI*), and in each further one those that
 #             depend on its version; make test-all every test in every one
 # make tiny   trains the tiny model of the shapes, from nothing (about an hour on two cores)
@@ -6,13 +7,16 @@
 
 PYTHON ?= python3
 
-.PHONY: setup demo test test-all tiny
+.PHONY: setup demo quick test test-all tiny
 
 setup:
 	@$(PYTHON) tools/setup_env.py
 
 demo: setup
 	@.venv/bin/python tools/demo.py
+
+quick: setup
+	@.venv/bin/python tools/run_tests.py --quick
 
 test: setup
 	@.venv/bin/python tools/run_tests.py

@@ -19,7 +19,6 @@ from .mllm.instructions import (
     INSTRUCTION,
     image_spans,
     image_token_id,
-    load_tokenizer,
     require_text,
     tokenize,
 )
@@ -27,6 +26,7 @@ from .mllm.prefill import CachedGroupEncoder
 from .mllm.prefix_cache import EncodePlan, PreparedGroup
 from .mllm.preprocess import SIZE, check_group, grid_of, resized_sides
 from .mllm.qwen2_vl import SkipInit
+from .mllm.tokenizer import load_tokenizer
 from .tokens.aggregator import weight_bias
 from .tokens.reference_tokens import ReferenceTokens
 from .unet.reference_attention import KeyValue, require_finite
@@ -280,18 +280,19 @@ def load(
     """Load an EasyRef checkpoint.
 
     checkpoint: .safetensors, or DeepSpeed's .pt. mllm: folder with config.json and tokenizer, and with the
-    base weights if the checkpoint has none. tokenizer: folder of the tokenizer, without an mllm folder.
+    base weights if the checkpoint has none. tokenizer: its folder; by default mllm, else the shipped one.
     causal: the final layer's attention; None follows the checkpoint's metadata, causal by default.
     memory: sizes of caches and chunks. Raises FileNotFoundError and ValueError, see open_checkpoint.
     """
     opened = open_checkpoint(Path(checkpoint), Path(mllm) if mllm else None, causal)
-    folder, device = _tokenizer_folder(mllm, tokenizer), torch.device(device)
+    device, folder = torch.device(device), tokenizer or mllm
+    folder = Path(folder) if folder else None
     return build(opened, folder, device, dtype, cast=lambda _, t: t.to(device, dtype), memory=memory)
 
 
 def build(
     checkpoint: Checkpoint,
-    tokenizer: Path,
+    tokenizer: Path | None,
     device: torch.device | str,
     dtype: torch.dtype,
     cast: Cast,
@@ -301,7 +302,7 @@ def build(
     """Build the model of a checkpoint from modules of `operations`; each weight passes through `cast`.
 
     The modules are created on the meta device and the tensors assigned to them, so a weight that `cast`
-    leaves alone stays the file's mapping.
+    leaves alone stays the file's mapping. tokenizer: its folder; None: the shipped one.
     """
     modules = CheckpointModules(checkpoint.config, checkpoint.widths, operations, device="meta").eval()
     modules.load_state_dict(checkpoint.state(cast), assign=True)
@@ -312,12 +313,3 @@ def _user_text(instruction: str, prompt: str) -> str:
     require_text(instruction, "instruction")
     require_text(prompt, "prompt")
     return instruction + prompt
-
-
-def _tokenizer_folder(mllm: Path | str | None, tokenizer: Path | str | None) -> Path:
-    folder = tokenizer or mllm
-    if folder is None:
-        raise ValueError(
-            "A tokenizer is needed. Pass mllm, the folder of Qwen2-VL-2B-Instruct, or tokenizer."
-        )
-    return Path(folder)

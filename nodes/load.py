@@ -95,7 +95,4 @@ class EasyRefLoader(io.ComfyNode):
     def execute(cls, checkpoint: str, mllm: str, precision: str, last_layer_attention: str) -> io.NodeOutput:
         file, folder = folders.find_checkpoint(checkpoint), folders.find_mllm(mllm)
         FILES.record(checkpoint, mllm)
-        tokenizer = folder or folders.host_tokenizer()
-        return io.NodeOutput(
-            load_hosted(file, folder, tokenizer, precision, causal=ATTENTION[last_layer_attention])
-        )
+        return io.NodeOutput(load_hosted(file, folder, precision, ATTENTION[last_layer_attention]))

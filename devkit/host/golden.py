@@ -53,7 +53,7 @@ def execute(pack: ModuleType, name: str, *inputs: Any, **named: Any) -> Any:
 
 def load(pack: ModuleType, precision: str = "auto", checkpoint: Path = CHECKPOINT) -> Any:
     """A checkpoint with the golden MLLM folder, as the loader node loads it."""
-    return part(pack, "nodes.host.hosted_model").load_hosted(checkpoint, MLLM, MLLM, precision, None)
+    return part(pack, "nodes.host.hosted_model").load_hosted(checkpoint, MLLM, precision, None)
 
 
 def write_random(folder: Path, layers: int, width: int, context: int = 4096) -> int:

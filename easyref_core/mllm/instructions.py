@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..utils.errors import shorten
+from .tokenizer import IMAGE_TOKEN
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,7 +24,6 @@ PRESETS: dict[str, dict[str, str]] = json.loads(
 )
 LANGUAGES = tuple(PRESETS["general"])
 INSTRUCTION = PRESETS["general"]["English"]
-IMAGE_TOKEN = "<|image_pad|>"
 
 
 def chat(text: str, image_tokens: Sequence[int]) -> list[tuple[str, bool]]:
@@ -78,29 +77,6 @@ def image_spans(
     """Return start and end (exclusive) of each reference's image tokens in input_ids (1, S)."""
     positions = (input_ids[0] == image_token).nonzero().flatten().split(list(image_tokens))
     return tuple((int(run[0]), int(run[-1]) + 1) for run in positions)
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the Qwen2-VL tokenizer of a folder: tokenizer.json, or vocab.json and merges.txt.
-
-    Raises ValueError for a folder without one, or with that of another model.
-    """
-    from transformers import AutoTokenizer  # here, because importing transformers takes seconds
-
-    remedy = "The folder needs tokenizer.json, or vocab.json and merges.txt, beside tokenizer_config.json."
-    try:
-        # trust_remote_code=False is explicit, because transformers may otherwise prompt for it on the console
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        tokenizer = loaded.backend_tokenizer
-    except Exception as error:  # tokenizers raises bare Exceptions for files it cannot read
-        raise ValueError(
-            f"No Qwen2-VL tokenizer could be read from {folder} ({shorten(error)}). {remedy}"
-        ) from error
-    # transformers 5 returns an empty tokenizer where files are missing.
-    if tokenizer.token_to_id(IMAGE_TOKEN) is None:
-        raise ValueError(f"The tokenizer in {folder} has no {IMAGE_TOKEN}: it is not Qwen2-VL's. {remedy}")
-    tokenizer.encode_special_tokens = True  # special tokens inside ordinary text are text
-    return tokenizer
 
 
 def _special_id(tokenizer: Tokenizer, token: str) -> int:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..mllm.config import EasyRefConfig
-from ..mllm.instructions import INSTRUCTION, load_tokenizer, tokenize
+from ..mllm.instructions import INSTRUCTION, tokenize
 from ..mllm.preprocess import patchify, preprocess
+from ..mllm.tokenizer import load_tokenizer
 from ..training.base_model import BaseModel
 from ..training.batches import Batch, LoadExamples, generator, new_seed, pad_left
 from ..training.config import Settings, build

@@ -18,8 +18,9 @@ from torch.nn.functional import cross_entropy
 from ..files.atomic_write import atomic_write, atomic_write_text
 from ..mllm.config import EasyRefConfig
 from ..mllm.group_encoder import GroupEncoder
-from ..mllm.instructions import image_token_id, load_tokenizer, tokenize
+from ..mllm.instructions import image_token_id, tokenize
 from ..mllm.preprocess import patchify, resize
+from ..mllm.tokenizer import load_tokenizer
 from .dataset import Dataset
 from .groups import plan_group
 from .images import caption

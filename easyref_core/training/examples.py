@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..mllm.instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
+from ..mllm.instructions import INSTRUCTION, image_token_id, tokenize
 from ..mllm.preprocess import SIZE, preprocess
+from ..mllm.tokenizer import load_tokenizer
 from ..utils.images import black_image
 from .batches import Batch, Sample, collate, generator, new_seed, row_at
 from .crops import center_crop, face_crop, native_resize

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..mllm.instructions import image_token_id, load_tokenizer
+from ..mllm.instructions import image_token_id
+from ..mllm.tokenizer import load_tokenizer
 from ..utils.images import black_image
 from . import precomputed
 from .base_model import BaseModel

@@ -15,8 +15,9 @@ import torch
 
 from ..checkpoint.checkpoint import fingerprint, save
 from ..inspect.drawing import contact_sheet
-from ..mllm.instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
+from ..mllm.instructions import INSTRUCTION, image_token_id, tokenize
 from ..mllm.preprocess import preprocess
+from ..mllm.tokenizer import load_tokenizer
 from ..utils.finite import require_finite
 from ..utils.images import black_image
 from .base_model import BaseModel, Text

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class CopyByReference:
-    """Mixin of objects that refer to tensors or weights: `copy.deepcopy` returns the object itself."""
+    """Mixin of objects that refer to tensors or weights: `copy` and `deepcopy` return the object itself."""
+
+    def __copy__(self) -> Any:
+        return self
 
     def __deepcopy__(self, memo: dict) -> Any:
         return self

@@ -6,7 +6,6 @@ shipped with the pack is in a folder of the pack, which is searched last.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import folder_paths
-from comfy.text_encoders import qwen_image
 
 from ...easyref_core.checkpoint.formats import BASE_MLLM, RELEASE
 from ...easyref_core.tiny.worlds import BASE, SHAPES
@@ -196,11 +194,6 @@ def tiny_base() -> Path:
             f"The tiny model of the demo is not in {base}. Install the complete pack again."
         )
     return base
-
-
-def host_tokenizer() -> Path:
-    """ComfyUI's tokenizer for Qwen2.5-VL: Qwen2-VL's vocabulary and merges, and a few later tokens."""
-    return Path(inspect.getfile(qwen_image)).with_name("qwen25_tokenizer")
 
 
 def _is_valid_name(name: str) -> bool:

@@ -58,8 +58,8 @@ class HostedEasyRef(CopyByReference):
 
     def __reduce__(self) -> str:
         raise TypeError(
-            "An EasyRef model cannot be pickled, because ComfyUI manages its weights; nor can a context or "
-            "reference tokens, which refer to it. Save Reference Tokens writes tokens to a file."
+            "An EasyRef model cannot be pickled, because ComfyUI manages its weights. Run Load EasyRef in "
+            "each process that needs it; contexts and reference tokens can be pickled, without their model."
         )
 
     def get_models(self) -> list[ModelPatcher]:
@@ -182,9 +182,7 @@ class HostedEasyRef(CopyByReference):
         mm.load_models_gpu([self.patcher], max(needed, at_least))
 
 
-def load_hosted(
-    checkpoint: Path, mllm: Path | None, tokenizer: Path, precision: str, causal: bool | None
-) -> HostedEasyRef:
+def load_hosted(checkpoint: Path, mllm: Path | None, precision: str, causal: bool | None) -> HostedEasyRef:
     """Load a checkpoint for the host. precision: of the MLLM's stored weights, one of PRECISIONS."""
     device = mm.get_torch_device()
     compute = compute_dtype(device, precision)
@@ -194,7 +192,7 @@ def load_hosted(
     cast = storage(precision, compute, device)
     operations = comfy.ops.manual_cast
     return HostedEasyRef(
-        build(opened, tokenizer, device, compute, cast=cast, operations=operations, memory=memory)
+        build(opened, mllm, device, compute, cast=cast, operations=operations, memory=memory)
     )
 
 

@@ -32,6 +32,10 @@ class ReferenceGroup(tuple):
         group.masks = (None,) * len(group) if masks is None else tuple(masks)
         return group
 
+    def __reduce__(self) -> tuple[type, tuple]:
+        """References of one batch share its memory; pickled, each would contain the whole batch."""
+        return type(self), tuple([_compact(each) for each in part] for part in (self, self.masks))
+
     @classmethod
     def joined(cls, groups: Iterable[ReferenceGroup]) -> ReferenceGroup:
         """All references of several groups, in order."""
@@ -44,6 +48,11 @@ class ReferenceGroup(tuple):
         """The references with these indexes, in their order."""
         pairs = [(self[i], self.masks[i]) for i in indexes]
         return ReferenceGroup(*zip(*pairs, strict=True)) if pairs else ReferenceGroup(())
+
+
+def _compact(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy if it is a part of a larger one."""
+    return tensor if tensor is None or tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
 
 
 def split(batch: Tensor) -> list[Tensor]:

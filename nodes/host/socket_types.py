@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
 from ...easyref_core.mllm.context import ContextStates
+from .attach import CopyByReference
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -22,14 +23,18 @@ EasyRefTokens = io.Custom("EASYREF_TOKENS")  # TokenPair
 EasyRefRecordSocket = io.Custom("EASYREF_RECORD")  # recording.Record
 
 
-class CarriesModel:
+class CarriesModel(CopyByReference):
     """Mixin of values that refer to the EasyRef model that made them, so that no wire needs to repeat it.
 
     The host looks for `patcher` and `get_models` in cached values: it protects models that the current prompt
-    uses, and evicts values of earlier prompts that hold a model first. The weights are not copied.
+    uses, and evicts values of earlier prompts that hold a model first. The weights are not copied. A pickled
+    value has no model, because the host of this process manages the weights.
     """
 
     easyref: HostedEasyRef | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "easyref": None}
 
     @property
     def patcher(self) -> ModelPatcher | None:
@@ -43,8 +48,9 @@ class CarriesModel:
         model = connected or self.easyref
         if model is None:
             raise ValueError(
-                "easyref is not connected, and the reference tokens come from a file, which does not contain "
-                "their model. Connect Load EasyRef, with the checkpoint that made the tokens, to easyref."
+                "easyref is not connected, and a context or reference tokens from a file or another process "
+                "do not contain their model. Connect Load EasyRef, with the checkpoint that made them, to "
+                "easyref."
             )
         return model
 
@@ -53,7 +59,7 @@ class CarriesModel:
 class HostedContext(CarriesModel, ContextStates):
     """Context states of a group, with the model that encoded it."""
 
-    easyref: HostedEasyRef = dataclasses.field(kw_only=True)
+    easyref: HostedEasyRef | None = dataclasses.field(kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +67,7 @@ class TokenPair(CarriesModel):
     """Reference tokens (B, T, C) of the conditional and of the unconditional side; one row is for all
     latents.
 
-    easyref: the model that made them; None for tokens from a file.
+    easyref: the model that made them; None for tokens from a file or another process.
     """
 
     conditional: ReferenceTokens

@@ -117,6 +117,12 @@ class Injection(CopyByReference):
     recorder: Recorder | None = None
     cache: StepCache = dataclasses.field(default_factory=StepCache, init=False)
 
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "A MODEL with Apply EasyRef cannot be pickled, because its patches belong to the UNet in this "
+            "process. Run Apply EasyRef in the process that samples; the reference tokens can be pickled."
+        )
+
     @property
     def rows(self) -> int:
         """Number of per-latent rows of tokens or masks; 1 if shared by all latents."""

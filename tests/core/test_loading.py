@@ -39,7 +39,7 @@ from pathlib import Path
 
 import torch
 import easyref_core as er
-from easyref_core.mllm.instructions import load_tokenizer
+from easyref_core.mllm.tokenizer import load_tokenizer
 
 def memory(*names):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -81,10 +81,10 @@ def test_references_out_of_range(text: str) -> None:
 
 
 def test_many_references_are_refused_before_they_are_listed() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match=r"names 100,000,000 references; wanted at most 1,000"):
         parse_references("all," * 100_000, "references", 1000, most=1000)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(("text", "weights"), CASES["reference_weights"].items())
@@ -137,7 +137,7 @@ def test_decimal_comma_is_never_a_separator() -> None:
 
 @pytest.mark.parametrize("text", [*(sign * 300_000 for sign in " 1:,-"), "1" * 300_000 + "x", "1," * 150_000])
 def test_long_texts_take_no_time(text: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     for parse in (
         lambda: parse_numbers(text, "weights"),
         lambda: parse_references(text, "references", 5, most=1000),
@@ -146,4 +146,4 @@ def test_long_texts_take_no_time(text: str) -> None:
     ):
         with contextlib.suppress(ValueError):
             parse()
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5

@@ -14,7 +14,8 @@ import torch
 import easyref_core as er
 from devkit import golden
 from devkit.hosts import ROOT
-from easyref_core.mllm.instructions import load_tokenizer, tokenize
+from easyref_core.mllm.instructions import tokenize
+from easyref_core.mllm.tokenizer import load_tokenizer
 
 NAMES = {
     "spaces": "my models (old) & new",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from easyref_core.checkpoint import checkpoint as checkpoints
 from easyref_core.checkpoint.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from easyref_core.checkpoint.formats import EASYREF_NAMES, by_processor_path, stored_name, translate
 from easyref_core.checkpoint.modules import CheckpointModules
+from easyref_core.mllm.instructions import INSTRUCTION
+from easyref_core.model import build
 from easyref_core.unet.layout import parse_diffusers, sdxl_sites
 
 if TYPE_CHECKING:
@@ -162,3 +165,17 @@ def test_a_training_checkpoint_opens_from_its_adapter_modules_alone(released: Ch
 
     training = opened({renamed(key): shape for key, shape in KEYS.items()})
     assert shapes_of(training) == shapes_of(released)
+
+
+def test_it_needs_neither_transformers_nor_a_tokenizer_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(self: ShapesOnly, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, torch.zeros(()).expand(self.shapes[name])) for name in names)  # one value, no memory
+
+    monkeypatch.setitem(sys.modules, "transformers", None)  # its import raises ImportError
+    monkeypatch.setattr(ShapesOnly, "read", zeros)
+    model = build(opened(KEYS), None, "cpu", torch.bfloat16, cast=lambda _, tensor: tensor)
+    group = model.prepare([torch.zeros(64, 64, 3)], "an oil painting", INSTRUCTION, size=336)
+    (start, end), ids = group.spans[0], group.input_ids[0]
+    assert ids[:3].tolist() == [151644, 8948, 198]  # <|im_start|>, "system", line break
+    assert (ids[start:end] == 151655).all()  # <|image_pad|>
+    assert int(ids.max()) < model.config.vocab_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import pickle
 import weakref
 from typing import Any
 
@@ -164,9 +163,3 @@ def test_deep_copy_refers_to_the_same_model(easy, context) -> None:
     for value in (context, easy.tokens):
         assert copy.deepcopy(value).easyref is easy.easyref
     assert equal(copy.deepcopy(easy.tokens), easy.tokens)
-
-
-def test_pickling_says_why_not(easy, context) -> None:
-    for value in (easy.easyref, context, easy.tokens):
-        with pytest.raises(TypeError, match=r"cannot be pickled, because .* Save Reference Tokens"):
-            pickle.dumps(value)

@@ -309,10 +309,3 @@ def test_loader_notices_new_files_in_the_mllm_folder(pack, models):
     assert before == loader.fingerprint_inputs(checkpoint="a.safetensors", mllm="LLM/qwen")
     touch(models / "LLM" / "qwen" / "model.safetensors")
     assert before != loader.fingerprint_inputs(checkpoint="a.safetensors", mllm="LLM/qwen")
-
-
-def test_host_has_the_tokenizer_of_qwen2_vl(pack, files):
-    tokenizer = golden.part(pack, "easyref_core.mllm.instructions").load_tokenizer(files.host_tokenizer())
-    assert tokenizer.token_to_id("<|image_pad|>") == 151655
-    system = [8948, 198, 2610, 525, 264, 10950, 17847, 13]
-    assert tokenizer.encode("system\nYou are a helpful assistant.").ids == system

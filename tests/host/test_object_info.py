@@ -110,7 +110,7 @@ json.dump(result, sys.__stdout__)
 
 
 def test_import_prints_nothing_takes_less_than_a_tenth_of_a_second_and_needs_no_transformers() -> None:
-    """In a process with the host imported, from its second start on. The tokenizer imports transformers."""
+    """In a process with the host imported, from its second start on."""
     for name in ("easyref_core", "nodes"):  # the first one compiles, where it may write what it has compiled
         compileall.compile_dir(ROOT / name, quiet=1)
     script = IMPORT.format(root=str(ROOT), host=str(HOST))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from easyref_core.mllm.instructions import load_tokenizer
+from easyref_core.mllm.tokenizer import load_tokenizer
 from easyref_core.mrbench.methods.ip_adapter import load_image_encoder
 from easyref_core.tiny.clip_text import token_ids
 from easyref_core.tiny.creatures import recipe

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from easyref_core.mllm.instructions import INSTRUCTION, load_tokenizer, tokenize
+from easyref_core.mllm.instructions import INSTRUCTION, tokenize
 from easyref_core.mllm.preprocess import preprocess
+from easyref_core.mllm.tokenizer import load_tokenizer
 from easyref_core.training.batches import Batch, Sample, generator, row_at
 from easyref_core.training.crops import center_crop, native_resize
 from easyref_core.training.examples import Augmentation, RowExamples, choose, drops, held_out, to_tensor

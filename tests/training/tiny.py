@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from easyref_core.checkpoint.checkpoint import open_checkpoint
-from easyref_core.mllm.instructions import INSTRUCTION, image_token_id, load_tokenizer, tokenize
+from easyref_core.mllm.instructions import INSTRUCTION, image_token_id, tokenize
 from easyref_core.mllm.preprocess import preprocess
+from easyref_core.mllm.tokenizer import load_tokenizer
 from easyref_core.tiny import sdxl, vae
 from easyref_core.training.batches import Batch, Sample, collate, generator, new_seed, row_at
 from easyref_core.training.config import Data, Settings

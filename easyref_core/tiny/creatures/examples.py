@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...mllm.instructions import load_tokenizer
+from ...mllm.tokenizer import load_tokenizer
 from ...training.base_model import BaseModel
 from ...training.batches import generator, new_seed
 from ...training.examples import choose

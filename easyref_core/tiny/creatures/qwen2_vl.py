@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ...mllm.group_encoder import GroupEncoder
-from ...mllm.instructions import image_token_id, load_tokenizer, tokenize
+from ...mllm.instructions import image_token_id, tokenize
 from ...mllm.preprocess import patchify
+from ...mllm.tokenizer import load_tokenizer
 from ..optimizer import Log, OneCycleMuon, Training
 from ..qwen2_vl import body_config, initialize, save_mllm
 from ..tokenizer import COMPARE, DESCRIBE
