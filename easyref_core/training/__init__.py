@@ -10,7 +10,8 @@ Modules in reading order (B groups, K references in each, T reference tokens):
     broken_rows.py   rows skipped while training, counted over all processes
     batches.py       Samples -> a Batch; the endless shuffled stream of positions
 
-    base_model.py    the frozen UNet, VAE, text encoders and noise schedule of a diffusers SDXL folder
+    base_files.py    files of a base: a diffusers folder or a single-file checkpoint
+    base_model.py    its frozen UNet, VAE, text encoders and noise schedule
     objective.py     the loss of a noise schedule (epsilon, v-prediction, sample), and its sampler
     initial.py       initial weights of a run
     trainable.py     Batch -> reference tokens (B, T, C) -> prediction (B, 4, h, w), with gradients

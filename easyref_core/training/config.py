@@ -54,13 +54,14 @@ class Settings:
     """One stage of one run."""
 
     stage: Literal["alignment", "single_reference", "multi_reference"]
-    base: Path  # diffusers SDXL folder
+    base: Path  # diffusers SDXL folder, or a single-file checkpoint
     mllm: Path  # transformers Qwen2-VL folder
     output: Path
     data: Data
     updates: int  # optimizer updates; the authors count micro-batches
     learning_rate: float
     batch_size: int  # per process
+    base_config: Path | None = None  # diffusers folder with the configurations of a single-file base
     accumulation: int = 1  # micro-batches per update
     start: Path | None = None  # checkpoint of an earlier stage; None: base MLLM and UNet
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warmup, down to 0 at the end
@@ -133,6 +134,7 @@ class Settings:
         """Raise FileNotFoundError for the first missing input; `outputs` of earlier stages may be missing."""
         inputs = {"base": self.base, "mllm": self.mllm, "start": self.start}
         inputs |= {"data.rows": self.data.rows, "data.root": self.data.root}
+        inputs |= {"base_config": self.base_config}
         for key, path in inputs.items():
             if path is not None and path not in outputs and not path.exists():
                 raise FileNotFoundError(

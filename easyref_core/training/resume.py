@@ -49,6 +49,7 @@ ABSENT = {
     "optimizer": "adamw",
     "mllm_lora_rank": 0,
     "weight_dtype": "float32",
+    "base_config": None,
 }
 
 

@@ -73,7 +73,8 @@ class Run:
         dtype = frozen_dtype(accelerator)
         stored = read_manifest(settings.precomputed)["parts"] if settings.precomputed else {}
         parked = [model for part in stored for model in PARTS[part]]
-        self.base = BaseModel.load(settings.base, accelerator.device, dtype, parked)
+        options = {"config": settings.base_config}
+        self.base = BaseModel.load(settings.base, accelerator.device, dtype, parked, **options)
         self.weights = load_weights(settings, self.base)
         if settings.precomputed:
             require_provenance(settings.precomputed, provenance(settings, self.base, self.weights, dtype))
