@@ -16,7 +16,13 @@ Modules in reading order (B groups, K references in each, T reference tokens):
     initial.py       initial weights of a run
     trainable.py     Batch -> reference tokens (B, T, C) -> prediction (B, 4, h, w), with gradients
     optimizers.py    AdamW, 8-bit AdamW, Adafactor
+    sharding.py      weights that FSDP and DeepSpeed shard over the processes
+    ema.py           moving average of the trained weights
     run.py           one stage in training: one update, and the checkpoint
+    validation.py    loss at fixed timesteps on held-out rows
+    signals.py       SIGTERM ends a run after its update
+    throughput.py    samples per second, waiting for data
+    profiling.py     a trace of some updates
     loop.py          all updates
     export.py        a saved state -> a checkpoint
     shards.py        entries of tensors in safetensors files
@@ -24,7 +30,7 @@ Modules in reading order (B groups, K references in each, T reference tokens):
     precompute.py    writes them
     cache.py         disk cache of VAE moments and context states
     resume.py        saved states; a killed run resumes bit for bit
-    run_log.py       progress bar, metrics.csv, TensorBoard, sheets of sample images
+    run_log.py       progress bar, metrics.csv, accelerate's trackers, sheets of sample images
     sampling.py      image generation with guidance
 
     full_size.py     full-size models on the meta device
