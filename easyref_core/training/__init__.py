@@ -38,5 +38,7 @@ Modules in reading order (B groups, K references in each, T reference tokens):
     memory.py        memory of a run, compared with the device's
     cost.py          memory and time of each stage at full size
 
+launch/ has configurations and scripts that start it on one or many GPUs.
+
 Nothing is imported here, because the nodes need none of it.
 """
