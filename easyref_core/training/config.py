@@ -71,6 +71,31 @@ class Validation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """MRBench on the weights in training; see easyref_core.mrbench.live."""
+
+    every: int = 0  # updates; 0: none
+    manifest: Path | None = None
+    groups: int | None = 8  # of each split; null: all
+    seeds: Sequence[int] = (0,)
+    size: int = 1024  # pixels of a side
+    steps: int = 30
+    guidance: float = 5.0
+    negative: str = "monochrome, lowres, bad anatomy, worst quality, low quality"
+    clip: str = "openai/clip-vit-large-patch14"  # name, name@revision, folder, or none
+    dino: str = "facebook/dino-vits16"
+    offline: bool = False  # download neither
+
+    def __post_init__(self) -> None:
+        require_at_least(self, {"every": 0, "size": 8, "steps": 1, "guidance": 0}, "benchmark.")
+        if self.every and self.manifest is None:
+            raise ValueError(
+                "benchmark.every is set without benchmark.manifest. Set it to a manifest of MRBench, or set "
+                "benchmark.every to 0."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """One stage of one run."""
 
@@ -114,6 +139,7 @@ class Settings:
     trackers: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"tensorboard": {}})
     samples: Samples = dataclasses.field(default_factory=Samples)
     validation: Validation = dataclasses.field(default_factory=Validation)
+    benchmark: Benchmark = dataclasses.field(default_factory=Benchmark)
 
     @property
     def stage_spec(self) -> Stage:
@@ -184,6 +210,7 @@ class Settings:
         inputs = {"base": self.base, "mllm": self.mllm, "start": self.start}
         inputs |= {"data.rows": self.data.rows, "data.root": self.data.root}
         inputs |= {"validation.rows": self.validation.rows, "base_config": self.base_config}
+        inputs |= {"benchmark.manifest": self.benchmark.manifest}
         for key, path in inputs.items():
             if path is not None and path not in outputs and not path.exists():
                 raise FileNotFoundError(

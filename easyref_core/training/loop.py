@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 
     from .config import Settings
 
+
+# Function (settings.benchmark, device) -> MeasureRun. It is named and not imported, because MRBench is built
+# on this package.
+BENCHMARK = "easyref_core.mrbench.live:open_benchmark"
+
+MeasureRun = Callable[[Run, int], dict[str, float]]  # a run and its update -> values for the log
 Measure = tuple[int, Callable[[int], dict[str, float]]]  # updates between calls, update -> values for the log
 
 
@@ -40,9 +48,21 @@ def train(settings: Settings, examples: Examples | LoadExamples | None = None) -
     with ExitStack() as stack:
         _claim_output(settings, accelerator, stack)
         if not settings.result.is_file() or max(saved_states(settings.output), default=0) < settings.updates:
-            held_out = open_validation(settings)
-            _train(Run(settings, accelerator, examples), held_out)
+            held_out, benchmark = open_validation(settings), open_benchmark(settings, accelerator)
+            _train(Run(settings, accelerator, examples), held_out, benchmark)
     return settings.result
+
+
+def open_benchmark(settings: Settings, accelerator: Accelerator) -> MeasureRun | None:
+    """Load the benchmark's manifest and models and return the function that runs it; None without one."""
+    if not settings.benchmark.every:
+        return None
+    if shards_weights(accelerator):
+        raise ValueError(
+            f"benchmark.every is {settings.benchmark.every}, expected 0, because {sharding_of(accelerator)} "
+            "shards the weights. Set export_every, and run MRBench on those checkpoints."
+        )
+    return pkgutil.resolve_name(BENCHMARK)(settings.benchmark, str(accelerator.device))
 
 
 def open_validation(settings: Settings) -> LoadExamples | None:
@@ -70,7 +90,7 @@ def _claim_output(settings: Settings, accelerator: Accelerator, stack: ExitStack
         raise errors[0]
 
 
-def _train(run: Run, held_out: LoadExamples | None) -> None:
+def _train(run: Run, held_out: LoadExamples | None, benchmark: MeasureRun | None) -> None:
     """Resume, run the remaining updates and write the checkpoint."""
     settings, accelerator = run.settings, run.accelerator
     start = resume(accelerator, settings.output)
@@ -79,6 +99,8 @@ def _train(run: Run, held_out: LoadExamples | None) -> None:
         measures: list[Measure] = []
         if held_out:
             measures.append((settings.validation.every, _validation(run, held_out)))
+        if benchmark:
+            measures.append((settings.benchmark.every, partial(benchmark, run)))
         with stop_trigger(accelerator):
             _run_updates(run, run_log, start, measures)
         run.save(settings.result)

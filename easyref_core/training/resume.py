@@ -36,7 +36,7 @@ PROGRESS_FILE = "progress.json"  # of a state
 # Settings that do not affect the weights, so a resumed run may change them, and those of LAYOUT.
 FREE = frozenset(
     "output workers cache precomputed save_every keep keep_every export_every save_dtype log_every trackers "
-    "samples validation profile_updates thorough max_broken memory_check".split()
+    "samples validation benchmark profile_updates thorough max_broken memory_check".split()
 )
 
 # A resumed run may change these too. The rows go on where they were, but an update then has other samples, or
