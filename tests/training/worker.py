@@ -108,7 +108,7 @@ def _let_accelerate_shard_on_the_cpu() -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    PartialState().distributed_type = DistributedType.MULTI_GPU
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
 
 
 def _compute_in_float64() -> None:
