@@ -14,12 +14,10 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import torch
 
 from devkit.cpu_torch import complete_cpu_torch
-from easyref_core.training import loop
 from easyref_core.training import run as run_module
 from easyref_core.training.batches import Batch, MicroBatches, loader
-from easyref_core.training.config import Data, Samples, Validation
+from easyref_core.training.config import Data
 from easyref_core.training.examples import Augmentation
-from easyref_core.training.export import export
 from easyref_core.training.initial import Weights
 from easyref_core.training.loop import make_accelerator, train
 from easyref_core.training.run import Run
@@ -77,40 +75,6 @@ def stop(base: Path, output: Path, rank: str) -> None:
         (output / f"{os.environ['RANK']}.txt").write_text(str(stopped))
 
 
-def sharded(base: Path, output: Path, kind: str) -> None:
-    """Train two updates, resume for a third, and export the state of the first."""
-    if kind.startswith("fsdp"):
-        _let_accelerate_shard_on_the_cpu()
-    settings = tiny.settings(
-        base,
-        output=output / kind,
-        updates=2,
-        batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)),
-        save_every=1,
-        keep=3,
-        export_every=1,
-        # the moving average of ZeRO-3's weights is refused
-        ema=None if kind == "zero3" else 0.2,
-        samples=Samples(every=3, count=1, steps=1),
-        validation=Validation(every=3, count=1, timesteps=(500,)),
-        **tiny.GOLDEN_START,
-    )
-    examples = tiny.TinyExamples(tiny.config())
-    loop.open_validation = lambda _: lambda *_: examples
-    train(settings, examples)
-    settings = dataclasses.replace(settings, updates=3)
-    train(settings, examples)
-    export(settings, 1, settings.output / "exported.safetensors")
-
-
-def _let_accelerate_shard_on_the_cpu() -> None:
-    """Name the processes MULTI_GPU, because accelerate shards only those of accelerators."""
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
-
-    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
-
-
 def _compute_in_float64() -> None:
     """Reduce rounding errors, which the norms of this tiny UNet amplify. RoPE stays float32."""
     run_module.MIXED["no"] = torch.float64
@@ -127,5 +91,5 @@ if __name__ == "__main__":
     complete_cpu_torch()  # before diffusers and transformers are imported
     torch.set_num_threads(1)
     command, base, output, argument = sys.argv[1:]
-    commands = {"die": die, "gradients": gradients, "broken": broken, "stop": stop, "sharded": sharded}
+    commands = {"die": die, "gradients": gradients, "broken": broken, "stop": stop}
     commands[command](Path(base), Path(output), argument)
