@@ -13,11 +13,8 @@ from .images import describe
 from .manifest import read_manifest, usable, write_manifest
 
 if TYPE_CHECKING:
-    from .group_scores import Extractors
     from .manifest import Manifest
     from .summary import HasTopic
-
-NONE = "none"  # leaves an extractor out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,15 +75,17 @@ def generate(parsed: argparse.Namespace) -> None:
 
 def score(parsed: argparse.Namespace) -> None:
     """Score every image under a folder, and summarise the scores."""
+    from .group_scores import load_extractors
     from .processes import this_process
     from .score import score as score_images
 
     process = this_process()
+    names = {name: getattr(parsed, name) for name in ("clip", "dino", "classifier", "subject", "offline")}
     outcome = score_images(
         parsed.manifest,
         parsed.out,
         parsed.results,
-        extractors=_extractors(parsed, process.device, read_manifest(parsed.manifest)),
+        extractors=load_extractors(read_manifest(parsed.manifest), process.device, **names),
         batch=parsed.batch,
         process=process,
     )
@@ -106,30 +105,6 @@ def report(parsed: argparse.Namespace) -> None:
     _warn(read_rows(parsed.results))
 
 
-def _extractors(parsed: argparse.Namespace, device: str, manifest: Manifest) -> Extractors:
-    """Load the models of the options; the default classifier only if a group has attributes."""
-    from .extractors import TINY_CLASSIFIER, Clip, Dino, load_attribute_classifier, load_subject_model
-    from .group_scores import Extractors
-
-    def model(kind: type[Clip | Dino], name: str) -> Clip | Dino | None:
-        if name == NONE:
-            return None
-        name, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
-        return kind(name, revision or None, parsed.offline, device)
-
-    has_attributes = any(group.attributes for group in manifest.groups)
-    name = parsed.classifier or (TINY_CLASSIFIER if has_attributes else NONE)
-    classifier = None if name == NONE else load_attribute_classifier(name)
-    subject = None if parsed.subject == NONE else load_subject_model(parsed.subject)
-    return Extractors(
-        clip=model(Clip, parsed.clip),
-        dino=model(Dino, parsed.dino),
-        subject=subject,
-        attributes=classifier,
-        attributes_name=name,
-    )
-
-
 def _warn(items: Iterable[HasTopic]) -> None:
     """Warn about splits with few topics."""
     from .summary import few_topics
@@ -145,7 +120,7 @@ def _counts(manifest: Manifest) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .extractors import CLIP, DINO, TINY_CLASSIFIER
+    from .extractors import CLIP, DINO, NONE, TINY_CLASSIFIER
     from .score import BATCH
 
     parser = argparse.ArgumentParser(prog="python -m easyref_core.mrbench", description=__doc__)

@@ -23,6 +23,7 @@ Floats = NDArray[np.float32]
 
 CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dino-vits16"
+NONE = "none"  # in place of a model's name: leaves it out
 TINY_CLASSIFIER = "easyref_core.tiny.classifier:load_classifier"
 CREATURE_JUDGE = "easyref_core.tiny.creatures.judge:load_judge"
 REACHABLE_SECONDS = 5

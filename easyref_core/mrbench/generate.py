@@ -49,6 +49,7 @@ class Config(RunSettings):
     base: Path
     manifest: Path
     methods: Mapping[str, Mapping[str, Any]]
+    base_config: Path | None = None  # of a single-file base, see training/base_files.py
     dtype: str = DTYPES[0]  # of the base model
 
 
@@ -89,6 +90,8 @@ def read_config(path: Path | str) -> Config:
     size = data["sampling"]["size"]
     size = tuple(size) if isinstance(size, list) else size
     data |= {name: path.parent / data[name] for name in ("base", "manifest", "out")}
+    if data.get("base_config"):
+        data["base_config"] = path.parent / data["base_config"]
     data |= {"sampling": Sampling(**{**data["sampling"], "size": size}), "seeds": tuple(data["seeds"])}
     methods = {}
     for name, entry in data["methods"].items():
@@ -113,7 +116,8 @@ def run(
 
     names = select(names, config.methods)
     manifest = limit_groups(read_manifest(config.manifest), groups)
-    base = BaseModel.load(config.base, this_process().device, getattr(torch, config.dtype))
+    options = {"device": this_process().device, "dtype": getattr(torch, config.dtype)}
+    base = BaseModel.load(config.base, **options, config=config.base_config)
     results = {}
     for name in names:
         method = build(name, config.methods[name], base)

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import metrics
 from .images import BrokenImage, Exclusion, load_image
-from .manifest import Attributes, Group
+from .manifest import Attributes, Group, Manifest
 from .rows import Row
 
 if TYPE_CHECKING:
@@ -46,6 +46,42 @@ class Extractors:
             "subject": self.subject and self.subject.identity,
             "attributes": identity if self.attributes else None,
         }
+
+
+def load_extractors(
+    manifest: Manifest,
+    device: str,
+    *,
+    clip: str,
+    dino: str,
+    classifier: str | None = None,
+    subject: str | None = None,
+    offline: bool = False,
+) -> Extractors:
+    """Load the models of these names; extractors.NONE leaves one out.
+
+    clip, dino: name, name@revision or folder. classifier, subject: module:function; the default classifier is
+    loaded only if a group of the manifest has attributes. offline: download nothing.
+    """
+    from . import extractors
+
+    none = extractors.NONE
+
+    def model(kind: type[Clip | Dino], name: str) -> Clip | Dino | None:
+        if name == none:
+            return None
+        name, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
+        return kind(name, revision or None, offline, device)
+
+    has_attributes = any(group.attributes for group in manifest.groups)
+    name = classifier or (extractors.TINY_CLASSIFIER if has_attributes else none)
+    return Extractors(
+        clip=model(extractors.Clip, clip),
+        dino=model(extractors.Dino, dino),
+        subject=None if subject in (None, none) else extractors.load_subject_model(subject),
+        attributes=None if name == none else extractors.load_attribute_classifier(name),
+        attributes_name=name,
+    )
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ def main() -> None:
     if name == "export":
         parser.add_argument("--state", type=int, metavar="UPDATE", help="default: the newest saved state")
         parser.add_argument("--to", type=Path, metavar="FILE", help="default: easyref-UPDATE.safetensors")
+        parser.add_argument("--raw", action="store_true", help="the weights in place of their moving average")
     if name == "precompute":
         parser.add_argument("--parts", type=lambda text: text.split(","), help="of latents,texts,contexts")
     options = parser.parse_intermixed_args(arguments)
@@ -69,7 +70,8 @@ def export_state(stages: list[config.Settings], options: argparse.Namespace, log
 
     [settings] = stages
     settings.require_files()
-    log.info("%s -> %s", settings.stage, export(settings, options.state, options.to))
+    result = export(settings, options.state, options.to, options.raw)
+    log.info("%s -> %s", settings.stage, result)
 
 
 def precompute_parts(stages: list[config.Settings], options: argparse.Namespace, log: logging.Logger) -> None:
@@ -93,12 +95,19 @@ def run_stages(stages: list[config.Settings], log: logging.Logger) -> None:
     for number, settings in enumerate(stages):
         settings.require_files([earlier.result for earlier in stages[:number]])
     # imported after the files are checked, because it loads torch's and accelerate's distributed parts
-    from .loop import train
+    from .loop import open_validation, train
     from .run import open_dataset
+    from .signals import Stopped
 
     datasets = [open_dataset(settings) for settings in stages]
+    for settings in stages:
+        open_validation(settings)
     for settings, dataset in zip(stages, datasets, strict=True):
-        log.info("%s -> %s", settings.stage, train(settings, dataset))
+        try:
+            log.info("%s -> %s", settings.stage, train(settings, dataset))
+        except Stopped as stopped:
+            log.warning("%s", stopped)
+            break
 
 
 def expected_message(error: ValueError | OSError) -> str | None:

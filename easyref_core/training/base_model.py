@@ -1,4 +1,4 @@
-"""The frozen base model: a diffusers SDXL folder's UNet, VAE, text encoders and noise schedule."""
+"""The frozen base model: an SDXL model's UNet, VAE, text encoders and noise schedule."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
+from .base_files import MODELS, load_parts
 from .objective import require_known
 
 if TYPE_CHECKING:
@@ -45,55 +46,30 @@ class BaseModel:
     device: torch.device
     parked: tuple[str, ...] = ()  # models that stay in main memory except in `resident`
 
-    MODELS: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "text_encoder_2")
+    MODELS: ClassVar[tuple[str, ...]] = MODELS
 
     @classmethod
     def load(
         cls,
-        folder: Path | str,
+        base: Path | str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         parked: Iterable[str] = (),
+        *,
+        config: Path | None = None,
     ) -> BaseModel:
-        """Load the folder of a diffusers StableDiffusionXLPipeline; all but the VAE in `dtype`.
+        """Load a diffusers SDXL folder, or a single-file checkpoint; all but the VAE in `dtype`.
 
-        parked: names of MODELS that are not put on `device`.
-        Raises FileNotFoundError for another folder, ValueError for an unknown prediction type.
+        parked: names of MODELS that are not put on `device`. config: see base_files.load_parts, which raises
+        FileNotFoundError or ValueError. ValueError also for an unknown prediction type.
         """
-        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-        from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
-
-        folder, device, parked = Path(folder), torch.device(device), tuple(parked)
-        if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} has no model_index.json, so it is not a diffusers SDXL folder. Expected one with "
-                "unet/, vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/ and scheduler/, "
-                "such as stabilityai/stable-diffusion-xl-base-1.0."
-            )
-
-        def local(kind: type, name: str, **options: object) -> object:
-            return kind.from_pretrained(str(folder), subfolder=name, local_files_only=True, **options)
-
-        schedule = local(DDPMScheduler, "scheduler")
-        require_known(schedule)
-
-        def frozen(kind: type, name: str, dtype: torch.dtype) -> torch.nn.Module:
-            model = local(kind, name, torch_dtype=dtype).to("cpu" if name in parked else device)
-            return model.requires_grad_(False).eval()
-
-        return cls(
-            unet=frozen(UNet2DConditionModel, "unet", dtype).to(memory_format=torch.channels_last),
-            vae=frozen(AutoencoderKL, "vae", torch.float32),
-            text_encoder=frozen(CLIPTextModel, "text_encoder", dtype),
-            text_encoder_2=frozen(CLIPTextModelWithProjection, "text_encoder_2", dtype),
-            # AutoTokenizer takes the class that the config names; CLIPTokenizer would split the tiny model's
-            # words into bytes and unknowns.
-            tokenizer=local(AutoTokenizer, "tokenizer"),
-            tokenizer_2=local(AutoTokenizer, "tokenizer_2"),
-            schedule=schedule,
-            device=device,
-            parked=parked,
-        )
+        device, parked = torch.device(device), tuple(parked)
+        parts = load_parts(Path(base), config, dtype)
+        require_known(parts["schedule"])
+        for name in MODELS:
+            parts[name].to("cpu" if name in parked else device).requires_grad_(False).eval()
+        parts["unet"].to(memory_format=torch.channels_last)
+        return cls(**parts, device=device, parked=parked)
 
     @contextmanager
     def resident(self, *names: str) -> Iterator[None]:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from .signals import ignore_stop
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -179,13 +181,16 @@ class MicroBatches:
     batch_size: int
     rank: int = 0
     world_size: int = 1
+    first: int = 0  # position of the first sample of step 0
 
     def __getitem__(self, step: int) -> Batch:
-        return self.examples.batch(stream(step, self.batch_size, self.rank, self.world_size))
+        start = self.first + stream(step, self.batch_size, self.rank, self.world_size).start
+        return self.examples.batch(range(start, start + self.batch_size))
 
 
 def loader(micro_batches: MicroBatches, steps: range, workers: int = 0) -> Iterator[Batch]:
     """Iterate over the micro-batches of `steps`, always in order."""
     from torch.utils.data import DataLoader
 
-    return iter(DataLoader(micro_batches, batch_size=None, sampler=steps, num_workers=workers))
+    options = {"num_workers": workers, "worker_init_fn": ignore_stop}
+    return iter(DataLoader(micro_batches, batch_size=None, sampler=steps, **options))

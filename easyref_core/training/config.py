@@ -15,6 +15,7 @@ from .examples import Augmentation
 from .stages import STAGES, Stage
 
 MAX_SEED = 2**63 - 1
+MAX_TIMESTEP = 999  # of SDXL's noise schedule
 OUTPUT_NAME = "easyref.safetensors"  # checkpoint in the output folder of a stage
 
 
@@ -50,17 +51,63 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True)
+class Validation:
+    """Loss at fixed timesteps on rows that are not trained on; see validation.py."""
+
+    every: int = 0  # updates; 0: none
+    rows: Path | None = None  # JSON file in the format of data.rows; procedural data need none
+    count: int = 64  # rows of the file, from a fixed shuffle
+    timesteps: Sequence[int] = (100, 300, 500, 700, 900)
+
+    def __post_init__(self) -> None:
+        require_at_least(self, {"every": 0, "count": 1}, "validation.")
+        steps = self.timesteps
+        valid = all(type(step) is int and 0 <= step <= MAX_TIMESTEP for step in steps)
+        if not steps or not valid or len(set(steps)) < len(steps):
+            raise ValueError(
+                f"validation.timesteps is {list(steps)}, expected different whole numbers from 0 to "
+                f"{MAX_TIMESTEP}, such as [100, 500, 900]."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """MRBench on the weights in training; see easyref_core.mrbench.live."""
+
+    every: int = 0  # updates; 0: none
+    manifest: Path | None = None
+    groups: int | None = 8  # of each split; null: all
+    seeds: Sequence[int] = (0,)
+    size: int = 1024  # pixels of a side
+    steps: int = 30
+    guidance: float = 5.0
+    negative: str = "monochrome, lowres, bad anatomy, worst quality, low quality"
+    clip: str = "openai/clip-vit-large-patch14"  # name, name@revision, folder, or none
+    dino: str = "facebook/dino-vits16"
+    offline: bool = False  # download neither
+
+    def __post_init__(self) -> None:
+        require_at_least(self, {"every": 0, "size": 8, "steps": 1, "guidance": 0}, "benchmark.")
+        if self.every and self.manifest is None:
+            raise ValueError(
+                "benchmark.every is set without benchmark.manifest. Set it to a manifest of MRBench, or set "
+                "benchmark.every to 0."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """One stage of one run."""
 
     stage: Literal["alignment", "single_reference", "multi_reference"]
-    base: Path  # diffusers SDXL folder
+    base: Path  # diffusers SDXL folder, or a single-file checkpoint
     mllm: Path  # transformers Qwen2-VL folder
     output: Path
     data: Data
     updates: int  # optimizer updates; the authors count micro-batches
     learning_rate: float
     batch_size: int  # per process
+    base_config: Path | None = None  # diffusers folder with the configurations of a single-file base
     accumulation: int = 1  # micro-batches per update
     start: Path | None = None  # checkpoint of an earlier stage; None: base MLLM and UNet
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warmup, down to 0 at the end
@@ -68,6 +115,7 @@ class Settings:
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     weight_decay: float = 0.0
     clip: float | None = None  # maximum norm of the gradients
+    ema: float | None = None  # decay of a moving average of the trained weights, which is what is exported
     seed: int = 0
     num_tokens: int = 64
     final_layers: int = 1  # layers with reference tokens; 2, 3: the paper's insertion layer -2, -3
@@ -83,9 +131,15 @@ class Settings:
     precomputed: Path | None = None  # folder of the command precompute, used in place of the frozen models
     save_every: int = 1000  # updates between saved states
     keep: int = 2  # newest saved states that are retained
+    keep_every: int = 0  # states of updates that it divides are retained for ever; 0: none
+    export_every: int = 0  # updates between checkpoints easyref-<update>.safetensors; 0: only the last
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     log_every: int = 10
+    profile_updates: int = 0  # updates that torch.profiler traces, after the first two; 0: none
+    trackers: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"tensorboard": {}})
     samples: Samples = dataclasses.field(default_factory=Samples)
+    validation: Validation = dataclasses.field(default_factory=Validation)
+    benchmark: Benchmark = dataclasses.field(default_factory=Benchmark)
 
     @property
     def stage_spec(self) -> Stage:
@@ -97,42 +151,66 @@ class Settings:
         """Path of the checkpoint that the run writes."""
         return self.output / OUTPUT_NAME
 
+    def checkpoint_of(self, update: int) -> Path:
+        """Path of the checkpoint that is exported after an update."""
+        return self.output / f"easyref-{update}.safetensors"
+
     def __post_init__(self) -> None:
         positive = ("updates", "batch_size", "accumulation", "num_tokens", "final_layers", "lora_rank")
         require_at_least(self, dict.fromkeys((*positive, "save_every", "keep", "log_every"), 1))
-        require_at_least(
-            self, dict.fromkeys(("warmup", "seed", "workers", "weight_decay", "mllm_lora_rank"), 0)
+        numbers = (
+            "warmup",
+            "seed",
+            "workers",
+            "weight_decay",
+            "mllm_lora_rank",
+            "keep_every",
+            "export_every",
+            "profile_updates",
         )
+        require_at_least(self, dict.fromkeys(numbers, 0))
         if self.seed > MAX_SEED:
             raise ValueError(f"seed is {self.seed}, expected at most {MAX_SEED}.")
         for name in ("learning_rate", "clip"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, expected a positive number (clip: or null for none).")
-        if (self.data.rows is None) == (self.data.procedural is None):
-            number = "both" if self.data.rows else "neither"
-            raise ValueError(
-                f"data has {number} of rows and procedural, expected one. Set data.rows and data.root."
-            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema is {self.ema}, expected a decay between 0 and 1, such as 0.999, or null.")
+        self._require_consistent_data()
         if self.mllm_lora_rank and self.stage_spec.body_frozen:
             raise ValueError(
                 f"mllm_lora_rank is {self.mllm_lora_rank}, but stage {self.stage!r} freezes the MLLM's body. "
                 "Set it to 0, or train stage 'multi_reference'."
             )
-        if self.precomputed and (self.data.procedural is not None or self.cache):
-            other = "cache" if self.cache else "data.procedural"
-            raise ValueError(f"precomputed is set beside {other}, expected one of them. Set one to null.")
-        if self.data.rows and self.data.root is None:
-            raise ValueError("data.rows is set without data.root. Set data.root to the folder of the images.")
         if self.stage_spec.starts_from and self.start is None:
             raise ValueError(
                 f"Stage {self.stage!r} starts from stage {self.stage_spec.starts_from!r}, but start is not "
                 f"set. Set start to that stage's {OUTPUT_NAME} (or to the released checkpoint)."
             )
 
+    def _require_consistent_data(self) -> None:
+        if (self.data.rows is None) == (self.data.procedural is None):
+            number = "both" if self.data.rows else "neither"
+            raise ValueError(
+                f"data has {number} of rows and procedural, expected one. Set data.rows and data.root."
+            )
+        if self.precomputed and (self.data.procedural is not None or self.cache):
+            other = "cache" if self.cache else "data.procedural"
+            raise ValueError(f"precomputed is set beside {other}, expected one of them. Set one to null.")
+        if self.data.rows and self.data.root is None:
+            raise ValueError("data.rows is set without data.root. Set data.root to the folder of the images.")
+        if self.validation.every and self.data.rows and self.validation.rows in (None, self.data.rows):
+            raise ValueError(
+                f"validation.rows is {self.validation.rows}, expected a file of rows that are not trained "
+                "on. Set it, or set validation.every to 0."
+            )
+
     def require_files(self, outputs: Sequence[Path] = ()) -> None:
         """Raise FileNotFoundError for the first missing input; `outputs` of earlier stages may be missing."""
         inputs = {"base": self.base, "mllm": self.mllm, "start": self.start}
         inputs |= {"data.rows": self.data.rows, "data.root": self.data.root}
+        inputs |= {"validation.rows": self.validation.rows, "base_config": self.base_config}
+        inputs |= {"benchmark.manifest": self.benchmark.manifest}
         for key, path in inputs.items():
             if path is not None and path not in outputs and not path.exists():
                 raise FileNotFoundError(
@@ -226,6 +304,8 @@ def _value(annotation: Any, value: Any, name: str) -> Any:
         return None if value is None else _value(inner[0], value, name)
     if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
         return build(annotation, value, f"{name}.")
+    if origin is Sequence and isinstance(value, list):
+        return tuple(_value(inner[0], item, f"{name}[{number}]") for number, item in enumerate(value))
     if origin is Literal:
         if value in inner:
             return value
@@ -240,11 +320,18 @@ def _value(annotation: Any, value: Any, name: str) -> Any:
         if annotation is Path:
             return Path(value).expanduser()
         return float(value) if annotation is float else value
-    expected = NAMES.get(annotation, "a section of keys")
+    expected = NAMES.get(origin or annotation, "a section of keys")
     raise ValueError(f"{name} is {value!r} ({_kind(value)}), expected {expected}.")
 
 
-NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
+NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    Path: "a path",
+    Sequence: "a list",
+}
 
 
 def _kind(value: Any) -> str:

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from .config import Settings
 
 
-def export(settings: Settings, update: int | None = None, file: Path | None = None) -> Path:
+def export(
+    settings: Settings, update: int | None = None, file: Path | None = None, raw: bool = False
+) -> Path:
     """Write the checkpoint of a saved state, and return its path. The run may go on meanwhile.
 
     update: of the state; None takes the newest. file: None writes easyref-<update>.safetensors to the output.
+    raw: the trained weights in place of their moving average.
     Raises ValueError for a state that is missing, damaged or of another model than the settings'.
     """
     states = saved_states(settings.output)
@@ -27,13 +30,13 @@ def export(settings: Settings, update: int | None = None, file: Path | None = No
         known = ", ".join(map(str, states))
         raise ValueError(f"{settings.output} has no state of update {update}, expected one of {known}.")
     require_same_model(settings)
-    file = file or settings.output / f"easyref-{update}.safetensors"
+    file = file or settings.checkpoint_of(update)
     accelerator = make_accelerator(settings.accumulation)
     run = Run(settings, accelerator, examples=())  # no update runs, so none are needed
     try:
         if reason := load_state(accelerator, states[update]):
             raise ValueError(f"{states[update]} cannot be read ({reason}). Export another state.")
-        run.save(file)
+        run.save(file, raw)
     finally:
         run.close()
     return file

@@ -109,6 +109,7 @@ def count_memory(settings: Settings, base: BaseModel, weights: Weights, referenc
         frozen += numel(body) * base.unet.dtype.itemsize
     per_parameter = state_bytes(settings.optimizer, settings.weight_dtype)
     per_parameter += copy_bytes(settings.weight_dtype) if base.unet.dtype != torch.float32 else 0
+    per_parameter += 4 if settings.ema else 0
     return MemoryCount(frozen, numel(weights.trained(stage)) * per_parameter, activations)
 
 

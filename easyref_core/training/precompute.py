@@ -58,7 +58,8 @@ def precompute(settings: Settings, accelerator: Accelerator, parts: Iterable[str
     rows = read_rows(data.rows, data.root, data.skip_rows, data.thorough, data.apply_exif)
     precomputed.require_parts(settings, parts, rows)
     dtype = frozen_dtype(accelerator)
-    base = BaseModel.load(settings.base, accelerator.device, dtype, parked=BaseModel.MODELS)
+    options = {"parked": BaseModel.MODELS, "config": settings.base_config}
+    base = BaseModel.load(settings.base, accelerator.device, dtype, **options)
     weights = load_weights(settings, base)
     current = precomputed.provenance(settings, base, weights, dtype)
     finished, unusable = {}, {}

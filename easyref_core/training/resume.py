@@ -31,16 +31,21 @@ log = logging.getLogger(__name__)
 # Data loading processes of a killed run hold its lock until they find that it has died, within 5 seconds.
 LOCK_SECONDS = 15.0
 SETTINGS_FILE = "settings.json"  # of a run, in its output folder
+PROGRESS_FILE = "progress.json"  # of a state
 
-# Settings that do not affect the weights, so a resumed run may change them.
+# Settings that do not affect the weights, so a resumed run may change them, and those of LAYOUT.
 FREE = frozenset(
-    "output workers cache precomputed save_every keep save_dtype log_every samples thorough "
-    "max_broken memory_check".split()
+    "output workers cache precomputed save_every keep keep_every export_every save_dtype log_every trackers "
+    "samples validation benchmark profile_updates thorough max_broken memory_check".split()
 )
+
+# A resumed run may change these too. The rows go on where they were, but an update then has other samples, or
+# the same ones in another order of summation, so losses are not those of an unchanged run to the bit.
+LAYOUT = frozenset("processes accumulation batch_size gradient_checkpointing".split())
 
 # Settings that decide the model which a state is of.
 MODEL = frozenset(
-    "stage base mllm start num_tokens final_layers lora_rank mllm_lora_rank causal aggregation".split()
+    "stage base mllm start num_tokens final_layers lora_rank mllm_lora_rank causal aggregation ema".split()
 ) | {"contents of start"}
 
 # Settings that older runs did not have, and what these runs did.
@@ -49,6 +54,9 @@ ABSENT = {
     "optimizer": "adamw",
     "mllm_lora_rank": 0,
     "weight_dtype": "float32",
+    "ema": None,
+    "base_config": None,
+    "sharding": "none",
 }
 
 
@@ -82,8 +90,13 @@ def saved_states(output: Path) -> dict[int, Path]:
     return dict(sorted((int(number), path) for number, path in numbers.items() if number.isdecimal()))
 
 
-def save_state(accelerator: Accelerator, output: Path, update: int, keep: int) -> None:
-    """Save weights, optimizer and random states of `update`, then delete all but the newest `keep` states."""
+def save_state(accelerator: Accelerator, settings: Settings, update: int, samples: int) -> None:
+    """Save weights, optimizer and random states of `update`, then delete old states.
+
+    samples: number of samples of all updates so far. The newest settings.keep states are retained, and those
+    of updates that settings.keep_every divides.
+    """
+    output = settings.output
     partial, folder = output / "state.partial", output / f"state-{update}"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -91,11 +104,21 @@ def save_state(accelerator: Accelerator, output: Path, update: int, keep: int) -
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        (partial / PROGRESS_FILE).write_text(json.dumps({"samples": samples}), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        for old in list(saved_states(output).values())[:-keep]:
-            shutil.rmtree(old)
+        for number, old in list(saved_states(output).items())[: -settings.keep]:
+            if not settings.keep_every or number % settings.keep_every:
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def samples_before(settings: Settings, update: int, processes: int) -> int:
+    """Number of samples of a state's updates; states of older versions were of one layout throughout."""
+    file = settings.output / f"state-{update}" / PROGRESS_FILE
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))["samples"]
+    return update * settings.accumulation * settings.batch_size * processes
 
 
 def resume(accelerator: Accelerator, output: Path) -> int:
@@ -125,6 +148,8 @@ def load_state(accelerator: Accelerator, folder: Path) -> str | None:
     reason = None
     try:
         accelerator.load_state(str(folder))
+        # counted in micro-batches, of which an update may have another number now
+        accelerator.step = 0
     except Exception as error:  # of pickle, zipfile, safetensors and torch, by the place of the damage
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     failed = accelerator.reduce(torch.tensor(float(reason is not None), device=accelerator.device))
@@ -140,19 +165,26 @@ def _set_aside(damaged: dict[Path, str], used: Path) -> None:
         log.warning("%s is damaged (%s) and now %s; the run continues from %s.", folder, reason, aside, used)
 
 
-def require_same_run(settings: Settings, processes: int) -> None:
-    """Write settings.json. ValueError if the output folder has states of a run with different settings."""
+def require_same_run(settings: Settings, processes: int, sharding: str = "none") -> None:
+    """Write settings.json. ValueError if the output folder has states of a run with different settings.
+
+    sharding: see sharding.sharding_of. DeepSpeed's states are of a number of processes.
+    """
     file = settings.output / SETTINGS_FILE
-    current = {**flatten(settings), "processes": processes, **input_hashes(settings)}
+    layout = {"processes": processes, "sharding": sharding}
+    current = {**flatten(settings), **layout, **input_hashes(settings)}
     if file.is_file() and saved_states(settings.output):
-        ignored = FREE | ({"updates"} if settings.schedule == "constant" else set())
+        ignored = FREE | LAYOUT | ({"updates"} if settings.schedule == "constant" else set())
         ignored |= set() if settings.data.rows else {"apply_exif"}  # procedural images have none
+        ignored -= {"processes"} if sharding.startswith("zero") else set()
         _refuse_differences(
             settings.output,
             current,
             lambda name: name.rpartition(".")[2] in ignored or name.partition(".")[0] in ignored,
             "Set them back to continue it, or set another output.",
         )
+        if changed := _differences(settings.output, current, lambda name: name not in LAYOUT):
+            log.warning("The run continues in another layout: %s.", "; ".join(changed))
     atomic_write_text(file, json.dumps(current, indent=1))
 
 
@@ -168,14 +200,18 @@ def _refuse_differences(
     output: Path, current: dict[str, Any], ignore: Callable[[str], bool], remedy: str
 ) -> None:
     """Raise ValueError for settings that differ from those in the output's settings.json."""
+    if differences := _differences(output, current, ignore):
+        raise ValueError(f"{output} contains a run with other settings ({'; '.join(differences)}). {remedy}")
+
+
+def _differences(output: Path, current: dict[str, Any], ignore: Callable[[str], bool]) -> list[str]:
+    """Settings that differ from those in the output's settings.json, each with both values."""
     previous = ABSENT | json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
-    differences = [
+    return [
         f"{name} was {previous.get(name)!r} and is {current.get(name)!r}"
         for name in sorted(previous.keys() | current.keys())
         if not ignore(name) and previous.get(name) != current.get(name)
     ]
-    if differences:
-        raise ValueError(f"{output} contains a run with other settings ({'; '.join(differences)}). {remedy}")
 
 
 def input_hashes(settings: Settings) -> dict[str, str]:
@@ -195,6 +231,8 @@ def flatten(settings: Settings) -> dict[str, Any]:
     def flat(value: Any, name: str) -> dict[str, Any]:
         if isinstance(value, dict):
             return {key: v for k, inner in value.items() for key, v in flat(inner, f"{name}{k}.").items()}
-        return {name[:-1]: value if isinstance(value, int | float | str | list | None) else str(value)}
+        return {
+            name[:-1]: value if isinstance(value, int | float | str | list | tuple | None) else str(value)
+        }
 
     return flat(dataclasses.asdict(settings), "")

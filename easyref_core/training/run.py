@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import pkgutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,14 @@ from .base_model import BaseModel, Text
 from .batches import Batch, Examples, LoadExamples
 from .broken_rows import BrokenRows
 from .cache import TensorCache, cached_contexts, cached_moments
+from .ema import EMA
 from .initial import MLLM_LORA_PREFIX, Weights, fresh_mllm_lora, from_base, from_checkpoint, merge_mllm_lora
 from .memory import require_memory
 from .objective import denoising_loss
 from .optimizers import make_optimizer
 from .precomputed import PARTS, provenance, read_manifest, require_provenance
 from .sampling import generate_images, to_images, unpatchify
+from .sharding import callable_submodules, local_part, sharding_of, whole_tensor
 from .trainable import TrainableEasyRef, tensor_name
 
 if TYPE_CHECKING:
@@ -74,7 +76,8 @@ class Run:
         dtype = frozen_dtype(accelerator)
         stored = read_manifest(settings.precomputed)["parts"] if settings.precomputed else {}
         parked = [model for part in stored for model in PARTS[part]]
-        self.base = BaseModel.load(settings.base, accelerator.device, dtype, parked)
+        options = {"config": settings.base_config}
+        self.base = BaseModel.load(settings.base, accelerator.device, dtype, parked, **options)
         self.weights = load_weights(settings, self.base)
         if settings.precomputed:
             require_provenance(settings.precomputed, provenance(settings, self.base, self.weights, dtype))
@@ -106,11 +109,18 @@ class Run:
         optimizer = make_optimizer(settings, trained)
         configure_deepspeed(accelerator, settings)
         self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.ema = None
+        if settings.ema:
+            _require_ema(accelerator)
+            parameters = self.prepared.parameters()
+            self.ema = EMA(parameters, settings.ema, main=accelerator.is_main_process)
+            accelerator.register_for_checkpointing(self.ema)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The base's denoising loss over one micro-batch."""
+    def loss(self, batch: Batch, timesteps: Tensor | None = None) -> Tensor:
+        """The base's denoising loss over one micro-batch. timesteps: (B,), None draws them."""
         batch = batch.to(self.accelerator.device)
-        timesteps, noise, vae_noise = randomness(batch, self.base)
+        drawn, noise, vae_noise = randomness(batch, self.base)
+        timesteps = drawn if timesteps is None else timesteps
         latents = self.latents(batch, vae_noise)
         text, context = self.text(batch), self.context(batch)
 
@@ -163,10 +173,12 @@ class Run:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and (settings.clip or measure):
                     norm = accelerator.clip_grad_norm_(self.prepared.parameters(), settings.clip or math.inf)
-                    norm = math.nan if norm is None else norm
+                    norm = math.nan if norm is None else whole_tensor(norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 total += loss.detach() / settings.accumulation
+        if self.ema:
+            self.ema.update()
         return total, norm
 
     def require_finite(self, what: str, values: Any, where: str, remedy: str = NOT_FINITE_REMEDY) -> None:
@@ -179,14 +191,29 @@ class Run:
 
     def require_finite_weights(self, done: int) -> None:
         """Raise NotFiniteError if a trained weight is NaN or infinite after `done` updates."""
-        trained = [p.detach() for p in self.prepared.parameters() if p.requires_grad]
+        trained = [local_part(p).detach() for p in self.prepared.parameters() if p.requires_grad]
         self.require_finite("a trained weight", trained, f"{self.settings.stage}, after {done} updates")
 
-    def save(self, path: Path) -> None:
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Context of forward passes without training, with the weights and models that they need."""
+        with self.averaged(), callable_submodules(self.accelerator, self.prepared), self.resident():
+            yield
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Context in which the trained weights are their moving average, if the run has one."""
+        return self.ema.applied() if self.ema else nullcontext()
+
+    def save(self, path: Path, raw: bool = False) -> None:
         """Write the model as a checkpoint for the nodes and easyref_core.load.
 
+        raw: the trained weights in place of their moving average.
         Raises NotFiniteError, and writes nothing, if a value is not finite in settings.save_dtype.
         """
+        with nullcontext() if raw else self.averaged():
+            self._save(path)
+
+    def _save(self, path: Path) -> None:
         state = self.accelerator.get_state_dict(self.prepared)
         tensors = {}
         if self.accelerator.is_main_process:
@@ -212,18 +239,19 @@ class Run:
 
     @torch.no_grad()
     def sample_sheet(self) -> Image.Image:
-        """Sheet of the first examples: references at the MLLM's size, target, generated image."""
+        """Sheet of the first examples: references at the MLLM's size, target, generated image.
+
+        With sharded weights every process must call it.
+        """
         model, samples = self.model, self.settings.samples
         options = {name: getattr(samples, name) for name in ("negative", "guidance", "steps")}
         rows = {}
-        with self.accelerator.autocast(), self.resident():
+        with self.accelerator.autocast(), self.evaluating():
             empty = self.unconditional_tokens()
             for number in range(samples.count):
                 batch = self.examples.batch(range(number, number + 1)).to(self.accelerator.device)
                 tokens = model.tokens(batch, self.context(batch))
-                # repeated to the length of concatenated tokens, which does not change the attention
-                repeats = tokens.shape[1] // empty.shape[1]
-                model.condition(torch.cat([empty.repeat(1, repeats, 1), tokens]))
+                self.condition(tokens, empty)
                 _, noise, vae_noise = randomness(batch, self.base)
                 target = self.base.decode(self.latents(batch, vae_noise))
                 images = generate_images(self.base, noise, batch.prompts, **options)
@@ -239,20 +267,45 @@ class Run:
         """Put the models that the precomputed parts replace on the device, and back at the end."""
         encoder, device = self.model.encoder, self.accelerator.device
         home = encoder.norm.weight.device
+        parked = [encoder] if home.type != device.type else []
         with self.base.resident(*self.base.parked):
             try:
-                encoder.to(device)
+                for model in parked:
+                    model.to(device)
                 yield
             finally:
-                encoder.to(home)
+                for model in parked:
+                    model.to(home)
 
     def unconditional_tokens(self) -> Tensor:
         """Reference tokens (1, T, C) of the black image and the instruction without a prompt."""
+        return self.reference_tokens([black_image()], "")
+
+    def reference_tokens(self, references: Sequence[Image.Image], prompt: str) -> Tensor:
+        """Reference tokens (1, T, C) of a group and a prompt, (1, K T, C) with aggregation concatenation."""
         config = self.weights.config
-        patches, grid = preprocess([black_image()], config, self.settings.data.augmentation.size)
-        ids = tokenize(self.tokenizer, INSTRUCTION, [int(grid.prod()) // config.merge_size**2])
-        inputs = patches, grid, ids, torch.ones_like(ids, dtype=torch.bool)
-        return self.model.encode(*(tensor.to(self.accelerator.device) for tensor in inputs))
+        patches, grid = preprocess(references, config, self.settings.data.augmentation.size)
+        counts = (grid.prod(dim=1) // config.merge_size**2).tolist()
+        ids = tokenize(self.tokenizer, INSTRUCTION + prompt, counts)
+        batch = Batch(
+            prompts=(prompt,),
+            time_ids=torch.zeros(1, 6),
+            patches=patches,
+            grid=grid,
+            references=(len(references),),
+            input_ids=ids,
+            padding_mask=torch.ones_like(ids, dtype=torch.bool),
+            seeds=torch.zeros(1, dtype=torch.int64),
+        )
+        return self.model.tokens(batch.to(self.accelerator.device))
+
+    def condition(self, tokens: Tensor, empty: Tensor) -> None:
+        """Condition the UNet for guidance: `empty` (1, T, C) on the unconditional rows, then `tokens`.
+
+        tokens: (rows, k T, C). Attention to k copies of the empty tokens is attention to one copy.
+        """
+        copies = tokens.shape[1] // empty.shape[1]
+        self.model.condition(torch.cat([empty.repeat(len(tokens), copies, 1), tokens]))
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
@@ -270,6 +323,15 @@ def _require_memory(
         log.warning("Memory is not checked, because %s shards weights.", accelerator.distributed_type.value)
     elif examples:
         require_memory(settings, base, weights, getattr(examples, "max_references", None))
+
+
+def _require_ema(accelerator: Accelerator) -> None:
+    """Raise ValueError for sharded weights that a moving average cannot follow."""
+    if (sharding := sharding_of(accelerator)) in ("fsdp1", "zero3"):
+        raise ValueError(
+            f"ema is set, but {sharding} hides the trained weights from it. Use FSDP2 or ZeRO-2, or set ema "
+            "to null."
+        )
 
 
 def _cast_trained(model: TrainableEasyRef, dtype: str, mixed_precision: str) -> None:

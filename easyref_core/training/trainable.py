@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint.checkpoint import LORA_PREFIX
 from ..checkpoint.modules import CheckpointModules
-from ..mllm.qwen2_vl import SkipInit
+from ..mllm.qwen2_vl import DecoderLayer, SkipInit, VisionBlock
 from ..unet.diffusers_unet import add_update, attach
 from .batches import pad_left
 from .initial import MLLM_LORA_PREFIX, Weights
@@ -81,6 +81,9 @@ class TrainableEasyRef(nn.Module):
         for key, layer in self.mllm_lora.items():
             adapted = self.encoder.get_submodule(_layer_path(key))
             adapted.register_forward_hook(partial(add_update, layer, 1.0))
+        # FSDP shards each of these by itself; accelerate reads the attribute of transformers' models
+        blocks = (DecoderLayer, VisionBlock)
+        self._no_split_modules = sorted({type(m).__name__ for m in self.modules() if isinstance(m, blocks)})
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(group_of(tensor_name(name)) in stage.trains)
         if gradient_checkpointing:

@@ -234,7 +234,7 @@ def test_rows_of_every_stage_are_checked_before_a_model_is_loaded(
         ("data.root=nowhere", "data.root is nowhere, which does not exist"),
         ("data.procedural={worlds: 1}", "data has both of rows and procedural, expected one."),
         ("output=rows.json", "[Errno 17] File exists: 'rows.json'"),
-        ("seed=1", "base has no model_index.json, so it is not a diffusers SDXL folder."),
+        ("seed=1", "has no model_index.json, so it is not a diffusers SDXL folder."),
     ],
 )
 def test_expected_errors_are_messages(

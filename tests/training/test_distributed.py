@@ -66,3 +66,11 @@ def test_folder_of_another_run_is_refused_by_both(base_folder: Path, tmp_path: P
     first, second = ((tmp_path / f"2-{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
     assert "contains a run with other settings" in first
+
+
+def test_signal_to_one_process_stops_both_after_the_same_update(base_folder: Path, tmp_path: Path) -> None:
+    run_worker(TWO, "stop", base_folder, tmp_path, 1)
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    assert first.startswith("A signal stopped alignment after update 2 of 4")
+    assert [path.name for path in (tmp_path / "run").glob("state-*")] == ["state-2"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import pkgutil
 from collections.abc import Callable
@@ -253,6 +254,38 @@ def test_every_yaml_runs_a_tiny_update(
         assert len(list((settings.output / "samples").iterdir())) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tensorbord", "trackers has 'tensorbord', expected one of .*tensorboard"),
+        ("swanlab", "trackers has 'swanlab', whose package is not installed. Run pip install swanlab"),
+    ],
+)
+def test_trackers_that_cannot_be_used_are_named(train_tiny: Train, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_tiny(trackers={name: {}})
+
+
+def test_checkpoints_and_states_of_the_way_are_retained(train_tiny: Train, tmp_path: Path) -> None:
+    rules = {"save_every": 1, "keep": 1, "keep_every": 2, "export_every": 2}
+    train_tiny(updates=5, **rules, learning_rate=1e-2)
+    assert list(saved_states(tmp_path)) == [2, 4, 5]
+    exported = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert exported == ["easyref-2.safetensors", "easyref-4.safetensors", "easyref.safetensors"]
+    train_tiny(output=tmp_path / "shorter", updates=2, learning_rate=1e-2)
+    one, other = (load_file(tmp_path / name) for name in (exported[0], "shorter/easyref.safetensors"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_profiler_writes_a_trace_of_the_updates(train_tiny: Train, tmp_path: Path) -> None:
+    train_tiny(updates=4, profile_updates=1)
+    [trace] = (tmp_path / "profile").glob("process0.*.pt.trace.json")
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "ProfilerStep#2" in names
+    assert "ProfilerStep#3" not in names
+    assert any(str(name).startswith("aten::") for name in names)
+
+
 def test_run_log(train_tiny: Train, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -260,7 +293,7 @@ def test_run_log(train_tiny: Train, tmp_path: Path) -> None:
     rows = read_metrics(tmp_path / "metrics.csv")
     assert [row["update"] for row in rows] == [1, 2, 3]
     assert all(math.isfinite(value) and value > 0 for row in rows for value in row.values())
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board = EventAccumulator(str(tmp_path / "tensorboard" / "easyref"))
     board.Reload()
     losses = [(event.step, round(event.value, 4)) for event in board.Scalars("loss")]
     assert losses == [(row["update"], round(row["loss"], 4)) for row in rows]

@@ -58,6 +58,7 @@ def test_each_lever_lowers_its_part(groups: Settings, monkeypatch: pytest.Monkey
     )
     assert count(groups, optimizer="adafactor").trained == pytest.approx(plain.trained / 2, rel=1e-2)
     assert count(groups, weight_dtype="bfloat16").trained == plain.trained / 2
+    assert count(groups, ema=0.9).trained == plain.trained * 20 / 16
     base, weights = models(groups, parked=("vae", "text_encoder", "text_encoder_2"))
     stored = memory.count_memory(groups, base, weights, 3)
     assert stored.frozen == sum(p.nbytes for p in base.unet.parameters())

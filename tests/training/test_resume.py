@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -14,9 +15,16 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from easyref_core.training.batches import Batch
 from easyref_core.training.config import Data
 from easyref_core.training.loop import train
-from easyref_core.training.resume import flatten, require_same_run, run_lock, saved_states
+from easyref_core.training.resume import (
+    flatten,
+    require_same_run,
+    run_lock,
+    samples_before,
+    saved_states,
+)
 from easyref_core.training.run_log import read_metrics
 
 from . import tiny
@@ -170,6 +178,65 @@ def test_run_of_before_exif_was_applied_continues_only_without_it(
         require_same_run(before, 1)
     else:
         require_same_run(after, 1)
+
+
+@pytest.mark.parametrize(
+    "layout", [{"accumulation": 1, "batch_size": 4}, {"accumulation": 4, "batch_size": 1}]
+)
+def test_run_continues_in_another_layout_with_the_same_samples(
+    base_folder: Path,
+    complete: Path,
+    examples: TinyExamples,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    layout: dict[str, int],
+) -> None:
+    """The same samples per update give the same weights but for rounding."""
+    output = tmp_path / "run"
+    shutil.copytree(complete, output)
+    (output / "easyref.safetensors").unlink()
+    shutil.rmtree(output / "state-6")
+    settings = tiny.resumable(base_folder, output)
+    train(dataclasses.replace(settings, **layout), examples)
+    assert "The run continues in another layout: accumulation was 2 and is" in caplog.text
+    one, other = (load_file(folder / "easyref.safetensors") for folder in (complete, output))
+    start = load_file(train(dataclasses.replace(settings, output=tmp_path / "start", updates=1), examples))
+    moved = {name: (one[name] - start[name]).norm() for name in one}
+    assert max(moved.values()) > 0.01
+    # Adam turns a gradient of pure rounding error into a full step, so weights are compared by norm
+    assert sum((one[name] - other[name]).norm() for name in one) <= 0.05 * sum(moved.values())
+
+
+def test_rows_go_on_where_they_were(base_folder: Path, examples: TinyExamples, tmp_path: Path) -> None:
+    """After two updates of 3 samples, a batch of 2 continues at the seventh sample."""
+    settings = tiny.settings(base_folder, output=tmp_path, updates=2, batch_size=3, save_every=2)
+    train(settings, examples)
+    positions: list[int] = []
+
+    class Recorded(TinyExamples):
+        def batch(self, sequence: range) -> Batch:
+            positions.extend(sequence)
+            return super().batch(sequence)
+
+    train(dataclasses.replace(settings, updates=4, batch_size=2), Recorded(tiny.config()))
+    assert positions == [6, 7, 8, 9]
+    assert samples_before(settings, 4, 1) == 10
+
+
+def test_state_without_progress_is_of_one_layout(base_folder: Path, tmp_path: Path) -> None:
+    settings = tiny.settings(base_folder, output=tmp_path, accumulation=3, batch_size=2)
+    assert samples_before(settings, 5, processes=4) == 5 * 3 * 2 * 4
+
+
+def test_states_of_deepspeed_need_their_number_of_processes(base_folder: Path, tmp_path: Path) -> None:
+    settings = tiny.settings(base_folder, output=tmp_path)
+    require_same_run(settings, 2, "zero2")
+    (tmp_path / "state-1").mkdir()
+    with pytest.raises(ValueError, match=r"\(processes was 2 and is 4\)"):
+        require_same_run(settings, 4, "zero2")
+    with pytest.raises(ValueError, match=r"\(sharding was 'zero2' and is 'fsdp2'\)"):
+        require_same_run(settings, 2, "fsdp2")
+    require_same_run(settings, 2, "zero2")
 
 
 def test_another_start_under_the_same_name_is_refused(train_tiny: Train, tmp_path: Path) -> None:

@@ -37,10 +37,23 @@ IMAGE_SIZE = 64  # pixels; latents are 8 x 8
 REFERENCE = 84  # pixels of a reference for the MLLM
 TOKENS = 6  # reference tokens
 TEXT = 16  # width of each text encoder; the UNet's context is 2 x 16
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "DDPMScheduler"],
+}
 
 
-def make_base(folder: Path) -> Path:
-    """Write a diffusers SDXL folder: the golden UNet with a matching random VAE and text encoders."""
+def make_base(folder: Path, widths: tuple[int, int] = (TEXT, TEXT)) -> Path:
+    """Write a diffusers SDXL folder: the golden UNet with a matching random VAE and text encoders.
+
+    widths: of the text encoders, together the UNet's context.
+    """
     from diffusers import AutoencoderKL, DDPMScheduler
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -49,19 +62,16 @@ def make_base(folder: Path) -> Path:
     sizes = {"block_out_channels": [8] * 4, "norm_num_groups": 4, "latent_channels": 4}  # the golden UNet's
     AutoencoderKL(**vae.CONFIG | sizes).save_pretrained(folder / "vae")
     # the golden UNet's conditioning on sizes: 6 x 8 values, and 80 - 48 = 32 of the pooled text
-    sizes = sdxl.CONFIGS["text_encoders"] | {
-        "hidden_size": TEXT,
-        "intermediate_size": 32,
-        "projection_dim": 32,
-    }
+    sizes = sdxl.CONFIGS["text_encoders"] | {"intermediate_size": 32, "projection_dim": 32}
     sizes |= {"vocab_size": 56, "max_position_embeddings": 16, "num_hidden_layers": 3}
-    text = CLIPTextConfig(**sizes, bos_token_id=54, eos_token_id=55, pad_token_id=55)
-    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    CLIPTextModelWithProjection(text).save_pretrained(folder / "text_encoder_2")
+    sizes |= {"bos_token_id": 54, "eos_token_id": 55, "pad_token_id": 55}
+    first, second = (CLIPTextConfig(**sizes | {"hidden_size": width}) for width in widths)
+    CLIPTextModel(first).save_pretrained(folder / "text_encoder")
+    CLIPTextModelWithProjection(second).save_pretrained(folder / "text_encoder_2")
     for name in ("tokenizer", "tokenizer_2"):
         write_clip_tokenizer(folder / name, f"{ascii_lowercase},", model_max_length=16)
     DDPMScheduler(**sdxl.CONFIGS["scheduler"]).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX))
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import torch
 
 from devkit.cpu_torch import complete_cpu_torch
 from easyref_core.training import run as run_module
-from easyref_core.training.batches import MicroBatches, loader
+from easyref_core.training.batches import Batch, MicroBatches, loader
 from easyref_core.training.config import Data
 from easyref_core.training.examples import Augmentation
 from easyref_core.training.initial import Weights
 from easyref_core.training.loop import make_accelerator, train
 from easyref_core.training.run import Run
+from easyref_core.training.signals import Stopped
 from tests.training import tiny
 
 
@@ -58,6 +60,21 @@ def broken(base: Path, output: Path, limit: str) -> None:
     (output / f"{limit}-{os.environ['RANK']}.txt").write_text(end)
 
 
+def stop(base: Path, output: Path, rank: str) -> None:
+    """Train while the process of one rank gets SIGTERM in its second update."""
+
+    class StoppedExamples(tiny.TinyExamples):
+        def batch(self, positions: range) -> Batch:
+            if os.environ["RANK"] == rank and 4 <= min(positions) < 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().batch(positions)
+
+    try:
+        train(tiny.settings(base, output=output / "run", updates=4), StoppedExamples(tiny.config()))
+    except Stopped as stopped:
+        (output / f"{os.environ['RANK']}.txt").write_text(str(stopped))
+
+
 def _compute_in_float64() -> None:
     """Reduce rounding errors, which the norms of this tiny UNet amplify. RoPE stays float32."""
     run_module.MIXED["no"] = torch.float64
@@ -74,4 +91,5 @@ if __name__ == "__main__":
     complete_cpu_torch()  # before diffusers and transformers are imported
     torch.set_num_threads(1)
     command, base, output, argument = sys.argv[1:]
-    {"die": die, "gradients": gradients, "broken": broken}[command](Path(base), Path(output), argument)
+    commands = {"die": die, "gradients": gradients, "broken": broken, "stop": stop}
+    commands[command](Path(base), Path(output), argument)
