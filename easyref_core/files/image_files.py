@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
@@ -61,6 +61,6 @@ def no_reader_reason(name: str) -> str:
     return f"Pillow has no reader for {Path(name).suffix.lower()} files here"
 
 
-def open_image(file: Path) -> Image.Image:
+def open_image(file: Path | BinaryIO) -> Image.Image:
     """Open an image file in a readable format, like `PIL.Image.open`. The content decides, not the name."""
     return Image.open(file, formats=readable_formats())

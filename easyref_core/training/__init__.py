@@ -8,6 +8,9 @@ Modules in reading order (B groups, K references in each, T reference tokens):
     crops.py         crops, face boxes, native aspect
     examples.py      a row and a random generator -> one Sample
     broken_rows.py   rows skipped while training, counted over all processes
+    parquet_shards.py  rows and their images in Parquet shards, local or at a URL
+    stream_order.py  position -> partition, block, row, in shuffled epochs of several sources
+    stream.py        shards -> Samples, in batches of one size
     batches.py       Samples -> a Batch; the endless shuffled stream of positions
 
     base_files.py    files of a base: a diffusers folder or a single-file checkpoint

@@ -5,6 +5,7 @@ Training runs in as many processes as `accelerate launch` starts. COMMAND is one
     check         only read the rows; no model is loaded
     export        write the checkpoint of a saved state
     precompute    store the outputs of the frozen models, which training then does not need
+    shards        store the rows and their images in Parquet shards, for data.stream
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import config
+from .parquet_shards import ROW_GROUP_SIZE, SHARD_ROWS
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -39,6 +41,13 @@ def main() -> None:
         parser.add_argument("--raw", action="store_true", help="the weights in place of their moving average")
     if name == "precompute":
         parser.add_argument("--parts", type=lambda text: text.split(","), help="of latents,texts,contexts")
+    if name == "shards":
+        parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+        for flag, value, text in (
+            ("--shard-rows", SHARD_ROWS, "rows of a shard"),
+            ("--row-group-size", ROW_GROUP_SIZE, "rows that are read together"),
+        ):
+            parser.add_argument(flag, type=int, default=value, metavar="N", help=f"{text}: %(default)s")
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s")
     log = logging.getLogger("easyref_core")
@@ -54,21 +63,20 @@ def main() -> None:
 
 
 def check_rows(stages: list[config.Settings], _: argparse.Namespace, log: logging.Logger) -> None:
-    """Read the rows of the stages and log their number."""
+    """Read the rows of the stages, or the manifests of their shards, and log their number."""
     from .rows import count_rows
+    from .stream import describe_sources
 
     for settings in stages:
-        log.info("%s: %s", settings.stage, count_rows(settings.data))
+        stream = settings.data.stream
+        log.info("%s: %s", settings.stage, describe_sources(stream) if stream else count_rows(settings.data))
 
 
 def export_state(stages: list[config.Settings], options: argparse.Namespace, log: logging.Logger) -> None:
     """Write the checkpoint of a saved state of one stage."""
-    if len(stages) > 1:
-        known = ", ".join(settings.stage for settings in stages)
-        raise ValueError(f"The YAML has several stages ({known}). Choose one with --only STAGE.")
     from .export import export
 
-    [settings] = stages
+    settings = only_stage(stages)
     settings.require_files()
     result = export(settings, options.state, options.to, options.raw)
     log.info("%s -> %s", settings.stage, result)
@@ -86,8 +94,35 @@ def precompute_parts(stages: list[config.Settings], options: argparse.Namespace,
         log.info("%s -> %s", settings.stage, settings.precomputed)
 
 
+def make_shards(stages: list[config.Settings], options: argparse.Namespace, log: logging.Logger) -> None:
+    """Store the rows of one stage in shards."""
+    from .parquet_shards import write_shards
+    from .rows import valid_rows
+
+    settings = only_stage(stages)
+    data = settings.data
+    if data.rows is None:
+        raise ValueError("data.rows is not set. Set data.rows and data.root to the rows to store in shards.")
+    rows = valid_rows(data.rows, data.root, data.skip_rows, data.thorough, data.apply_exif)
+    shards = write_shards(rows, data.root, options.to, options.shard_rows, options.row_group_size)
+    log.info("%d rows in %d shards -> %s", sum(shards.rows), len(shards.rows), options.to)
+
+
 Command = Callable[[list[config.Settings], argparse.Namespace, logging.Logger], None]
-COMMANDS: dict[str, Command] = {"check": check_rows, "export": export_state, "precompute": precompute_parts}
+COMMANDS: dict[str, Command] = {
+    "check": check_rows,
+    "export": export_state,
+    "precompute": precompute_parts,
+    "shards": make_shards,
+}
+
+
+def only_stage(stages: list[config.Settings]) -> config.Settings:
+    """The stage of a list of one. Raises ValueError for several."""
+    if len(stages) > 1:
+        known = ", ".join(settings.stage for settings in stages)
+        raise ValueError(f"The YAML has several stages ({known}). Choose one with --only STAGE.")
+    return stages[0]
 
 
 def run_stages(stages: list[config.Settings], log: logging.Logger) -> None:

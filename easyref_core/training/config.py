@@ -20,8 +20,29 @@ OUTPUT_NAME = "easyref.safetensors"  # checkpoint in the output folder of a stag
 
 
 @dataclasses.dataclass(frozen=True)
+class Stream:
+    """Parquet shards that are read while training, see stream.py."""
+
+    sources: tuple[str, ...]  # folders or URLs that the command shards wrote
+    weights: tuple[float, ...] | None = None  # of the sources; None: their numbers of rows
+    partitions: int = 1  # a multiple of all processes' workers, so that none reads the row groups of another
+    buffer: int = 512  # rows of a partition that are shuffled and put into buckets together
+
+    def __post_init__(self) -> None:
+        require_at_least(self, {"partitions": 1, "buffer": 1}, "data.stream.")
+        weights = self.weights or (1.0,) * len(self.sources)
+        if not self.sources or len(weights) != len(self.sources):
+            raise ValueError(
+                f"data.stream has {len(self.sources)} sources and {len(weights)} weights, expected at least "
+                "one source and a weight for each."
+            )
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"data.stream.weights is {list(weights)}, expected positive numbers.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
-    """Source of the examples: JSON rows and image files, or the procedural images of the tiny model."""
+    """Source of the examples: JSON rows and image files, shards, or procedural images of the tiny model."""
 
     rows: Path | None = None  # JSON file in the authors' format, see rows.py
     root: Path | None = None  # folder that the file's names are relative to
@@ -30,10 +51,16 @@ class Data:
     thorough: bool = False  # load every image before the run, and refuse those that training cannot use
     apply_exif: bool = True  # turn images upright, as the nodes do; false: the authors' code
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+    stream: Stream | None = None
     procedural: Mapping[str, Any] | None = None  # see ProceduralSettings of easyref_core.tiny.examples
 
     def __post_init__(self) -> None:
         require_at_least(self, {"skip_rows": 0, "max_broken": 0}, "data.")
+        if self.stream and self.thorough:
+            raise ValueError(
+                "data.thorough is true beside data.stream, which is not read before a run. Set it to false; "
+                "the command shards with data.thorough=true checks the images that it stores."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +84,7 @@ class Validation:
     every: int = 0  # updates; 0: none
     rows: Path | None = None  # JSON file in the format of data.rows; procedural data need none
     count: int = 64  # rows of the file, from a fixed shuffle
-    timesteps: Sequence[int] = (100, 300, 500, 700, 900)
+    timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
 
     def __post_init__(self) -> None:
         require_at_least(self, {"every": 0, "count": 1}, "validation.")
@@ -77,7 +104,7 @@ class Benchmark:
     every: int = 0  # updates; 0: none
     manifest: Path | None = None
     groups: int | None = 8  # of each split; null: all
-    seeds: Sequence[int] = (0,)
+    seeds: tuple[int, ...] = (0,)
     size: int = 1024  # pixels of a side
     steps: int = 30
     guidance: float = 5.0
@@ -189,13 +216,14 @@ class Settings:
             )
 
     def _require_consistent_data(self) -> None:
-        if (self.data.rows is None) == (self.data.procedural is None):
-            number = "both" if self.data.rows else "neither"
+        kinds = [kind for kind in ("rows", "stream", "procedural") if getattr(self.data, kind) is not None]
+        if len(kinds) != 1:
             raise ValueError(
-                f"data has {number} of rows and procedural, expected one. Set data.rows and data.root."
+                f"data has {' and '.join(kinds) or 'no source'}, expected one of rows, stream and "
+                "procedural. Set data.rows and data.root, and the others to null."
             )
-        if self.precomputed and (self.data.procedural is not None or self.cache):
-            other = "cache" if self.cache else "data.procedural"
+        if self.precomputed and (self.data.rows is None or self.cache):
+            other = "cache" if self.cache else f"data.{kinds[0]}"
             raise ValueError(f"precomputed is set beside {other}, expected one of them. Set one to null.")
         if self.data.rows and self.data.root is None:
             raise ValueError("data.rows is set without data.root. Set data.root to the folder of the images.")
@@ -304,8 +332,9 @@ def _value(annotation: Any, value: Any, name: str) -> Any:
         return None if value is None else _value(inner[0], value, name)
     if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
         return build(annotation, value, f"{name}.")
-    if origin is Sequence and isinstance(value, list):
-        return tuple(_value(inner[0], item, f"{name}[{number}]") for number, item in enumerate(value))
+    if origin is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_value(inner[0], item, f"{name}[{number}]") for number, item in enumerate(items))
     if origin is Literal:
         if value in inner:
             return value

@@ -74,6 +74,17 @@ def native_size(width: int, height: int, resolution: int) -> tuple[int, int]:
     return tuple(STRIDE * math.ceil(side / STRIDE) for side in (width, height))
 
 
+def crop_to(image: Image.Image, size: Size) -> Crop:
+    """Resize the image until it covers `size` and crop its center, for a batch of about the same aspect."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    # rounding must not leave a side short
+    resized = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    left, top = ((have - want) // 2 for have, want in zip(resized, (width, height), strict=True))
+    cropped = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
+    return Crop(cropped, resized[::-1], (top, left), size)
+
+
 def face_crop(image: Image.Image, face: Box, rng: np.random.Generator) -> Image.Image:
     """Square crop of a face, expanded by a random 0 to 49 % per side and mirrored with probability 0.5."""
     percent = int(rng.integers(MAX_EXPANSION))

@@ -17,7 +17,7 @@ from ..mllm.preprocess import SIZE, preprocess
 from ..mllm.tokenizer import load_tokenizer
 from ..utils.images import black_image
 from .batches import Batch, Sample, collate, generator, new_seed, row_at
-from .crops import center_crop, face_crop, native_resize
+from .crops import center_crop, crop_to, face_crop, native_resize, native_size
 from .precomputed import Precomputed
 from .rows import InvalidRow, load_image, read_rows
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ..mllm.config import EasyRefConfig
     from .base_model import BaseModel
-    from .batches import LoadExamples
+    from .batches import LoadExamples, Size
     from .config import Settings
     from .crops import Crop
     from .rows import Box, Row
@@ -91,11 +91,133 @@ def open_rows(settings: Settings) -> LoadExamples:
     return load
 
 
-class RowExamples:
-    """Examples (batches.py) of JSON rows. apply_exif: see `load_image`.
+class RowSampler:
+    """Draws samples of rows; a subclass loads the image files. apply_exif: see `decode_image`.
 
     stored: precomputed parts, in place of which no image is read, encoded or tokenized.
     """
+
+    def __init__(
+        self,
+        config: EasyRefConfig,
+        tokenizer: Tokenizer,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        *,
+        apply_exif: bool = True,
+        stored: Precomputed | None = None,
+    ) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.augmentation, self.seed = augmentation or Augmentation(), seed
+        self.apply_exif, self.stored = apply_exif, stored
+        self.parts = stored.parts if stored else frozenset()
+
+    def sample(self, row: Row, rng: np.random.Generator, size: Size | None = None) -> Sample:
+        """Draw a sample of a row. Raises InvalidRow for an unusable image and for too many tokens.
+
+        size: height and width of the target in native aspect; None: the image's own.
+        """
+        text, file, files = self.draw(row, rng)
+        try:
+            image = None if "latents" in self.parts and not row.face else self.load(file)
+            references = self.references(image, files, row.face, rng)
+            drop_image, drop_text = drops(self.augmentation, rng)
+            text = "" if drop_text else text
+            target = self.target_inputs(file, image, size)
+            group = self.group_inputs(files, references, text, drop_image)
+        except InvalidRow as error:
+            raise InvalidRow(f"{row.where}: {error}") from error
+        states = self.stored.text(text) if "texts" in self.parts else None
+        return Sample(**target, **group, prompt=text, text=states and (states["states"], states["pooled"]))
+
+    def draw(self, row: Row, rng: np.random.Generator) -> tuple[str, Any, list[Any]]:
+        """Text, target and references of a sample, the first draws of its generator."""
+        text = row.texts[rng.integers(len(row.texts))]
+        return text, *self.files(row, rng)
+
+    def files(self, row: Row, rng: np.random.Generator) -> tuple[str, list[str]]:
+        """A row's target and a random choice of its references; () if the target's face is the reference."""
+        if row.face:
+            return row.target, []
+        target, files = held_out(row, rng)
+        return target, choose(files, self.augmentation.max_references, self.augmentation.truncation, rng)
+
+    def load(self, file: Any) -> Image.Image:
+        """Load an image of a row as RGB. Raises InvalidRow as `decode_image` does."""
+        raise NotImplementedError
+
+    def references(
+        self, target: Image.Image | None, files: Sequence[str], face: Box | None, rng: np.random.Generator
+    ) -> list[Image.Image]:
+        """The references as the MLLM is to see them, before its resize; none if contexts are precomputed."""
+        if "contexts" in self.parts:
+            return []
+        return self.fit([face_crop(target, face, rng)] if face else [self.load(file) for file in files])
+
+    def fit(self, references: list[Image.Image]) -> list[Image.Image]:
+        """Crop a single reference as its target.
+
+        The authors crop it at the target's corner, which adds black bars where the two differ in aspect (a
+        face crop is square, its target seldom).
+        """
+        if len(references) > 1 or self.augmentation.native:
+            return references
+        return [center_crop(image, self.augmentation.resolution).image for image in references]
+
+    def crop(self, target: Image.Image, size: Size | None = None) -> Crop:
+        """Resize or crop a target; size: as of `sample`."""
+        resolution = self.augmentation.resolution
+        if not self.augmentation.native:
+            return center_crop(target, resolution)
+        if size is None or size[::-1] == native_size(target.width, target.height, resolution):
+            return native_resize(target, resolution)
+        return crop_to(target, size)
+
+    def target_inputs(self, file: str, image: Image.Image | None, size: Size | None) -> dict[str, Any]:
+        """The fields of a Sample that the target decides; an image that is not needed may be None."""
+        if "latents" in self.parts:
+            latents = self.stored.latents(file)
+            pixels, moments, sizes = None, latents["moments"], map(tuple, latents["sizes"].tolist())
+        else:
+            crop = self.crop(image, size)
+            pixels, moments, sizes = to_tensor(crop.image), None, crop[1:]
+        sizes = dict(zip(("original_size", "crop", "target_size"), sizes, strict=True))
+        return {"target": pixels, "moments": moments, **sizes}
+
+    def group_inputs(
+        self, files: Sequence[str], references: list[Image.Image], text: str, drop_image: bool
+    ) -> dict[str, Any]:
+        """The fields of a Sample that the references and the text decide."""
+        if "contexts" in self.parts:
+            [file] = files
+            entry = self.stored.context(file, text, drop_image)
+            patches = torch.empty(0, self.config.patch_values)
+            return {"patches": patches, "context": entry.pop("states"), **entry}
+        patches, grid, ids = self.mllm_inputs([black_image()] if drop_image else references, text)
+        return {"patches": patches, "grid": grid, "input_ids": ids}
+
+    def mllm_inputs(self, references: list[Image.Image], text: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches, grid (K, 3) and input_ids (S,) of references and a text."""
+        patches, grid = preprocess(references, self.config, self.augmentation.size)
+        counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
+        ids = tokenize(self.tokenizer, INSTRUCTION + text, counts)[0]
+        limit, longest = self.augmentation.max_length, self.config.max_positions - self.config.num_tokens
+        if limit and (ids[limit:] == image_token_id(self.tokenizer)).any():
+            raise InvalidRow(
+                f"{len(references)} references have {sum(counts)} image tokens, but max_length {limit} would "
+                "truncate them. Train on groups in stage 3, with max_length null."
+            )
+        ids = ids[:limit]
+        if len(ids) > longest:
+            raise InvalidRow(
+                f"the input is {len(ids)} tokens long ({len(references)} references), but the MLLM accepts "
+                f"at most {longest}. Lower max_references or size."
+            )
+        return patches, grid, ids
+
+
+class RowExamples(RowSampler):
+    """Examples (batches.py) of JSON rows."""
 
     def __init__(
         self,
@@ -109,11 +231,8 @@ class RowExamples:
         apply_exif: bool = True,
         stored: Precomputed | None = None,
     ) -> None:
+        super().__init__(config, tokenizer, augmentation, seed, apply_exif=apply_exif, stored=stored)
         self.rows, self.root = rows, Path(root)
-        self.config, self.tokenizer = config, tokenizer
-        self.augmentation, self.seed = augmentation or Augmentation(), seed
-        self.apply_exif, self.stored = apply_exif, stored
-        self.parts = stored.parts if stored else frozenset()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -153,98 +272,9 @@ class RowExamples:
             "cannot."
         )
 
-    def sample(self, row: Row, rng: np.random.Generator) -> Sample:
-        """Draw a sample of a row. Raises InvalidRow for an unusable image and for too many tokens."""
-        text = row.texts[rng.integers(len(row.texts))]
-        file, files = self.files(row, rng)
-        try:
-            image = None if "latents" in self.parts and not row.face else self.load(file)
-            references = self.references(image, files, row.face, rng)
-            drop_image, drop_text = drops(self.augmentation, rng)
-            text = "" if drop_text else text
-            target = self.target_inputs(file, image)
-            group = self.group_inputs(files, references, text, drop_image)
-        except InvalidRow as error:
-            raise InvalidRow(f"line {row.line}: {error}") from error
-        states = self.stored.text(text) if "texts" in self.parts else None
-        return Sample(**target, **group, prompt=text, text=states and (states["states"], states["pooled"]))
-
-    def files(self, row: Row, rng: np.random.Generator) -> tuple[str, list[str]]:
-        """A row's target and a random choice of its references; () if the target's face is the reference."""
-        if row.face:
-            return row.target, []
-        target, files = held_out(row, rng)
-        return target, choose(files, self.augmentation.max_references, self.augmentation.truncation, rng)
-
     def load(self, file: str) -> Image.Image:
         """Load an image file as RGB. Raises InvalidRow as `load_image` does."""
         return load_image(self.root, file, self.apply_exif)
-
-    def references(
-        self, target: Image.Image | None, files: Sequence[str], face: Box | None, rng: np.random.Generator
-    ) -> list[Image.Image]:
-        """The references as the MLLM is to see them, before its resize; none if contexts are precomputed."""
-        if "contexts" in self.parts:
-            return []
-        return self.fit([face_crop(target, face, rng)] if face else [self.load(file) for file in files])
-
-    def fit(self, references: list[Image.Image]) -> list[Image.Image]:
-        """Crop a single reference as its target.
-
-        The authors crop it at the target's corner, which adds black bars where the two differ in aspect (a
-        face crop is square, its target seldom).
-        """
-        if len(references) > 1 or self.augmentation.native:
-            return references
-        return [center_crop(image, self.augmentation.resolution).image for image in references]
-
-    def crop(self, target: Image.Image) -> Crop:
-        """Resize or crop a target."""
-        return (native_resize if self.augmentation.native else center_crop)(
-            target, self.augmentation.resolution
-        )
-
-    def target_inputs(self, file: str, image: Image.Image | None) -> dict[str, Any]:
-        """The fields of a Sample that the target decides; an image that is not needed may be None."""
-        if "latents" in self.parts:
-            latents = self.stored.latents(file)
-            pixels, moments, sizes = None, latents["moments"], map(tuple, latents["sizes"].tolist())
-        else:
-            crop = self.crop(image)
-            pixels, moments, sizes = to_tensor(crop.image), None, crop[1:]
-        sizes = dict(zip(("original_size", "crop", "target_size"), sizes, strict=True))
-        return {"target": pixels, "moments": moments, **sizes}
-
-    def group_inputs(
-        self, files: Sequence[str], references: list[Image.Image], text: str, drop_image: bool
-    ) -> dict[str, Any]:
-        """The fields of a Sample that the references and the text decide."""
-        if "contexts" in self.parts:
-            [file] = files
-            entry = self.stored.context(file, text, drop_image)
-            patches = torch.empty(0, self.config.patch_values)
-            return {"patches": patches, "context": entry.pop("states"), **entry}
-        patches, grid, ids = self.mllm_inputs([black_image()] if drop_image else references, text)
-        return {"patches": patches, "grid": grid, "input_ids": ids}
-
-    def mllm_inputs(self, references: list[Image.Image], text: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches, grid (K, 3) and input_ids (S,) of references and a text."""
-        patches, grid = preprocess(references, self.config, self.augmentation.size)
-        counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
-        ids = tokenize(self.tokenizer, INSTRUCTION + text, counts)[0]
-        limit, longest = self.augmentation.max_length, self.config.max_positions - self.config.num_tokens
-        if limit and (ids[limit:] == image_token_id(self.tokenizer)).any():
-            raise InvalidRow(
-                f"{len(references)} references have {sum(counts)} image tokens, but max_length {limit} would "
-                "truncate them. Train on groups in stage 3, with max_length null."
-            )
-        ids = ids[:limit]
-        if len(ids) > longest:
-            raise InvalidRow(
-                f"the input is {len(ids)} tokens long ({len(references)} references), but the MLLM accepts "
-                f"at most {longest}. Lower max_references or size."
-            )
-        return patches, grid, ids
 
 
 def held_out(row: Row, rng: np.random.Generator) -> tuple[str, list[str]]:

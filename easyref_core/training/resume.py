@@ -20,6 +20,7 @@ import torch
 
 from ..checkpoint.checkpoint import open_checkpoint
 from ..files.atomic_write import atomic_write_text
+from .stream import open_sources
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -175,7 +176,7 @@ def require_same_run(settings: Settings, processes: int, sharding: str = "none")
     current = {**flatten(settings), **layout, **input_hashes(settings)}
     if file.is_file() and saved_states(settings.output):
         ignored = FREE | LAYOUT | ({"updates"} if settings.schedule == "constant" else set())
-        ignored |= set() if settings.data.rows else {"apply_exif"}  # procedural images have none
+        ignored |= {"apply_exif"} if settings.data.procedural is not None else set()  # these have none
         ignored -= {"processes"} if sharding.startswith("zero") else set()
         _refuse_differences(
             settings.output,
@@ -222,6 +223,9 @@ def input_hashes(settings: Settings) -> dict[str, str]:
     rows = settings.data.rows
     if rows is not None and rows.is_file():  # a run with examples passed in needs no rows
         hashes["contents of rows"] = hashlib.sha256(rows.read_bytes()).hexdigest()
+    if settings.data.stream:
+        shards = [source.digest for source in open_sources(settings.data.stream)]
+        hashes["contents of data.stream"] = hashlib.sha256("".join(shards).encode()).hexdigest()
     return hashes
 
 

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import ExifTags, Image, ImageOps
 
@@ -54,6 +54,11 @@ class Row:
     texts: tuple[str, ...]
     face: Box | None = None
 
+    @property
+    def where(self) -> str:
+        """Its place in the data set, for errors."""
+        return f"line {self.line}"
+
 
 class InvalidRow(ValueError):
     """Reason why a row cannot be used."""
@@ -68,24 +73,32 @@ def read_rows(
     apply_exif: see `load_image`; face boxes are in pixels of that image. Raises ValueError if more rows are
     invalid, listing the first ones, or if no row is valid.
     """
+    return list(valid_rows(path, root, skip_rows, thorough, apply_exif))
+
+
+def valid_rows(
+    path: Path | str, root: Path | str, skip_rows: int = 0, thorough: bool = False, apply_exif: bool = True
+) -> Iterator[Row]:
+    """Yield the rows of `read_rows` one by one; the errors of invalid rows are raised after the last one."""
     path, root = Path(path), Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"The image folder {root} does not exist. Set data.root to it.")
-    rows: list[Row] = []
-    invalid: list[tuple[int, str]] = []
+    valid, invalid = 0, []
     for line, content in parse(path):
         try:
-            rows.append(check(content, line, root, thorough, apply_exif))
+            row = check(content, line, root, thorough, apply_exif)
         except InvalidRow as reason:
             invalid.append((line, str(reason)))
-    total = len(rows) + len(invalid)
+        else:
+            valid += 1
+            yield row
+    total = valid + len(invalid)
     if len(invalid) > skip_rows:
         raise ValueError(_summary(path, invalid, total, skip_rows))
-    if not rows:
+    if not valid:
         raise ValueError(f"{path} has no row to train on ({total} rows, {len(invalid)} of them invalid).")
     if invalid:
         log.warning("%s", _summary(path, invalid, total, skip_rows))
-    return rows
 
 
 def count_rows(data: Data) -> str:
@@ -95,13 +108,15 @@ def count_rows(data: Data) -> str:
     """
     if data.rows is None:
         return "the images are procedural, so there are no rows to check"
-    rows = read_rows(data.rows, data.root, data.skip_rows, data.thorough, data.apply_exif)
-    groups = sum(len(row.references) > 1 for row in rows)
-    faces = sum(row.face is not None for row in rows)
-    largest = max(len(row.references) for row in rows)
+    count = groups = faces = largest = 0
+    for row in valid_rows(data.rows, data.root, data.skip_rows, data.thorough, data.apply_exif):
+        count += 1
+        groups += len(row.references) > 1
+        faces += row.face is not None
+        largest = max(largest, len(row.references))
     return (
-        f"{len(rows)} rows of {data.rows} can be used: {groups} groups (at most {largest} images), {faces} "
-        f"faces, {len(rows) - groups - faces} single references"
+        f"{count} rows of {data.rows} can be used: {groups} groups (at most {largest} images), {faces} "
+        f"faces, {count - groups - faces} single references"
     )
 
 
@@ -181,7 +196,7 @@ def check(content: Any, line: int, root: Path, thorough: bool = False, apply_exi
     for file in files:
         _check_file(file, root)
     if row.face:
-        _check_face(row.face, _image_size(root, row.target, apply_exif))
+        _check_face(row.face, image_size(root / row.target, row.target, apply_exif))
     if thorough:
         for file in files:
             load_image(root, file, apply_exif)
@@ -285,34 +300,39 @@ def _check_face(face: Box, size: tuple[int, int]) -> None:
 
 
 def load_image(root: Path, file: str, apply_exif: bool = True) -> Image.Image:
-    """Load an image file as RGB. Raises InvalidRow if it cannot be decoded, or is too small or too thin.
+    """Load an image file as RGB. Raises InvalidRow as `decode_image` does."""
+    return decode_image(root / file, file, apply_exif)
+
+
+def decode_image(source: Path | BinaryIO, name: str, apply_exif: bool = True) -> Image.Image:
+    """Decode an image as RGB. Raises InvalidRow if it cannot be decoded, or is too small or too thin.
 
     apply_exif: turn it upright by its EXIF orientation, as the nodes and MRBench do. The authors' code does
-    not.
+    not. name: in errors.
     """
     try:
-        with open_image(root / file) as image:
+        with open_image(source) as image:
             image = ImageOps.exif_transpose(image) if apply_exif else image
             image.load()
     # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on foreign
     # bytes.
     except Exception as error:
-        raise _unreadable(file, error) from error
+        raise _unreadable(name, error) from error
     try:
-        return to_rgb(image, file)
+        return to_rgb(image, name)
     except ValueError as error:
         raise InvalidRow(str(error)) from error
 
 
-def _image_size(root: Path, file: str, apply_exif: bool) -> tuple[int, int]:
-    """Width and height of `load_image`, mostly from the file's header alone."""
+def image_size(source: Path | BinaryIO, name: str, apply_exif: bool) -> tuple[int, int]:
+    """Width and height of `decode_image`, mostly from the file's header alone."""
     try:
-        with open_image(root / file) as image:
+        with open_image(source) as image:
             turned = apply_exif and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             return image.size[::-1] if turned else image.size
     except Exception as error:
-        raise _unreadable(file, error) from error
+        raise _unreadable(name, error) from error
 
 
-def _unreadable(file: str, error: Exception) -> InvalidRow:
-    return InvalidRow(f"{file} cannot be read as an image ({error or type(error).__name__})")
+def _unreadable(name: str, error: Exception) -> InvalidRow:
+    return InvalidRow(f"{name} cannot be read as an image ({error or type(error).__name__})")

@@ -55,6 +55,7 @@ MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # because the tiny model's data set is built on this package.
 DATASETS = {
     "rows": "easyref_core.training.examples:open_rows",
+    "stream": "easyref_core.training.stream:open_stream",
     "procedural": "easyref_core.tiny.examples:open_procedural",
 }
 

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from easyref_core.training.full_size import EASYREF, released_shapes
-from tools.bench import encoding, loading, stages, unet, unet_counts
+from tools.bench import encoding, loading, stages, streaming, unet, unet_counts
 from tools.bench.report import Limit, Options, Row, markdown, write_json
 from tools.bench.timing import Pairs, PeakMemory, interleaved
 
@@ -135,3 +136,14 @@ def test_report(tmp_path) -> None:
     row = {"name": "a", "value": 2.0, "unit": "s", "ratio": 1.5, "spread": [1.4, 1.6]}
     row |= {"wanted": "<= 1.03", "met": False}
     assert json.loads((tmp_path / "rows.json").read_text()) == {"machine": {"CPU": "x"}, "rows": [row]}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stream_is_measured_beside_a_plain_loop(tmp_path: Path, workers: int) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[train-stream]'")
+    values = streaming.measure(200, 160, workers, tmp_path)
+    assert values.pop("rows") == 200
+    memory = values.pop("megabytes along the stream")
+    assert len(memory) == streaming.POINTS
+    assert min(*memory, *values.values()) > 0
+    assert (tmp_path / "shards.json").is_file()

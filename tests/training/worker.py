@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from devkit.cpu_torch import complete_cpu_torch
 from easyref_core.training import run as run_module
 from easyref_core.training.batches import Batch, MicroBatches, loader
-from easyref_core.training.config import Data
+from easyref_core.training.config import Data, Stream
 from easyref_core.training.examples import Augmentation
 from easyref_core.training.initial import Weights
 from easyref_core.training.loop import make_accelerator, train
@@ -75,6 +76,29 @@ def stop(base: Path, output: Path, rank: str) -> None:
         (output / f"{os.environ['RANK']}.txt").write_text(str(stopped))
 
 
+def stream(base: Path, output: Path, shards: str) -> None:
+    """Train two batches in each of two processes, or four in one, and write their samples."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rules = Augmentation(resolution=64, size=84, max_length=None)
+    data = Data(stream=Stream((shards,), partitions=2, buffer=4), augmentation=rules)
+    options = {"data": data, "batch_size": 1, "updates": 4 // world, "output": output / str(world)}
+    settings = tiny.settings(base, **options)
+    accelerator = make_accelerator(accumulation=1)
+    rank, updates = accelerator.process_index, range(settings.updates)
+    seen: list[str] = []
+    run = Run(settings, accelerator)
+    batches = loader(MicroBatches(run.examples, 1, rank, world), updates)
+
+    def record() -> Iterator[Batch]:
+        for batch in batches:
+            seen.append(f"{batch.prompts} {batch.seeds.tolist()}")
+            yield batch
+
+    for number in updates:
+        run.update(record(), number, measure=False)
+    (output / f"{rank}-of-{world}.txt").write_text("\n".join(seen))
+
+
 def _compute_in_float64() -> None:
     """Reduce rounding errors, which the norms of this tiny UNet amplify. RoPE stays float32."""
     run_module.MIXED["no"] = torch.float64
@@ -91,5 +115,5 @@ if __name__ == "__main__":
     complete_cpu_torch()  # before diffusers and transformers are imported
     torch.set_num_threads(1)
     command, base, output, argument = sys.argv[1:]
-    commands = {"die": die, "gradients": gradients, "broken": broken, "stop": stop}
+    commands = {"die": die, "gradients": gradients, "broken": broken, "stop": stop, "stream": stream}
     commands[command](Path(base), Path(output), argument)

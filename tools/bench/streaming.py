@@ -1,0 +1,129 @@
+"""Samples per second and memory of a stream of shards, beside a plain loop over the same shards.
+
+    python tools/bench/streaming.py [--rows 1000000] [--samples 100000] [--workers 0] [--folder FOLDER]
+
+Rows are of tiny images, so what remains of a sample's time is mostly that of reading, decoding and
+preprocessing in Python. The plain loop reads every shard in order, row group by row group, and makes the same
+samples, one after another in one process. Memory is that of the process and its data loading processes
+without the pages that they share (Linux), at ten points of the stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from devkit.cpu_torch import complete_cpu_torch
+from easyref_core.mllm.config import EasyRefConfig
+from easyref_core.mllm.instructions import load_tokenizer
+from easyref_core.training.batches import Batch, MicroBatches, collate, loader
+from easyref_core.training.examples import Augmentation
+from easyref_core.training.full_size import EASYREF
+from easyref_core.training.parquet_shards import MANIFEST, ParquetShards, open_shards, write_shards
+from easyref_core.training.rows import Row
+from easyref_core.training.stream import StreamExamples
+from easyref_core.training.stream_order import StreamOrder
+
+TOKENIZER = Path(__file__).parents[2] / "easyref_core" / "tiny" / "weights" / "tiny-qwen2-vl"
+FILES, SIDE, BATCH = 1000, 32, 8
+POINTS = 10  # at which memory is measured
+RULES = Augmentation(resolution=64, native=True, size=56, max_length=None)
+
+
+def make_shards(folder: Path, count: int) -> ParquetShards:
+    """Shards of `count` pairs of a target and a reference, of 1,000 files in three aspects."""
+    if (folder / MANIFEST).is_file():
+        return open_shards(str(folder))
+    images = folder / "images"
+    images.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(FILES):
+        sides = ((SIDE, SIDE), (SIDE, 2 * SIDE), (2 * SIDE, SIDE))[i % 3]
+        pixels = rng.integers(0, 256, (*sides, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.jpg")
+    rows = (Row(i, f"{i % FILES}.jpg", (f"{(i + 1) % FILES}.jpg",), (f"row {i}",)) for i in range(count))
+    return write_shards(rows, images, folder)
+
+
+def make_examples(shards: ParquetShards, config: EasyRefConfig, workers: int) -> StreamExamples:
+    """A stream with a partition for each data loading process."""
+    options = {"partitions": max(1, workers), "buffer": 512, "batch_size": BATCH, "seed": 0}
+    order = StreamOrder([shards.row_group_sizes], **options)
+    return StreamExamples([shards], order, config, load_tokenizer(TOKENIZER), RULES)
+
+
+def plain_batches(shards: ParquetShards, examples: StreamExamples) -> Iterator[Batch]:
+    """The rows in order, in batches of equal target sizes."""
+    rng, buckets = np.random.default_rng(0), {}
+    for group, size in enumerate(shards.row_group_sizes):
+        table = shards.read_row_group(group)
+        for index in range(size):
+            sample = examples.sample(shards.row(table, group, index), rng)
+            bucket = buckets.setdefault(sample.target_size, [])
+            bucket.append(sample)
+            if len(bucket) == BATCH:
+                yield collate(bucket, [0] * BATCH)
+                bucket.clear()
+
+
+def megabytes() -> float:
+    """Private memory of this process and its children."""
+    gc.collect()
+    processes = [psutil.Process(), *psutil.Process().children()]
+    memories = [process.memory_info() for process in processes]
+    return sum(memory.rss - getattr(memory, "shared", 0) for memory in memories) / 1e6
+
+
+def measure(rows: int, samples: int, workers: int, folder: Path) -> dict[str, float | list[float]]:
+    """Samples per second of both ways, and megabytes along the stream."""
+    start = time.perf_counter()
+    shards = make_shards(folder, rows)
+    seconds = time.perf_counter() - start
+    examples, steps = make_examples(shards, EASYREF, workers), samples // BATCH
+    start = time.perf_counter()
+    plain = sum(len(batch.prompts) for batch in islice(plain_batches(shards, examples), steps))
+    plain /= time.perf_counter() - start
+    memory, start = [], time.perf_counter()
+    for step, _ in enumerate(loader(MicroBatches(examples, BATCH), range(steps), workers), 1):
+        if step % max(1, steps // POINTS) == 0:
+            memory.append(round(megabytes(), 1))
+    stream = steps * BATCH / (time.perf_counter() - start)
+    return {
+        "rows": sum(shards.rows),
+        "seconds to make or open the shards": seconds,
+        "samples per second, plain loop": plain,
+        "samples per second, stream": stream,
+        "megabytes along the stream": memory,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--samples", type=int, default=100_000, help="read by each way: %(default)s")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="keep the shards there; default: a temporary folder")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        for name, value in measure(options.rows, options.samples, options.workers, folder).items():
+            print(f"{name}: {value if isinstance(value, list) else f'{value:,.1f}'}")
+
+
+if __name__ == "__main__":
+    complete_cpu_torch()
+    main()
