@@ -10,6 +10,7 @@ import pytest
 from devkit.host import browser, graphs
 from devkit.host.server import pixels
 from devkit.hosts import ROOT
+from tools.workflow_layout import Box
 
 from . import tiny_workflow
 
@@ -31,6 +32,30 @@ def page(server):
 def prompt_of(page) -> graphs.Graph:
     """The prompt that the page would queue."""
     return page.evaluate("async () => (await app.graphToPrompt()).output")
+
+
+@pytest.fixture(params=["LiteGraph", "Vue"])
+def renderer(request, page):
+    browser.set_renderer(page, request.param)
+    yield request.param
+    browser.set_renderer(page, "LiteGraph")
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_no_node_is_drawn_over_another(page, renderer, workflow) -> None:
+    """tests/core/test_workflow_layout.py checks the saved sizes; this, the sizes that are drawn."""
+    browser.open_workflow(page, workflow)
+    page.wait_for_timeout(browser.RENDERED)
+    drawn = browser.run_script(page, "boxes")
+    assert len(drawn) == len(json.loads(workflow.read_text(encoding="utf-8"))["nodes"])
+    boxes = [(title, Box(x, y, x + width, y + height)) for title, (x, y, width, height) in drawn]
+    over = [
+        (one, other)
+        for i, (one, box) in enumerate(boxes)
+        for other, second in boxes[i + 1 :]
+        if box.overlaps(second)
+    ]
+    assert over == [], renderer
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
@@ -62,7 +87,7 @@ def test_links_survive_loading_and_defaults_are_the_authors(page) -> None:
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_second_run_executes_nothing_and_another_seed_the_sampling(server, page, workflow) -> None:
     browser.open_workflow(page, workflow)
-    if workflow == TRY_IT_NOW:
+    if tiny_workflow.is_tiny(graphs.from_file(workflow)):
         browser.set_widgets(page, {"KSampler": {"steps": 2}})
     else:
         browser.use_tiny_models(page)
