@@ -192,7 +192,7 @@ ADD_BUDGET = """() => {
     return `${budget.id}`
 }"""
 SHOWS = """([id, text]) => app.graph.getNodeById(id).widgets.some(widget =>
-    widget.name === '$$node-text-preview' && widget.value === text)"""
+    widget.name === 'note' && widget.value === text)"""
 
 
 def test_budget_runs_alone_by_the_button_of_its_selection(server, page) -> None:
@@ -205,6 +205,36 @@ def test_budget_runs_alone_by_the_button_of_its_selection(server, page) -> None:
     (text,) = history["outputs"][budget]["text"]
     assert text.startswith("It fits.")
     page.wait_for_function(SHOWS, arg=[budget, text], timeout=10_000)
+    page.wait_for_timeout(1000)  # some frontends clear what was sent as progress when the run has ended
+    assert page.evaluate(SHOWS, [budget, text])
+
+
+NOTES = """async () => {
+    const { api } = await import('/scripts/api.js')
+    app.graph.clear()
+    const nodes = ['EasyRefGroupBudget', 'EasyRefInstruction'].map(type => LiteGraph.createNode(type))
+    nodes.forEach((node, i) => { app.graph.add(node); node.pos = [i * 500, 100] })
+    const saved = () => JSON.stringify(app.graph.serialize().nodes.map(node => node.widgets_values))
+    const notes = () => nodes.map(node => node.widgets.find(widget => widget.name === 'note')?.value ?? null)
+    const executed = ({ id }, output) =>
+        api.dispatchCustomEvent('executed', { node: `${id}`, display_node: `${id}`, output })
+    const before = saved()
+    for (const node of nodes) executed(node, { text: ['a note'] })
+    const shown = notes(), unchanged = saved() === before
+    const prompt = Object.values((await app.graphToPrompt()).output).flatMap(node => Object.keys(node.inputs))
+    api.dispatchCustomEvent('executing', `${nodes[0].id}`)
+    executed(nodes[1], null)  // from the cache, which sends no text again
+    return { shown, unchanged, prompt: prompt.includes('note'), later: notes() }
+}"""
+
+
+def test_note_of_a_node_stays_until_it_runs_again_and_is_not_saved(page, renderer) -> None:
+    assert page.evaluate(NOTES) == {
+        "shown": ["a note", "a note"],
+        "unchanged": True,
+        "prompt": False,
+        "later": [None, "a note"],
+    }
 
 
 def test_try_it_now_runs_without_changes(server, page) -> None:
