@@ -1,9 +1,10 @@
-"""Renew the thumbnails of the template browser: the references of a workflow, and the images of a run.
+"""Renew the thumbnails of the template browser, and the results that help pages show.
 
     python tools/thumbnails.py [name ...]
 
-Runs each workflow on the tiny demo model, which takes seconds; a workflow for SDXL gets the thumbnail of its
-tiny variant. One without a tiny variant is drawn as a diagram of its nodes.
+A thumbnail has the references of a workflow and the images of a run, on the tiny demo model, which takes
+seconds; a workflow for SDXL gets the thumbnail of its tiny variant. One without a tiny variant is drawn as a
+diagram of its nodes.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ WIRES = {
     "CLIP": (240, 210, 80),
 }
 SHOWN_BESIDE = ("References", "Without EasyRef")  # titles of images that are not the result
+# help pages that show the thumbnail of a workflow; charts are shown as they are
+HELP = {
+    "try_it_now": ("EasyRefApply", "EasyRefDemo"),
+    "animation_frames_tiny": ("EasyRefTokensOverFrames",),
+    "style_from_a_group_tiny": ("EasyRefInstruction",),
+}
+HELP_PICTURES, HELP_SIZE = ROOT / "web" / "docs" / "pictures", (640, 800)  # pixels, at most
 RESULTS = (
     "PreviewImage",
     "EasyRefSheet",
@@ -58,8 +66,10 @@ def main() -> None:
     with ComfyServer(find_hosts()[0]) as server:
         for name in runs:
             results = run(server, name)
-            full = [one for one, variant in VARIANTS.items() if variant == name]
-            save(compose(references_of(PLANS[name]), results), [name, *full])
+            images = [image for shown in results.values() for image in shown]
+            thumbnail = compose(references_of(PLANS[name]), images)
+            save(thumbnail, [name, *(one for one, variant in VARIANTS.items() if variant == name)])
+            save_help(name, thumbnail, results)
     for name in sorted(tiny - set(runs)):
         save(diagram(json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))), [name])
 
@@ -72,18 +82,25 @@ def save(thumbnail: Image.Image, names: Sequence[str]) -> None:
     print(f"thumbnails: {', '.join(names)}", flush=True)
 
 
-def run(server: ComfyServer, name: str) -> list[Image.Image]:
-    """The images that a run of a workflow shows."""
+def save_help(name: str, thumbnail: Image.Image, results: Mapping[str, Sequence[Image.Image]]) -> None:
+    """The results of a workflow's run that help pages show."""
+    charts = {kind: images[0] for kind, images in results.items() if kind.startswith("EasyRef")}
+    for kind, image in (charts | dict.fromkeys(HELP.get(name, ()), thumbnail)).items():
+        small = image.copy()
+        small.thumbnail(HELP_SIZE, Image.Resampling.LANCZOS)
+        small.convert("RGB").save(HELP_PICTURES / f"{kind}_result.jpg", quality=85)
+
+
+def run(server: ComfyServer, name: str) -> dict[str, list[Image.Image]]:
+    """The images that a run of a workflow shows, by the type of the node."""
     history = server.run(graphs.from_file(WORKFLOWS / f"{name}.json"), timeout=600)
-    prompt = history["prompt"][2]
-    types = {number: node["class_type"] for number, node in prompt.items()}
-    titles = {number: node["_meta"]["title"] for number, node in prompt.items()}
-    shown = {
-        number: output
-        for number, output in history["outputs"].items()
-        if types[number] in RESULTS and titles[number] not in SHOWN_BESIDE
-    }
-    return [Image.open(io.BytesIO(png)) for png in server.images({"outputs": shown})]
+    results: dict[str, list[Image.Image]] = {}
+    for number, node in history["prompt"][2].items():
+        kind, output = node["class_type"], history["outputs"].get(number)
+        if output and kind in RESULTS and node["_meta"]["title"] not in SHOWN_BESIDE:
+            pngs = server.images({"outputs": {number: output}})
+            results.setdefault(kind, []).extend(Image.open(io.BytesIO(png)) for png in pngs)
+    return results
 
 
 def references_of(plan: Plan) -> list[Image.Image]:
