@@ -1,74 +1,45 @@
-"""Renew the images of the workflows: their thumbnails for the template browser, and the README's screenshots.
+"""Renew docs/try_it_now.png, the README's screenshot of try_it_now after a run, in the real frontend.
 
-All are taken in the real frontend. easyref_basic is shown as it opens, and after a run with the tests' tiny
-random models in place of SDXL and the released checkpoint; try_it_now after a run as it is.
+python tools/screenshots.py
 """
 
 from __future__ import annotations
 
-import shutil
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
-from devkit.host import browser, graphs
+from devkit.host import browser
 from devkit.host.server import ComfyServer
 from devkit.hosts import ROOT, find_hosts
+from tools.workflow_layout import box_of
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Page
-
-WORKFLOWS = ROOT / "workflows"
-VIEW = (2300, 880)  # pixels
-THUMBNAIL = (800, 450)
-LANCZOS = Image.Resampling.LANCZOS
+WORKFLOW = ROOT / "workflows" / "try_it_now.json"
+VIEW = (2300, 1000)  # pixels
+TOP, EDGE = 60, 40  # pixels: of the frontend's bars, and left free around the workflow
+WIDTH = 1494  # pixels, of the file
 NOTICES = 6000  # milliseconds until the frontend's notices are gone
 
 
 def main() -> None:
-    with ComfyServer(find_hosts()[0]) as server:
-        graphs.install_golden(server)
-        shutil.copy(server.host / "input" / "example.png", server.base / "input")
-        sdxl = server.base / "models" / "checkpoints" / "sd_xl_base_1.0.safetensors"
-        sdxl.parent.mkdir(exist_ok=True)
-        sdxl.touch()  # the frontend marks loaders whose file is missing
-        with browser.frontend(server, *VIEW) as page:
-            basic(server, page)
-            try_it_now(server, page)
-
-
-def basic(server: ComfyServer, page: Page) -> None:
-    """The thumbnail of easyref_basic as it opens, docs/workflow.png after a run with tiny models."""
-    workflow = WORKFLOWS / "easyref_basic.json"
-    browser.open_workflow(page, workflow)
-    opened = browser.screenshot(page, (640, 140, 0.74), 1000)
-    thumbnail(opened.crop((460, 60, 1660, 735)), workflow)
-
-    browser.use_tiny_models(page, 256, 4)
-    browser.queue(server, page)
-    ran = browser.screenshot(page, (640, 140, 0.74), NOTICES)
-    ran.crop((60, 60, *VIEW)).resize((1494, 547), LANCZOS).save(ROOT / "docs" / "workflow.png", optimize=True)
-
-
-def try_it_now(server: ComfyServer, page: Page) -> None:
-    """The thumbnail of try_it_now and docs/try_it_now.png, both after a run."""
-    workflow = WORKFLOWS / "try_it_now.json"
-    browser.open_workflow(page, workflow)
-    browser.queue(server, page)
-    ran = browser.screenshot(page, (-339, 134, 0.88), NOTICES)
-    thumbnail(ran.crop((60, 85, 1473, 880)), workflow)
-    ran = browser.screenshot(page, (640, 150, 0.8), 1000)
-    ran.crop((60, 60, *VIEW)).resize((1494, 547), LANCZOS).save(
-        ROOT / "docs" / "try_it_now.png", optimize=True
-    )
-
-
-def thumbnail(image: Image.Image, workflow: Path) -> None:
-    image.resize(THUMBNAIL, LANCZOS).save(workflow.with_suffix(".jpg"), quality=85)
+    boxes = [box_of(node) for node in json.loads(WORKFLOW.read_text(encoding="utf-8"))["nodes"]]
+    left, top = min(box.left for box in boxes), min(box.top for box in boxes)
+    right, bottom = max(box.right for box in boxes), max(box.bottom for box in boxes)
+    free = VIEW[0] - 2 * EDGE - TOP, VIEW[1] - 2 * EDGE - TOP
+    scale = min(free[0] / (right - left), free[1] / (bottom - top))
+    offset = (TOP + EDGE) / scale - left, (TOP + EDGE) / scale - top
+    with ComfyServer(find_hosts()[0]) as server, browser.frontend(server, *VIEW) as page:
+        browser.open_workflow(page, WORKFLOW)
+        browser.queue(server, page)
+        ran = browser.screenshot(page, (*offset, scale), NOTICES)
+    size = int(scale * (right - left)) + 2 * EDGE, int(scale * (bottom - top)) + 2 * EDGE
+    shown = ran.crop((TOP, TOP, TOP + size[0], TOP + size[1]))
+    shown = shown.resize((WIDTH, WIDTH * size[1] // size[0]), Image.Resampling.LANCZOS)
+    shown.save(ROOT / "docs" / "try_it_now.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Build the blueprints and workflows of tools/workflow_plans.yaml in the real frontend, with thumbnails.
+"""Build the blueprints and workflows of tools/workflow_plans.yaml in the real frontend.
 
     python tools/workflows.py [name ...]
 
-The frontend itself creates, links and lays out the nodes, so a file is the same as one that a user saves. Run
-it again when a node gains an input.
+The frontend itself creates and links the nodes, so a file is the same as one that a user saves. Their sizes
+are measured in both renderers, and workflow_layout.py places them. Run it again when a node gains an input.
 """
 
 from __future__ import annotations
@@ -18,22 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from PIL import ImageOps
-from screenshots import LANCZOS, THUMBNAIL, WORKFLOWS
-
 from devkit.host import browser
 from devkit.host.server import ComfyServer
 from devkit.hosts import ROOT, find_hosts
 from devkit.project import pyproject
+from tools.workflow_layout import GAP, Cell, frame, place
 from tools.workflow_plans import BLUEPRINTS, PLANS, App, Node, Plan
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-SUBGRAPHS = ROOT / "subgraphs"
+SUBGRAPHS, WORKFLOWS = ROOT / "subgraphs", ROOT / "workflows"
 CATEGORY = "EasyRef"  # of the blueprints, in the frontend's list
 VIEW = (2300, 1150)  # pixels
-GAP = (60, 70)  # pixels between columns and between the nodes of a column, title bars included
 WIDTH = {
     "LoadImage": 280,
     "SaveImage": 420,
@@ -45,8 +42,8 @@ WIDTH = {
     "EasyRefWhereItActs": 420,
 }
 USUAL, BLUEPRINT = 300, 460
-CANVAS = (20, 20, 20)  # the frontend's background
-NOTE = 440  # pixels, width of the note
+BLUE = "#3f789e"  # of a group's frame, the frontend's own
+NOTE = (440, 720)  # pixels, width and height of the note
 VERSION = pyproject()["project"]["version"]
 FILES = (
     "checkpoints/sd_xl_base_1.0.safetensors",
@@ -62,30 +59,46 @@ def main() -> None:
     with ComfyServer(find_hosts()[0]) as server:
         shutil.copy(server.host / "input" / "example.png", server.base / "input")
         for file in FILES:  # the frontend marks loaders whose file is missing
-            place = server.base / "models" / file
-            place.parent.mkdir(exist_ok=True)
-            place.touch()
+            path = server.base / "models" / file
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
         for name in names:
             # a page for each: the frontend keeps values by node number and widget name
             with browser.frontend(server, *VIEW) as page:
                 file = SUBGRAPHS / f"{name}.json" if name in BLUEPRINTS else WORKFLOWS / f"{name}.json"
                 saved = build_blueprint(page, name) if name in BLUEPRINTS else build(page, PLANS[name])
                 file.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                if name in PLANS:
-                    save_thumbnail(page, file, saved)
                 print(f"workflows: {name}, {len(saved['nodes'])} nodes", flush=True)
 
 
 def build(page: Page, plan: Plan) -> dict[str, Any]:
     """The workflow as the frontend saves it, with where its nodes and models come from."""
-    ids = add_nodes(page, plan.nodes, NOTE + GAP[0])
+    ids = add_nodes(page, plan.nodes, NOTE[0] + GAP[0])
     browser.run_script(page, "add_note", [plan.note, NOTE])
     saved = serialized(page)
     set_properties(saved["nodes"], plan.nodes, ids)
+    saved["groups"] = groups_of(saved["nodes"], plan.nodes, ids)
     saved["extra"] = {"ds": {"scale": 0.7, "offset": [60, 150]}}
     if plan.app:
         make_app(saved, plan.app, ids)
     return saved
+
+
+def groups_of(
+    saved: Sequence[dict[str, Any]], planned: Mapping[str, Node], ids: Mapping[str, int | str]
+) -> list[dict[str, Any]]:
+    """The frames around the nodes that name them."""
+    nodes = {str(node["id"]): node for node in saved}
+    members: dict[str, list[dict[str, Any]]] = {}
+    for name, node in planned.items():
+        if node.group:
+            members.setdefault(node.group, []).append(nodes[str(ids[name])])
+    groups = []
+    for number, (title, inside) in enumerate(members.items(), start=1):
+        box = frame(inside)
+        bounding = [box.left, box.top, box.right - box.left, box.bottom - box.top]
+        groups.append({"id": number, "title": title, "bounding": bounding, "color": BLUE, "flags": {}})
+    return groups
 
 
 def make_app(saved: dict[str, Any], app: App, ids: Mapping[str, int | str]) -> None:
@@ -127,19 +140,28 @@ def add_nodes(page: Page, planned: Mapping[str, Node], left: int) -> dict[str, i
         }
         for name, node in planned.items()
     }
-    sizes = {
-        name: {
-            "column": node.column,
-            "width": BLUEPRINT if node.type in BLUEPRINTS else WIDTH.get(node.type, USUAL),
-            "height": node.height,
-        }
-        for name, node in planned.items()
-    }
     ids = browser.run_script(page, "add_nodes", [nodes])
-    page.wait_for_timeout(300)
-    browser.run_script(page, "lay_out", [ids, sizes, left, GAP])
+    smallest = smallest_sizes(page)
+    cells = {}
+    for name, node in planned.items():
+        width, height = smallest[str(ids[name])]
+        least = BLUEPRINT if node.type in BLUEPRINTS else WIDTH.get(node.type, USUAL)
+        cells[name] = Cell(node.column, node.row, max(least, width), max(node.height, height))
+    places = [[ids[name], *box] for name, box in place(cells, left).items()]
+    browser.run_script(page, "place", places)
     page.wait_for_timeout(300)
     return ids
+
+
+def smallest_sizes(page: Page) -> dict[str, tuple[int, int]]:
+    """The least width and height of each node, by its id, that suffice in both renderers."""
+    largest: dict[str, tuple[int, int]] = {}
+    for renderer in ("Vue", "LiteGraph"):
+        browser.set_renderer(page, renderer)
+        for number, size in browser.run_script(page, "smallest_sizes").items():
+            known = largest.get(number, (0, 0))
+            largest[number] = max(known[0], round(size[0])), max(known[1], round(size[1]))
+    return largest
 
 
 def read_blueprint(name: str) -> dict[str, Any]:
@@ -185,17 +207,6 @@ def drop_nulls(saved: Any) -> Any:
     if isinstance(saved, dict):
         return {k: drop_nulls(v) for k, v in saved.items() if v is not None or k == "link"}
     return [drop_nulls(v) for v in saved] if isinstance(saved, list) else saved
-
-
-def save_thumbnail(page: Page, file: Path, saved: dict[str, Any]) -> None:
-    """The thumbnail: the whole workflow as it opens."""
-    browser.open_workflow(page, file)
-    right = max(node["pos"][0] + node["size"][0] for node in saved["nodes"])
-    bottom = max(node["pos"][1] + node["size"][1] for node in saved["nodes"])
-    scale = min((VIEW[0] - 120) / right, (VIEW[1] - 190) / (bottom + 40))
-    opened = browser.screenshot(page, (80 / scale, 150 / scale, scale), 1000)
-    shown = opened.crop((60, 110, 60 + int(right * scale) + 40, 130 + int((bottom + 40) * scale)))
-    ImageOps.pad(shown, THUMBNAIL, LANCZOS, CANVAS).save(file.with_suffix(".jpg"), quality=85)
 
 
 if __name__ == "__main__":

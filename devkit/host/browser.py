@@ -22,6 +22,9 @@ PAGE_SCRIPTS = Path(__file__).with_name("page_scripts")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync".split()
 
+SET = "([name, value]) => app.extensionManager.setting.set(name, value)"
+RENDERED = 1000  # milliseconds until the other renderer has drawn all nodes
+
 # The frontend first opens a workflow of its own, which would replace one that is opened earlier.
 READY = """() => !!window.LiteGraph?.registered_node_types['EasyRefApply'] && !!window.app?.canvas
     && !!app.extensionManager?.workflow?.activeWorkflow"""
@@ -67,6 +70,12 @@ def open_workflow(page: Page, workflow: Path, as_app: bool = False) -> list[str]
     return page.evaluate(
         "() => app.graph._nodes.map(node => node.type).filter(type => !LiteGraph.registered_node_types[type])"
     )
+
+
+def set_renderer(page: Page, renderer: str) -> None:
+    """Draw nodes with "LiteGraph", on the canvas, or with "Vue", as elements of the page."""
+    page.evaluate(SET, ["Comfy.VueNodes.Enabled", renderer == "Vue"])
+    page.wait_for_timeout(RENDERED)
 
 
 def use_tiny_models(page: Page, side: int = 128, steps: int = 2) -> None:

@@ -119,6 +119,8 @@ class ComfyServer:
         flags += ["--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(self.base)]
         flags += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.packs]
         flags += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+        if frontend := os.environ.get("COMFYUI_FRONTEND"):  # another version than the host's
+            flags += ["--front-end-root", frontend]
         path = os.pathsep.join(filter(None, [str(overlay(self.host)), os.environ.get("PYTHONPATH")]))
         # PASSIVE, because threads that spin while they wait slow a busy machine tenfold.
         settings = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from comfy_api.feature_flags import supports_feature
 from comfy_api.latest import ui
-from comfy_execution.utils import get_executing_context
 
 from ...easyref_core.inspect.drawing import contact_sheet, vstack
 from ...easyref_core.utils.area_mean import grid_means
@@ -18,24 +16,12 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-OF_THE_FRONTEND = "supports_preview_metadata"  # a feature that every supported frontend announces
 COLUMNS, CELL = 6, 128  # of a contact sheet; pixels
 UNMARKED = 0.2  # brightness outside a mask
 
 
 def text(content: str) -> dict[str, Any]:
-    """The ui part of a node's output with a text.
-
-    The text is also sent as progress, because the frontend shows the ui part on some nodes only. Other
-    clients do not get it, because some take every binary message for an image.
-    """
-    context = get_executing_context()
-    if context is not None:  # None outside the host's executor
-        from server import PromptServer
-
-        server = PromptServer.instance
-        if supports_feature(server.sockets_metadata, server.client_id, OF_THE_FRONTEND):
-            server.send_progress_text(content, context.node_id, server.client_id)
+    """The ui part of a node's output with a text, which web/notes.js shows on the node."""
     return ui.PreviewText(content).as_dict()
 
 

@@ -14,12 +14,13 @@ from devkit.project import pyproject
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+HELP = ROOT / "web" / "docs"
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 PAGES = [
     *ROOT.glob("*.md"),
     *ROOT.glob("docs/**/*.md"),
     *ROOT.glob("easyref_core/**/README.md"),
-    *ROOT.glob("web/docs/*.md"),
+    *ROOT.glob("web/docs/**/*.md"),
 ]
 PROJECT = pyproject()
 MODULES = [
@@ -39,10 +40,12 @@ def anchors(page: str) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
+    # the frontend resolves the links of help pages from web/docs, in every language
+    folder = HELP if page.is_relative_to(HELP) else page.parent
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"https?:", link):
             name, _, anchor = link.partition("#")
-            target = page.parent / name if name else page
+            target = folder / name if name else page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
@@ -116,11 +119,34 @@ def test_node_list_has_every_node_id() -> None:
     assert set(json.loads((ROOT / "node_list.json").read_text(encoding="utf-8"))) == ids
 
 
-@pytest.mark.parametrize("name", json.loads((ROOT / "node_list.json").read_text(encoding="utf-8")))
-def test_help_page_has_the_nodes_picture(name: str) -> None:
-    page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    assert f"](pictures/{name}.png)" in page
-    assert (ROOT / "web" / "docs" / "pictures" / f"{name}.png").is_file()
+NODES = sorted(json.loads((ROOT / "node_list.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("page", [f"{name}{end}.md" for name in NODES for end in ("", "/zh")])
+def test_help_page_has_the_nodes_picture(page: str) -> None:
+    name = re.split("[./]", page)[0]
+    assert f"](pictures/{name}.png)" in (HELP / page).read_text(encoding="utf-8")
+    assert (HELP / "pictures" / f"{name}.png").is_file()
+
+
+def parts_of(page: Path) -> dict[str, int]:
+    """The number of headings, table rows, list items and links of a page."""
+    text = page.read_text(encoding="utf-8")
+    kinds = {"headings": r"^#", "rows": r"^\|", "items": r"^- ", "links": r"\]\("}
+    return {kind: len(re.findall(pattern, text, re.M)) for kind, pattern in kinds.items()}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_translated_help_page_has_the_parts_of_the_english_one(name: str) -> None:
+    translated = HELP / name / "zh.md"
+    assert parts_of(translated) == parts_of(HELP / f"{name}.md")
+    texts = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))[name]
+    lines = translated.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == f"# {texts['display_name']}"
+    names = {value["name"] for part in ("inputs", "outputs") for value in texts.get(part, {}).values()}
+    cells = [line.split("|")[1] for line in lines if line.startswith("| **")]
+    bold = {name for cell in cells for name in re.findall(r"\*\*(.+?)\*\*", cell)}
+    assert bold <= names | {"tokens0", "tokens1"}  # sockets that grow have no names of their own
 
 
 WORKFLOWS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))
@@ -150,7 +176,8 @@ def test_workflow_offers_its_downloads(name: str) -> None:
         for node in nodes_of(name)
         if "models" in node.get("properties", {})
     }
-    assert set(offered) == (set() if name == "try_it_now" else {"CheckpointLoaderSimple", "EasyRefLoader"})
+    without_download = any(node["type"] == "EasyRefDemo" for node in nodes_of(name))
+    assert set(offered) == (set() if without_download else {"CheckpointLoaderSimple", "EasyRefLoader"})
     for models in offered.values():
         for model in models:
             assert model["url"].startswith("https://huggingface.co/")

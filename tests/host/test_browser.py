@@ -10,6 +10,7 @@ import pytest
 from devkit.host import browser, graphs
 from devkit.host.server import pixels
 from devkit.hosts import ROOT
+from tools.workflow_layout import Box
 
 from . import tiny_workflow
 
@@ -31,6 +32,30 @@ def page(server):
 def prompt_of(page) -> graphs.Graph:
     """The prompt that the page would queue."""
     return page.evaluate("async () => (await app.graphToPrompt()).output")
+
+
+@pytest.fixture(params=["LiteGraph", "Vue"])
+def renderer(request, page):
+    browser.set_renderer(page, request.param)
+    yield request.param
+    browser.set_renderer(page, "LiteGraph")
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_no_node_is_drawn_over_another(page, renderer, workflow) -> None:
+    """tests/core/test_workflow_layout.py checks the saved sizes; this, the sizes that are drawn."""
+    browser.open_workflow(page, workflow)
+    page.wait_for_timeout(browser.RENDERED)
+    drawn = browser.run_script(page, "boxes")
+    assert len(drawn) == len(json.loads(workflow.read_text(encoding="utf-8"))["nodes"])
+    boxes = [(title, Box(x, y, x + width, y + height)) for title, (x, y, width, height) in drawn]
+    over = [
+        (one, other)
+        for i, (one, box) in enumerate(boxes)
+        for other, second in boxes[i + 1 :]
+        if box.overlaps(second)
+    ]
+    assert over == [], renderer
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
@@ -62,7 +87,7 @@ def test_links_survive_loading_and_defaults_are_the_authors(page) -> None:
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_second_run_executes_nothing_and_another_seed_the_sampling(server, page, workflow) -> None:
     browser.open_workflow(page, workflow)
-    if workflow == TRY_IT_NOW:
+    if tiny_workflow.is_tiny(graphs.from_file(workflow)):
         browser.set_widgets(page, {"KSampler": {"steps": 2}})
     else:
         browser.use_tiny_models(page)
@@ -167,7 +192,7 @@ ADD_BUDGET = """() => {
     return `${budget.id}`
 }"""
 SHOWS = """([id, text]) => app.graph.getNodeById(id).widgets.some(widget =>
-    widget.name === '$$node-text-preview' && widget.value === text)"""
+    widget.name === 'note' && widget.value === text)"""
 
 
 def test_budget_runs_alone_by_the_button_of_its_selection(server, page) -> None:
@@ -180,6 +205,36 @@ def test_budget_runs_alone_by_the_button_of_its_selection(server, page) -> None:
     (text,) = history["outputs"][budget]["text"]
     assert text.startswith("It fits.")
     page.wait_for_function(SHOWS, arg=[budget, text], timeout=10_000)
+    page.wait_for_timeout(1000)  # some frontends clear what was sent as progress when the run has ended
+    assert page.evaluate(SHOWS, [budget, text])
+
+
+NOTES = """async () => {
+    const { api } = await import('/scripts/api.js')
+    app.graph.clear()
+    const nodes = ['EasyRefGroupBudget', 'EasyRefInstruction'].map(type => LiteGraph.createNode(type))
+    nodes.forEach((node, i) => { app.graph.add(node); node.pos = [i * 500, 100] })
+    const saved = () => JSON.stringify(app.graph.serialize().nodes.map(node => node.widgets_values))
+    const notes = () => nodes.map(node => node.widgets.find(widget => widget.name === 'note')?.value ?? null)
+    const executed = ({ id }, output) =>
+        api.dispatchCustomEvent('executed', { node: `${id}`, display_node: `${id}`, output })
+    const before = saved()
+    for (const node of nodes) executed(node, { text: ['a note'] })
+    const shown = notes(), unchanged = saved() === before
+    const prompt = Object.values((await app.graphToPrompt()).output).flatMap(node => Object.keys(node.inputs))
+    api.dispatchCustomEvent('executing', `${nodes[0].id}`)
+    executed(nodes[1], null)  // from the cache, which sends no text again
+    return { shown, unchanged, prompt: prompt.includes('note'), later: notes() }
+}"""
+
+
+def test_note_of_a_node_stays_until_it_runs_again_and_is_not_saved(page, renderer) -> None:
+    assert page.evaluate(NOTES) == {
+        "shown": ["a note", "a note"],
+        "unchanged": True,
+        "prompt": False,
+        "later": [None, "a note"],
+    }
 
 
 def test_try_it_now_runs_without_changes(server, page) -> None:

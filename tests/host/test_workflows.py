@@ -1,4 +1,4 @@
-"""Every shipped workflow runs in the host with tiny models."""
+"""Every shipped workflow runs in the host: on the tiny demo model, or with the tests' tiny models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tools.workflow_plans import BLUEPRINTS, PLANS, Node
 
 from . import tiny_workflow
 
-WORKFLOWS = sorted(file for file in (ROOT / "workflows").glob("*.json") if file.stem != "try_it_now")
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,8 +22,21 @@ def files(server):
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda file: file.stem)
 def test_workflow_gives_images(server, workflow):
-    history = server.run(tiny_workflow.tiny(workflow))
+    graph = graphs.from_file(workflow)
+    if not tiny_workflow.is_tiny(graph):
+        graph = tiny_workflow.tiny(graph)
+    history = server.run(graph)
     assert server.images(history)
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if PLANS[name].is_tiny])
+def test_tiny_variant_needs_no_file_of_the_user(name):
+    graph = graphs.from_file(ROOT / "workflows" / f"{name}.json")
+    types = {node["class_type"] for node in graph.values()}
+    loaders = {kind for kind in types if "Loader" in kind or kind.startswith("Load")}
+    assert loaders == {"EasyRefLoader"}
+    (load,) = (node["inputs"] for node in graph.values() if node["class_type"] == "EasyRefLoader")
+    assert load["checkpoint"] == "tiny_easyref.safetensors"
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
-from devkit.host import golden, graphs
+from devkit.host import golden
 from devkit.host.graphs import Graph, node
 
 if TYPE_CHECKING:
@@ -34,9 +33,13 @@ def install(server: ComfyServer) -> None:
     save_file(lora, server.base / "models" / "loras" / "lora.safetensors")
 
 
-def tiny(workflow: Path) -> Graph:
-    """The workflow as it is queued, with TinySDXL for the checkpoint and its texts, and small images."""
-    graph = graphs.from_file(workflow)
+def is_tiny(graph: Graph) -> bool:
+    """True if a workflow is on the tiny demo model already."""
+    return any(entry["class_type"] == "EasyRefDemo" for entry in graph.values())
+
+
+def tiny(graph: Graph) -> Graph:
+    """A workflow as it is queued, with TinySDXL for the checkpoint and its texts, and small images."""
     kept = {name: entry for name, entry in graph.items() if entry["class_type"] not in (*OUTPUTS, TEXT)}
     made = {name: _small(entry) for name, entry in kept.items()}
     for entry in made.values():
