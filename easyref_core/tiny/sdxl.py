@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..files.atomic_write import atomic_write, atomic_write_text
 from ..training.base_model import BaseModel
+from ..training.objective import target
 from .dataset import Dataset
 from .images import IMAGE_SIZE, NAMES, caption
 from .optimizer import Log, OneCycleMuon, Training
@@ -22,8 +23,8 @@ from .tokenizer import CLIP_TOKEN_IDS, PROMPT_TOKENS, VOCABULARY, train_clip_tok
 
 CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 NAME_RATE, EMPTY_RATE = 0.7, 0.1  # probability that a caption names an attribute; that it is empty
-# Maximum of the loss weights, as in Min-SNR (arXiv 2303.09556), because the small grid then learns colours
-# sooner.
+# Signal-to-noise ratio above which the loss is weighted down, as in Min-SNR (arXiv 2303.09556), because the
+# small grid then learns colours sooner.
 MAX_SNR = 5.0
 MUON_LR = 0.02
 # Without it, logits and outputs of the cross-attention grow tenfold, and EasyRef learns nothing beside them.
@@ -87,7 +88,8 @@ def pretrain_sdxl(
     average = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
     latents = encode_dataset(base, images)
     signal = base.schedule.alphas_cumprod
-    weights = (MAX_SNR * (1 - signal) / signal).clamp(max=1)  # min(snr, MAX_SNR) / snr
+    # A squared error of the velocity is (snr + 1) times that of the latents. -> min(1, (MAX_SNR + 1) / (snr + 1))
+    weights = ((MAX_SNR + 1) * (1 - signal)).clamp(max=1)
     for step in range(training.steps):
         picked = torch.randint(len(latents), (batch,))
         prompts = [draw_caption(i, rng) for i in picked.tolist()]
@@ -99,11 +101,12 @@ def pretrain_sdxl(
         conditions = {"text_embeds": text.pooled, "time_ids": sizes}
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         predicted = base.unet(noisy, timesteps, text.states, added_cond_kwargs=conditions).sample
-        errors = (predicted - noise).square().mean(dim=(1, 2, 3))
+        expected = target(base.schedule, latents[picked], noise, timesteps)
+        errors = (predicted - expected).square().mean(dim=(1, 2, 3))
         optimizer.step((errors * weights[timesteps]).mean())
         average.step(parameters)
         if training.logs(step):
-            log(f"SDXL {step}: noise error {errors.mean().item():.4f}")
+            log(f"SDXL {step}: velocity error {errors.mean().item():.4f}")
     average.copy_to(parameters)
     for part, module in trained.items():
         module.eval().half().save_pretrained(folder / part)
