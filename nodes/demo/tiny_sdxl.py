@@ -61,7 +61,9 @@ def load_model(base: Path, disable_dynamic: bool = False) -> comfy.model_patcher
     """
     unet, vae = load_config(base / "unet"), load_config(base / "vae")
     config = TinyConfig(unet_config(unet), vae["scaling_factor"])
-    prediction_type = load_config(base / "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
+    prediction_type = load_config(base / "scheduler", "scheduler_config.json").get(
+        "prediction_type", "epsilon"
+    )
     model = TinySDXL(config, unet["addition_time_embed_dim"], MODEL_TYPES[prediction_type])
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
