@@ -52,6 +52,10 @@ class OneCycleAdamW:
         """Backpropagate and update the parameters."""
         self.optimizer.zero_grad()
         loss.backward()
+        self.update()
+
+    def update(self) -> None:
+        """Update the parameters by their gradients."""
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         self.optimizer.step()

@@ -11,7 +11,7 @@ from .optimizer import Log, Training, complete_folder, timed
 from .qwen2_vl import pretrain_qwen2_vl
 from .sdxl import create_sdxl, pretrain_sdxl, shapes_caption
 from .tokenizer import train_mllm_tokenizer
-from .vae import pretrain_vae, reconstruct
+from .vae import pretrain_vae, principal_components, project, reconstruct
 from .worlds import BASE, SHAPES
 
 VAE_TRAINING = Training(steps=3200, batch=16, lr=2e-3, seed=0)
@@ -21,6 +21,7 @@ QWEN2_VL_TRAINING = Training(steps=1500, batch=32, lr=2e-3, seed=0)
 SDXL_TRAINING = Training(steps=2400, batch=96, lr=1.5e-3, seed=0)
 DATASET_SEED = 0
 VAE_COPIES, COPIES = 2, 6  # images of each combination: for the VAE, and for the rest
+BASIS_IMAGES = 2000  # from which the principal components are computed
 
 
 def make_base(folder: Path, log: Log) -> None:
@@ -32,10 +33,11 @@ def make_base(folder: Path, log: Log) -> None:
     base, mllm, classifier = folder / BASE, folder / SHAPES.mllm, folder / SHAPES.judge
     log = timed(log)
     work = base if base.is_dir() else folder / f"{BASE}.partial"
+    pixels = to_tensor(draw_dataset(DATASET_SEED, VAE_COPIES).images)
+    basis = principal_components(pixels[:BASIS_IMAGES])
     if not (work / "vae").is_dir():
-        pixels = to_tensor(draw_dataset(DATASET_SEED, VAE_COPIES).images)
         with complete_folder(work / "vae") as vae:
-            pretrain_vae(pixels, vae, VAE_TRAINING, log)
+            pretrain_vae(pixels, basis, vae, VAE_TRAINING, log)
     if not classifier.is_file():
         accuracy = train_classifier(classifier, CLASSIFIER_TRAINING, partial(reconstruct, work / "vae"), log)
         log("classifier accuracy: " + ", ".join(f"{name} {part:.4f}" for name, part in accuracy.items()))
@@ -46,5 +48,6 @@ def make_base(folder: Path, log: Log) -> None:
     if work != base:
         create_sdxl(work, SDXL_TRAINING.seed)
         dataset = draw_dataset(DATASET_SEED, COPIES)
-        pretrain_sdxl(dataset.images, partial(shapes_caption, dataset), work, SDXL_TRAINING, log)
+        latents = project(to_tensor(dataset.images), basis)
+        pretrain_sdxl(latents, partial(shapes_caption, dataset), work, SDXL_TRAINING, log)
         work.rename(base)

@@ -11,23 +11,25 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from ..files.atomic_write import atomic_write, atomic_write_text
 from ..training.base_model import BaseModel
+from ..training.objective import target
 from .dataset import Dataset
 from .images import IMAGE_SIZE, NAMES, caption
-from .optimizer import Log, OneCycleMuon, Training
+from .optimizer import Log, OneCycleAdamW, OneCycleMuon, Training
 from .tokenizer import CLIP_TOKEN_IDS, PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
 
 CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 NAME_RATE, EMPTY_RATE = 0.7, 0.1  # probability that a caption names an attribute; that it is empty
-# Maximum of the loss weights, as in Min-SNR (arXiv 2303.09556), because the small grid then learns colours
-# sooner.
-MAX_SNR = 5.0
 MUON_LR = 0.02
 # Without it, logits and outputs of the cross-attention grow tenfold, and EasyRef learns nothing beside them.
 MUON_WEIGHT_DECAY = 0.5
+# Of the text encoders' initial embeddings. At the usual 0.02, the prompt's average, which attention adds to
+# every position, is larger; then captions differ by a few percent, and their rarer words are not learned.
+EMBEDDING_DEVIATION = 0.7
 EMA_DECAY = 0.999  # the averaged weights are saved
 
 
@@ -47,8 +49,12 @@ def create_sdxl(
         train_clip_tokenizer(folder / part, texts)
     sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": PROMPT_TOKENS, **CLIP_TOKEN_IDS}
     text = CLIPTextConfig(**configs["text_encoders"], **sizes)
-    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    CLIPTextModelWithProjection(text).save_pretrained(folder / "text_encoder_2")
+    for kind, part in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2")):
+        encoder = kind(text)
+        for name, weight in encoder.named_parameters():
+            if "embedding" in name:
+                nn.init.normal_(weight, std=EMBEDDING_DEVIATION)
+        encoder.save_pretrained(folder / part)
     UNet2DConditionModel(**configs["unet"]).save_pretrained(folder / "unet")
     DDPMScheduler(**configs["scheduler"]).save_pretrained(folder / "scheduler")
     tokenizer = ("transformers", "PreTrainedTokenizerFast")
@@ -66,15 +72,15 @@ def create_sdxl(
 
 
 def pretrain_sdxl(
-    images: NDArray[np.uint8],
+    latents: Tensor,
     draw_caption: Callable[[int, np.random.Generator], str],
     folder: Path,
     training: Training,
     log: Log,
 ) -> None:
-    """Train UNet and text encoders on images (M, 64, 64, 3) and save the average of their weights.
+    """Train UNet and text encoders on latents (M, C, 8, 8) and save the average of their weights.
 
-    draw_caption: draws a caption of the image of an index.
+    draw_caption: draws a caption of the latents of an index.
     """
     from diffusers.training_utils import EMAModel
 
@@ -83,27 +89,28 @@ def pretrain_sdxl(
     rng, batch = np.random.default_rng(training.seed), training.batch
     trained = {part: getattr(base, part).train() for part in ("unet", "text_encoder", "text_encoder_2")}
     parameters = [p.requires_grad_() for module in trained.values() for p in module.parameters()]
-    optimizer = OneCycleMuon(trained.values(), training, MUON_LR, weight_decay=MUON_WEIGHT_DECAY)
+    optimizer = OneCycleMuon([base.unet], training, MUON_LR, weight_decay=MUON_WEIGHT_DECAY)
+    encoders = [*base.text_encoder.parameters(), *base.text_encoder_2.parameters()]
+    text_optimizer = OneCycleAdamW(encoders, training)
     average = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
-    latents = encode_dataset(base, images)
-    signal = base.schedule.alphas_cumprod
-    weights = (MAX_SNR * (1 - signal) / signal).clamp(max=1)  # min(snr, MAX_SNR) / snr
+    sizes = base.time_ids((IMAGE_SIZE, IMAGE_SIZE), (0, 0), (IMAGE_SIZE, IMAGE_SIZE), batch)
     for step in range(training.steps):
         picked = torch.randint(len(latents), (batch,))
         prompts = [draw_caption(i, rng) for i in picked.tolist()]
         noise = torch.randn(batch, *latents.shape[1:])
-        timesteps = torch.randint(len(signal), (batch,))
-        noisy = base.schedule.add_noise(latents[picked], noise, timesteps)
+        timesteps = torch.randint(base.schedule.config.num_train_timesteps, (batch,))
         text = base.encode_text.__wrapped__(base, prompts)  # with gradients
-        sizes = base.time_ids((IMAGE_SIZE, IMAGE_SIZE), (0, 0), (IMAGE_SIZE, IMAGE_SIZE), batch)
         conditions = {"text_embeds": text.pooled, "time_ids": sizes}
+        noisy = base.schedule.add_noise(latents[picked], noise, timesteps)
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         predicted = base.unet(noisy, timesteps, text.states, added_cond_kwargs=conditions).sample
-        errors = (predicted - noise).square().mean(dim=(1, 2, 3))
-        optimizer.step((errors * weights[timesteps]).mean())
+        loss = mse_loss(predicted, target(base.schedule, latents[picked], noise, timesteps))
+        text_optimizer.optimizer.zero_grad()
+        optimizer.step(loss)
+        text_optimizer.update()
         average.step(parameters)
         if training.logs(step):
-            log(f"SDXL {step}: noise error {errors.mean().item():.4f}")
+            log(f"SDXL {step}: velocity error {loss.item():.4f}")
     average.copy_to(parameters)
     for part, module in trained.items():
         module.eval().half().save_pretrained(folder / part)

@@ -19,6 +19,12 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 
 from ...easyref_core.tiny.diffusers_folder import load_config, load_weights
 
+# The host's names of the scheduler's prediction types that the tiny models have.
+MODEL_TYPES = {
+    "epsilon": comfy.model_base.ModelType.EPS,
+    "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
+}
+
 
 class TinyLatents(comfy.latent_formats.LatentFormat):
     """Latents of the folder's own VAE; no live preview, because the host's factors are for SDXL's VAE."""
@@ -40,8 +46,10 @@ class TinyConfig(comfy.supported_models.SDXL):
 class TinySDXL(comfy.model_base.SDXL):
     """SDXL with image sizes embedded in `time_id_width` channels each."""
 
-    def __init__(self, config: TinyConfig, time_id_width: int) -> None:
-        super().__init__(config)
+    def __init__(
+        self, config: TinyConfig, time_id_width: int, model_type: comfy.model_base.ModelType
+    ) -> None:
+        super().__init__(config, model_type)
         self.embedder = Timestep(time_id_width)
 
 
@@ -53,7 +61,10 @@ def load_model(base: Path, disable_dynamic: bool = False) -> comfy.model_patcher
     """
     unet, vae = load_config(base / "unet"), load_config(base / "vae")
     config = TinyConfig(unet_config(unet), vae["scaling_factor"])
-    model = TinySDXL(config, unet["addition_time_embed_dim"])
+    prediction_type = load_config(base / "scheduler", "scheduler_config.json").get(
+        "prediction_type", "epsilon"
+    )
+    model = TinySDXL(config, unet["addition_time_embed_dim"], MODEL_TYPES[prediction_type])
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
     names = comfy.utils.unet_to_diffusers(config.unet_config)

@@ -6,6 +6,7 @@ The models are compared at the shipped sizes and at those of a stand-in (tiny_we
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import comfy.memory_management
@@ -93,6 +94,31 @@ def test_unet_is_the_same_under_dynamic_vram(tiny_sdxl, base, diffusers, monkeyp
     patcher = tiny_sdxl.load_model(base)
     monkeypatch.undo()
     assert golden.error(*predictions(patcher, diffusers)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_denoised_latents_are_those_of_the_folders_prediction_type(
+    tiny_sdxl, stand_in, tmp_path, kind: str
+) -> None:
+    folder = shutil.copytree(stand_in / "base", tmp_path / "base")
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": kind}))
+    diffusers, model = BaseModel.load(folder), tiny_sdxl.load_model(folder).model
+    text, step = diffusers.encode_text(PROMPTS), torch.tensor([400.0] * len(PROMPTS))
+    noisy = random(5, len(PROMPTS), diffusers.unet.config.in_channels, 8, 8)
+    signal = diffusers.schedule.alphas_cumprod[400]
+    added = {"text_embeds": text.pooled, "time_ids": diffusers.time_ids((64, 64), (0, 0), (64, 64), batch=3)}
+    y = model.encode_adm(pooled_output=text.pooled, width=64, height=64)
+    with torch.inference_mode():
+        predicted = diffusers.unet(noisy, step, text.states, added_cond_kwargs=added).sample
+        denoised = model.apply_model(
+            noisy / signal.sqrt(), ((1 - signal) / signal).sqrt().expand(3), c_crossattn=text.states, y=y
+        )
+    if kind == "epsilon":
+        expected = (noisy - (1 - signal).sqrt() * predicted) / signal.sqrt()
+    else:
+        expected = signal.sqrt() * noisy - (1 - signal).sqrt() * predicted
+    assert golden.error(denoised, expected) <= 1e-4
 
 
 def test_latents_are_scaled_by_the_folders_factor(tiny_sdxl, base, diffusers) -> None:

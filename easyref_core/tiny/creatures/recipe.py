@@ -11,9 +11,10 @@ import yaml
 
 from ..classifier import to_tensor
 from ..optimizer import Log, Training, complete_folder, timed
+from ..recipe import BASIS_IMAGES
 from ..sdxl import EMPTY_RATE, NAME_RATE, create_sdxl, pretrain_sdxl
 from ..tokenizer import COMPARE, DESCRIBE, TEMPLATE, train_mllm_tokenizer
-from ..vae import pretrain_vae, reconstruct
+from ..vae import pretrain_vae, principal_components, project, reconstruct
 from ..worlds import BASE, CREATURES
 from .captions import all_captions, caption, words
 from .dataset import Dataset, draw_dataset
@@ -22,15 +23,13 @@ from .examples import COUNT, DATASET_SEED
 from .judge import train_judge
 from .qwen2_vl import pretrain_qwen2_vl
 
-LATENT_CHANNELS = 16  # with 8, stripes are blurred
-VAE_TRAINING = Training(steps=3600, batch=16, lr=2e-3, seed=0)
+VAE_TRAINING = Training(steps=3200, batch=16, lr=2e-3, seed=0)
 JUDGE_TRAINING = Training(steps=2500, batch=64, lr=2e-3, seed=0)
 VISION_TRAINING = Training(steps=2000, batch=64, lr=3e-3, seed=0)
 QWEN2_VL_TRAINING = Training(steps=3000, batch=32, lr=1.5e-3, seed=0)
-SDXL_TRAINING = Training(steps=2600, batch=64, lr=1.5e-3, seed=0)
-DESCRIBED_RATE = 0.6  # probability that a caption may have words for the identity
+SDXL_TRAINING = Training(steps=2200, batch=64, lr=1.5e-3, seed=1)
 VIEWS = 6  # of each creature, for the MLLM
-SCENES = 4000  # views that the VAE and the UNet are trained on, beside the targets
+VAE_SCENES, SCENES = 4000, 1000  # views that the VAE and the UNet are trained on, beside the targets
 CONFIGS = Path(__file__).parent
 
 
@@ -41,10 +40,11 @@ def make_base(folder: Path, log: Log) -> None:
     log = timed(log)
     work = base if base.is_dir() else folder / f"{BASE}.partial"
     dataset = draw_dataset(DATASET_SEED, COUNT, VIEWS)
-    images = np.concatenate([dataset.targets, dataset.views[:SCENES, 0]])
+    pixels = to_tensor(np.concatenate([dataset.targets, dataset.views[:VAE_SCENES, 0]]))
+    basis = principal_components(pixels[:BASIS_IMAGES])
     if not (work / "vae").is_dir():
         with complete_folder(work / "vae") as vae:
-            pretrain_vae(to_tensor(images), vae, VAE_TRAINING, log, LATENT_CHANNELS)
+            pretrain_vae(pixels, basis, vae, VAE_TRAINING, log)
     if not judge.is_file():
         errors = train_judge(judge, JUDGE_TRAINING, partial(reconstruct, work / "vae"), log)
         log("judge: " + ", ".join(f"{name} {value:.4f}" for name, value in errors.items()))
@@ -53,7 +53,8 @@ def make_base(folder: Path, log: Log) -> None:
         pretrain_qwen2_vl(dataset, mllm, QWEN2_VL_TRAINING, VISION_TRAINING, log)
     if work != base:
         create_sdxl(work, SDXL_TRAINING.seed, _config("sdxl"), clip_corpus())
-        pretrain_sdxl(images, partial(draw_caption, dataset), work, SDXL_TRAINING, log)
+        latents = project(pixels[: len(dataset) + SCENES], basis)
+        pretrain_sdxl(latents, partial(draw_caption, dataset), work, SDXL_TRAINING, log)
         work.rename(base)
 
 
@@ -63,7 +64,7 @@ def draw_caption(dataset: Dataset, index: int, rng: np.random.Generator) -> str:
         return ""
     named = rng.random(2) < NAME_RATE
     if index < len(dataset):
-        said = rng.random(len(PARTS)) < NAME_RATE * (rng.random() < DESCRIBED_RATE)
+        said = rng.random(len(PARTS)) < NAME_RATE
         parts = describe(dataset.identities[index])
         parts = {part: parts[part] for part, is_said in zip(PARTS, said, strict=True) if is_said}
         ground, place = dataset.grounds[index], dataset.places[index]
