@@ -27,7 +27,7 @@ MARKS: dict[str, dict[str, Any]] = {
 UNKNOWN_MARKS = ("edm_mean", "edm_vpred.sigma_max")
 
 # Tensors of a single file begin with these: UNet, VAE and both text encoders.
-PREFIXES = (
+TENSOR_PREFIXES = (
     "model.diffusion_model.",
     "first_stage_model.",
     "conditioner.embedders.0.transformer.",
@@ -85,7 +85,9 @@ def check_single_file(file: Path) -> dict[str, Any]:
     Raises ValueError for a file that is not a whole SDXL model, or has the marks of another objective.
     """
     names = open_tensors(file).shapes.keys()
-    if missing := [prefix for prefix in PREFIXES if not any(name.startswith(prefix) for name in names)]:
+    if missing := [
+        prefix for prefix in TENSOR_PREFIXES if not any(name.startswith(prefix) for name in names)
+    ]:
         raise ValueError(
             f"{file} has no tensors {', '.join(f'{prefix}*' for prefix in missing)}, so it is not a whole "
             "SDXL model, expected UNet, VAE and both text encoders in the original names. Set base to one."
