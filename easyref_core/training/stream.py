@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..mllm.instructions import load_tokenizer
 from ..mllm.preprocess import resized_sides
+from ..mllm.tokenizer import load_tokenizer
 from .batches import Batch, Sample, Size, collate, new_seed
 from .crops import native_size
 from .examples import MAX_TRIES, Augmentation, RowSampler

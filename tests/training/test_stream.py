@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from easyref_core.mllm.instructions import load_tokenizer
+from easyref_core.mllm.tokenizer import load_tokenizer
 from easyref_core.training import parquet_shards
 from easyref_core.training.__main__ import main
 from easyref_core.training.batches import Batch, MicroBatches, Sample, loader

@@ -20,9 +20,10 @@ from PIL import Image
 from torch.utils.benchmark import timer  # waits for the accelerator
 
 from easyref_core.mllm.budget import flops
-from easyref_core.mllm.instructions import INSTRUCTION, load_tokenizer, tokenize
+from easyref_core.mllm.instructions import INSTRUCTION, tokenize
 from easyref_core.mllm.prefix_cache import hash_values
 from easyref_core.mllm.preprocess import SIZE, patches_of, pixel_limits, resized_sides
+from easyref_core.mllm.tokenizer import load_tokenizer
 from easyref_core.training.full_size import EASYREF
 from easyref_core.utils.images import to_rgb
 from tools.bench.encoding import CHANGED_REFERENCES, Encoder

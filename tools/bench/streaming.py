@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from devkit.cpu_torch import complete_cpu_torch
 from easyref_core.mllm.config import EasyRefConfig
-from easyref_core.mllm.instructions import load_tokenizer
+from easyref_core.mllm.tokenizer import load_tokenizer
 from easyref_core.training.batches import Batch, MicroBatches, collate, loader
 from easyref_core.training.examples import Augmentation
 from easyref_core.training.full_size import EASYREF
