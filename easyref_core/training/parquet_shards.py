@@ -42,7 +42,7 @@ class StoredImage:
     name: str
     content: bytes
 
-    def open(self) -> BytesIO:
+    def buffer(self) -> BytesIO:
         return BytesIO(self.content)
 
 
@@ -99,7 +99,7 @@ class ParquetShards:
             tries += 1
             try:
                 # pyarrow reads whole column chunks itself, so read-ahead would fetch bytes twice
-                with files.open(path, cache_type="none") as file:
+                with files.open(path, mode="rb", cache_type="none") as file:
                     parquet = ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
                     table = parquet.read_row_group(number, use_threads=False)
                 return _require_rows(table, int(self.row_group_sizes[group]))
@@ -131,7 +131,7 @@ def open_shards(url: str) -> ParquetShards:
 
     url = url.rstrip("/")
     try:
-        with fsspec.open(f"{url}/{MANIFEST}", "rb") as file:
+        with fsspec.open(f"{url}/{MANIFEST}", mode="rb") as file:
             content = file.read()
     except ImportError as error:
         raise ValueError(

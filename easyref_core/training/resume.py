@@ -235,8 +235,8 @@ def flatten(settings: Settings) -> dict[str, Any]:
     def flat(value: Any, name: str) -> dict[str, Any]:
         if isinstance(value, dict):
             return {key: v for k, inner in value.items() for key, v in flat(inner, f"{name}{k}.").items()}
-        return {
-            name[:-1]: value if isinstance(value, int | float | str | list | tuple | None) else str(value)
-        }
+        if isinstance(value, list | tuple):
+            return {name[:-1]: list(value)}
+        return {name[:-1]: value if isinstance(value, int | float | str | None) else str(value)}
 
     return flat(dataclasses.asdict(settings), "")

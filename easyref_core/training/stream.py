@@ -256,8 +256,8 @@ class StreamExamples(RowSampler):
 
     def file_size(self, file: StoredImage) -> tuple[int, int]:
         """Width and height of an image file. Raises InvalidRow if its header cannot be read."""
-        return image_size(file.open(), file.name, self.apply_exif)
+        return image_size(file.buffer(), file.name, self.apply_exif)
 
     def load(self, file: StoredImage) -> Image.Image:
         """Decode an image file as RGB. Raises InvalidRow as `decode_image` does."""
-        return decode_image(file.open(), file.name, self.apply_exif)
+        return decode_image(file.buffer(), file.name, self.apply_exif)

@@ -131,5 +131,7 @@ def test_another_process_aggregates_a_context(easy, context) -> None:
     run = subprocess.run([sys.executable, "-c", OTHER_PROCESS], input=sent, capture_output=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr.decode(errors="replace")[-2000:]
     received = pickle.loads(run.stdout)
-    assert equal(received.conditional, easy.tokens.conditional)
-    assert equal(received.unconditional, easy.tokens.unconditional)
+    for branch in ("conditional", "unconditional"):
+        # another number of threads may round otherwise
+        here, there = (Tensor(getattr(tokens, branch)) for tokens in (easy.tokens, received))
+        torch.testing.assert_close(there, here, atol=1e-5, rtol=1e-5)

@@ -134,4 +134,4 @@ def test_export_command_passes_its_options(
     folders = [f"base={tmp_path}", f"mllm={tmp_path}"]
     run_command(monkeypatch, "export", config, *folders, "--state", 20, "--to", "a.safetensors")
     run_command(monkeypatch, "export", config, *folders)
-    assert calls == [(20, Path("a.safetensors")), (None, None)]
+    assert calls == [(20, Path("a.safetensors"), False), (None, None, False)]

@@ -71,6 +71,11 @@ def test_torchrun_script_trains(base_folder: Path, tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     variables = {"NODES": "1", "GPUS": "2", "PORT": "29411", "ACCELERATE_MIXED_PRECISION": "no", "PATH": path}
     variables |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    # Python imports it when it starts
+    (tmp_path / "sitecustomize.py").write_text(
+        "from devkit.cpu_torch import complete_cpu_torch\n\ncomplete_cpu_torch()\n", encoding="utf-8"
+    )
+    variables["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
     done = subprocess.run(
         list(map(str, command)), cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
     )

@@ -70,7 +70,8 @@ def make_base(folder: Path, widths: tuple[int, int] = (TEXT, TEXT)) -> Path:
     CLIPTextModelWithProjection(second).save_pretrained(folder / "text_encoder_2")
     for name in ("tokenizer", "tokenizer_2"):
         write_clip_tokenizer(folder / name, f"{ascii_lowercase},", model_max_length=16)
-    DDPMScheduler(**sdxl.CONFIGS["scheduler"]).save_pretrained(folder / "scheduler")
+    schedule = sdxl.CONFIGS["scheduler"] | {"prediction_type": "epsilon"}  # as SDXL's
+    DDPMScheduler(**schedule).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX))
     return folder
 
