@@ -112,6 +112,7 @@ def pretrain_sdxl(
         if training.logs(step):
             log(f"SDXL {step}: velocity error {loss.item():.4f}")
     average.copy_to(parameters)
+    base.unet.register_to_config(_name_or_path="")  # diffusers would write the folder's path
     for part, module in trained.items():
         module.eval().half().save_pretrained(folder / part)
     _prefix(folder / "text_encoder" / "model.safetensors")
