@@ -53,7 +53,7 @@ def generator() -> np.random.Generator:
 
 def one(identity: np.ndarray, place: int = 0, ground: int = 0) -> np.ndarray:
     """One rendered creature with fixed random changes."""
-    scenes = alone(identity[None], np.array([ground]), np.array([place]), generator())
+    scenes = alone(identity[None], np.array([ground]), np.array([place]))
     return render(scenes, generator())[0].astype(int)
 
 

@@ -24,7 +24,7 @@ from .recipe import VIEWS
 
 ENCODER = "image_encoder"
 ENCODER_TRAINING = Training(steps=4000, batch=64, lr=2e-3, seed=5)
-IP_ADAPTER_TRAINING = IPAdapterTraining(steps=3000, batch=16, lr=5e-4)
+IP_ADAPTER_TRAINING = IPAdapterTraining(steps=2500, batch=16, lr=5e-4)
 
 
 def make_image_encoder(folder: Path, log: Log) -> Path:

@@ -38,7 +38,7 @@ def draw_dataset(seed: int, count: int, views: int) -> Dataset:
     rng = np.random.default_rng(seed)
     identities = draw_identities(rng, count)
     places = rng.integers(len(PLACES), size=count)
-    targets = alone(identities, rng.integers(len(GROUNDS), size=count), places, rng)
+    targets = alone(identities, rng.integers(len(GROUNDS), size=count), places)
     scenes = among_others(np.repeat(identities, views, axis=0), rng)
     images = render(scenes, rng)
     images = images.reshape(count, views, *images.shape[1:])

@@ -44,7 +44,7 @@ def render_groups(identities: Floats, seed: int, sizes: Sequence[int] = SIZES) -
         counts = np.count_nonzero(scenes.radii, axis=1)
         references = render(scenes, rng)
         ground, place = rng.integers(len(GROUND_NAMES), size=1), rng.integers(len(PLACE_NAMES), size=1)
-        (target,) = render(alone(identity[None], ground, place, rng), rng)
+        (target,) = render(alone(identity[None], ground, place), rng)
         groups.append(
             Group(
                 id=f"group-{number:04}",

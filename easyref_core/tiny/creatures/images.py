@@ -21,18 +21,21 @@ GROUNDS = {
     "wine": (96, 26, 56),
 }
 PLACES = {"centre": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
-OFFSET = 11  # pixels from the centre to a place
+# A creature alone has one size and is upright, and places are a latent apart: all that a UNet has to paint beside
+# ground and place is the identity. With shifts and turns, so small a UNet spends its training on those.
+OFFSET = 8  # pixels from the centre to a place
+RADIUS = 18.0  # pixels, of a creature alone
+# Among others, creatures differ in size, turn and place.
+SMALL_RADIUS = (9.0, 12.0)  # pixels
 TURN = 0.4  # radians, maximum
-RADIUS = (15.0, 18.0)  # pixels, of a creature alone
-SMALL_RADIUS = (9.0, 12.0)  # pixels, of a creature among others
-JITTER, SMALL_JITTER = 2.0, 3.0  # pixels, maximum shift from a place, and from the centre of a quarter
+JITTER = 3.0  # pixels, maximum shift from the centre of a quarter
 
 RIM, RIM_TONE = 0.14, 0.35  # width of the dark rim in radii, and its tone as a fraction of the body's
 EYES = ((-0.3, -0.22), (0.3, -0.22))  # in radii
 EYE, PUPIL = 0.21, 0.11  # radii
 LARGEST = 1 + 1.25 * sum(AMPLITUDES)  # radii, beyond the outline of nearly every creature
 CHUNK = 16  # creatures that are painted together; their arrays fit into a cache
-MARGIN = math.ceil(LARGEST * RADIUS[1])  # pixels around the image, in which creatures may reach
+MARGIN = math.ceil(LARGEST * RADIUS)  # pixels around the image, in which creatures may reach
 _GROUND_COLOURS = np.array(list(GROUNDS.values()), np.float32)
 _OFFSETS = np.array(list(PLACES.values()), np.float32)
 
@@ -55,14 +58,11 @@ class Scenes:
         return Scenes(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
 
-def alone(
-    identities: Floats, grounds: NDArray[np.integer], places: NDArray[np.integer], rng: np.random.Generator
-) -> Scenes:
+def alone(identities: Floats, grounds: NDArray[np.integer], places: NDArray[np.integer]) -> Scenes:
     """One large creature in each image: identities (N, 13), grounds (N,), places (N,), indices of PLACES."""
-    count = len(identities)
-    centres = IMAGE_SIZE / 2 + OFFSET * _OFFSETS[places] + rng.uniform(-JITTER, JITTER, (count, 2))
-    radii, turns = rng.uniform(*RADIUS, (count, 1)), rng.uniform(-TURN, TURN, (count, 1))
-    return Scenes(identities[:, None], centres[:, None], radii, turns, grounds)
+    centres = IMAGE_SIZE / 2 + OFFSET * _OFFSETS[places]
+    radii = np.full((len(identities), 1), RADIUS)
+    return Scenes(identities[:, None], centres[:, None], radii, np.zeros_like(radii), grounds)
 
 
 def among_others(identities: Floats, rng: np.random.Generator) -> Scenes:
@@ -76,7 +76,7 @@ def among_others(identities: Floats, rng: np.random.Generator) -> Scenes:
     identities = np.concatenate([identities[:, None], others], axis=1)
     quarters = rng.permuted(np.tile(np.arange(4), (count, 1)), axis=1)[:, :MAX_CREATURES]
     centres = IMAGE_SIZE / 4 + IMAGE_SIZE / 2 * np.stack([quarters % 2, quarters // 2], axis=-1)
-    centres = centres + rng.uniform(-SMALL_JITTER, SMALL_JITTER, centres.shape)
+    centres = centres + rng.uniform(-JITTER, JITTER, centres.shape)
     radii = rng.uniform(*SMALL_RADIUS, (count, MAX_CREATURES))
     radii[:, -1] *= rng.random(count) < 0.5
     turns = rng.uniform(-TURN, TURN, radii.shape)

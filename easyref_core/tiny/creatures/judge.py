@@ -129,7 +129,7 @@ def _draw(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Tensor,
     """Images of creatures alone (count, 3, 64, 64), identities (count, 13), grounds and places (count,)."""
     identities = draw_identities(rng, count)
     grounds, places = rng.integers(len(GROUND_NAMES), size=count), rng.integers(len(PLACE_NAMES), size=count)
-    images = to_tensor(render(alone(identities, grounds, places, rng), rng))
+    images = to_tensor(render(alone(identities, grounds, places), rng))
     return images, *map(torch.from_numpy, (identities, grounds, places))
 
 

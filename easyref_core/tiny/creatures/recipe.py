@@ -27,7 +27,7 @@ VAE_TRAINING = Training(steps=3200, batch=16, lr=2e-3, seed=0)
 JUDGE_TRAINING = Training(steps=2500, batch=64, lr=2e-3, seed=0)
 VISION_TRAINING = Training(steps=2000, batch=64, lr=3e-3, seed=0)
 QWEN2_VL_TRAINING = Training(steps=3000, batch=32, lr=1.5e-3, seed=0)
-SDXL_TRAINING = Training(steps=2200, batch=64, lr=1.5e-3, seed=1)
+SDXL_TRAINING = Training(steps=2400, batch=64, lr=1.5e-3, seed=1)
 VIEWS = 6  # of each creature, for the MLLM
 VAE_SCENES, SCENES = 4000, 1000  # views that the VAE and the UNet are trained on, beside the targets
 CONFIGS = Path(__file__).parent
