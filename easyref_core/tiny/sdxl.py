@@ -31,6 +31,7 @@ MUON_WEIGHT_DECAY = 0.5
 # every position, is larger; then captions differ by a few percent, and their rarer words are not learned.
 EMBEDDING_DEVIATION = 0.7
 EMA_DECAY = 0.999  # the averaged weights are saved
+ENCODED = 16  # images that the VAE encodes together; larger batches leave a CPU's cache and take twice as long
 
 
 def create_sdxl(
@@ -54,6 +55,10 @@ def create_sdxl(
         for name, weight in encoder.named_parameters():
             if "embedding" in name:
                 nn.init.normal_(weight, std=EMBEDDING_DEVIATION)
+            # Pooled text embeddings are zero. They reach the UNet beside its cross-attention, and a UNet that
+            # reads the words there has no path for reference tokens.
+            elif "text_projection" in name:
+                nn.init.zeros_(weight)
         encoder.save_pretrained(folder / part)
     UNet2DConditionModel(**configs["unet"]).save_pretrained(folder / "unet")
     DDPMScheduler(**configs["scheduler"]).save_pretrained(folder / "scheduler")
@@ -88,9 +93,13 @@ def pretrain_sdxl(
     torch.manual_seed(training.seed)
     rng, batch = np.random.default_rng(training.seed), training.batch
     trained = {part: getattr(base, part).train() for part in ("unet", "text_encoder", "text_encoder_2")}
-    parameters = [p.requires_grad_() for module in trained.values() for p in module.parameters()]
+    for module in trained.values():
+        module.requires_grad_()
+    base.text_encoder_2.text_projection.requires_grad_(False)  # remains zero
+    parameters = [p for module in trained.values() for p in module.parameters() if p.requires_grad]
     optimizer = OneCycleMuon([base.unet], training, MUON_LR, weight_decay=MUON_WEIGHT_DECAY)
     encoders = [*base.text_encoder.parameters(), *base.text_encoder_2.parameters()]
+    encoders = [p for p in encoders if p.requires_grad]
     text_optimizer = OneCycleAdamW(encoders, training)
     average = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
     sizes = base.time_ids((IMAGE_SIZE, IMAGE_SIZE), (0, 0), (IMAGE_SIZE, IMAGE_SIZE), batch)
@@ -132,7 +141,7 @@ def _prefix(file: Path) -> None:
 def encode_dataset(base: BaseModel, images: NDArray[np.uint8]) -> Tensor:
     """Scaled latents (M, C, 8, 8) of images (M, 64, 64, 3)."""
     pixels = torch.from_numpy(images).movedim(-1, 1)
-    return torch.cat([base.encode_images(part / 127.5 - 1) for part in pixels.split(256)])
+    return torch.cat([base.encode_images(part / 127.5 - 1) for part in pixels.split(ENCODED)])
 
 
 def shapes_caption(dataset: Dataset, index: int, rng: np.random.Generator) -> str:
