@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,24 +194,32 @@ class RowSampler:
             entry = self.stored.context(file, text, drop_image)
             patches = torch.empty(0, self.config.patch_values)
             return {"patches": patches, "context": entry.pop("states"), **entry}
-        patches, grid, ids = self.mllm_inputs([black_image()] if drop_image else references, text)
+        patches, grid, ids = self.mllm_inputs(None if drop_image else references, text)
         return {"patches": patches, "grid": grid, "input_ids": ids}
 
-    def mllm_inputs(self, references: list[Image.Image], text: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches, grid (K, 3) and input_ids (S,) of references and a text."""
-        patches, grid = preprocess(references, self.config, self.augmentation.size)
+    @cached_property
+    def black(self) -> tuple[Tensor, Tensor]:
+        """Patches and grid of the black image, which costs more to resize than a small reference to load."""
+        return preprocess([black_image()], self.config, self.augmentation.size)
+
+    def mllm_inputs(self, references: list[Image.Image] | None, text: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches, grid (K, 3) and input_ids (S,) of references, or of the black image (None), and a text."""
+        if references is None:
+            patches, grid = self.black
+        else:
+            patches, grid = preprocess(references, self.config, self.augmentation.size)
         counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
         ids = tokenize(self.tokenizer, INSTRUCTION + text, counts)[0]
         limit, longest = self.augmentation.max_length, self.config.max_positions - self.config.num_tokens
         if limit and (ids[limit:] == image_token_id(self.tokenizer)).any():
             raise InvalidRow(
-                f"{len(references)} references have {sum(counts)} image tokens, but max_length {limit} would "
+                f"{len(grid)} references have {sum(counts)} image tokens, but max_length {limit} would "
                 "truncate them. Train on groups in stage 3, with max_length null."
             )
         ids = ids[:limit]
         if len(ids) > longest:
             raise InvalidRow(
-                f"the input is {len(ids)} tokens long ({len(references)} references), but the MLLM accepts "
+                f"the input is {len(ids)} tokens long ({len(grid)} references), but the MLLM accepts "
                 f"at most {longest}. Lower max_references or size."
             )
         return patches, grid, ids
