@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import torch
 
 from devkit.cpu_torch import complete_cpu_torch
+from easyref_core.training import loop
 from easyref_core.training import run as run_module
 from easyref_core.training.batches import Batch, MicroBatches, loader
 from easyref_core.training.config import Data, Stream
@@ -29,6 +30,20 @@ from tests.training import tiny
 def die(base: Path, output: Path, last: str) -> None:
     """Train until the process is killed at a position beyond `last`."""
     train(tiny.resumable(base, output), tiny.DyingExamples(tiny.config(), int(last)))
+
+
+def die_in_stream(base: Path, output: Path, shards: str) -> None:
+    """Train on shards until the process is killed in its sixth update, after the first micro-batch."""
+
+    class DyingRun(Run):
+        def update(self, batches: Iterator[Batch], number: int, measure: bool) -> tuple[torch.Tensor, float]:
+            if number == 5:
+                next(batches)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().update(batches, number, measure)
+
+    loop.Run = DyingRun
+    train(tiny.resumable_stream(base, output, shards))
 
 
 def gradients(base: Path, output: Path, batch_size: str) -> None:
@@ -115,5 +130,6 @@ if __name__ == "__main__":
     complete_cpu_torch()  # before diffusers and transformers are imported
     torch.set_num_threads(1)
     command, base, output, argument = sys.argv[1:]
-    commands = {"die": die, "gradients": gradients, "broken": broken, "stop": stop, "stream": stream}
+    commands = {"die": die, "die_in_stream": die_in_stream, "gradients": gradients, "broken": broken}
+    commands |= {"stop": stop, "stream": stream}
     commands[command](Path(base), Path(output), argument)
