@@ -13,6 +13,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
+from accelerate import DistributedType, PartialState
 
 from devkit.cpu_torch import complete_cpu_torch
 from easyref_core.training import loop
@@ -114,6 +115,21 @@ def stream(base: Path, output: Path, shards: str) -> None:
     (output / f"{rank}-of-{world}.txt").write_text("\n".join(seen))
 
 
+def launched(base: Path, output: Path, batch_size: str) -> None:
+    """Train three updates with everything that a run writes on the way, resuming after the second."""
+    _allow_fsdp_on_a_cpu()
+    _compute_in_float64()
+    loop.open_validation = lambda _: lambda _, config: tiny.TinyExamples(config, groups=3, seed=1)
+    for updates in (2, 3):
+        train(tiny.launched(base, output, updates, int(batch_size)), tiny.TinyExamples(tiny.config()))
+
+
+def _allow_fsdp_on_a_cpu() -> None:
+    """Make accelerate apply the FSDP of its launch, which it ignores for processes on CPUs."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU  # in all its instances
+
+
 def _compute_in_float64() -> None:
     """Reduce rounding errors, which the norms of this tiny UNet amplify. RoPE stays float32."""
     run_module.MIXED["no"] = torch.float64
@@ -131,5 +147,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     command, base, output, argument = sys.argv[1:]
     commands = {"die": die, "die_in_stream": die_in_stream, "gradients": gradients, "broken": broken}
-    commands |= {"stop": stop, "stream": stream}
+    commands |= {"stop": stop, "stream": stream, "launched": launched}
     commands[command](Path(base), Path(output), argument)
