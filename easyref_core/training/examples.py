@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +94,10 @@ def open_rows(settings: Settings) -> LoadExamples:
 
 
 class RowSampler:
-    """Draws samples of rows; a subclass loads the image files. apply_exif: see `decode_image`.
+    """Draws samples of rows; a subclass finds the rows of a position and loads their image files.
 
-    stored: precomputed parts, in place of which no image is read, encoded or tokenized.
+    apply_exif: see `decode_image`. stored: precomputed parts, in place of which no image is read, encoded or
+    tokenized.
     """
 
     def __init__(
@@ -111,6 +114,38 @@ class RowSampler:
         self.augmentation, self.seed = augmentation or Augmentation(), seed
         self.apply_exif, self.stored = apply_exif, stored
         self.parts = stored.parts if stored else frozenset()
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        samples, seeds, reasons = zip(*map(self.sample_at, positions), strict=True)
+        return dataclasses.replace(collate(samples, seeds), broken=tuple(chain.from_iterable(reasons)))
+
+    def sample_at(self, position: int) -> tuple[Sample, int, list[str]]:
+        """The sample at a position, its seed, and why rows before it are not usable: `first_usable`."""
+        raise NotImplementedError
+
+    def first_usable(
+        self,
+        find_rows: Iterable[Callable[[], Row]],
+        make_generator: Callable[[], np.random.Generator],
+        remedy: str,
+        size: Size | None = None,
+    ) -> tuple[Sample, int, list[str]]:
+        """The sample and its seed of the first usable row, and why those before it are not usable.
+
+        find_rows: functions that return a row or raise InvalidRow; the first MAX_TRIES are called.
+        make_generator: all randomness is that of its generator, whichever row is used. size: see `sample`.
+        Raises ValueError, with the remedy, if none of the rows can be used.
+        """
+        reasons: list[str] = []
+        for find_row in islice(find_rows, MAX_TRIES):
+            rng = make_generator()
+            try:
+                sample = self.sample(find_row(), rng, size)
+            except InvalidRow as reason:
+                reasons.append(str(reason))
+            else:
+                return sample, new_seed(rng), reasons
+        raise ValueError(f"{len(reasons)} rows after another cannot be used, first {reasons[0]}. {remedy}")
 
     def sample(self, row: Row, rng: np.random.Generator, size: Size | None = None) -> Sample:
         """Draw a sample of a row. Raises InvalidRow for an unusable image and for too many tokens.
@@ -193,45 +228,42 @@ class RowSampler:
             entry = self.stored.context(file, text, drop_image)
             patches = torch.empty(0, self.config.patch_values)
             return {"patches": patches, "context": entry.pop("states"), **entry}
-        patches, grid, ids = self.mllm_inputs([black_image()] if drop_image else references, text)
+        patches, grid, ids = self.mllm_inputs(None if drop_image else references, text)
         return {"patches": patches, "grid": grid, "input_ids": ids}
 
-    def mllm_inputs(self, references: list[Image.Image], text: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches, grid (K, 3) and input_ids (S,) of references and a text."""
-        patches, grid = preprocess(references, self.config, self.augmentation.size)
+    @cached_property
+    def black(self) -> tuple[Tensor, Tensor]:
+        """Patches and grid of the black image, which costs more to resize than a small reference to load."""
+        return preprocess([black_image()], self.config, self.augmentation.size)
+
+    def mllm_inputs(self, references: list[Image.Image] | None, text: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches, grid (K, 3) and input_ids (S,) of references, or of the black image (None), and a text."""
+        if references is None:
+            patches, grid = self.black
+        else:
+            patches, grid = preprocess(references, self.config, self.augmentation.size)
         counts = (grid.prod(dim=1) // self.config.merge_size**2).tolist()
         ids = tokenize(self.tokenizer, INSTRUCTION + text, counts)[0]
         limit, longest = self.augmentation.max_length, self.config.max_positions - self.config.num_tokens
         if limit and (ids[limit:] == image_token_id(self.tokenizer)).any():
             raise InvalidRow(
-                f"{len(references)} references have {sum(counts)} image tokens, but max_length {limit} would "
+                f"{len(grid)} references have {sum(counts)} image tokens, but max_length {limit} would "
                 "truncate them. Train on groups in stage 3, with max_length null."
             )
         ids = ids[:limit]
         if len(ids) > longest:
             raise InvalidRow(
-                f"the input is {len(ids)} tokens long ({len(references)} references), but the MLLM accepts "
+                f"the input is {len(ids)} tokens long ({len(grid)} references), but the MLLM accepts "
                 f"at most {longest}. Lower max_references or size."
             )
         return patches, grid, ids
 
 
 class RowExamples(RowSampler):
-    """Examples (batches.py) of JSON rows."""
+    """Examples (batches.py) of JSON rows. sampler: arguments of RowSampler."""
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        root: Path | str,
-        config: EasyRefConfig,
-        tokenizer: Tokenizer,
-        augmentation: Augmentation | None = None,
-        seed: int = 0,
-        *,
-        apply_exif: bool = True,
-        stored: Precomputed | None = None,
-    ) -> None:
-        super().__init__(config, tokenizer, augmentation, seed, apply_exif=apply_exif, stored=stored)
+    def __init__(self, rows: Sequence[Row], root: Path | str, *sampler: Any, **options: Any) -> None:
+        super().__init__(*sampler, **options)
         self.rows, self.root = rows, Path(root)
 
     def __len__(self) -> int:
@@ -243,34 +275,17 @@ class RowExamples(RowSampler):
         counts = (len(row.references) - (row.target is None) for row in self.rows)
         return min(max([1, *counts]), self.augmentation.max_references)
 
-    def batch(self, positions: Sequence[int]) -> Batch:
-        samples, seeds, broken = [], [], []
-        for position in positions:
-            sample, seed, reasons = self.first_usable(position)
-            samples.append(sample)
-            seeds.append(seed)
-            broken += reasons
-        return dataclasses.replace(collate(samples, seeds), broken=tuple(broken))
-
-    def first_usable(self, position: int) -> tuple[Sample, int, list[str]]:
-        """The sample and its seed of the first usable row from `position` on, and why those before are not.
-
-        All randomness is that of `position`. Raises ValueError if the next MAX_TRIES rows cannot be used.
-        """
-        reasons: list[str] = []
-        for offset in range(min(MAX_TRIES, len(self.rows))):
-            rng = generator(position, self.seed)
-            try:
-                sample = self.sample(self.rows[row_at(position + offset, len(self.rows), self.seed)], rng)
-            except InvalidRow as reason:
-                reasons.append(str(reason))
-            else:
-                return sample, new_seed(rng), reasons
-        raise ValueError(
-            f"{len(reasons)} rows after another cannot be used, first {reasons[0]}. Check that the images in "
-            f"{self.root} can be read from this machine, and set data.thorough to true to list those that "
-            "cannot."
+    def sample_at(self, position: int) -> tuple[Sample, int, list[str]]:
+        find_rows = (partial(self.row, position + offset) for offset in range(len(self.rows)))
+        remedy = (
+            f"Check that the images in {self.root} can be read from this machine, and set data.thorough to "
+            "true to list those that cannot."
         )
+        return self.first_usable(find_rows, partial(generator, position, self.seed), remedy)
+
+    def row(self, position: int) -> Row:
+        """The row at a position."""
+        return self.rows[row_at(position, len(self.rows), self.seed)]
 
     def load(self, file: str) -> Image.Image:
         """Load an image file as RGB. Raises InvalidRow as `load_image` does."""

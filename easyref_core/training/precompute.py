@@ -14,7 +14,6 @@ import torch
 
 from ..mllm.instructions import image_token_id
 from ..mllm.tokenizer import load_tokenizer
-from ..utils.images import black_image
 from . import precomputed
 from .base_model import BaseModel
 from .examples import RowExamples, to_tensor
@@ -139,13 +138,14 @@ def context_jobs(examples: RowExamples, model: TrainableEasyRef, accelerator: Ac
     """Context states of every reference and of the black image, each with every text of its rows."""
 
     def compute(file: str | None, text: str) -> Entry:
-        images = [black_image()] if file is None else examples.fit([examples.load(file)])
+        images = None if file is None else examples.fit([examples.load(file)])
         patches, grid, ids = examples.mllm_inputs(images, text)
         mask = torch.ones_like(ids[None], dtype=torch.bool)
         inputs = (tensor.to(accelerator.device) for tensor in (patches, grid, ids[None], mask))
         with accelerator.autocast():  # as in the model's own forward pass
             states = model.context(*inputs)
-        return {"states": states[0], "input_ids": ids, "grid": grid}
+        # the black image's grid is one tensor, and safetensors does not store one twice
+        return {"states": states[0], "input_ids": ids, "grid": grid.clone()}
 
     for file, text in precomputed.contexts(examples.rows):
         key = context_key(examples.root, file, text)

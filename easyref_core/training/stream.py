@@ -6,22 +6,22 @@ they are read ahead in a thread. The order is that of stream_order.py.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..mllm.preprocess import resized_sides
 from ..mllm.tokenizer import load_tokenizer
-from .batches import Batch, Sample, Size, collate, new_seed
+from .batches import Sample, Size
 from .crops import native_size
-from .examples import MAX_TRIES, Augmentation, RowSampler
+from .examples import RowSampler
 from .parquet_shards import ParquetShards, StoredImage, StoredRow, open_shards
 from .rows import InvalidRow, decode_image, image_size
 from .stream_order import RowKey, StreamOrder, in_batches
@@ -29,7 +29,6 @@ from .stream_order import RowKey, StreamOrder, in_batches
 if TYPE_CHECKING:
     import pyarrow
     from PIL import Image
-    from tokenizers import Tokenizer
 
     from ..mllm.config import EasyRefConfig
     from .base_model import BaseModel
@@ -110,19 +109,12 @@ def _warn_of_shared_partitions(stream: Stream, readers: int) -> None:
 
 
 class StreamExamples(RowSampler):
-    """Examples (batches.py) of parquet shards."""
+    """Examples (batches.py) of parquet shards. sampler: arguments of RowSampler but the seed, the order's."""
 
     def __init__(
-        self,
-        sources: Sequence[ParquetShards],
-        order: StreamOrder,
-        config: EasyRefConfig,
-        tokenizer: Tokenizer,
-        augmentation: Augmentation | None = None,
-        *,
-        apply_exif: bool = True,
+        self, sources: Sequence[ParquetShards], order: StreamOrder, *sampler: Any, **options: Any
     ) -> None:
-        super().__init__(config, tokenizer, augmentation, order.seed, apply_exif=apply_exif)
+        super().__init__(*sampler, **options, seed=order.seed)
         self.sources, self.order = list(sources), order
         self._reset()
 
@@ -142,18 +134,18 @@ class StreamExamples(RowSampler):
         """References of the largest group."""
         return min(max(source.max_references for source in self.sources), self.augmentation.max_references)
 
-    def batch(self, positions: Sequence[int]) -> Batch:
-        samples, seeds, broken = [], [], []
-        for position in positions:
-            location = self.order.locate(position)
-            block = self.block(location.partition, location.block)
-            if location.batch >= len(block.batches) // 2:
-                self.read_ahead(location.partition)
-            sample, seed, reasons = self.first_usable(block, location.batch, location.item)
-            samples.append(sample)
-            seeds.append(seed)
-            broken += reasons
-        return dataclasses.replace(collate(samples, seeds), broken=tuple(broken))
+    def sample_at(self, position: int) -> tuple[Sample, int, list[str]]:
+        location = self.order.locate(position)
+        block = self.block(location.partition, location.block)
+        if location.batch >= len(block.batches) // 2:
+            self.read_ahead(location.partition)
+        rows, size = block.batches[location.batch]
+        following = block.batches[location.batch + 1 :], block.batches[: location.batch]
+        others = (key for keys, _ in chain(*following) for key in keys)
+        candidates = chain(rows[location.item :], rows[: location.item], others)
+        remedy = "Check that this machine can read the sources of data.stream, or write their shards again."
+        find_rows = (partial(self.row, block.tables, key) for key in candidates)
+        return self.first_usable(find_rows, partial(self.generator, rows[location.item]), remedy, size)
 
     def block(self, partition: int, number: int) -> Block:
         """A block, read now unless it is the partition's current one or was read ahead."""
@@ -192,28 +184,6 @@ class StreamExamples(RowSampler):
             return self.sources[source].read_row_group(group)
         except InvalidRow as reason:
             return reason
-
-    def first_usable(self, block: Block, batch: int, item: int) -> tuple[Sample, int, list[str]]:
-        """The sample and its seed of the first usable row of a block, from an item of a batch on.
-
-        All randomness is that of the item. Returns also why the rows before are not usable. Raises ValueError
-        if the next MAX_TRIES rows cannot be used.
-        """
-        rows, size = block.batches[batch]
-        others = (key for other in (*block.batches[batch + 1 :], *block.batches[:batch]) for key in other[0])
-        reasons: list[str] = []
-        for key in islice(chain(rows[item:], rows[:item], others), MAX_TRIES):
-            rng = self.generator(rows[item])
-            try:
-                sample = self.sample(self.row(block.tables, key), rng, size)
-            except InvalidRow as reason:
-                reasons.append(str(reason))
-            else:
-                return sample, new_seed(rng), reasons
-        raise ValueError(
-            f"{len(reasons)} rows after another cannot be used, first {reasons[0]}. Check that the sources "
-            "of data.stream can be read from this machine, or write their shards again."
-        )
 
     def generator(self, key: RowKey) -> np.random.Generator:
         """Random generator of a row's sample in an epoch."""

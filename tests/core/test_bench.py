@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -139,9 +140,12 @@ def test_report(tmp_path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stream_is_measured_beside_a_plain_loop(tmp_path: Path, workers: int) -> None:
     pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[train-stream]'")
-    values = streaming.measure(200, 160, workers, tmp_path)
-    assert values.pop("rows") == 200
-    memory = values.pop("megabytes along the stream")
-    assert len(memory) == streaming.POINTS
-    assert min(*memory, *values.values()) > 0
+    rows, plain, stream, *memory = streaming.measure(200, 160, workers, tmp_path)
+    assert rows.startswith("200 rows, ")
+    rates = r"[1-9][\d,]* samples per second, [1-9][\d,]* per processor second"
+    assert re.fullmatch(f"plain loop: {rates}", plain)
+    assert re.fullmatch(f"stream: {rates}", stream)
+    assert len(memory) == 1 + workers
+    for line in memory:
+        assert len(re.findall(r"\b[1-9]\d*\b", line.partition("stream: ")[2])) == streaming.POINTS
     assert (tmp_path / "shards.json").is_file()

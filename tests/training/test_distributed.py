@@ -18,7 +18,7 @@ def run_worker(launcher: list[str], command: str, *arguments: object) -> None:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, *launcher, WORKER, command, *arguments]
     done = subprocess.run(
-        list(map(str, arguments)), env=environment, text=True, capture_output=True, timeout=300
+        list(map(str, arguments)), env=environment, text=True, capture_output=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import logging
 import re
+import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -29,13 +31,15 @@ from easyref_core.training.config import Data, Stream
 from easyref_core.training.examples import Augmentation, RowExamples
 from easyref_core.training.loop import train
 from easyref_core.training.parquet_shards import MANIFEST, ParquetShards, open_shards, write_shards
-from easyref_core.training.resume import require_same_run
+from easyref_core.training.resume import require_same_run, saved_states
 from easyref_core.training.rows import InvalidRow, read_rows
+from easyref_core.training.run_log import read_metrics
 from easyref_core.training.stream import StreamExamples
 from easyref_core.training.stream_order import StreamOrder
 
 from . import tiny
-from .test_distributed import TWO, run_worker
+from .test_distributed import TWO, WORKER, run_worker
+from .test_resume import same_weights
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[train-stream]'")
 
@@ -326,6 +330,21 @@ def test_run_resumes_bit_for_bit(
     other = run(output=tmp_path / "resumed", data=stream_data(shards, partitions=4))
     with pytest.raises(ValueError, match=r"data.stream.partitions was 2 and is 4"):
         require_same_run(other, 1)
+
+
+def test_killed_run_resumes_bit_for_bit(base_folder: Path, shards: ParquetShards, tmp_path: Path) -> None:
+    """Killed between two micro-batches, in the middle of a block of each partition."""
+    complete, resumed = tmp_path / "complete", tmp_path / "resumed"
+    train(tiny.resumable_stream(base_folder, complete, shards.url))
+    command = [sys.executable, WORKER, "die_in_stream", base_folder, resumed, shards.url]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert list(saved_states(resumed)) == [2, 4]
+    train(tiny.resumable_stream(base_folder, resumed, shards.url))
+    assert same_weights(complete, resumed)
+    losses = [[row["loss"] for row in read_metrics(run / "metrics.csv")] for run in (complete, resumed)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
 
 
 def test_shared_partitions_are_a_warning(

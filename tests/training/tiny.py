@@ -22,7 +22,7 @@ from easyref_core.mllm.preprocess import preprocess
 from easyref_core.mllm.tokenizer import load_tokenizer
 from easyref_core.tiny import sdxl, vae
 from easyref_core.training.batches import Batch, Sample, collate, generator, new_seed, row_at
-from easyref_core.training.config import Data, Settings
+from easyref_core.training.config import Data, Samples, Settings, Stream, Validation
 from easyref_core.training.examples import Augmentation
 
 if TYPE_CHECKING:
@@ -193,6 +193,25 @@ def resumable(base: Path, output: Path) -> Settings:
     """Settings of a run of 6 updates with a saved state after every second."""
     schedule = {"schedule": "cosine", "warmup": 2, "clip": 0.1, "learning_rate": 1e-2}
     return settings(base, output=output, updates=6, save_every=2, accumulation=2, **schedule)
+
+
+def resumable_stream(base: Path, output: Path, shards: str) -> Settings:
+    """Settings of `resumable` on shards, in buckets of native aspect, with two data loading processes."""
+    rules = Augmentation(resolution=64, native=True, size=REFERENCE, truncation=0.4, max_length=None)
+    data = Data(stream=Stream((shards,), partitions=2, buffer=8), augmentation=rules)
+    return dataclasses.replace(resumable(base, output), data=data, workers=2)
+
+
+def launched(base: Path, output: Path, updates: int, batch_size: int) -> Settings:
+    """Settings of a run that writes all that a run can write, in every update."""
+    every = {
+        "samples": Samples(every=1, count=1, steps=2),
+        "validation": Validation(every=1, count=3, timesteps=(500,)),
+        "save_every": 1,
+        "export_every": 1,
+    }
+    sizes = {"updates": updates, "batch_size": batch_size, "accumulation": 2, "clip": 0.1, "ema": 0.9}
+    return settings(base, output=output, **GOLDEN_START, **sizes, **every)
 
 
 def image_token() -> int:

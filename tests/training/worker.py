@@ -13,8 +13,10 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
+from accelerate import DistributedType, PartialState
 
 from devkit.cpu_torch import complete_cpu_torch
+from easyref_core.training import loop
 from easyref_core.training import run as run_module
 from easyref_core.training.batches import Batch, MicroBatches, loader
 from easyref_core.training.config import Data, Stream
@@ -29,6 +31,20 @@ from tests.training import tiny
 def die(base: Path, output: Path, last: str) -> None:
     """Train until the process is killed at a position beyond `last`."""
     train(tiny.resumable(base, output), tiny.DyingExamples(tiny.config(), int(last)))
+
+
+def die_in_stream(base: Path, output: Path, shards: str) -> None:
+    """Train on shards until the process is killed in its sixth update, after the first micro-batch."""
+
+    class DyingRun(Run):
+        def update(self, batches: Iterator[Batch], number: int, measure: bool) -> tuple[torch.Tensor, float]:
+            if number == 5:
+                next(batches)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().update(batches, number, measure)
+
+    loop.Run = DyingRun
+    train(tiny.resumable_stream(base, output, shards))
 
 
 def gradients(base: Path, output: Path, batch_size: str) -> None:
@@ -99,6 +115,21 @@ def stream(base: Path, output: Path, shards: str) -> None:
     (output / f"{rank}-of-{world}.txt").write_text("\n".join(seen))
 
 
+def launched(base: Path, output: Path, batch_size: str) -> None:
+    """Train three updates with everything that a run writes on the way, resuming after the second."""
+    _allow_fsdp_on_a_cpu()
+    _compute_in_float64()
+    loop.open_validation = lambda _: lambda _, config: tiny.TinyExamples(config, groups=3, seed=1)
+    for updates in (2, 3):
+        train(tiny.launched(base, output, updates, int(batch_size)), tiny.TinyExamples(tiny.config()))
+
+
+def _allow_fsdp_on_a_cpu() -> None:
+    """Make accelerate apply the FSDP of its launch, which it ignores for processes on CPUs."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU  # in all its instances
+
+
 def _compute_in_float64() -> None:
     """Reduce rounding errors, which the norms of this tiny UNet amplify. RoPE stays float32."""
     run_module.MIXED["no"] = torch.float64
@@ -115,5 +146,6 @@ if __name__ == "__main__":
     complete_cpu_torch()  # before diffusers and transformers are imported
     torch.set_num_threads(1)
     command, base, output, argument = sys.argv[1:]
-    commands = {"die": die, "gradients": gradients, "broken": broken, "stop": stop, "stream": stream}
+    commands = {"die": die, "die_in_stream": die_in_stream, "gradients": gradients, "broken": broken}
+    commands |= {"stop": stop, "stream": stream, "launched": launched}
     commands[command](Path(base), Path(output), argument)
