@@ -22,6 +22,7 @@ from PIL import Image
 from devkit.cpu_torch import complete_cpu_torch
 from devkit.hosts import ROOT, find_hosts, host_version
 from easyref_core.inspect.drawing import contact_sheet
+from easyref_core.tiny.demo_group import demo_group
 
 if TYPE_CHECKING:
     from easyref_core.mrbench.methods import Method
@@ -86,20 +87,17 @@ def in_comfyui(host: Path) -> Iterator[Example]:
             kinds["EasyRefDemo"].update(example=number, references=references, with_outsider=outsider)
             outputs = server.run(graph)["outputs"]
             by_title = {title: outputs.get(number, {}) for title, number in titles.items()}
-            texts = [
-                by_title[t]["text"][0] for t in ("What the references share", "What the prompt asks for")
-            ]
+            group = demo_group(number, references, outsider)
             images = [
                 [Image.open(io.BytesIO(png)) for png in server.images({"outputs": {"": by_title[title]}})]
                 for title in ("References", "Without EasyRef", "With EasyRef")
             ]
-            yield Example(*texts, *images)
+            yield Example(group.shared, group.prompt, *images)
 
 
 def in_diffusers(methods: Mapping[str, Method]) -> Iterator[Example]:
     """Generate the images of the same examples with the core and diffusers, from other noise."""
     from easyref_core.mrbench.methods import Task
-    from easyref_core.tiny.demo_group import demo_group
     from easyref_core.tiny.evaluate import generate_images
 
     for number, references, outsider in EXAMPLES:

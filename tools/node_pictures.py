@@ -1,6 +1,6 @@
 """Renew the images of the help pages: every node of the pack as the frontend draws it.
 
-python tools/node_pictures.py
+python tools/node_pictures.py [node ...]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
+from devkit import pictures
 from devkit.host import browser, graphs
 from devkit.host.locales import PACK
 from devkit.host.server import ComfyServer
@@ -21,7 +22,6 @@ from devkit.hosts import ROOT, find_hosts
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-PAGES = ROOT / "web" / "docs"
 SCALE, EDGE = 1.3, 14  # of the canvas; pixels left free around a node
 TITLE_BAR = 30  # pixels, at scale 1
 PLACE = (200, 140)  # pixels, where the node's corner is on the page
@@ -30,12 +30,12 @@ PLACE = (200, 140)  # pixels, where the node's corner is on the page
 def main() -> None:
     with ComfyServer(find_hosts()[0]) as server:
         graphs.install_golden(server)
-        names = [name for name, node in server.object_info().items() if node["python_module"] == PACK]
+        ours = [name for name, node in server.object_info().items() if node["python_module"] == PACK]
         with browser.frontend(server, 1300, 1100) as page:
-            for name in sorted(names):
-                file = PAGES / "pictures" / f"{name}.png"
-                file.parent.mkdir(exist_ok=True)
+            for name in sys.argv[1:] or sorted(ours):
+                file = pictures.HELP / f"{name}.png"
                 drawn(page, name).quantize(64).save(file, optimize=True)
+                pictures.record([file])
                 print(f"node_pictures: {file.relative_to(ROOT)}", flush=True)
 
 

@@ -16,19 +16,17 @@ from PIL import Image
 from devkit.host import browser
 from devkit.host.server import ComfyServer
 from devkit.hosts import ROOT, find_hosts
-from tools.workflow_layout import box_of
+from tools.workflow_layout import extent
 
 WORKFLOW = ROOT / "workflows" / "try_it_now.json"
 VIEW = (2300, 1000)  # pixels
-TOP, EDGE = 60, 40  # pixels: of the frontend's bars, and left free around the workflow
+TOP, EDGE = 60, 20  # pixels: of the frontend's bars, and left free around the workflow
 WIDTH = 1494  # pixels, of the file
 NOTICES = 6000  # milliseconds until the frontend's notices are gone
 
 
 def main() -> None:
-    boxes = [box_of(node) for node in json.loads(WORKFLOW.read_text(encoding="utf-8"))["nodes"]]
-    left, top = min(box.left for box in boxes), min(box.top for box in boxes)
-    right, bottom = max(box.right for box in boxes), max(box.bottom for box in boxes)
+    left, top, right, bottom = extent(json.loads(WORKFLOW.read_text(encoding="utf-8")))
     free = VIEW[0] - 2 * EDGE - TOP, VIEW[1] - 2 * EDGE - TOP
     scale = min(free[0] / (right - left), free[1] / (bottom - top))
     offset = (TOP + EDGE) / scale - left, (TOP + EDGE) / scale - top

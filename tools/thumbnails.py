@@ -3,8 +3,8 @@
     python tools/thumbnails.py [name ...]
 
 A thumbnail has the references of a workflow and the images of a run, on the tiny demo model, which takes
-seconds; a workflow for SDXL gets the thumbnail of its tiny variant. One without a tiny variant is drawn as a
-diagram of its nodes.
+seconds; a workflow for SDXL gets the thumbnail of its tiny variant, or of another tiny workflow that shows
+the same. One whose point the tiny model cannot show (LoRA, ControlNet) is drawn as a diagram of its nodes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from devkit.host import graphs
 from devkit.host.server import ComfyServer
 from devkit.hosts import ROOT, find_hosts
 from tools.workflow_layout import box_of, input_point, output_point, wire
-from tools.workflow_plans import PLANS, VARIANTS, Plan
+from tools.workflow_plans import PLANS, VARIANTS, Fields
 
 WORKFLOWS = ROOT / "workflows"
 SIZE = (800, 450)  # pixels
@@ -42,14 +42,20 @@ WIRES = {
     "VAE": (230, 90, 90),
     "CLIP": (240, 210, 80),
 }
+REFERENCES = 4  # output of Tiny Demo Model
 SHOWN_BESIDE = ("References", "Without EasyRef")  # titles of images that are not the result
-# help pages that show the thumbnail of a workflow; charts are shown as they are
-HELP = {
-    "try_it_now": ("EasyRefApply", "EasyRefDemo"),
-    "animation_frames_tiny": ("EasyRefTokensOverFrames",),
-    "style_from_a_group_tiny": ("EasyRefInstruction",),
+HELP_SIZE = (640, 800)  # pixels, at most
+# workflows without a tiny variant whose point another one shows: its name, and inputs by node type
+INSTEAD: dict[str, tuple[str, dict[str, Fields]]] = {
+    "one_node": ("try_it_now", {"EasyRefDemo": {"example": 7, "references": 3}}),
+    "identity_portrait": (
+        "style_from_a_group_tiny",
+        {
+            "EasyRefDemo": {"example": 104, "prompt": "a thing on grass at the left"},
+            "EasyRefInstruction": {"preset": "identity"},
+        },
+    ),
 }
-HELP_PICTURES, HELP_SIZE = ROOT / "web" / "docs" / "pictures", (640, 800)  # pixels, at most
 RESULTS = (
     "PreviewImage",
     "EasyRefSheet",
@@ -65,12 +71,12 @@ def main() -> None:
     runs = sorted(name for name in tiny if PLANS[name].is_tiny)
     with ComfyServer(find_hosts()[0]) as server:
         for name in runs:
-            results = run(server, name)
-            images = [image for shown in results.values() for image in shown]
-            thumbnail = compose(references_of(PLANS[name]), images)
+            thumbnail, results = run(server, name, {})
             save(thumbnail, [name, *(one for one, variant in VARIANTS.items() if variant == name)])
             save_help(name, thumbnail, results)
-    for name in sorted(tiny - set(runs)):
+        for name in sorted(tiny & INSTEAD.keys()):
+            save(run(server, *INSTEAD[name])[0], [name])
+    for name in sorted(tiny - set(runs) - INSTEAD.keys()):
         save(diagram(json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))), [name])
 
 
@@ -83,36 +89,47 @@ def save(thumbnail: Image.Image, names: Sequence[str]) -> None:
 
 
 def save_help(name: str, thumbnail: Image.Image, results: Mapping[str, Sequence[Image.Image]]) -> None:
-    """The results of a workflow's run that help pages show."""
-    charts = {kind: images[0] for kind, images in results.items() if kind.startswith("EasyRef")}
-    for kind, image in (charts | dict.fromkeys(HELP.get(name, ()), thumbnail)).items():
-        small = image.copy()
+    """The results of a workflow's run that help pages show: a node's chart, or the thumbnail."""
+    nodes = [node for node, workflow in pictures.RUNS.items() if workflow == name]
+    for node in nodes:
+        small = results[node][0].copy() if node in results else thumbnail.copy()
         small.thumbnail(HELP_SIZE, Image.Resampling.LANCZOS)
-        small.convert("RGB").save(HELP_PICTURES / f"{kind}_result.jpg", quality=85)
+        small.convert("RGB").save(pictures.result_picture(node), quality=85)
+    pictures.record(map(pictures.result_picture, nodes))
 
 
-def run(server: ComfyServer, name: str) -> dict[str, list[Image.Image]]:
-    """The images that a run of a workflow shows, by the type of the node."""
-    history = server.run(graphs.from_file(WORKFLOWS / f"{name}.json"), timeout=600)
+def run(
+    server: ComfyServer, name: str, changes: Mapping[str, Fields]
+) -> tuple[Image.Image, dict[str, list[Image.Image]]]:
+    """Thumbnail, and images by node type, of a tiny workflow's run with inputs changed by node type."""
+    graph = graphs.from_file(WORKFLOWS / f"{name}.json")
+    for node in graph.values():
+        node["inputs"] |= changes.get(node["class_type"], {})
+    read = {
+        tuple(value)
+        for node in graph.values()
+        for value in node["inputs"].values()
+        if isinstance(value, list)
+    }
+    groups = [graph[number]["inputs"] for number in graph if (number, REFERENCES) in read]
+    history = server.run(graph, timeout=600)
     results: dict[str, list[Image.Image]] = {}
     for number, node in history["prompt"][2].items():
         kind, output = node["class_type"], history["outputs"].get(number)
         if output and kind in RESULTS and node["_meta"]["title"] not in SHOWN_BESIDE:
             pngs = server.images({"outputs": {number: output}})
             results.setdefault(kind, []).extend(Image.open(io.BytesIO(png)) for png in pngs)
-    return results
+    return compose(references_of(groups), [image for images in results.values() for image in images]), results
 
 
-def references_of(plan: Plan) -> list[Image.Image]:
-    """The references of a tiny workflow, group after group."""
+def references_of(demos: Sequence[Fields]) -> list[Image.Image]:
+    """The references of groups, by the inputs of the nodes that give them."""
     from easyref_core.tiny.demo_group import demo_group
 
     images = []
-    for node in plan.nodes.values():
-        if node.type == "EasyRefDemo" and "example" in node.inputs:
-            number, count = node.inputs["example"], node.inputs["references"]
-            group = demo_group(number, count, node.inputs.get("with_outsider", False))
-            images += map(Image.fromarray, group.references)
+    for inputs in demos:
+        group = demo_group(inputs["example"], inputs["references"], inputs["with_outsider"])
+        images += map(Image.fromarray, group.references)
     return images
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 TITLE_BAR = 30  # pixels, above a node's position; both renderers draw it there
-GAP = (100, 60)  # pixels between columns, and between the nodes of one cell
-ROW_GAP = 130  # pixels between rows, with room for the title of a group
+GAP = (64, 20)  # pixels between columns, and between the nodes of one cell
+ROW_GAP = 80  # pixels between rows, with room for the title of a group
 MARGIN, GROUP_TITLE = 20, 50  # pixels from a group's frame to its nodes, at the top with its title
 SLOT, WIDGET = 20, 24  # pixels, height of a slot and of a widget
 SAMPLES = 64  # points along a wire
@@ -41,12 +41,14 @@ class Cell(NamedTuple):
     """The place of one node in a table, and its size in pixels without its title bar.
 
     row: None is a column of its own, whose nodes take no part in the height of the rows.
+    above: pixels left free above the node, for wires that pass there.
     """
 
     column: int
     row: int | None
     width: float
     height: float
+    above: float = 0
 
 
 def place(cells: Mapping[str, Cell], left: float) -> dict[str, tuple[float, float, float, float]]:
@@ -60,7 +62,7 @@ def place(cells: Mapping[str, Cell], left: float) -> dict[str, tuple[float, floa
     for cell in cells.values():
         widths[cell.column] = max(widths.get(cell.column, 0), cell.width)
         key = cell.column, cell.row
-        heights[key] = heights.get(key, -GAP[1]) + cell.height + TITLE_BAR + GAP[1]
+        heights[key] = heights.get(key, -GAP[1]) + cell.above + cell.height + TITLE_BAR + GAP[1]
     x = dict(zip(sorted(widths), _starts([widths[key] for key in sorted(widths)], left, GAP[0]), strict=True))
     rows = sorted({row for _, row in heights if row is not None})
     tallest = [max(height for (_, row), height in heights.items() if row == number) for number in rows]
@@ -68,6 +70,7 @@ def place(cells: Mapping[str, Cell], left: float) -> dict[str, tuple[float, floa
     places, filled = {}, dict.fromkeys(heights, 0.0)
     for name, cell in cells.items():
         key = cell.column, cell.row
+        filled[key] += cell.above
         places[name] = x[cell.column], y[cell.row] + filled[key], widths[cell.column], cell.height
         filled[key] += cell.height + TITLE_BAR + GAP[1]
     return places
@@ -93,6 +96,20 @@ def frame(nodes: Sequence[Mapping[str, Any]]) -> Box:
         min(box.top for box in boxes) - GROUP_TITLE,
         max(box.right for box in boxes) + MARGIN,
         max(box.bottom for box in boxes) + MARGIN,
+    )
+
+
+def extent(saved: Mapping[str, Any]) -> Box:
+    """The rectangle around all nodes and groups of a saved workflow."""
+    boxes = [box_of(node) for node in saved["nodes"]]
+    boxes += [
+        Box(x, y, x + width, y + height) for x, y, width, height in (g["bounding"] for g in saved["groups"])
+    ]
+    return Box(
+        min(box.left for box in boxes),
+        min(box.top for box in boxes),
+        max(box.right for box in boxes),
+        max(box.bottom for box in boxes),
     )
 
 

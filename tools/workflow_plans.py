@@ -31,6 +31,8 @@ class Node:
     title: str | None = None
     group: str | None = None  # title of the frame around it
     height: int = 0  # pixels; 0: the node's default
+    above: int = 0  # pixels left free above it, for wires
+    order: int = 0  # among the nodes of its cell
     model: list[str] | None = None  # file, URL, folder of models/
 
 
@@ -73,14 +75,14 @@ class Blueprint(NamedTuple):
 def references(groups: Mapping[str, tuple[str, int]]) -> dict[str, Fields]:
     """The Load Image nodes of each group, and the groups that they form."""
     nodes: dict[str, Fields] = {}
-    for row, (group, (image, count)) in enumerate(groups.items()):
+    for group, (image, count) in groups.items():
         names = [f"{image}{i}" for i in range(count)]
         for i, name in enumerate(names, start=1):
             place = {"column": 0, "row": None, "group": "References", "height": 310}
             title = f"{image.capitalize()} {i}"
             nodes[name] = {"type": "LoadImage", "title": title, "inputs": {"image": EXAMPLE}, **place}
         links = {f"images.image{i}": [name, 0] for i, name in enumerate(names)}
-        place = {"column": 1, "row": row, "group": "EasyRef", "height": 340}
+        place = {"column": 1, "row": 1, "group": "EasyRef", "height": 300}
         nodes[group] = {"type": "EasyRefGroup", "inputs": links, **place}
     return nodes
 
@@ -103,9 +105,7 @@ def tiny_fields(plans: Fields, name: str, full: Mapping[str, Fields]) -> dict[st
     made: dict[str, Fields] = {}
     for i, group in enumerate(workflow["groups"]):
         model = group.replace("group", "demo")
-        place = {"row": 3, "group": "Prompt and models"}
-        if i:
-            place = {"row": full[group]["row"], "group": "EasyRef"}
+        place = {"row": 1, "group": "Prompt and models"}
         title = _title(model.replace("demo", "examples")) if i else None
         made[model] = {"type": "EasyRefDemo", "column": 1, "title": title, "inputs": demo[group], **place}
         links[group, 0] = [model, tiny["references"]]

@@ -22,7 +22,7 @@ from devkit.host import browser
 from devkit.host.server import ComfyServer
 from devkit.hosts import ROOT, find_hosts
 from devkit.project import pyproject
-from tools.workflow_layout import GAP, Cell, frame, place
+from tools.workflow_layout import GAP, Cell, extent, frame, place
 from tools.workflow_plans import BLUEPRINTS, PLANS, App, Node, Plan
 
 if TYPE_CHECKING:
@@ -32,18 +32,19 @@ SUBGRAPHS, WORKFLOWS = ROOT / "subgraphs", ROOT / "workflows"
 CATEGORY = "EasyRef"  # of the blueprints, in the frontend's list
 VIEW = (2300, 1150)  # pixels
 WIDTH = {
-    "LoadImage": 280,
-    "SaveImage": 420,
-    "PreviewImage": 420,
-    "CLIPTextEncode": 380,
-    "EasyRefEncodeGroup": 400,
-    "EasyRefReferenceAttention": 420,
-    "EasyRefReferenceInfluence": 420,
-    "EasyRefWhereItActs": 420,
+    "LoadImage": 240,
+    "SaveImage": 400,
+    "PreviewImage": 360,
+    "CLIPTextEncode": 320,
+    "EasyRefEncodeGroup": 320,
+    "EasyRefReferenceAttention": 400,
+    "EasyRefReferenceInfluence": 400,
+    "EasyRefWhereItActs": 400,
 }
-USUAL, BLUEPRINT = 300, 460
+USUAL, BLUEPRINT = 280, 460
 BLUE = "#3f789e"  # of a group's frame, the frontend's own
-NOTE = (440, 720)  # pixels, width and height of the note
+NOTE = (340, 900)  # pixels, width and height of the note
+SCREEN, BARS, MIN_SCALE = (1440, 900), (70, 90), 0.58  # pixels; below this scale LiteGraph draws no text
 VERSION = pyproject()["project"]["version"]
 FILES = (
     "checkpoints/sd_xl_base_1.0.safetensors",
@@ -78,7 +79,7 @@ def build(page: Page, plan: Plan) -> dict[str, Any]:
     saved = serialized(page)
     set_properties(saved["nodes"], plan.nodes, ids)
     saved["groups"] = groups_of(saved["nodes"], plan.nodes, ids)
-    saved["extra"] = {"ds": {"scale": 0.7, "offset": [60, 150]}}
+    saved["extra"] = {"ds": view(saved)}
     if plan.app:
         make_app(saved, plan.app, ids)
     return saved
@@ -99,6 +100,14 @@ def groups_of(
         bounding = [box.left, box.top, box.right - box.left, box.bottom - box.top]
         groups.append({"id": number, "title": title, "bounding": bounding, "color": BLUE, "flags": {}})
     return groups
+
+
+def view(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Scale and offset of the canvas at which a workflow fills a usual screen, beside the frontend's bars."""
+    left, top, right, bottom = extent(saved)
+    fits = [(SCREEN[0] - BARS[0]) / (right - left), (SCREEN[1] - BARS[1]) / (bottom - top)]
+    scale = round(max(MIN_SCALE, min(1, *fits)), 3)
+    return {"scale": scale, "offset": [round(BARS[0] / scale - left), round(BARS[1] / scale - top)]}
 
 
 def make_app(saved: dict[str, Any], app: App, ids: Mapping[str, int | str]) -> None:
@@ -143,10 +152,10 @@ def add_nodes(page: Page, planned: Mapping[str, Node], left: int) -> dict[str, i
     ids = browser.run_script(page, "add_nodes", [nodes])
     smallest = smallest_sizes(page)
     cells = {}
-    for name, node in planned.items():
+    for name, node in sorted(planned.items(), key=lambda item: item[1].order):
         width, height = smallest[str(ids[name])]
         least = BLUEPRINT if node.type in BLUEPRINTS else WIDTH.get(node.type, USUAL)
-        cells[name] = Cell(node.column, node.row, max(least, width), max(node.height, height))
+        cells[name] = Cell(node.column, node.row, max(least, width), max(node.height, height), node.above)
     places = [[ids[name], *box] for name, box in place(cells, left).items()]
     browser.run_script(page, "place", places)
     page.wait_for_timeout(300)

@@ -23,6 +23,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync".split()
 
 SET = "([name, value]) => app.extensionManager.setting.set(name, value)"
+OPENS = 300_000  # milliseconds at most until the page is ready; a busy processor takes minutes
 RENDERED = 1000  # milliseconds until the other renderer has drawn all nodes
 
 # The frontend first opens a workflow of its own, which would replace one that is opened earlier.
@@ -39,8 +40,8 @@ def frontend(server: ComfyServer, width: int = 1600, height: int = 900) -> Itera
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = chromium.new_page(viewport={"width": width, "height": height})
-        page.goto(server.url)
-        page.wait_for_function(READY, timeout=60_000)
+        page.goto(server.url, timeout=OPENS)
+        page.wait_for_function(READY, timeout=OPENS)
         yield page
         chromium.close()
 

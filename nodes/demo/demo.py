@@ -101,8 +101,8 @@ class EasyRefDemo(io.ComfyNode):
         images = torch.from_numpy(group.references).float() / 255
         prompts = plain_text(prompt).strip() or group.prompt, plain_text(negative_prompt)
         models = load_model(base), *conditionings(base, prompts), load_vae(base)
-        note = unknown_words(prompts, WORDS)
-        ui = preview.text(note) if note else None
+        note = [f"Prompt: {prompts[0]}", f"Shared: {group.shared}", unknown_words(prompts, WORDS)]
+        ui = preview.text("\n".join(filter(None, note)))
         return io.NodeOutput(*models, images, prompts[0], group.shared, ui=ui)
 
 

@@ -1,4 +1,4 @@
-"""The thumbnails were made from today's workflows and nodes."""
+"""The thumbnails and the pictures of help pages were made from today's workflows and nodes."""
 
 from __future__ import annotations
 
@@ -15,24 +15,59 @@ RECORDS = pictures.records()
 @pytest.mark.parametrize("thumbnail", pictures.thumbnails(), ids=lambda path: path.stem)
 def test_thumbnail_shows_todays_workflow(thumbnail: Path) -> None:
     remedy = f"{thumbnail.name} is stale: run python tools/thumbnails.py {thumbnail.stem}"
-    assert RECORDS.get(thumbnail.name) == pictures.digest(thumbnail), remedy
+    assert RECORDS.get(pictures.key(thumbnail)) == pictures.digest(thumbnail), remedy
 
 
-def test_records_name_thumbnails_that_exist() -> None:
-    assert set(RECORDS) <= {thumbnail.name for thumbnail in pictures.thumbnails()}
+@pytest.mark.parametrize("picture", pictures.help_pictures(), ids=lambda path: path.stem)
+def test_help_page_shows_todays_node(picture: Path) -> None:
+    node = picture.stem.removesuffix(pictures.RESULT)
+    command = (
+        f"node_pictures.py {node}" if picture.suffix == ".png" else f"thumbnails.py {pictures.RUNS[node]}"
+    )
+    remedy = f"{picture.name} is stale: run python tools/{command}"
+    assert RECORDS.get(pictures.key(picture)) == pictures.digest(picture), remedy
 
 
-def test_digest_follows_the_workflow_and_the_schemas(tmp_path, monkeypatch) -> None:
-    schemas = tmp_path / "object_info.json"
-    schemas.write_text(json.dumps({"EasyRefApply": {"inputs": []}, "EasyRefDemo": {"inputs": []}}))
-    monkeypatch.setattr(pictures, "SCHEMAS", schemas)
-    workflow = tmp_path / "one.json"
-    workflow.write_text(json.dumps({"nodes": [{"type": "EasyRefApply"}]}))
-    first = pictures.digest(tmp_path / "one.jpg")
+def test_help_pages_have_the_results_of_their_runs() -> None:
+    results = {picture for picture in pictures.help_pictures() if picture.suffix == ".jpg"}
+    assert results == set(map(pictures.result_picture, pictures.RUNS))
 
-    schemas.write_text(json.dumps({"EasyRefApply": {"inputs": []}, "EasyRefDemo": {"inputs": [1]}}))
-    assert pictures.digest(tmp_path / "one.jpg") == first  # a node that the workflow does not have
-    schemas.write_text(json.dumps({"EasyRefApply": {"inputs": [1]}, "EasyRefDemo": {"inputs": []}}))
-    second = pictures.digest(tmp_path / "one.jpg")
-    workflow.write_text(json.dumps({"nodes": [{"type": "EasyRefApply", "size": [1, 2]}]}))
-    assert len({first, second, pictures.digest(tmp_path / "one.jpg")}) == 3
+
+def test_records_name_pictures_that_exist() -> None:
+    assert set(RECORDS) == set(map(pictures.key, pictures.thumbnails() + pictures.help_pictures()))
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch) -> Path:
+    """A folder of sources: the schemas of two nodes, and a workflow of one of them."""
+    monkeypatch.setattr(pictures, "SCHEMAS", tmp_path / "object_info.json")
+    monkeypatch.setattr(pictures, "WORKFLOWS", tmp_path)
+    write_schemas(tmp_path)
+    (tmp_path / "try_it_now.json").write_text(json.dumps({"nodes": [{"type": "EasyRefApply"}]}))
+    return tmp_path
+
+
+def write_schemas(folder: Path, **inputs: list[int]) -> None:
+    schemas = {name: {"inputs": inputs.get(name, [])} for name in ("EasyRefApply", "EasyRefDemo")}
+    (folder / "object_info.json").write_text(json.dumps(schemas))
+
+
+@pytest.mark.parametrize("name", ["try_it_now.jpg", "EasyRefDemo_result.jpg"])
+def test_digest_of_a_run_follows_the_workflow_and_the_schemas(sources, name: str) -> None:
+    first = pictures.digest(sources / name)
+    write_schemas(sources, EasyRefDemo=[1])
+    assert pictures.digest(sources / name) == first  # a node that the workflow does not have
+    write_schemas(sources, EasyRefApply=[1])
+    second = pictures.digest(sources / name)
+    (sources / "try_it_now.json").write_text(
+        json.dumps({"nodes": [{"type": "EasyRefApply", "size": [1, 2]}]})
+    )
+    assert len({first, second, pictures.digest(sources / name)}) == 3
+
+
+def test_digest_of_a_node_follows_its_schema(sources) -> None:
+    first = pictures.digest(sources / "EasyRefDemo.png")
+    write_schemas(sources, EasyRefApply=[1])
+    assert pictures.digest(sources / "EasyRefDemo.png") == first
+    write_schemas(sources, EasyRefDemo=[1])
+    assert pictures.digest(sources / "EasyRefDemo.png") != first

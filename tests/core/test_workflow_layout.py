@@ -24,17 +24,17 @@ def node(number: int, x: float, y: float, title: str = "", **fields: Any) -> dic
 def test_nodes_of_a_cell_are_below_each_other_and_rows_begin_at_one_height() -> None:
     cells = {
         "image": Cell(0, None, 100, 5000),
-        "a": Cell(1, 0, 100, 80),
+        "a": Cell(1, 0, 100, 80, above=50),
         "b": Cell(1, 0, 200, 80),
         "c": Cell(2, 3, 100, 80),
         "d": Cell(5, 0, 100, 300),
     }
     places = place(cells, 40)
     assert places["image"] == (40, 0, 100, 5000)
-    assert places["a"] == (240, 0, 200, 80)  # as wide as its column
-    assert places["b"] == (240, 80 + 30 + 60, 200, 80)
+    assert places["a"] == (140 + 64, 50, 200, 80)  # as wide as its column
+    assert places["b"] == (140 + 64, 50 + 80 + 30 + 20, 200, 80)
     # below the tallest cell of the row above; the column without rows takes no part in it
-    assert places["c"] == (240 + 200 + 100, 300 + 30 + 130, 100, 80)
+    assert places["c"] == (204 + 200 + 64, 300 + 30 + 80, 100, 80)
     boxes = [node(i, x, y, size=[*size]) for i, (x, y, *size) in enumerate(places.values())]
     assert overlaps(boxes) == []
 

@@ -236,11 +236,14 @@ def test_words_that_the_model_does_not_know_are_named(demo, prompt: str, unknown
     inputs = {"negative_prompt": "", "example": 3, "references": 2, "with_outsider": False}
     with torch.inference_mode():
         shown = demo.EasyRefDemo.execute(prompt=prompt, **inputs).ui
+    about, shared, *warnings = shown["text"][0].splitlines()
+    assert about.startswith("Prompt: ")
+    assert shared == f"Shared: {demo_group(3, 2, False).shared}"
     if unknown is None:
-        assert shown is None
+        assert warnings == []
     else:
-        (text,) = shown["text"]
-        assert text.startswith(f"Warning: the tiny model was not trained on {unknown}. Its words are: ")
+        (warning,) = warnings
+        assert warning.startswith(f"Warning: the tiny model was not trained on {unknown}. Its words are: ")
 
 
 def test_prompt_of_the_user_is_used_and_returned(demo) -> None:
