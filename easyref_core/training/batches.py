@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -16,6 +18,7 @@ from .signals import ignore_stop
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
 
     from ..mllm.config import EasyRefConfig
     from .base_model import BaseModel
@@ -193,4 +196,17 @@ def loader(micro_batches: MicroBatches, steps: range, workers: int = 0) -> Itera
     from torch.utils.data import DataLoader
 
     options = {"num_workers": workers, "worker_init_fn": ignore_stop}
-    return iter(DataLoader(micro_batches, batch_size=None, sampler=steps, **options))
+    batches = iter(DataLoader(micro_batches, batch_size=None, sampler=steps, **options))
+    if workers:
+        # before the queues, by which the processes are told to end, are closed at exit with priority 10
+        Finalize(None, _shut_down, args=(weakref.ref(batches),), exitpriority=20)
+    return batches
+
+
+def _shut_down(batches: weakref.ref[_BaseDataLoaderIter]) -> None:
+    """End the data loading processes of an iterator that an error has left alive.
+
+    multiprocessing terminates and joins them after this, and those ignore SIGTERM, so it would wait for ever.
+    """
+    if (iterator := batches()) is not None:
+        iterator._shutdown_workers()

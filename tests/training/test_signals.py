@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from devkit.hosts import ROOT
 from easyref_core.training.__main__ import main
 from easyref_core.training.batches import Batch, MicroBatches, loader
 from easyref_core.training.loop import train
@@ -82,6 +84,29 @@ class PatientBatches(MicroBatches):
 
 def test_data_loading_processes_go_on(examples: TinyExamples) -> None:
     assert len(list(loader(PatientBatches(examples, 2), range(2), workers=1))) == 2
+
+
+FAILING_RUN = """
+from easyref_core.training.batches import MicroBatches, loader
+
+class Broken:
+    def batch(self, positions):
+        raise ValueError("broken")
+
+batches = loader(MicroBatches(Broken(), 1), range(20), workers=2)
+try:
+    next(batches)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_run_that_fails_ends_beside_its_data_loading_processes() -> None:
+    """They ignore SIGTERM, by which multiprocessing ends those that are left at exit, and then waits."""
+    command = [sys.executable, "-W", "ignore", "-c", FAILING_RUN]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "broken" in ended.stdout
 
 
 def test_command_ends_without_an_error_or_another_stage(

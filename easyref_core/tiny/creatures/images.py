@@ -21,8 +21,8 @@ GROUNDS = {
     "wine": (96, 26, 56),
 }
 PLACES = {"centre": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
-# A creature alone has one size and is upright, and places are a latent apart: all that a UNet has to paint beside
-# ground and place is the identity. With shifts and turns, so small a UNet spends its training on those.
+# A creature alone has one size and is upright, and places are a latent apart: beside ground and place, a UNet
+# has only the identity to paint. With shifts and turns, so small a UNet spends its training on those.
 OFFSET = 8  # pixels from the centre to a place
 RADIUS = 18.0  # pixels, of a creature alone
 # Among others, creatures differ in size, turn and place.
