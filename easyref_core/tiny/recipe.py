@@ -18,6 +18,7 @@ VAE_TRAINING = Training(steps=3200, batch=16, lr=2e-3, seed=0)
 CLASSIFIER_TRAINING = Training(steps=1500, batch=128, lr=2e-3, seed=0)
 VISION_TRAINING = Training(steps=3000, batch=64, lr=3e-3, seed=0)
 QWEN2_VL_TRAINING = Training(steps=1500, batch=32, lr=2e-3, seed=0)
+TEXT_TRAINING = Training(steps=1500, batch=64, lr=2e-3, seed=0)
 SDXL_TRAINING = Training(steps=2400, batch=96, lr=1.5e-3, seed=0)
 DATASET_SEED = 0
 VAE_COPIES, COPIES = 2, 6  # images of each combination: for the VAE, and for the rest
@@ -49,5 +50,5 @@ def make_base(folder: Path, log: Log) -> None:
         create_sdxl(work, SDXL_TRAINING.seed)
         dataset = draw_dataset(DATASET_SEED, COPIES)
         latents = project(to_tensor(dataset.images), basis)
-        pretrain_sdxl(latents, partial(shapes_caption, dataset), work, SDXL_TRAINING, log)
+        pretrain_sdxl(latents, partial(shapes_caption, dataset), work, TEXT_TRAINING, SDXL_TRAINING, log)
         work.rename(base)

@@ -30,8 +30,11 @@ MUON_WEIGHT_DECAY = 0.5
 # Of the text encoders' initial embeddings. At the usual 0.02, the prompt's average, which attention adds to
 # every position, is larger; then captions differ by a few percent, and their rarer words are not learned.
 EMBEDDING_DEVIATION = 0.7
+DrawCaption = Callable[[int, np.random.Generator], str]
 EMA_DECAY = 0.999  # the averaged weights are saved
-ENCODED = 16  # images that the VAE encodes together; larger batches leave a CPU's cache and take twice as long
+ENCODED = (
+    16  # images that the VAE encodes together; larger batches leave a CPU's cache and take twice as long
+)
 
 
 def create_sdxl(
@@ -78,53 +81,76 @@ def create_sdxl(
 
 def pretrain_sdxl(
     latents: Tensor,
-    draw_caption: Callable[[int, np.random.Generator], str],
+    draw_caption: DrawCaption,
     folder: Path,
+    text_training: Training,
     training: Training,
     log: Log,
 ) -> None:
-    """Train UNet and text encoders on latents (M, C, 8, 8) and save the average of their weights.
+    """Train the text encoders, then the UNet on latents (M, C, 8, 8), and save.
 
     draw_caption: draws a caption of the latents of an index.
     """
+    base = BaseModel.load(folder)
+    _pretrain_text_encoders(base, latents, draw_caption, text_training, log)
+    _pretrain_unet(base, latents, draw_caption, training, log)
+    base.unet.register_to_config(_name_or_path="")  # diffusers would write the folder's path
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        getattr(base, part).eval().half().save_pretrained(folder / part)
+    _prefix(folder / "text_encoder" / "model.safetensors")
+
+
+def _pretrain_text_encoders(
+    base: BaseModel, latents: Tensor, draw_caption: DrawCaption, training: Training, log: Log
+) -> None:
+    """Train both text encoders until the last token's states tell the mean of a caption's latents, linearly.
+
+    SDXL's are CLIP's, whose last token tells of the image too. Trained together with the UNet instead, from
+    scratch, they and the cross-attention wait for each other, and a UNet learns its words late or never.
+    """
+    torch.manual_seed(training.seed)
+    rng = np.random.default_rng(training.seed)
+    encoders = nn.ModuleList([base.text_encoder, base.text_encoder_2]).requires_grad_()
+    head = nn.Linear(base.unet.config.cross_attention_dim, latents[0].numel())
+    optimizer = OneCycleAdamW([*encoders.parameters(), *head.parameters()], training)
+    for step in range(training.steps):
+        picked = torch.randint(len(latents), (training.batch,))
+        prompts = [draw_caption(i, rng) for i in picked.tolist()]
+        states = base.encode_text.__wrapped__(base, prompts).states[:, -1]  # with gradients
+        loss = mse_loss(head(states), latents[picked].flatten(1))
+        optimizer.step(loss)
+        if training.logs(step):
+            log(f"text encoders {step}: error of the latents {loss.item():.4f}")
+    encoders.requires_grad_(False)
+
+
+def _pretrain_unet(
+    base: BaseModel, latents: Tensor, draw_caption: DrawCaption, training: Training, log: Log
+) -> None:
+    """Train the UNet, and set it to the average of its weights."""
     from diffusers.training_utils import EMAModel
 
-    base = BaseModel.load(folder)
     torch.manual_seed(training.seed)
     rng, batch = np.random.default_rng(training.seed), training.batch
-    trained = {part: getattr(base, part).train() for part in ("unet", "text_encoder", "text_encoder_2")}
-    for module in trained.values():
-        module.requires_grad_()
-    base.text_encoder_2.text_projection.requires_grad_(False)  # remains zero
-    parameters = [p for module in trained.values() for p in module.parameters() if p.requires_grad]
-    optimizer = OneCycleMuon([base.unet], training, MUON_LR, weight_decay=MUON_WEIGHT_DECAY)
-    encoders = [*base.text_encoder.parameters(), *base.text_encoder_2.parameters()]
-    encoders = [p for p in encoders if p.requires_grad]
-    text_optimizer = OneCycleAdamW(encoders, training)
-    average = EMAModel(parameters, decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
+    unet = base.unet.train().requires_grad_()
+    optimizer = OneCycleMuon([unet], training, MUON_LR, weight_decay=MUON_WEIGHT_DECAY)
+    average = EMAModel(unet.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
     sizes = base.time_ids((IMAGE_SIZE, IMAGE_SIZE), (0, 0), (IMAGE_SIZE, IMAGE_SIZE), batch)
     for step in range(training.steps):
         picked = torch.randint(len(latents), (batch,))
-        prompts = [draw_caption(i, rng) for i in picked.tolist()]
+        text = base.encode_text([draw_caption(i, rng) for i in picked.tolist()])
         noise = torch.randn(batch, *latents.shape[1:])
         timesteps = torch.randint(base.schedule.config.num_train_timesteps, (batch,))
-        text = base.encode_text.__wrapped__(base, prompts)  # with gradients
         conditions = {"text_embeds": text.pooled, "time_ids": sizes}
         noisy = base.schedule.add_noise(latents[picked], noise, timesteps)
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-        predicted = base.unet(noisy, timesteps, text.states, added_cond_kwargs=conditions).sample
+        predicted = unet(noisy, timesteps, text.states, added_cond_kwargs=conditions).sample
         loss = mse_loss(predicted, target(base.schedule, latents[picked], noise, timesteps))
-        text_optimizer.optimizer.zero_grad()
         optimizer.step(loss)
-        text_optimizer.update()
-        average.step(parameters)
+        average.step(unet.parameters())
         if training.logs(step):
             log(f"SDXL {step}: velocity error {loss.item():.4f}")
-    average.copy_to(parameters)
-    base.unet.register_to_config(_name_or_path="")  # diffusers would write the folder's path
-    for part, module in trained.items():
-        module.eval().half().save_pretrained(folder / part)
-    _prefix(folder / "text_encoder" / "model.safetensors")
+    average.copy_to(unet.parameters())
 
 
 def _prefix(file: Path) -> None:

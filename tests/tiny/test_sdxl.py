@@ -24,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     torch.manual_seed(0)
     latents = torch.randn(4, CONFIG["latent_channels"], 8, 8)
     training = Training(steps=2, batch=2, lr=1e-3, seed=0)
-    pretrain_sdxl(latents, lambda index, _: CAPTIONS[index % 2], folder, training, print)
+    pretrain_sdxl(latents, lambda index, _: CAPTIONS[index % 2], folder, training, training, print)
     return BaseModel.load(folder)
 
 

@@ -27,6 +27,7 @@ VAE_TRAINING = Training(steps=3200, batch=16, lr=2e-3, seed=0)
 JUDGE_TRAINING = Training(steps=2500, batch=64, lr=2e-3, seed=0)
 VISION_TRAINING = Training(steps=2000, batch=64, lr=3e-3, seed=0)
 QWEN2_VL_TRAINING = Training(steps=3000, batch=32, lr=1.5e-3, seed=0)
+TEXT_TRAINING = Training(steps=1500, batch=64, lr=2e-3, seed=1)
 SDXL_TRAINING = Training(steps=2400, batch=64, lr=1.5e-3, seed=1)
 VIEWS = 6  # of each creature, for the MLLM
 VAE_SCENES, SCENES = 4000, 1000  # views that the VAE and the UNet are trained on, beside the targets
@@ -54,7 +55,7 @@ def make_base(folder: Path, log: Log) -> None:
     if work != base:
         create_sdxl(work, SDXL_TRAINING.seed, _config("sdxl"), clip_corpus())
         latents = project(pixels[: len(dataset) + SCENES], basis)
-        pretrain_sdxl(latents, partial(draw_caption, dataset), work, SDXL_TRAINING, log)
+        pretrain_sdxl(latents, partial(draw_caption, dataset), work, TEXT_TRAINING, SDXL_TRAINING, log)
         work.rename(base)
 
 
