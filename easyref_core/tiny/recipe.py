@@ -50,5 +50,5 @@ def make_base(folder: Path, log: Log) -> None:
         create_sdxl(work, SDXL_TRAINING.seed)
         dataset = draw_dataset(DATASET_SEED, COPIES)
         latents = project(to_tensor(dataset.images), basis)
-        pretrain_sdxl(latents, partial(shapes_caption, dataset), work, TEXT_TRAINING, SDXL_TRAINING, log)
+        pretrain_sdxl(latents, partial(shapes_caption, dataset), work, TEXT_TRAINING, SDXL_TRAINING, log=log)
         work.rename(base)

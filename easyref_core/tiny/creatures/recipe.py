@@ -55,7 +55,7 @@ def make_base(folder: Path, log: Log) -> None:
     if work != base:
         create_sdxl(work, SDXL_TRAINING.seed, _config("sdxl"), clip_corpus())
         latents = project(pixels[: len(dataset) + SCENES], basis)
-        pretrain_sdxl(latents, partial(draw_caption, dataset), work, TEXT_TRAINING, SDXL_TRAINING, log)
+        pretrain_sdxl(latents, partial(draw_caption, dataset), work, TEXT_TRAINING, SDXL_TRAINING, log=log)
         work.rename(base)
 
 
