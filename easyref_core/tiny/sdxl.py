@@ -30,11 +30,11 @@ MUON_WEIGHT_DECAY = 0.5
 # Of the text encoders' initial embeddings. At the usual 0.02, the prompt's average, which attention adds to
 # every position, is larger; then captions differ by a few percent, and their rarer words are not learned.
 EMBEDDING_DEVIATION = 0.7
-DrawCaption = Callable[[int, np.random.Generator], str]
 EMA_DECAY = 0.999  # the averaged weights are saved
-ENCODED = (
-    16  # images that the VAE encodes together; larger batches leave a CPU's cache and take twice as long
-)
+# Images that the VAE encodes together. Larger batches leave a CPU's cache and take twice as long.
+ENCODED = 16
+
+DrawCaption = Callable[[int, np.random.Generator], str]
 
 
 def create_sdxl(
