@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +36,7 @@ ENCODED = 16
 DrawCaption = Callable[[int, np.random.Generator], str]
 
 
-def create_sdxl(
-    folder: Path, seed: int, configs: Mapping[str, Any] = CONFIGS, texts: Iterable[str] | None = None
-) -> None:
+def create_sdxl(folder: Path, seed: int, texts: Iterable[str] | None = None) -> None:
     """Write a base folder with random weights; the VAE must be in it already.
 
     texts: corpus of the tokenizers; None takes the captions of the shapes.
@@ -52,7 +49,7 @@ def create_sdxl(
     for part in ("tokenizer", "tokenizer_2"):
         train_clip_tokenizer(folder / part, texts)
     sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": PROMPT_TOKENS, **CLIP_TOKEN_IDS}
-    text = CLIPTextConfig(**configs["text_encoders"], **sizes)
+    text = CLIPTextConfig(**CONFIGS["text_encoders"], **sizes)
     for kind, part in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2")):
         encoder = kind(text)
         for name, weight in encoder.named_parameters():
@@ -63,8 +60,8 @@ def create_sdxl(
             elif "text_projection" in name:
                 nn.init.zeros_(weight)
         encoder.save_pretrained(folder / part)
-    UNet2DConditionModel(**configs["unet"]).save_pretrained(folder / "unet")
-    DDPMScheduler(**configs["scheduler"]).save_pretrained(folder / "scheduler")
+    UNet2DConditionModel(**CONFIGS["unet"]).save_pretrained(folder / "unet")
+    DDPMScheduler(**CONFIGS["scheduler"]).save_pretrained(folder / "scheduler")
     tokenizer = ("transformers", "PreTrainedTokenizerFast")
     parts = {
         "scheduler": ("diffusers", "DDPMScheduler"),

@@ -26,7 +26,7 @@ TEMPLATE = ("system\nYou are a helpful assistant.", "user\n", "assistant\n", "\n
 # Questions of the pretraining; their words are part of the shipped vocabulary.
 DESCRIBE, COMPARE = "Describe each picture.", "What do the pictures have in common?"
 VOCABULARY = 512  # of the MLLM, special tokens included
-PROMPT_TOKENS = 16  # length of the text encoders' input
+PROMPT_TOKENS = 24  # length of the text encoders' input
 CLIP_TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # of train_clip_tokenizer
 
 

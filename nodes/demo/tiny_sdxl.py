@@ -96,7 +96,7 @@ def unet_config(diffusers: dict[str, Any]) -> dict[str, Any]:
         "use_linear_in_transformer": diffusers["use_linear_projection"],
         "legacy": False,
         "transformer_depth": [depth for depth in depths for _ in range(resnets)],
-        "transformer_depth_middle": depths[-1],
+        "transformer_depth_middle": diffusers["transformer_layers_per_block"][-1],
         "transformer_depth_output": [depth for depth in depths for _ in range(resnets + 1)],
         "context_dim": diffusers["cross_attention_dim"],
         "use_temporal_attention": False,

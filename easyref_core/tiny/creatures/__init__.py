@@ -5,7 +5,7 @@ In reading order:
     identities.py          13 numbers in -1..1: outline, two colours, stripes
     images.py              creatures on grounds, alone or among others -> images of 64 pixels
     captions.py            captions: ground, place and number of creatures
-    descriptions.py        coarse words for identities, which the base knows
+    descriptions.py        words for identities, which the base knows
     dataset.py             training images, rendered once
     groups.py              groups with one creature in common, and their targets
     examples.py            training examples for the three stages and the IP-Adapter

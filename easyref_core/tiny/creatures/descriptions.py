@@ -1,4 +1,4 @@
-"""Coarse words for identities, in captions of the base: "a tall red creature with fine teal stripes".
+"""Words for identities, in captions of the base: "a wide flat red creature with fine rising teal stripes".
 
 A base without words for what references share has no path to it from its cross-attention. EasyRef's K and V
 start as copies of the text's and do not learn such a path. SDXL has words for colours, forms and patterns;
@@ -27,38 +27,48 @@ COLOURS = {
     "white": (1, 1, 1),
     "grey": (0, 0, 0),
 }
-# The largest of an outline's four numbers and its sign name a form; below ROUND, it is "round".
-FORMS = (("wide", "tall"), ("leaning", "tilted"), ("pointed", "flat"), ("bent", "curved"))
-ROUND = 0.35
-WIDTHS = ("broad", "even", "fine")  # of stripes, by thirds of their frequency
-PARTS = ("form", "body", "width", "stripes")
+# Each number of an outline outside the middle third of its range has a word; without any, a form is round.
+FORMS = (("tall", "wide"), ("tilted", "leaning"), ("flat", "pointed"), ("curved", "bent"))
+ROUND = "round"
+# Words for the thirds of the ranges of the pattern's numbers: frequency, angle, and the body's share.
+STRIPES = {
+    "width": ("broad", "even", "fine"),
+    "angle": ("falling", "upright", "rising"),
+    "share": ("bold", "equal", "faint"),
+}
+PARTS = ("form", "body", *STRIPES, "stripes")
 
 
 def describe(identity: Floats) -> dict[str, str]:
-    """The word of each of PARTS for an identity (13,)."""
+    """The words of each of PARTS for an identity (13,)."""
     parts = split(identity)
-    number = int(np.abs(parts["outline"]).argmax())
-    value = parts["outline"][number]
-    form = "round" if abs(value) < ROUND else FORMS[number][int(value < 0)]
+    thirds = [_third(value) for value in parts["outline"]]
+    form = " ".join(words[third // 2] for words, third in zip(FORMS, thirds, strict=True) if third != 1)
     body, stripes = map(_colour, np.split(parts["colours"], 2))
-    width = WIDTHS[min(int((parts["pattern"][0] + 1) * len(WIDTHS) / 2), len(WIDTHS) - 1)]
-    return {"form": form, "body": body, "width": width, "stripes": stripes}
+    grades = zip(STRIPES.items(), parts["pattern"], strict=True)
+    pattern = {name: words[_third(value)] for (name, words), value in grades}
+    return {"form": form or ROUND, "body": body, **pattern, "stripes": stripes}
 
 
 def described(words: dict[str, str]) -> str:
     """The beginning of a caption from some of the words of `describe`."""
     front = " ".join(["a", *(words[part] for part in ("form", "body") if part in words), "creature"])
-    back = [words[part] for part in ("width", "stripes") if part in words]
+    back = [words[part] for part in (*STRIPES, "stripes") if part in words]
     return " ".join([front, "with", *back, "stripes"]) if back else front
 
 
 def all_descriptions() -> Iterator[str]:
     """Descriptions in which every word occurs."""
-    forms = ["round", *(word for pair in FORMS for word in pair)]
+    forms = [ROUND, *(word for pair in FORMS for word in pair)]
     for form, body in product(forms, COLOURS):
         yield described({"form": form, "body": body})
-    for width, stripes in product(WIDTHS, COLOURS):
-        yield described({"width": width, "stripes": stripes})
+    for (name, words), stripes in product(STRIPES.items(), COLOURS):
+        yield from (described({name: word, "stripes": stripes}) for word in words)
+
+
+def _third(value: float) -> int:
+    """Which third of -1..1 a value is in: 0, 1 or 2."""
+    return min(int((value + 1) * 3 / 2), 2)
 
 
 def _colour(rgb: Floats) -> str:

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from ..classifier import to_tensor
 from ..optimizer import Log, Training, complete_folder, timed
@@ -28,10 +27,9 @@ JUDGE_TRAINING = Training(steps=2500, batch=64, lr=2e-3, seed=0)
 VISION_TRAINING = Training(steps=2000, batch=64, lr=3e-3, seed=0)
 QWEN2_VL_TRAINING = Training(steps=3000, batch=32, lr=1.5e-3, seed=0)
 TEXT_TRAINING = Training(steps=1500, batch=64, lr=2e-3, seed=1)
-SDXL_TRAINING = Training(steps=2400, batch=64, lr=1.5e-3, seed=1)
+SDXL_TRAINING = Training(steps=1800, batch=64, lr=1.5e-3, seed=1)
 VIEWS = 6  # of each creature, for the MLLM
 VAE_SCENES, SCENES = 4000, 1000  # views that the VAE and the UNet are trained on, beside the targets
-CONFIGS = Path(__file__).parent
 
 
 def make_base(folder: Path, log: Log) -> None:
@@ -53,7 +51,7 @@ def make_base(folder: Path, log: Log) -> None:
         train_mllm_tokenizer(mllm, corpus())
         pretrain_qwen2_vl(dataset, mllm, QWEN2_VL_TRAINING, VISION_TRAINING, log)
     if work != base:
-        create_sdxl(work, SDXL_TRAINING.seed, _config("sdxl"), clip_corpus())
+        create_sdxl(work, SDXL_TRAINING.seed, clip_corpus())
         latents = project(pixels[: len(dataset) + SCENES], basis)
         pretrain_sdxl(latents, partial(draw_caption, dataset), work, TEXT_TRAINING, SDXL_TRAINING, log=log)
         work.rename(base)
@@ -86,7 +84,3 @@ def corpus() -> Iterator[str]:
     for text in all_captions():
         yield from [text, f"{text}. "] * 40
     yield from [*TEMPLATE, DESCRIBE, COMPARE] * 200
-
-
-def _config(name: str) -> dict:
-    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
