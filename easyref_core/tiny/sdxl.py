@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from ..checkpoint.checkpoint import fingerprint
 from ..files.atomic_write import atomic_write, atomic_write_text
 from ..training.base_model import BaseModel
 from ..training.objective import target
@@ -160,11 +162,21 @@ def _prefix(file: Path) -> None:
         save_file(named, partial, {"format": "pt"})
 
 
+_encoded: dict[tuple[str, str], Tensor] = {}
+
+
 @torch.no_grad()
 def encode_dataset(base: BaseModel, images: NDArray[np.uint8]) -> Tensor:
-    """Scaled latents (M, C, 8, 8) of images (M, 64, 64, 3)."""
-    pixels = torch.from_numpy(images).movedim(-1, 1)
-    return torch.cat([base.encode_images(part / 127.5 - 1) for part in pixels.split(ENCODED)])
+    """Scaled latents (M, C, 8, 8) of images (M, 64, 64, 3).
+
+    The last result is kept: encoding takes a minute, and all stages and arms of a training need the same.
+    """
+    key = fingerprint(base.vae.state_dict().items()), hashlib.sha256(images).hexdigest()
+    if key not in _encoded:
+        pixels = torch.from_numpy(images).movedim(-1, 1)
+        _encoded.clear()
+        _encoded[key] = torch.cat([base.encode_images(part / 127.5 - 1) for part in pixels.split(ENCODED)])
+    return _encoded[key]
 
 
 def shapes_caption(dataset: Dataset, index: int, rng: np.random.Generator) -> str:
