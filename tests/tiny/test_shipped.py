@@ -29,6 +29,8 @@ WEIGHTS = SHAPES.weights
 class MeanColours:
     """Replaces the base model, whose VAE takes most of a minute for the dataset."""
 
+    vae = torch.nn.Identity()
+
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.avg_pool2d(pixels, 8)[:, [0, 1, 2, 0]]
 
