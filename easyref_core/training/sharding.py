@@ -29,6 +29,18 @@ def shards_weights(accelerator: Accelerator) -> bool:
     return sharding_of(accelerator) in ("fsdp1", "fsdp2", "zero3")
 
 
+def load_models_whole(accelerator: Accelerator) -> None:
+    """Make transformers load the next models whole. Under ZeRO-3 it would partition them.
+
+    accelerate announces ZeRO-3 to transformers whatever zero3_init_flag is. The frozen models run outside
+    DeepSpeed's engine, which alone gathers partitioned weights.
+    """
+    if sharding_of(accelerator) == "zero3":
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
 def local_part(parameter: Tensor) -> Tensor:
     """The part of a parameter that this process has: of FSDP2's DTensor, of ZeRO-3's parameter, or all."""
     if hasattr(parameter, "to_local"):

@@ -14,8 +14,8 @@ WORKER = Path(__file__).with_name("worker.py")
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def run_worker(launcher: list[str], command: str, *arguments: object) -> None:
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+def run_worker(launcher: list[object], command: str, *arguments: object, **variables: str) -> None:
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | variables
     arguments = [sys.executable, *launcher, WORKER, command, *arguments]
     done = subprocess.run(
         list(map(str, arguments)), env=environment, text=True, capture_output=True, timeout=600

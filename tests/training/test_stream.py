@@ -332,6 +332,47 @@ def test_run_resumes_bit_for_bit(
         require_same_run(other, 1)
 
 
+@pytest.fixture
+def s3(shards: ParquetShards, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URL of the shards in a bucket of a local server, which the environment names as s3fs reads it."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install s3fs 'moto[server]'")
+    moto = pytest.importorskip("moto.server", reason="moto is not installed: pip install s3fs 'moto[server]'")
+    server = moto.ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    variables = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {**variables, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+        monkeypatch.setenv(name, value)
+    import s3fs
+
+    files = s3fs.S3FileSystem(skip_instance_cache=True)
+    files.mkdir("bucket")
+    files.put(shards.url, "bucket/groups", recursive=True)
+    yield "s3://bucket/groups"
+    server.stop()
+
+
+@pytest.fixture(params=["http", "s3"])
+def remote(request: pytest.FixtureRequest) -> str:
+    """URL of the shards on an object store."""
+    if request.param == "s3":
+        return request.getfixturevalue("s3")
+    return f"http://127.0.0.1:{request.getfixturevalue('server').server_port}"
+
+
+def test_run_on_an_object_store_resumes_as_on_a_folder(
+    settings: tiny.MakeSettings, shards: ParquetShards, remote: str, tmp_path: Path
+) -> None:
+    run = partial(settings, save_every=1, workers=1)
+    weights = []
+    for name, url, lengths in (("folder", shards.url, [3]), ("store", remote, [2, 3])):
+        data = stream_data(dataclasses.replace(shards, url=url))
+        for updates in lengths:
+            result = train(run(data=data, output=tmp_path / name, updates=updates))
+        weights.append(load_file(result))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_killed_run_resumes_bit_for_bit(base_folder: Path, shards: ParquetShards, tmp_path: Path) -> None:
     """Killed between two micro-batches, in the middle of a block of each partition."""
     complete, resumed = tmp_path / "complete", tmp_path / "resumed"

@@ -202,7 +202,7 @@ def resumable_stream(base: Path, output: Path, shards: str) -> Settings:
     return dataclasses.replace(resumable(base, output), data=data, workers=2)
 
 
-def launched(base: Path, output: Path, updates: int, batch_size: int) -> Settings:
+def launched(base: Path, output: Path, **changes: Any) -> Settings:
     """Settings of a run that writes all that a run can write, in every update."""
     every = {
         "samples": Samples(every=1, count=1, steps=2),
@@ -210,8 +210,7 @@ def launched(base: Path, output: Path, updates: int, batch_size: int) -> Setting
         "save_every": 1,
         "export_every": 1,
     }
-    sizes = {"updates": updates, "batch_size": batch_size, "accumulation": 2, "clip": 0.1, "ema": 0.9}
-    return settings(base, output=output, **GOLDEN_START, **sizes, **every)
+    return settings(base, output=output, accumulation=2, clip=0.1, **GOLDEN_START, **every, **changes)
 
 
 def image_token() -> int:

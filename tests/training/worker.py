@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,28 @@ def stream(base: Path, output: Path, shards: str) -> None:
     (output / f"{rank}-of-{world}.txt").write_text("\n".join(seen))
 
 
-def launched(base: Path, output: Path, batch_size: str) -> None:
+def launched(base: Path, output: Path, batch_size: str, ema: float | None = 0.9) -> None:
     """Train three updates with everything that a run writes on the way, resuming after the second."""
+    _allow_deepspeed_on_a_cpu()
     _allow_fsdp_on_a_cpu()
-    _compute_in_float64()
+    bfloat16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    # ZeRO-3 has no float64
+    if not bfloat16 and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") != "3":
+        _compute_in_float64()
     loop.open_validation = lambda _: lambda _, config: tiny.TinyExamples(config, groups=3, seed=1)
     for updates in (2, 3):
-        train(tiny.launched(base, output, updates, int(batch_size)), tiny.TinyExamples(tiny.config()))
+        settings = tiny.launched(base, output, updates=updates, batch_size=int(batch_size), ema=ema)
+        train(settings, tiny.TinyExamples(tiny.config()))
+
+
+def _allow_deepspeed_on_a_cpu() -> None:
+    """Give accelerate a backend for the DeepSpeed of its launch, which it looks for on devices alone."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        from deepspeed.ops import __compatible_ops__
+
+        # an extension for faster communication on a CPU, which would be compiled for minutes
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        PartialState(backend="gloo")
 
 
 def _allow_fsdp_on_a_cpu() -> None:
@@ -148,4 +164,5 @@ if __name__ == "__main__":
     command, base, output, argument = sys.argv[1:]
     commands = {"die": die, "die_in_stream": die_in_stream, "gradients": gradients, "broken": broken}
     commands |= {"stop": stop, "stream": stream, "launched": launched}
+    commands["launched_without_ema"] = partial(launched, ema=None)
     commands[command](Path(base), Path(output), argument)
