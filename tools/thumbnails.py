@@ -43,7 +43,7 @@ WIRES = {
     "CLIP": (240, 210, 80),
 }
 REFERENCES = 4  # output of Tiny Demo Model
-SHOWN_BESIDE = ("References", "Without EasyRef")  # titles of images that are not the result
+SHOWN_BESIDE = ("References", "Without EasyRef", "Before")  # titles of images that are not the result
 HELP_SIZE = (640, 800)  # pixels, at most
 # workflows without a tiny variant whose point another one shows: its name, and inputs by node type
 INSTEAD: dict[str, tuple[str, dict[str, Fields]]] = {

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 TITLE_BAR = 30  # pixels, above a node's position; both renderers draw it there
-GAP = (64, 20)  # pixels between columns, and between the nodes of one cell
+# pixels between columns, and between the nodes of one cell: Vue draws a bar of 24 pixels below a node with an
+# error, such as a loader whose file is missing
+GAP = (64, 32)
 ROW_GAP = 80  # pixels between rows, with room for the title of a group
 MARGIN, GROUP_TITLE = 20, 50  # pixels from a group's frame to its nodes, at the top with its title
 SLOT, WIDGET = 20, 24  # pixels, height of a slot and of a widget

@@ -105,7 +105,7 @@ def tiny_fields(plans: Fields, name: str, full: Mapping[str, Fields]) -> dict[st
     made: dict[str, Fields] = {}
     for i, group in enumerate(workflow["groups"]):
         model = group.replace("group", "demo")
-        place = {"row": 1, "group": "Prompt and models"}
+        place = {"row": 1, "group": "Prompt and models", "height": 430}
         title = _title(model.replace("demo", "examples")) if i else None
         made[model] = {"type": "EasyRefDemo", "column": 1, "title": title, "inputs": demo[group], **place}
         links[group, 0] = [model, tiny["references"]]

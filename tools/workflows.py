@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SUBGRAPHS, WORKFLOWS = ROOT / "subgraphs", ROOT / "workflows"
 CATEGORY = "EasyRef"  # of the blueprints, in the frontend's list
-VIEW = (2300, 1150)  # pixels
+VIEW = (1280, 720)  # pixels
 WIDTH = {
     "LoadImage": 240,
     "SaveImage": 400,
@@ -40,10 +40,11 @@ WIDTH = {
     "EasyRefReferenceAttention": 400,
     "EasyRefReferenceInfluence": 400,
     "EasyRefWhereItActs": 400,
+    "EasyRefSheet": 480,
 }
 USUAL, BLUEPRINT = 280, 460
 BLUE = "#3f789e"  # of a group's frame, the frontend's own
-NOTE = (340, 900)  # pixels, width and height of the note
+NOTE_WIDTH = 340  # pixels
 SCREEN, BARS, MIN_SCALE = (1440, 900), (70, 90), 0.58  # pixels; below this scale LiteGraph draws no text
 VERSION = pyproject()["project"]["version"]
 FILES = (
@@ -63,19 +64,23 @@ def main() -> None:
             path = server.base / "models" / file
             path.parent.mkdir(exist_ok=True)
             path.touch()
-        for name in names:
-            # a page for each: the frontend keeps values by node number and widget name
-            with browser.frontend(server, *VIEW) as page:
+        with browser.frontend(server, *VIEW) as page:
+            for name in names:
                 file = SUBGRAPHS / f"{name}.json" if name in BLUEPRINTS else WORKFLOWS / f"{name}.json"
                 saved = build_blueprint(page, name) if name in BLUEPRINTS else build(page, PLANS[name])
                 file.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
                 print(f"workflows: {name}, {len(saved['nodes'])} nodes", flush=True)
+                # the frontend keeps values and images by node number
+                browser.reload(page)
 
 
 def build(page: Page, plan: Plan) -> dict[str, Any]:
     """The workflow as the frontend saves it, with where its nodes and models come from."""
-    ids = add_nodes(page, plan.nodes, NOTE[0] + GAP[0])
-    browser.run_script(page, "add_note", [plan.note, NOTE])
+    ids = add_nodes(page, plan.nodes)
+    note = browser.run_script(page, "add_note", [plan.note, NOTE_WIDTH])
+    sizes = smallest_sizes(page)
+    lay_out(page, plan.nodes, ids, sizes, NOTE_WIDTH + GAP[0])
+    browser.run_script(page, "place", [[note, 0, 0, *sizes[str(note)]]])
     saved = serialized(page)
     set_properties(saved["nodes"], plan.nodes, ids)
     saved["groups"] = groups_of(saved["nodes"], plan.nodes, ids)
@@ -124,7 +129,8 @@ def make_app(saved: dict[str, Any], app: App, ids: Mapping[str, int | str]) -> N
 def build_blueprint(page: Page, name: str) -> dict[str, Any]:
     """The blueprint as the frontend saves it: a workflow of one node, and its subgraph."""
     plan = BLUEPRINTS[name]
-    ids = add_nodes(page, plan.nodes, 0)
+    ids = add_nodes(page, plan.nodes)
+    lay_out(page, plan.nodes, ids, smallest_sizes(page))
     browser.run_script(page, "make_subgraph", [name, ids, plan.inputs, plan.outputs])
     saved = serialized(page)
     (subgraph,) = saved["definitions"]["subgraphs"]
@@ -137,8 +143,8 @@ def build_blueprint(page: Page, name: str) -> dict[str, Any]:
     return saved
 
 
-def add_nodes(page: Page, planned: Mapping[str, Node], left: int) -> dict[str, int | str]:
-    """Create, link and lay out nodes in an empty graph, from `left` on. Return their ids by name."""
+def add_nodes(page: Page, planned: Mapping[str, Node]) -> dict[str, int | str]:
+    """Create and link nodes in an empty graph. Return their ids by name."""
     nodes = {
         name: {
             "type": node.type,
@@ -149,8 +155,17 @@ def add_nodes(page: Page, planned: Mapping[str, Node], left: int) -> dict[str, i
         }
         for name, node in planned.items()
     }
-    ids = browser.run_script(page, "add_nodes", [nodes])
-    smallest = smallest_sizes(page)
+    return browser.run_script(page, "add_nodes", [nodes])
+
+
+def lay_out(
+    page: Page,
+    planned: Mapping[str, Node],
+    ids: Mapping[str, int | str],
+    smallest: Mapping[str, tuple[int, int]],
+    left: int = 0,
+) -> None:
+    """Place nodes of these least sizes from `left` on."""
     cells = {}
     for name, node in sorted(planned.items(), key=lambda item: item[1].order):
         width, height = smallest[str(ids[name])]
@@ -159,7 +174,6 @@ def add_nodes(page: Page, planned: Mapping[str, Node], left: int) -> dict[str, i
     places = [[ids[name], *box] for name, box in place(cells, left).items()]
     browser.run_script(page, "place", places)
     page.wait_for_timeout(300)
-    return ids
 
 
 def smallest_sizes(page: Page) -> dict[str, tuple[int, int]]:

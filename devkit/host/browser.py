@@ -22,6 +22,11 @@ PAGE_SCRIPTS = Path(__file__).with_name("page_scripts")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync".split()
 
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Workflow.Persist": False,  # otherwise a page that is loaded again opens the last workflow
+}
 SET = "([name, value]) => app.extensionManager.setting.set(name, value)"
 OPENS = 300_000  # milliseconds at most until the page is ready; a busy processor takes minutes
 RENDERED = 1000  # milliseconds until the other renderer has drawn all nodes
@@ -36,7 +41,7 @@ def frontend(server: ComfyServer, width: int = 1600, height: int = 900) -> Itera
     """Open the frontend's page, and wait until this pack's nodes are registered."""
     from playwright.sync_api import sync_playwright
 
-    server.post("/api/settings", {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False})
+    server.post("/api/settings", SETTINGS)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = chromium.new_page(viewport={"width": width, "height": height})
@@ -44,6 +49,12 @@ def frontend(server: ComfyServer, width: int = 1600, height: int = 900) -> Itera
         page.wait_for_function(READY, timeout=OPENS)
         yield page
         chromium.close()
+
+
+def reload(page: Page) -> None:
+    """Load the frontend's page again, without the values and images that it keeps of earlier nodes."""
+    page.reload(timeout=OPENS)
+    page.wait_for_function(READY, timeout=OPENS)
 
 
 def run_script(page: Page, name: str, argument: Any = None) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from devkit.hosts import ROOT
-from tools.workflow_layout import Box, Cell, box_of, overlaps, place, title_of, wires_behind_nodes
+from tools.workflow_layout import GAP, Box, Cell, box_of, overlaps, place, title_of, wires_behind_nodes
 
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 MAX_HIDDEN = 3  # wires of a workflow that pass behind a node
@@ -32,7 +32,7 @@ def test_nodes_of_a_cell_are_below_each_other_and_rows_begin_at_one_height() -> 
     places = place(cells, 40)
     assert places["image"] == (40, 0, 100, 5000)
     assert places["a"] == (140 + 64, 50, 200, 80)  # as wide as its column
-    assert places["b"] == (140 + 64, 50 + 80 + 30 + 20, 200, 80)
+    assert places["b"] == (140 + 64, 50 + 80 + 30 + GAP[1], 200, 80)
     # below the tallest cell of the row above; the column without rows takes no part in it
     assert places["c"] == (204 + 200 + 64, 300 + 30 + 80, 100, 80)
     boxes = [node(i, x, y, size=[*size]) for i, (x, y, *size) in enumerate(places.values())]

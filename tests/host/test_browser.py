@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on
 
 WORKFLOW = ROOT / "workflows" / "easyref_basic.json"
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+TINY = [file for file in WORKFLOWS if tiny_workflow.is_tiny(graphs.from_file(file))]
 TRY_IT_NOW = ROOT / "workflows" / "try_it_now.json"
 WITH_ALL_WIRES = Path(__file__).with_name("saved") / "with_all_wires.json"  # of version 0.1.0
 
@@ -47,16 +48,31 @@ def test_no_node_is_drawn_over_another(page, renderer, workflow) -> None:
     """tests/core/test_workflow_layout.py checks the saved sizes; this, the sizes that are drawn."""
     browser.open_workflow(page, workflow)
     page.wait_for_timeout(browser.RENDERED)
+    assert drawn_over(page, workflow) == [], renderer
+
+
+@pytest.mark.one_host
+@pytest.mark.parametrize("workflow", TINY, ids=lambda path: path.stem)
+def test_no_node_grows_over_another_in_a_run(server, page, renderer, workflow) -> None:
+    """Previews, charts and notes take room that nodes do not have before a run."""
+    browser.open_workflow(page, workflow)
+    browser.set_widgets(page, {"KSampler": {"steps": 2}})
+    assert browser.queue(server, page)["status"]["status_str"] == "success"
+    page.wait_for_timeout(browser.RENDERED)
+    assert drawn_over(page, workflow) == [], renderer
+
+
+def drawn_over(page, workflow: Path) -> list[tuple[str, str]]:
+    """The titles of the pairs of nodes of an open workflow that overlap as they are drawn."""
     drawn = browser.run_script(page, "boxes")
     assert len(drawn) == len(json.loads(workflow.read_text(encoding="utf-8"))["nodes"])
     boxes = [(title, Box(x, y, x + width, y + height)) for title, (x, y, width, height) in drawn]
-    over = [
+    return [
         (one, other)
         for i, (one, box) in enumerate(boxes)
         for other, second in boxes[i + 1 :]
         if box.overlaps(second)
     ]
-    assert over == [], renderer
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
