@@ -12,6 +12,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 import easyref_core.training
+from devkit.documents import readme_commands
 from devkit.hosts import ROOT
 
 LAUNCH = Path(easyref_core.training.__file__).parent / "launch"
@@ -64,21 +65,20 @@ def test_script_is_valid(script: Path) -> None:
 
 @needs_bash
 def test_torchrun_script_trains(base_folder: Path, tmp_path: Path) -> None:
-    """The smoke run, with one update of two processes."""
-    smoke = "easyref_core/training/configs/smoke.yaml"
+    """The command of the README, with one update."""
+    [documented] = [words for words in readme_commands(LAUNCH.parent / "README.md") if "bash" in words]
+    start = documented.index("bash")
     settings = ["updates=1", "samples.every=0", "batch_size=1", f"output={tmp_path}/run"]
-    command = ["bash", LAUNCH / "torchrun.sh", 0, "127.0.0.1", smoke, *settings]
+    command = [*documented[start:], *settings]
+    variables = dict(word.split("=", 1) for word in documented[:start])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    variables = {"NODES": "1", "GPUS": "2", "PORT": "29411", "ACCELERATE_MIXED_PRECISION": "no", "PATH": path}
-    variables |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    variables |= {"PORT": "29411", "PATH": path, "OMP_NUM_THREADS": "1"}
     # Python imports it when it starts
     (tmp_path / "sitecustomize.py").write_text(
         "from devkit.cpu_torch import complete_cpu_torch\n\ncomplete_cpu_torch()\n", encoding="utf-8"
     )
     variables["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "easyref.safetensors").is_file()
 
