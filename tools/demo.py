@@ -1,9 +1,9 @@
-"""Demo of EasyRef with the tiny model that ships with the pack; it downloads nothing.
+"""Demo of EasyRef with the tiny models that ship with the pack; it downloads nothing.
 
-Writes output/demo.png: groups of references, and images generated without and with EasyRef, by
+Writes output/demo.png: groups of creatures, and images generated without and with EasyRef, by
 workflows/try_it_now.json in ComfyUI if there is one (devkit/hosts.py), else by the core and diffusers. Prints
-and writes output/demo.md: the accuracy of shared and named attributes in the images of held-out groups,
-according to a classifier.
+and writes output/demo.md: for new groups of creatures, how similar the generated creature is to the shared
+one, and for held-out groups of shapes, the accuracy of shared and named attributes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 from devkit.cpu_torch import complete_cpu_torch
 from devkit.hosts import ROOT, find_hosts, host_version
 from easyref_core.inspect.drawing import contact_sheet
-from easyref_core.tiny.demo_group import demo_group
+from easyref_core.tiny.creatures.demo_group import demo_group
 
 if TYPE_CHECKING:
     from easyref_core.mrbench.methods import Method
@@ -32,7 +32,7 @@ SHEET, TABLE = ROOT / "output" / "demo.png", ROOT / "output" / "demo.md"
 # The first example groups, not selected: number, references, with an outsider.
 EXAMPLES = ((0, 2, False), (1, 3, False), (2, 4, False), (3, 5, False), (4, 6, False), (5, 5, True))
 MAX_REFERENCES, IMAGES = 6, 2  # references of a group; images of each method
-GROUPS, SEED = 60, 7  # held-out groups of the table, and the seed they are drawn with
+GROUPS, SEED = 60, 7  # groups of each table, and the seed they are drawn with
 
 
 class Example(NamedTuple):
@@ -51,10 +51,10 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    from easyref_core.tiny.evaluate import tiny_methods
-    from easyref_core.tiny.worlds import SHAPES
+    from easyref_core.tiny.creatures.evaluate import creature_methods
+    from easyref_core.tiny.worlds import CREATURES
 
-    hosts, methods = find_hosts(), tiny_methods(SHAPES.weights)
+    hosts, methods = find_hosts(), creature_methods(CREATURES.weights)
     if hosts:
         print(f"demo: workflows/try_it_now.json in ComfyUI {host_version(hosts[0])}", flush=True)
         examples = in_comfyui(hosts[0])
@@ -65,7 +65,7 @@ def main() -> None:
     sheet(list(examples)).save(SHEET)
     print(f"demo: wrote {SHEET.relative_to(ROOT)} after {time.monotonic() - start:.0f} s", flush=True)
 
-    TABLE.write_text(table(methods) + "\n", encoding="utf-8")
+    TABLE.write_text(f"{creatures_table(methods)}\n\n{shapes_table()}\n", encoding="utf-8")
     print(TABLE.read_text(encoding="utf-8"))
     print(f"demo: wrote {TABLE.relative_to(ROOT)} after {time.monotonic() - start:.0f} s")
 
@@ -98,6 +98,7 @@ def in_comfyui(host: Path) -> Iterator[Example]:
 def in_diffusers(methods: Mapping[str, Method]) -> Iterator[Example]:
     """Generate the images of the same examples with the core and diffusers, from other noise."""
     from easyref_core.mrbench.methods import Task
+    from easyref_core.tiny.creatures.evaluate import SAMPLING
     from easyref_core.tiny.evaluate import generate_images
 
     for number, references, outsider in EXAMPLES:
@@ -105,7 +106,7 @@ def in_diffusers(methods: Mapping[str, Method]) -> Iterator[Example]:
         images = tuple(map(Image.fromarray, group.references))
         task = Task(f"demo-{number}", group.prompt, images)
         generated = [
-            [generate_images(method, [task], seed)[0] for seed in range(IMAGES)]
+            [generate_images(method, [task], seed, SAMPLING)[0] for seed in range(IMAGES)]
             for method in methods.values()
         ]
         yield Example(group.shared, group.prompt, images, *generated)
@@ -127,17 +128,31 @@ def sheet(examples: Sequence[Example]) -> Image.Image:
     return contact_sheet(rows, cell=112, headings=headings)
 
 
-# The table
+# The tables
 
 
-def table(methods: Mapping[str, Method]) -> str:
-    """Accuracies over held-out groups, in Markdown."""
+def creatures_table(methods: Mapping[str, Method]) -> str:
+    """Measures over groups of new creatures, in Markdown."""
+    import numpy as np
+
+    from easyref_core.tiny.creatures.evaluate import identity_table
+    from easyref_core.tiny.creatures.groups import render_groups
+    from easyref_core.tiny.creatures.identities import draw_identities
+    from easyref_core.tiny.creatures.judge import load_judge
+
+    groups = render_groups(draw_identities(np.random.default_rng(SEED), GROUPS), SEED)
+    return identity_table(methods, groups, load_judge(), SEED)
+
+
+def shapes_table() -> str:
+    """Accuracies over held-out groups of shapes, in Markdown."""
     from easyref_core.tiny.classifier import load_classifier
-    from easyref_core.tiny.evaluate import accuracy_table, render_groups
+    from easyref_core.tiny.evaluate import accuracy_table, render_groups, tiny_methods
     from easyref_core.tiny.groups import evaluation_groups
+    from easyref_core.tiny.worlds import SHAPES
 
     groups = render_groups(list(evaluation_groups(SEED, GROUPS)), SEED)
-    return accuracy_table(methods, groups, load_classifier(), SEED)
+    return accuracy_table(tiny_methods(SHAPES.weights), groups, load_classifier(), SEED)
 
 
 if __name__ == "__main__":

@@ -54,4 +54,9 @@ def in_common(plan: Plan) -> str:
     words = ", ".join(f"{name} {value}" for name, value in values.items())
     if plan.outsider is None:
         return words
-    return f"{words} (but for reference {plan.outsider + 1}, which does not belong)"
+    return f"{words} {but_for(plan.outsider)}"
+
+
+def but_for(outsider: int) -> str:
+    """Say which reference does not belong, by its index."""
+    return f"(but for reference {outsider + 1}, which does not belong)"

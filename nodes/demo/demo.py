@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io
 
+from ...easyref_core.tiny import demo_group as shapes
 from ...easyref_core.tiny.clip_text import encode_text
-from ...easyref_core.tiny.demo_group import MAX_REFERENCES, WORDS, demo_group
+from ...easyref_core.tiny.creatures import demo_group as creatures
 from ...easyref_core.tiny.groups import OUTSIDER_FROM
 from ...easyref_core.utils.errors import shorten
 from ...easyref_core.utils.prompt_syntax import plain_text
@@ -20,6 +21,8 @@ from .tiny_sdxl import load_model
 from .tiny_vae import load_vae
 
 MIN_REFERENCES = 2  # of a group, as in training
+WORLDS = {"creatures": creatures, "shapes": shapes}  # their WORDS and demo_group
+SAVED_WORLD = "shapes"  # of workflows that were saved before there was a choice
 
 
 @validates_inputs
@@ -31,15 +34,16 @@ class EasyRefDemo(io.ComfyNode):
             display_name="Tiny Demo Model",
             category="EasyRef/demo",
             description="A demonstration without a download: a tiny SDXL that comes with this pack, and "
-            "references for it. It paints 64 x 64 pixels of coloured shapes, nothing else. It replaces the "
-            "checkpoint loader, the text encoders and the images; the nodes after it are the real ones.",
+            "references for it. It paints 64 x 64 pixels of creatures or of coloured shapes, nothing else. "
+            "It replaces the checkpoint loader, the text encoders and the images; the nodes after it are the "
+            "real ones.",
             search_aliases=["demo", "example", "try easyref"],
             inputs=[
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     tooltip="What the image should show besides what the references share, in the model's "
-                    "few words: 'a thing on water at the left'. Empty: the example group's own prompt.",
+                    "few words: 'a creature on water at the left'. Empty: the example group's own prompt.",
                 ),
                 io.String.Input(
                     "negative_prompt", tooltip="What to steer away from, in the same few words. May be empty."
@@ -56,15 +60,24 @@ class EasyRefDemo(io.ComfyNode):
                     "references",
                     default=4,
                     min=MIN_REFERENCES,
-                    max=MAX_REFERENCES,
+                    max=shapes.MAX_REFERENCES,
                     tooltip="Number of references in the group. More references extend the same group.",
                 ),
                 io.Boolean.Input(
                     "with_outsider",
                     default=False,
                     advanced=True,
-                    tooltip="Adds a reference that shares nothing with the others, at the end. Trained in "
-                    f"groups of {OUTSIDER_FROM} or more; in smaller ones the outlier is hard to identify.",
+                    tooltip="Adds a reference that does not belong to the others, at the end. It is easier "
+                    f"to identify in groups of {OUTSIDER_FROM} or more.",
+                ),
+                io.Combo.Input(
+                    "world",
+                    options=list(WORLDS),
+                    default=SAVED_WORLD,
+                    optional=True,
+                    tooltip="What the tiny model paints. Creatures: the references share one creature, each "
+                    "beside others. Shapes: they share attributes, such as a colour. "
+                    "Choose the checkpoint and the MLLM of the same world in Load EasyRef.",
                 ),
             ],
             outputs=[
@@ -74,7 +87,8 @@ class EasyRefDemo(io.ComfyNode):
                 io.Vae.Output(tooltip="The tiny SDXL's VAE."),
                 io.Image.Output(
                     display_name="references",
-                    tooltip="The group's references, for Encode Reference Group (size 84) and a preview.",
+                    tooltip="The group's references, for Encode Reference Group (size 64 for creatures, "
+                    "84 for shapes) and a preview.",
                 ),
                 io.String.Output(
                     display_name="prompt",
@@ -88,26 +102,33 @@ class EasyRefDemo(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **_: object) -> str:
+    def fingerprint_inputs(cls, world: str = SAVED_WORLD, **_: object) -> str:
         """Return a fingerprint of the model's files, which changes when it is trained again."""
-        return folders.state_of(sorted(folders.tiny_base().rglob("*.safetensors")))
+        return folders.state_of(sorted(folders.tiny_base(world).rglob("*.safetensors")))
 
     @classmethod
     def execute(
-        cls, prompt: str, negative_prompt: str, example: int, references: int, with_outsider: bool
+        cls,
+        prompt: str,
+        negative_prompt: str,
+        example: int,
+        references: int,
+        with_outsider: bool,
+        world: str = SAVED_WORLD,
     ) -> io.NodeOutput:
-        base = folders.tiny_base()
-        group = demo_group(example, references, with_outsider)
+        base = folders.tiny_base(world)
+        group = WORLDS[world].demo_group(example, references, with_outsider)
         images = torch.from_numpy(group.references).float() / 255
         prompts = plain_text(prompt).strip() or group.prompt, plain_text(negative_prompt)
         models = load_model(base), *conditionings(base, prompts), load_vae(base)
-        note = [f"Prompt: {prompts[0]}", f"Shared: {group.shared}", unknown_words(prompts, WORDS)]
+        unknown = unknown_words(prompts, WORLDS[world].WORDS)
+        note = [f"Prompt: {prompts[0]}", f"Shared: {group.shared}", unknown]
         ui = preview.text("\n".join(filter(None, note)))
         return io.NodeOutput(*models, images, prompts[0], group.shared, ui=ui)
 
 
 def unknown_words(prompts: Iterable[str], known: Collection[str]) -> str | None:
-    """A warning that names the words of prompts that the tiny model was not trained on."""
+    """A warning that names the words of prompts that a tiny model was not trained on."""
     words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+", prompt))
     unknown = [repr(word) for word in words if word not in known]
     if not unknown:

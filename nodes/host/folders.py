@@ -1,7 +1,7 @@
 """Folders of EasyRef's files: checkpoints in models/easyref, MLLM folders there, in text_encoders and in LLM.
 
-Reference tokens are saved in output/easyref, and searched there and in input/easyref. The tiny model that is
-shipped with the pack is in a folder of the pack, which is searched last.
+Reference tokens are saved in output/easyref, and searched there and in input/easyref. The tiny models shipped
+with the pack are in folders of the pack, which are searched last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import folder_paths
 
 from ...easyref_core.checkpoint.formats import BASE_MLLM, RELEASE
-from ...easyref_core.tiny.worlds import BASE, SHAPES
+from ...easyref_core.tiny.worlds import BASE, WORLDS
 from ...easyref_core.utils.errors import shorten
 
 log = logging.getLogger(__name__)
@@ -34,19 +34,20 @@ NO_TOKENS = "no file in output/easyref"
 DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|clock\$|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.I)
 MAX_PREFIX_LENGTH = 1000  # characters
 MAX_NAME_BYTES = 255 - len("_00001_.safetensors")
-SHIPPED = SHAPES.weights
-TINY = SHAPES.easyref  # the checkpoint there; the other files belong to the demo's SDXL
+SHIPPED = {name: world.weights for name, world in WORLDS.items()}  # folders of the tiny models
+# the checkpoints there; the other files belong to the demo's SDXL
+TINY = tuple(world.easyref for world in WORLDS.values())
 
 
 def register_folders() -> None:
     """Register models/easyref, models/LLM (as other packs do) and the folders of tokens with the host.
 
-    Folders of extra_model_paths.yaml are kept. The shipped folder comes last, so that a user's file of the
+    Folders of extra_model_paths.yaml are kept. The shipped folders come last, so that a user's file of the
     same name takes precedence.
     """
     models = Path(folder_paths.models_dir)
     kinds = {
-        FOLDER: (folder_paths.supported_pt_extensions, [models / FOLDER, SHIPPED]),
+        FOLDER: (folder_paths.supported_pt_extensions, [models / FOLDER, *SHIPPED.values()]),
         "LLM": (set(), [models / "LLM"]),
         TOKENS: (
             {".safetensors"},
@@ -78,11 +79,11 @@ def make_checkpoint_folder() -> None:
 def checkpoints() -> list[str]:
     """Names of the weight files in the EasyRef folders, without those inside MLLM folders.
 
-    The shipped one comes last, and never first, because the first is the default.
+    The shipped ones come last, and never first, because the first is the default.
     """
     names = [name for name in folder_paths.get_filename_list(FOLDER) if not _inside_mllm(name)]
     of_user = [name for name in names if not _is_shipped(name)]
-    shipped = [name for name in names if name == TINY and name not in of_user]
+    shipped = [name for name in TINY if name in names and name not in of_user]
     return [*(of_user or [NO_CHECKPOINT]), *shipped]
 
 
@@ -186,9 +187,9 @@ def state_of(files: Iterable[Path]) -> str:
     return " ".join(f"{s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in stats)
 
 
-def tiny_base() -> Path:
-    """Folder of the shipped tiny SDXL. Raises FileNotFoundError if the pack was installed without it."""
-    base = SHIPPED / BASE
+def tiny_base(world: str) -> Path:
+    """Folder of a shipped tiny SDXL. Raises FileNotFoundError if the pack was installed without it."""
+    base = SHIPPED[world] / BASE
     if not (base / "model_index.json").is_file():
         raise FileNotFoundError(
             f"The tiny model of the demo is not in {base}. Install the complete pack again."
@@ -219,7 +220,8 @@ def _inside_mllm(name: str) -> bool:
 
 
 def _is_shipped(name: str) -> bool:
-    return Path(folder_paths.get_full_path(FOLDER, name) or "").is_relative_to(SHIPPED)
+    path = Path(folder_paths.get_full_path(FOLDER, name) or "")
+    return any(path.is_relative_to(folder) for folder in SHIPPED.values())
 
 
 def tokens_path(name: str) -> Path | None:

@@ -19,9 +19,11 @@ import torch
 
 from devkit.host import golden
 from devkit.hosts import ROOT
-from easyref_core.tiny.demo_group import demo_group, demo_plan
+from easyref_core.tiny import demo_group as shapes
+from easyref_core.tiny.creatures import demo_group as creatures
+from easyref_core.tiny.demo_group import demo_plan
 from easyref_core.tiny.images import NAMES, held_out
-from easyref_core.tiny.worlds import SHAPES
+from easyref_core.tiny.worlds import WORLDS
 from easyref_core.training.base_model import BaseModel
 
 from . import tiny_weights
@@ -36,10 +38,10 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["stand-in", "shipped"])
+@pytest.fixture(scope="module", params=["stand-in", *WORLDS])
 def base(request: pytest.FixtureRequest, stand_in: Path) -> Path:
-    """The diffusers folder of the tiny SDXL."""
-    return (stand_in if request.param == "stand-in" else SHAPES.weights) / "base"
+    """The diffusers folder of a tiny SDXL."""
+    return (stand_in if request.param == "stand-in" else WORLDS[request.param].weights) / "base"
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +193,8 @@ def test_host_can_load_the_model_again(tiny_sdxl, base) -> None:
 
 @pytest.fixture
 def demo(pack, stand_in: Path, monkeypatch):
-    """nodes.demo.demo with the stand-in as its model."""
-    monkeypatch.setattr(golden.part(pack, "nodes.host.folders"), "SHIPPED", stand_in)
+    """nodes.demo.demo with the stand-in as its models."""
+    monkeypatch.setattr(golden.part(pack, "nodes.host.folders"), "SHIPPED", dict.fromkeys(WORLDS, stand_in))
     return golden.part(pack, "nodes.demo.demo")
 
 
@@ -204,9 +206,10 @@ def outputs(demo, **changes) -> dict:
     return dict(zip(names, result, strict=True))
 
 
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("count", [2, 6])
-def test_references_are_a_batch_of_images(demo, count: int) -> None:
-    images = outputs(demo, references=count)["references"]
+def test_references_are_a_batch_of_images(demo, world: str, count: int) -> None:
+    images = outputs(demo, world=world, references=count)["references"]
     assert images.shape == (count, 64, 64, 3)
     assert 0 <= images.min() < images.max() <= 1
 
@@ -219,26 +222,38 @@ def test_example_is_reproducible(demo) -> None:
 
 
 def test_empty_prompt_is_the_examples(demo) -> None:
-    prompt = demo_group(3, 4, False).prompt
+    prompt = shapes.demo_group(3, 4, False).prompt
     empty = outputs(demo, prompt=" ")
     assert empty["prompt"] == prompt != ""
     assert torch.equal(empty["positive"][0][0], outputs(demo, prompt=prompt)["positive"][0][0])
 
 
+def test_world_is_that_of_earlier_workflows_unless_chosen(demo) -> None:
+    """Workflows saved before there were two have no value for it."""
+    saved, chosen = outputs(demo), outputs(demo, world="shapes")
+    assert torch.equal(saved["references"], chosen["references"])
+    of_creatures = outputs(demo, world="creatures")
+    assert of_creatures["shared"] == creatures.demo_group(3, 4, False).shared != saved["shared"]
+    assert not torch.equal(of_creatures["references"], saved["references"])
+
+
 @pytest.mark.parametrize(
-    ("prompt", "unknown"),
+    ("world", "prompt", "unknown"),
     [
-        ("a blue thing on sand, (striped:1.2)", None),
-        ("A dog on grass, two moons", "'A', 'dog', 'two', 'moons'"),
+        ("shapes", "a blue thing on sand, (striped:1.2)", None),
+        ("shapes", "a dog on grass, two moons", "'dog', 'two', 'moons'"),
+        ("creatures", "two creatures on sand", None),
+        ("creatures", "a tall red creature with fine teal stripes", None),
+        ("creatures", "A furry creature", "'A', 'furry'"),
     ],
 )
-def test_words_that_the_model_does_not_know_are_named(demo, prompt: str, unknown: str | None) -> None:
+def test_words_that_the_model_does_not_know_are_named(demo, monkeypatch, world, prompt, unknown) -> None:
     inputs = {"negative_prompt": "", "example": 3, "references": 2, "with_outsider": False}
     with torch.inference_mode():
-        shown = demo.EasyRefDemo.execute(prompt=prompt, **inputs).ui
+        shown = demo.EasyRefDemo.execute(prompt=prompt, world=world, **inputs).ui
     about, shared, *warnings = shown["text"][0].splitlines()
     assert about.startswith("Prompt: ")
-    assert shared == f"Shared: {demo_group(3, 2, False).shared}"
+    assert shared == f"Shared: {demo.WORLDS[world].demo_group(3, 2, False).shared}"
     if unknown is None:
         assert warnings == []
     else:
@@ -268,7 +283,7 @@ def test_target_of_an_example_is_held_out_from_training() -> None:
 
 
 def test_missing_model_is_an_error_with_a_remedy(demo, tmp_path, monkeypatch, pack) -> None:
-    monkeypatch.setattr(golden.part(pack, "nodes.host.folders"), "SHIPPED", tmp_path)
+    monkeypatch.setattr(golden.part(pack, "nodes.host.folders"), "SHIPPED", {"shapes": tmp_path})
     with pytest.raises(FileNotFoundError, match="Install the complete pack again") as missing:
         outputs(demo)
     assert str(tmp_path) in str(missing.value)

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from utils.extra_config import load_extra_path_config
 
 from devkit.host import golden
+from easyref_core.tiny.worlds import WORLDS
 
 
 @pytest.fixture
 def files(folders, tmp_path, monkeypatch):
-    """The folders, without the shipped model."""
-    monkeypatch.setattr(folders, "SHIPPED", tmp_path / "shipped")
+    """The folders, without the shipped models."""
+    monkeypatch.setattr(folders, "SHIPPED", {name: tmp_path / "shipped" / name for name in WORLDS})
     return folders
 
 
@@ -122,22 +123,24 @@ def test_a_folder_that_cannot_be_created_is_logged(files, tmp_path, monkeypatch,
 
 @pytest.fixture
 def shipped(models, tmp_path) -> Path:
-    """A folder with the layout of the shipped one."""
-    touch(tmp_path / "shipped" / "tiny_easyref.safetensors", tmp_path / "shipped" / "classifier.safetensors")
-    touch(tmp_path / "shipped" / "base" / "unet" / "diffusion_pytorch_model.safetensors")
-    write_config(tmp_path / "shipped" / "tiny-qwen2-vl")
+    """A folder with folders of the layout of the shipped ones, named by their worlds."""
+    for name, world in WORLDS.items():
+        folder = tmp_path / "shipped" / name
+        touch(folder / world.easyref, folder / world.judge)
+        touch(folder / "base" / "unet" / "diffusion_pytorch_model.safetensors")
+        write_config(folder / world.mllm)
     return tmp_path / "shipped"
 
 
-TINY = "tiny_easyref.safetensors"
+TINY, CREATURES = "tiny_easyref.safetensors", "creatures_easyref.safetensors"
 
 
 @pytest.mark.parametrize(
     ("of_user", "listed", "folder"),
     [
-        ("zz.safetensors", ["zz.safetensors", TINY], "shipped"),
-        (None, ["no file in models/easyref", TINY], "shipped"),
-        (TINY, [TINY], "models/easyref"),
+        ("zz.safetensors", ["zz.safetensors", CREATURES, TINY], "shipped/shapes"),
+        (None, ["no file in models/easyref", CREATURES, TINY], "shipped/shapes"),
+        (TINY, [TINY, CREATURES], "models/easyref"),
     ],
     ids=["after the user's", "alone, but not the default", "hidden by the user's of its name"],
 )
@@ -149,12 +152,16 @@ def test_shipped_checkpoint(files, models, shipped, of_user: str | None, listed:
 
 
 def test_shipped_mllm_folder_is_listed(files, shipped):
-    assert files.mllm_folders() == {"easyref/tiny-qwen2-vl": shipped / "tiny-qwen2-vl"}
+    assert files.mllm_folders() == {
+        f"easyref/{world.mllm}": shipped / name / world.mllm for name, world in WORLDS.items()
+    }
 
 
-def test_shipped_folder_is_the_last_that_is_searched(files, models, shipped):
+def test_shipped_folders_are_the_last_that_are_searched(files, models, shipped):
     """The host and other packs save to the first."""
-    assert folder_paths.get_folder_paths("easyref") == [str(models / "easyref"), str(shipped)]
+    assert folder_paths.get_folder_paths("easyref") == [
+        str(folder) for folder in (models / "easyref", shipped / "creatures", shipped / "shapes")
+    ]
 
 
 # MLLM folders

@@ -223,8 +223,9 @@ def find_models(pack: ModuleType, base: Path, checkpoint: str, mllm: str) -> lis
         raise_same(refusal, lambda: folders.find_checkpoint(checkpoint))
     node.fingerprint_inputs(checkpoint, mllm)
     paths = [folders.find_checkpoint(checkpoint), folders.find_mllm(mllm)]
+    allowed = base / "models", *folders.SHIPPED.values()
     for path in filter(None, paths):
-        assert str(path).startswith((str(base / "models"), str(folders.SHIPPED))), f"{path} was found"
+        assert str(path).startswith(tuple(map(str, allowed))), f"{path} was found"
         assert ".." not in path.parts, f"{path} was found"
     return list(map(str, paths))
 

@@ -85,7 +85,11 @@ def test_folder_of_checkpoints_exists_after_the_start():
 def test_folder_that_cannot_be_created_is_a_warning():
     with ComfyServer(prepare=lambda base: (base / "models" / "easyref").touch()) as server:
         options = server.object_info()["EasyRefLoader"]["input"]["required"]["checkpoint"][1]["options"]
-        assert options == ["no file in models/easyref", "tiny_easyref.safetensors"]
+        assert options == [
+            "no file in models/easyref",
+            "creatures_easyref.safetensors",
+            "tiny_easyref.safetensors",
+        ]
         assert f"EasyRef: the folder {server.base / 'models' / 'easyref'} could not be created" in server.log
 
 

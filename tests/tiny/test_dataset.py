@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import ModuleType
 
 import numpy as np
 import pytest
 
+from easyref_core.tiny import demo_group
+from easyref_core.tiny.creatures import demo_group as creatures_demo_group
 from easyref_core.tiny.dataset import Dataset
-from easyref_core.tiny.demo_group import MAX_REFERENCES, WORDS, demo_group, demo_plan
+from easyref_core.tiny.demo_group import MAX_REFERENCES, demo_plan
 from easyref_core.tiny.groups import Plan, evaluation_groups, plan_group, spread
 from easyref_core.tiny.images import (
     ATTRIBUTES,
@@ -108,15 +111,16 @@ def test_samples_have_the_given_attributes(dataset: Dataset) -> None:
     assert np.array_equal(dataset.attributes[indices], attributes)
 
 
-def test_more_references_or_an_outsider_extend_a_demo_group() -> None:
+@pytest.mark.parametrize("world", [demo_group, creatures_demo_group])
+def test_more_references_or_an_outsider_extend_a_demo_group(world: ModuleType) -> None:
     """All images, prompts and descriptions of an example are fixed by its number."""
-    full = demo_group(1, MAX_REFERENCES, outsider=False)
-    part = demo_group(1, 3, outsider=False)
-    odd = demo_group(1, 3, outsider=True)
+    full = world.demo_group(1, MAX_REFERENCES, outsider=False)
+    part = world.demo_group(1, 3, outsider=False)
+    odd = world.demo_group(1, 3, outsider=True)
     assert np.array_equal(part.references, full.references[:3])
     assert np.array_equal(odd.references[:3], full.references[:3])
     assert len(odd.references) == 4
-    assert full.prompt == part.prompt == odd.prompt != demo_group(2, 3, outsider=False).prompt
+    assert full.prompt == part.prompt == odd.prompt != world.demo_group(2, 3, outsider=False).prompt
     assert full.shared == part.shared
     assert odd.shared == f"{full.shared} (but for reference 4, which does not belong)"
 
@@ -132,6 +136,9 @@ def test_demo_groups_of_shapes_vary_in_what_they_do_not_share(number: int) -> No
     assert held_out(plan.target)
 
 
-def test_prompts_of_demo_groups_are_in_the_words_of_the_world() -> None:
-    words = {word for number in range(50) for word in demo_group(number, 2, outsider=False).prompt.split()}
-    assert words <= WORDS
+@pytest.mark.parametrize("world", [demo_group, creatures_demo_group])
+def test_prompts_of_demo_groups_are_in_the_words_of_the_world(world: ModuleType) -> None:
+    words = {
+        word for number in range(50) for word in world.demo_group(number, 2, outsider=False).prompt.split()
+    }
+    assert words <= world.WORDS

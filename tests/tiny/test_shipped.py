@@ -9,6 +9,10 @@ from PIL import Image
 
 from easyref_core.mllm.preprocess import preprocess
 from easyref_core.tiny.classifier import load_classifier
+from easyref_core.tiny.creatures import evaluate as creatures
+from easyref_core.tiny.creatures.identities import draw_identities
+from easyref_core.tiny.creatures.judge import load_judge
+from easyref_core.tiny.creatures.vision_pretraining import part_errors
 from easyref_core.tiny.evaluate import (
     chance,
     classify_images,
@@ -21,7 +25,7 @@ from easyref_core.tiny.examples import ProceduralSettings, ShapeExamples
 from easyref_core.tiny.groups import evaluation_groups
 from easyref_core.tiny.images import ATTRIBUTES, NAMES, all_combinations, held_out, render
 from easyref_core.tiny.qwen2_vl import IMAGE_TOKENS
-from easyref_core.tiny.worlds import SHAPES
+from easyref_core.tiny.worlds import CREATURES, SHAPES
 
 WEIGHTS = SHAPES.weights
 
@@ -96,4 +100,30 @@ def test_images_of_held_out_groups_show_the_references() -> None:
     )
     assert without["shared"].mean < chance(groups) + 0.15
     assert with_references["shared"].mean >= 0.85
+    assert with_references["named"].mean >= 0.85
+
+
+# The creatures
+
+
+def test_the_judge_measures_new_creatures() -> None:
+    groups = creatures.render_groups(draw_identities(np.random.default_rng(99), 200), 99)
+    judge, targets = load_judge(), [group.target for group in groups]
+    measured = torch.from_numpy(judge.images(targets))
+    errors = part_errors(measured, torch.from_numpy(np.stack([group.identity for group in groups])))
+    assert max(errors["outline"], errors["colours"]) < 0.1, errors
+    assert errors["pattern"] < 0.4, errors
+    named = judge(targets)
+    for name in ("ground", "place"):
+        assert np.mean([group.named[name] for group in groups] == np.array(named[name])) >= 0.97, name
+
+
+def test_images_of_new_creatures_show_what_the_references_share() -> None:
+    groups = creatures.render_groups(draw_identities(np.random.default_rng(77), 48), 77)
+    without, with_references = (
+        creatures.summary(method, groups, load_judge())
+        for method in creatures.creature_methods(CREATURES.weights).values()
+    )
+    assert abs(without["similarity"].mean) < 0.2
+    assert with_references["similarity"].mean >= 0.6
     assert with_references["named"].mean >= 0.85

@@ -1,4 +1,4 @@
-"""A second procedural dataset: creatures whose identities are real numbers that no word names.
+"""A second procedural dataset: creatures whose identities are real numbers that no prompt names.
 
 In reading order:
 
@@ -14,5 +14,6 @@ In reading order:
     judge.py               a CNN that measures the creature of an image
     recipe.py              all of these in order, with every size and seed
     evaluate.py            similarity of generated creatures to those of their groups
+    demo_group.py          numbered example groups
     image_encoder.py, baselines.py, benchmark.py      MRBench, with baselines trained on the same images
 """

@@ -14,13 +14,14 @@ from ...mrbench.methods.method import Method, Plain
 from ...mrbench.metrics import Interval, bootstrap
 from ...mrbench.report import table
 from ...training.base_model import BaseModel
-from ..evaluate import SAMPLING, generate_images
+from ..evaluate import SAMPLING as OF_SHAPES
+from ..evaluate import generate_images
 from ..worlds import BASE, CREATURES
 from .groups import Group, render_groups
 from .identities import PARTS, VARIANCE, Floats, draw_identities, split
 from .judge import CreatureJudge, load_judge
 
-GUIDANCE = 2.0
+SAMPLING = dataclasses.replace(OF_SHAPES, guidance=2.0)
 CANDIDATES = 100  # identities among which the nearest to an image is looked for, its own with them
 
 
@@ -58,7 +59,7 @@ def summary(
 ) -> dict[str, Interval]:
     """Measures of one image of each group, with 95 % intervals over groups."""
     tasks = [group.task for group in groups]
-    images = generate_images(method, tasks, seed, dataclasses.replace(SAMPLING, guidance=GUIDANCE))
+    images = generate_images(method, tasks, seed, SAMPLING)
     measured, wanted = judge.images(images), np.stack([group.identity for group in groups])
     similar = similarities(measured, judge.images([group.target for group in groups]))
     names = judge(images)

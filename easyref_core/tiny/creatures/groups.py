@@ -27,7 +27,7 @@ class Group:
     references: tuple[Image.Image, ...]
     captions: tuple[str, ...]  # of the references
     target: Image.Image
-    shared: dict[str, str] = dataclasses.field(default_factory=dict)  # empty: no word names what is shared
+    shared: dict[str, str] = dataclasses.field(default_factory=dict)  # empty: what is shared has no name
 
     @property
     def task(self) -> Task:

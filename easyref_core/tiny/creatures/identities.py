@@ -1,4 +1,4 @@
-"""Identities of creatures: 13 continuous numbers in -1..1 that no word names."""
+"""Identities of creatures: 13 continuous numbers in -1..1."""
 
 from __future__ import annotations
 
