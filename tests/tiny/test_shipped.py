@@ -125,5 +125,5 @@ def test_images_of_new_creatures_show_what_the_references_share() -> None:
         for method in creatures.creature_methods(CREATURES.weights).values()
     )
     assert abs(without["similarity"].mean) < 0.2
-    assert with_references["similarity"].mean >= 0.6
+    assert with_references["similarity"].mean >= 0.4
     assert with_references["named"].mean >= 0.85
