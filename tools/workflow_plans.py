@@ -117,8 +117,9 @@ def tiny_fields(plans: Fields, name: str, full: Mapping[str, Fields]) -> dict[st
     nodes = _changed(_changed(made | kept, shared), changes.get("nodes", {}))
     for group in demo.keys() - workflow["groups"].keys():
         nodes[f"demo_{group}"] = {**nodes[f"demo_{group}"], "inputs": demo[group]}
+    values = tiny["values"][changes.get("world", "shapes")]
     for key, fields in nodes.items():
-        inputs = fields.get("inputs", {}) | tiny["values"].get(fields["type"], {})
+        inputs = fields.get("inputs", {}) | values.get(fields["type"], {})
         linked = {
             slot: links.get(tuple(value), value) if isinstance(value, list) else value
             for slot, value in inputs.items()
