@@ -47,7 +47,7 @@ SHOWN_BESIDE = ("References", "Without EasyRef", "Before")  # titles of images t
 HELP_SIZE = (640, 800)  # pixels, at most
 # workflows without a tiny variant whose point another one shows: its name, and inputs by node type
 INSTEAD: dict[str, tuple[str, dict[str, Fields]]] = {
-    "one_node": ("try_it_now", {"EasyRefDemo": {"example": 7, "references": 3}}),
+    "one_node": ("try_it_now", {"EasyRefDemo": {"example": 8, "references": 3}}),
     "identity_portrait": (
         "style_from_a_group_tiny",
         {
