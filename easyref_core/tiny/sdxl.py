@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from ..checkpoint.checkpoint import fingerprint
 from ..files.atomic_write import atomic_write, atomic_write_text
 from ..training.base_model import BaseModel
 from ..training.objective import target
@@ -162,7 +161,7 @@ def _prefix(file: Path) -> None:
         save_file(named, partial, {"format": "pt"})
 
 
-_encoded: dict[tuple[str, str], Tensor] = {}
+_encoded: dict[str, Tensor] = {}
 
 
 @torch.no_grad()
@@ -171,7 +170,10 @@ def encode_dataset(base: BaseModel, images: NDArray[np.uint8]) -> Tensor:
 
     The last result is kept: encoding takes a minute, and all stages and arms of a training need the same.
     """
-    key = fingerprint(base.vae.state_dict().items()), hashlib.sha256(images).hexdigest()
+    digest = hashlib.sha256(images)
+    for weight in base.vae.state_dict().values():
+        digest.update(weight.contiguous().numpy())
+    key = digest.hexdigest()
     if key not in _encoded:
         pixels = torch.from_numpy(images).movedim(-1, 1)
         _encoded.clear()
