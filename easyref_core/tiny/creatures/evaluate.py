@@ -21,7 +21,7 @@ from .groups import Group, render_groups
 from .identities import PARTS, VARIANCE, Floats, draw_identities, split
 from .judge import CreatureJudge, load_judge
 
-SAMPLING = dataclasses.replace(OF_SHAPES, guidance=2.0)
+SAMPLING = dataclasses.replace(OF_SHAPES, guidance=3.0)
 CANDIDATES = 100  # identities among which the nearest to an image is looked for, its own with them
 
 
