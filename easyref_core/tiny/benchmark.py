@@ -6,7 +6,7 @@ python -m easyref_core.tiny.benchmark runs/tiny/benchmark
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..mrbench.builder import from_groups
@@ -15,6 +15,8 @@ from .evaluate import Group, render_groups
 from .groups import evaluation_groups
 
 GROUPS, SEED = 250, 2000  # of each split
+
+MakeBenchmark = Callable[[Path, int, int], Manifest]
 
 
 def make_benchmark(folder: Path, count: int = GROUPS, seed: int = SEED) -> Manifest:
@@ -30,13 +32,16 @@ def _groups(count: int, seed: int) -> Iterator[tuple[str, str, Group]]:
             yield split, category, group
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m easyref_core.tiny.benchmark", description=__doc__.splitlines()[0]
-    )
+def run_command(prog: str, description: str, make: MakeBenchmark, defaults: tuple[int, int]) -> None:
+    """Make the benchmark of a tiny world by the command line. defaults: groups of each split, and seed."""
+    groups, seed = defaults
+    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder for manifest.json and the images")
-    make_benchmark(parser.parse_args().folder)
+    parser.add_argument("--groups", type=int, default=groups, help="groups of each split")
+    parser.add_argument("--seed", type=int, default=seed, help="the seed that groups are drawn with")
+    arguments = parser.parse_args()
+    make(arguments.folder, arguments.groups, arguments.seed)
 
 
 if __name__ == "__main__":
-    main()
+    run_command("easyref_core.tiny.benchmark", __doc__, make_benchmark, (GROUPS, SEED))

@@ -358,7 +358,8 @@ class TestConfig:
     def test_every_shipped_config_is_valid(self) -> None:
         shipped = sorted(Path(generation.__file__).parent.glob("configs/**/*.yaml"))
         configs = {file.name: read_config(file) for file in shipped}
-        assert sorted(configs) == ["creatures.yaml", "sdxl.yaml", "sdxl_single.yaml", "tiny.yaml"]
+        names = "creatures creatures_tuning sdxl sdxl_single tiny tiny_tuning".split()
+        assert sorted(configs) == [f"{name}.yaml" for name in names]
         for name in ("sdxl.yaml", "tiny.yaml"):
             methods = configs[name].methods
             assert {entry["kind"] for entry in methods.values()} == set(KINDS)

@@ -5,7 +5,6 @@ python -m easyref_core.tiny.creatures.benchmark runs/creatures/benchmark
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from ...mrbench.builder import from_groups
 from ...mrbench.manifest import SPLITS, Manifest
+from ..benchmark import run_command
 from .examples import COUNT, DATASET_SEED
 from .groups import Group, render_groups
 from .identities import draw_identities
@@ -33,13 +33,5 @@ def _groups(count: int, seed: int) -> Iterator[tuple[str, str, Group]]:
             yield split, f"{len(group.references)} references", group
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m easyref_core.tiny.creatures.benchmark", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("folder", type=Path, help="folder for manifest.json and the images")
-    make_benchmark(parser.parse_args().folder)
-
-
 if __name__ == "__main__":
-    main()
+    run_command("easyref_core.tiny.creatures.benchmark", __doc__, make_benchmark, (GROUPS, SEED))
