@@ -52,7 +52,8 @@ class EasyRefEncodeGroup(io.ComfyNode):
                 ),
                 size_input(
                     "Resolution in pixels: each reference is resized to about size x size at its own aspect "
-                    "ratio. 336, as in training, gives 121 to 145 image tokens per reference."
+                    "ratio. The size is rounded down to whole image tokens of 28 pixels. 336, as in "
+                    "training, gives 121 to 145 image tokens per reference."
                 ),
                 io.Combo.Input(
                     "when_too_large",

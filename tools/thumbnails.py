@@ -124,13 +124,13 @@ def run(
 
 def references_of(demos: Sequence[Fields]) -> list[Image.Image]:
     """The references of groups, by the inputs of the nodes that give them."""
-    from easyref_core.tiny import demo_group as shapes
-    from easyref_core.tiny.creatures import demo_group as creatures
+    from easyref_core.tiny.demo_groups import DEMO_GROUPS
 
-    images, worlds = [], {"shapes": shapes, "creatures": creatures}
+    images = []
     for inputs in demos:
-        world = worlds[inputs["world"]]
-        group = world.demo_group(inputs["example"], inputs["references"], inputs["with_outsider"])
+        group = DEMO_GROUPS[inputs["world"]].demo_group(
+            inputs["example"], inputs["references"], inputs["with_outsider"]
+        )
         images += map(Image.fromarray, group.references)
     return images
 

@@ -6,7 +6,7 @@ In reading order:
     groups.py              groups that share some attributes and vary the others; held-out combinations
     dataset.py             the images of a training, rendered once
     tokenizer.py           tokenizers whose words are those of the captions
-    vae.py                 the AutoencoderKL: 64 x 64 pixels <-> (8, 8, 8)
+    vae.py                 the AutoencoderKL: 64 x 64 pixels <-> (12, 8, 8)
     sdxl.py                the tiny SDXL: a UNet and two CLIP text encoders, pretrained on captions
     vision_pretraining.py  the vision tower of the tiny Qwen2-VL, pretrained to classify attributes
     qwen2_vl.py            the tiny Qwen2-VL, pretrained to describe and to compare images

@@ -42,7 +42,7 @@ def demo_plan(number: int, references: int, outsider: bool) -> Plan:
 
 
 def demo_group(number: int, references: int, outsider: bool) -> DemoGroup:
-    """The example of a number, with so many references and, if wanted, one more that does not belong."""
+    """The example of a number: `references` images that belong, then the outsider if `outsider`."""
     plan = demo_plan(number, references, outsider)
     images = [render(row[None], np.random.default_rng([number, i])) for i, row in enumerate(plan.references)]
     return DemoGroup(np.concatenate(images), plan.prompt, in_common(plan))
@@ -54,9 +54,9 @@ def in_common(plan: Plan) -> str:
     words = ", ".join(f"{name} {value}" for name, value in values.items())
     if plan.outsider is None:
         return words
-    return f"{words} {but_for(plan.outsider)}"
+    return f"{words} {outsider_note(plan.outsider)}"
 
 
-def but_for(outsider: int) -> str:
+def outsider_note(outsider: int) -> str:
     """Say which reference does not belong, by its index."""
     return f"(but for reference {outsider + 1}, which does not belong)"

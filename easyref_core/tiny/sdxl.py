@@ -161,24 +161,25 @@ def _prefix(file: Path) -> None:
         save_file(named, partial, {"format": "pt"})
 
 
-_encoded: dict[str, Tensor] = {}
+_latents_cache: dict[str, Tensor] = {}
 
 
 @torch.no_grad()
 def encode_dataset(base: BaseModel, images: NDArray[np.uint8]) -> Tensor:
     """Scaled latents (M, C, 8, 8) of images (M, 64, 64, 3).
 
-    The last result is kept: encoding takes a minute, and all stages and arms of a training need the same.
+    Caches the last result, because encoding takes a minute and every stage of a training needs the same.
     """
     digest = hashlib.sha256(images)
     for weight in base.vae.state_dict().values():
-        digest.update(weight.contiguous().numpy())
+        digest.update(weight.cpu().contiguous().numpy())
     key = digest.hexdigest()
-    if key not in _encoded:
+    if key not in _latents_cache:
         pixels = torch.from_numpy(images).movedim(-1, 1)
-        _encoded.clear()
-        _encoded[key] = torch.cat([base.encode_images(part / 127.5 - 1) for part in pixels.split(ENCODED)])
-    return _encoded[key]
+        _latents_cache.clear()
+        parts = [base.encode_images(part / 127.5 - 1) for part in pixels.split(ENCODED)]
+        _latents_cache[key] = torch.cat(parts)
+    return _latents_cache[key]
 
 
 def shapes_caption(dataset: Dataset, index: int, rng: np.random.Generator) -> str:

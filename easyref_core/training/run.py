@@ -31,7 +31,7 @@ from .objective import denoising_loss
 from .optimizers import make_optimizer
 from .precomputed import PARTS, provenance, read_manifest, require_provenance
 from .sampling import generate_images, to_images, unpatchify
-from .sharding import callable_submodules, load_models_whole, local_part, sharding_of, whole_tensor
+from .sharding import callable_submodules, disable_zero3_init, local_part, sharding_of, whole_tensor
 from .trainable import TrainableEasyRef, tensor_name
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Run:
         stored = read_manifest(settings.precomputed)["parts"] if settings.precomputed else {}
         parked = [model for part in stored for model in PARTS[part]]
         options = {"config": settings.base_config}
-        load_models_whole(accelerator)
+        disable_zero3_init(accelerator)
         self.base = BaseModel.load(settings.base, accelerator.device, dtype, parked, **options)
         self.weights = load_weights(settings, self.base)
         if settings.precomputed:

@@ -29,8 +29,8 @@ def shards_weights(accelerator: Accelerator) -> bool:
     return sharding_of(accelerator) in ("fsdp1", "fsdp2", "zero3")
 
 
-def load_models_whole(accelerator: Accelerator) -> None:
-    """Make transformers load the next models whole. Under ZeRO-3 it would partition them.
+def disable_zero3_init(accelerator: Accelerator) -> None:
+    """Keep transformers from partitioning the models that it loads next.
 
     accelerate announces ZeRO-3 to transformers whatever zero3_init_flag is. The frozen models run outside
     DeepSpeed's engine, which alone gathers partitioned weights.

@@ -97,11 +97,20 @@ def require_fit(unet: str, widths: Mapping[Site, int], expected: Mapping[Site, i
     """
     if widths == expected:
         return
+    found, wanted = _summary(widths), _summary(expected)
+    if found == wanted:  # as many of each width, in other places
+        found, wanted = f"{found}, {_only(widths, expected)}", f"{wanted}, {_only(expected, widths)}"
     raise ValueError(
-        f"{unet} does not fit the EasyRef checkpoint: it has {_summary(widths)}, the checkpoint is made for "
-        f"{_summary(expected)}. Use the kind of model it was trained on; the released EasyRef needs an SDXL "
-        "base model (not SD1.5, Flux or the SDXL refiner)."
+        f"{unet} does not fit the EasyRef checkpoint: it has {found}, the checkpoint is made for {wanted}. "
+        "Use the kind of model it was trained on; the released EasyRef needs an SDXL base model (not SD1.5, "
+        "Flux or the SDXL refiner)."
     )
+
+
+def _only(sites: Mapping[Site, int], others: Mapping[Site, int]) -> str:
+    """The first site whose width others do not have."""
+    site, width = min(item for item in sites.items() if item not in others.items())
+    return f"among them {site.comfy}, {width} wide"
 
 
 def _summary(sites: Mapping[Site, int]) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io
 
-from ...easyref_core.tiny import demo_group as shapes
 from ...easyref_core.tiny.clip_text import encode_text
-from ...easyref_core.tiny.creatures import demo_group as creatures
+from ...easyref_core.tiny.demo_group import MAX_REFERENCES
+from ...easyref_core.tiny.demo_groups import DEMO_GROUPS
 from ...easyref_core.tiny.groups import OUTSIDER_FROM
 from ...easyref_core.utils.errors import shorten
 from ...easyref_core.utils.prompt_syntax import plain_text
@@ -21,7 +21,6 @@ from .tiny_sdxl import load_model
 from .tiny_vae import load_vae
 
 MIN_REFERENCES = 2  # of a group, as in training
-WORLDS = {"creatures": creatures, "shapes": shapes}  # their WORDS and demo_group
 SAVED_WORLD = "shapes"  # of workflows that were saved before there was a choice
 
 
@@ -54,30 +53,32 @@ class EasyRefDemo(io.ComfyNode):
                     min=0,
                     max=2**31 - 1,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Number of the example group. Its target image was not in the training data.",
+                    tooltip="Number of the example group. Its creature, or the target of the shapes, was not "
+                    "in the training data.",
                 ),
                 io.Int.Input(
                     "references",
                     default=4,
                     min=MIN_REFERENCES,
-                    max=shapes.MAX_REFERENCES,
+                    max=MAX_REFERENCES,
                     tooltip="Number of references in the group. More references extend the same group.",
                 ),
                 io.Boolean.Input(
                     "with_outsider",
                     default=False,
                     advanced=True,
-                    tooltip="Adds a reference that does not belong to the others, at the end. It is easier "
-                    f"to identify in groups of {OUTSIDER_FROM} or more.",
+                    tooltip="Adds a reference that does not belong to the others, at the end. The shapes "
+                    f"were trained with one in groups of {OUTSIDER_FROM} or more, the creatures without.",
                 ),
                 io.Combo.Input(
                     "world",
-                    options=list(WORLDS),
+                    options=list(DEMO_GROUPS),
                     default=SAVED_WORLD,
                     optional=True,
-                    tooltip="What the tiny model paints. Creatures: the references share one creature, each "
-                    "beside others. Shapes: they share attributes, such as a colour. "
-                    "Choose the checkpoint and the MLLM of the same world in Load EasyRef.",
+                    tooltip="What the tiny model paints. Creatures: the references share one creature, and "
+                    "each also shows others. Shapes: they share attributes, such as a colour. Choose the "
+                    "checkpoint and the MLLM of the same world in Load EasyRef, and size 64 for creatures or "
+                    "84 for shapes in Encode Reference Group.",
                 ),
             ],
             outputs=[
@@ -117,11 +118,11 @@ class EasyRefDemo(io.ComfyNode):
         world: str = SAVED_WORLD,
     ) -> io.NodeOutput:
         base = folders.tiny_base(world)
-        group = WORLDS[world].demo_group(example, references, with_outsider)
+        group = DEMO_GROUPS[world].demo_group(example, references, with_outsider)
         images = torch.from_numpy(group.references).float() / 255
         prompts = plain_text(prompt).strip() or group.prompt, plain_text(negative_prompt)
         models = load_model(base), *conditionings(base, prompts), load_vae(base)
-        unknown = unknown_words(prompts, WORLDS[world].WORDS)
+        unknown = unknown_words(prompts, DEMO_GROUPS[world].WORDS)
         note = [f"Prompt: {prompts[0]}", f"Shared: {group.shared}", unknown]
         ui = preview.text("\n".join(filter(None, note)))
         return io.NodeOutput(*models, images, prompts[0], group.shared, ui=ui)

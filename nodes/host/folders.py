@@ -36,7 +36,7 @@ MAX_PREFIX_LENGTH = 1000  # characters
 MAX_NAME_BYTES = 255 - len("_00001_.safetensors")
 SHIPPED = {name: world.weights for name, world in WORLDS.items()}  # folders of the tiny models
 # the checkpoints there; the other files belong to the demo's SDXL
-TINY = tuple(world.easyref for world in WORLDS.values())
+SHIPPED_CHECKPOINTS = tuple(world.easyref for world in WORLDS.values())
 
 
 def register_folders() -> None:
@@ -83,7 +83,7 @@ def checkpoints() -> list[str]:
     """
     names = [name for name in folder_paths.get_filename_list(FOLDER) if not _inside_mllm(name)]
     of_user = [name for name in names if not _is_shipped(name)]
-    shipped = [name for name in TINY if name in names and name not in of_user]
+    shipped = [name for name in SHIPPED_CHECKPOINTS if name in names and name not in of_user]
     return [*(of_user or [NO_CHECKPOINT]), *shipped]
 
 

@@ -51,7 +51,7 @@ def prompt_input(tooltip: str) -> io.String.Input:
 def size_input(tooltip: str, advanced: bool | None = True) -> io.Int.Input:
     """The resolution of a reference in pixels.
 
-    The step divides an image token of Qwen2-VL (28 pixels) and of the creatures' tiny MLLM (16): the frontend
-    rounds values to it.
+    The step divides the image tokens of Qwen2-VL (28 pixels) and of the creatures' MLLM (16), because the
+    frontend rounds values to it.
     """
     return io.Int.Input("size", default=SIZE, min=56, max=1008, step=4, advanced=advanced, tooltip=tooltip)

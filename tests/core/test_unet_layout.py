@@ -94,5 +94,8 @@ def test_unet_must_fit() -> None:
     widths = r"does not fit.*1 cross-attentions \(1 x 320 wide\).*1 cross-attentions \(1 x 640 wide\)"
     with pytest.raises(ValueError, match=widths):
         require_fit("The UNet", {SITE: 320}, {SITE: 640})
-    with pytest.raises(ValueError, match="The UNet does not fit"):
+    places = r"has .*, among them \S+blocks.0, 640 wide,.* for .*, among them \S+blocks.1, 640 wide\."
+    with pytest.raises(ValueError, match=places):
         require_fit("The UNet", {SITE: 640}, {OTHER_SITE: 640})
+    with pytest.raises(ValueError, match="among them .*blocks.0, 640 wide,.*blocks.0, 320 wide"):
+        require_fit("The UNet", {SITE: 640, OTHER_SITE: 320}, {SITE: 320, OTHER_SITE: 640})

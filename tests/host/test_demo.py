@@ -89,6 +89,16 @@ def test_unet_is_diffusers(tiny_sdxl, base, diffusers) -> None:
     assert golden.error(*predictions(tiny_sdxl.load_model(base), diffusers)) <= 1e-5
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_shipped_checkpoint_fits_the_shipped_unet(pack, tiny_sdxl, world: str) -> None:
+    files = WORLDS[world]
+    checkpoint, mllm = files.weights / files.easyref, files.weights / files.mllm
+    easyref = golden.part(pack, "nodes.host.hosted_model").load_hosted(checkpoint, mllm, "auto", None)
+    condition = golden.part(pack, "nodes.unet_patch.condition")
+    widths = condition.cross_attention_widths(tiny_sdxl.load_model(files.weights / "base"))
+    assert widths == easyref.model.checkpoint.widths
+
+
 def test_unet_is_the_same_under_dynamic_vram(tiny_sdxl, base, diffusers, monkeypatch) -> None:
     """With its switch simulated: its layers do not have weights until they are loaded."""
     monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
@@ -247,13 +257,13 @@ def test_world_is_that_of_earlier_workflows_unless_chosen(demo) -> None:
         ("creatures", "A furry creature", "'A', 'furry'"),
     ],
 )
-def test_words_that_the_model_does_not_know_are_named(demo, monkeypatch, world, prompt, unknown) -> None:
+def test_words_that_the_model_does_not_know_are_named(demo, world, prompt, unknown) -> None:
     inputs = {"negative_prompt": "", "example": 3, "references": 2, "with_outsider": False}
     with torch.inference_mode():
         shown = demo.EasyRefDemo.execute(prompt=prompt, world=world, **inputs).ui
     about, shared, *warnings = shown["text"][0].splitlines()
     assert about.startswith("Prompt: ")
-    assert shared == f"Shared: {demo.WORLDS[world].demo_group(3, 2, False).shared}"
+    assert shared == f"Shared: {demo.DEMO_GROUPS[world].demo_group(3, 2, False).shared}"
     if unknown is None:
         assert warnings == []
     else:

@@ -1,4 +1,4 @@
-"""Trackers: what W&B, offline, and MLflow, in a database of their own, have stored of a run is read back.
+"""Logged values of a run, read back from W&B (offline) and MLflow (SQLite).
 
 TensorBoard's curves are read in test_loop.py.
 """
@@ -66,7 +66,9 @@ def test_wandb_offline_has_curves_settings_and_the_sheet(
         items = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
         if items:
             steps.setdefault(json.loads(items["_step"]), {}).update(items)
-    for row in read_metrics(tmp_path / "metrics.csv"):
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["update"] for row in rows] == [1, 2]
+    for row in rows:
         assert json.loads(steps[row["update"]]["loss"]) == pytest.approx(row["loss"], rel=1e-6)
     assert config["learning_rate"] == 1e-3
     assert list((tmp_path / "wandb").rglob("media/images/samples_2_*.png"))

@@ -27,7 +27,11 @@ def make_benchmark(folder: Path, count: int = GROUPS, seed: int = SEED) -> Manif
 
 def _groups(count: int, seed: int) -> Iterator[tuple[str, str, Group]]:
     trained = draw_identities(np.random.default_rng(DATASET_SEED), COUNT)  # as draw_dataset does first
-    identities = {"held-in": trained[:count], "held-out": draw_identities(np.random.default_rng(seed), count)}
+    start = seed % COUNT  # benchmarks of different seeds have different creatures
+    identities = {
+        "held-in": trained[start : start + count],
+        "held-out": draw_identities(np.random.default_rng(seed), count),
+    }
     for number, split in enumerate(SPLITS):
         for group in render_groups(identities[split], seed + number):
             yield split, f"{len(group.references)} references", group

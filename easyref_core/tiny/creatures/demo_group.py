@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..demo_group import MAX_REFERENCES, DemoGroup, but_for
+from ..demo_group import MAX_REFERENCES, DemoGroup, outsider_note
 from .captions import GROUND_NAMES, PLACE_NAMES, all_captions, caption
 from .descriptions import all_descriptions
 from .identities import draw_identities
@@ -15,17 +15,17 @@ WORDS = frozenset(" ".join([*all_captions(), *all_descriptions()]).split())  # o
 
 
 def demo_group(number: int, references: int, outsider: bool) -> DemoGroup:
-    """The example of a number, with so many references and, if wanted, one more that does not belong.
+    """The example of a number: `references` images that belong, then the outsider if `outsider`.
 
-    More references extend the same group. The outsider is added at the end.
+    More references extend the same group.
     """
     rng = np.random.default_rng([SEED, number])
     identity, other = draw_identities(rng, 2)
     identities = np.stack([*[identity] * MAX_REFERENCES, other])
     images = render(among_others(identities, rng), rng)
     picked = [*range(references), *[MAX_REFERENCES] * outsider]
-    shared = "one creature, which every image shows beside others"
+    shared = "one creature; every reference also shows others"
     if outsider:
-        shared = f"{shared} {but_for(references)}"
+        shared = f"{shared} {outsider_note(references)}"
     ground, place = int(rng.integers(len(GROUND_NAMES))), int(rng.integers(len(PLACE_NAMES)))
     return DemoGroup(images[picked], caption(1, ground, place), shared)

@@ -14,14 +14,14 @@ from ...mrbench.methods.method import Method, Plain
 from ...mrbench.metrics import Interval, bootstrap
 from ...mrbench.report import table
 from ...training.base_model import BaseModel
-from ..evaluate import SAMPLING as OF_SHAPES
+from ..evaluate import SAMPLING as SHAPES_SAMPLING
 from ..evaluate import generate_images
 from ..worlds import BASE, CREATURES
 from .groups import Group, render_groups
 from .identities import PARTS, VARIANCE, Floats, draw_identities, split
 from .judge import CreatureJudge, load_judge
 
-SAMPLING = dataclasses.replace(OF_SHAPES, guidance=3.0)
+SAMPLING = dataclasses.replace(SHAPES_SAMPLING, guidance=3.0)
 CANDIDATES = 100  # identities among which the nearest to an image is looked for, its own with them
 
 
