@@ -16,6 +16,7 @@ In reading order:
     examples.py            training examples for the three stages of easyref_core/training and the IP-Adapter
     evaluate.py            accuracy of images generated for held-out groups
     demo_group.py          numbered example groups
+    demo_groups.py         the modules with the demo's example groups, by world
     worlds.py              names of the shipped files of both datasets
     clip_text.py, diffusers_folder.py      the text encoders of the demo, from a diffusers folder
     clip.py, baselines.py, benchmark.py    MRBench with baselines trained on the same dataset
