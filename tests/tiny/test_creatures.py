@@ -18,6 +18,7 @@ from easyref_core.tiny.creatures import recipe
 from easyref_core.tiny.creatures.captions import all_captions, caption
 from easyref_core.tiny.creatures.dataset import Dataset, draw_dataset
 from easyref_core.tiny.creatures.descriptions import describe, described
+from easyref_core.tiny.creatures.evaluate import found
 from easyref_core.tiny.creatures.examples import CreatureExamples, SingleCreatures
 from easyref_core.tiny.creatures.groups import SIZES, render_groups
 from easyref_core.tiny.creatures.identities import NUMBERS, PARTS, VARIANCE, draw_identities, split
@@ -181,6 +182,14 @@ def test_groups_are_reproducible_and_have_all_sizes() -> None:
     assert all(np.array_equal(a.target, b.target) for a, b in zip(again, groups, strict=False))
     ground, place = groups[0].named["ground"], groups[0].named["place"]
     assert groups[0].prompt == f"a creature on {ground} at the {place}"
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_an_identity_is_found_if_none_of_others_is_nearer(seed: int) -> None:
+    """Also if it was drawn with the same seed as the others."""
+    wanted = draw_identities(np.random.default_rng(seed), 8)
+    assert found(wanted, wanted, seed).tolist() == [1] * 8
+    assert found(np.roll(wanted, 1, axis=0), wanted, seed).sum() < 2
 
 
 # Training examples

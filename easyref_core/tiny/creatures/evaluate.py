@@ -86,7 +86,8 @@ def similarities(a: Floats, b: Floats) -> Floats:
 
 def found(measured: Floats, wanted: Floats, seed: int) -> Floats:
     """1 where a measured identity (N, 13) is nearer to the wanted one than to all others, else 0: (N,)."""
-    others = draw_identities(np.random.default_rng(seed), CANDIDATES - 1)
+    # another stream than that of groups drawn with this seed, whose identities would be among the others
+    others = draw_identities(np.random.default_rng([CANDIDATES, seed]), CANDIDATES - 1)
     away = np.linalg.norm(measured[:, None] - others[None], axis=-1).min(axis=1)
     return (np.linalg.norm(measured - wanted, axis=1) < away).astype(float)
 
