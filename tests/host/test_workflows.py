@@ -8,6 +8,7 @@ import pytest
 
 from devkit.host import graphs
 from devkit.hosts import ROOT
+from easyref_core.tiny.worlds import WORLDS
 from tools.workflow_plans import BLUEPRINTS, PLANS, Node
 
 from . import tiny_workflow
@@ -36,7 +37,8 @@ def test_tiny_variant_needs_no_file_of_the_user(name):
     loaders = {kind for kind in types if "Loader" in kind or kind.startswith("Load")}
     assert loaders == {"EasyRefLoader"}
     (load,) = (node["inputs"] for node in graph.values() if node["class_type"] == "EasyRefLoader")
-    assert load["checkpoint"] == "tiny_easyref.safetensors"
+    worlds = {node["inputs"]["world"] for node in graph.values() if node["class_type"] == "EasyRefDemo"}
+    assert [load["checkpoint"]] == [WORLDS[world].easyref for world in worlds]
 
 
 @pytest.mark.parametrize("name", PLANS)
