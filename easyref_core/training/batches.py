@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
     from torch import Tensor
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
 
     from ..mllm.config import EasyRefConfig
     from .base_model import BaseModel
@@ -198,15 +200,18 @@ def loader(micro_batches: MicroBatches, steps: range, workers: int = 0) -> Itera
     options = {"num_workers": workers, "worker_init_fn": ignore_stop}
     batches = iter(DataLoader(micro_batches, batch_size=None, sampler=steps, **options))
     if workers:
-        # before multiprocessing ends its daemons, which has priority 0
-        Finalize(batches, _kill, args=(batches._workers,), exitpriority=20)
+        # before the queues, by which the processes are told to end, are closed at exit with priority 10
+        Finalize(None, _end, args=(weakref.ref(batches), batches._workers), exitpriority=20)
     return batches
 
 
-def _kill(workers: Sequence[BaseProcess]) -> None:
-    """Kill the data loading processes that an iterator has left alive, as at exit after an error.
+def _end(batches: weakref.ref[_BaseDataLoaderIter], workers: Sequence[BaseProcess]) -> None:
+    """End the data loading processes of an iterator that is left at exit, and those that one has left behind.
 
-    multiprocessing terminates and joins them after this, and those ignore SIGTERM, so it would wait for ever.
+    One that is collected in a cycle, with its queues, cannot tell them to end. multiprocessing terminates and
+    joins them after this, and those ignore SIGTERM, so it would wait for ever.
     """
+    if (iterator := batches()) is not None:
+        iterator._shutdown_workers()
     for worker in workers:
         worker.kill()

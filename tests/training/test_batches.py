@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 import easyref_core as er
+from devkit.hosts import ROOT
 from easyref_core.training.batches import (
     Batch,
     MicroBatches,
@@ -140,3 +143,30 @@ def golden_tokens(model: er.EasyRef, batch: Batch) -> torch.Tensor:
     encoder, aggregator = model.mllm.encoder, model.mllm.aggregator
     inputs = batch.patches, batch.grid, batch.input_ids, model.image_token, torch.float32
     return aggregator(encoder(*inputs, padding_mask=batch.padding_mask), batch.padding_mask)
+
+
+LEFT = """
+import gc, sys, types
+import torch
+from easyref_core.training.batches import loader
+
+batches = loader(torch.arange(9), range(9), workers=1)
+assert next(batches) == 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("", 0),
+        ("sys.exit(3)", 3),
+        ("own = types.SimpleNamespace(batches=batches); own.me = own; del batches, own; gc.collect()", 0),
+    ],
+    ids=["kept", "failed", "collected in a cycle"],
+)
+def test_processes_that_are_left_do_not_keep_the_program_from_ending(end: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT + end], cwd=ROOT, text=True, capture_output=True, timeout=120
+    )
+    assert done.returncode == code, done.stderr
+    assert "DataLoader worker" not in done.stderr
