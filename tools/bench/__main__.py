@@ -16,7 +16,13 @@ from devkit.cpu_torch import complete_cpu_torch
 from tools.bench import __doc__ as about
 from tools.bench.report import Options, describe, numbers, parser, publish
 
-PARTS = {"encode": "encoding", "stages": "stages", "unet": "unet", "load": "loading"}  # part -> module
+PARTS = {  # part -> module
+    "encode": "encoding",
+    "stages": "stages",
+    "unet": "unet",
+    "load": "loading",
+    "import": "importing",
+}
 QUICK_PAIRS = 2
 
 
