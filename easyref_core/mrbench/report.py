@@ -157,21 +157,35 @@ def _table(lines: Iterable[Line], selected: Selection) -> str:
 
 
 def _wins(selected: Selection, others: Sequence[str]) -> str:
-    """Win rates and differences of one method against every other, over the groups that both have."""
-    body, topics = [], topics_of(selected.rows)
-    for name in selected.metrics:
-        scores = pool(group_means(selected.rows, name))
-        for other in others:
-            result = compare(scores, selected.first, other, topics)
-            cells = cell(result.win_rate), cell(result.difference)
-            body.append([LABELS[name], other, str(result.groups), *cells])
-    head = ["metric", "against", "common groups", "win rate", "mean difference"]
+    """Win rates and differences of one method against every other: a table for each split."""
     text = (
         f"Fraction of the groups in which {selected.first} scores higher than the other method (a tie counts "
-        "one half), and the mean difference. Both are resampled by the same topics, and each by its own "
-        "training seeds."
+        "one half), and the mean difference, over all groups that both have and over those of each category. "
+        "Both are resampled by the same topics, and each by its own training seeds. The plot is of all "
+        "splits together."
     )
-    return f"## Win rates of {selected.first}\n\n{text}\n\n![Win rates]({WIN_RATES})\n\n{table(head, body)}"
+    sections = [f"## Win rates of {selected.first}", text, f"![Win rates]({WIN_RATES})"]
+    for split in sorted({row.split for row in selected.rows}):
+        rows = [row for row in selected.rows if row.split == split]
+        sections.append(
+            f"### {split}, {selected.first} against the others\n\n" + _wins_table(rows, selected, others)
+        )
+    return "\n\n".join(sections)
+
+
+def _wins_table(rows: Sequence[Row], selected: Selection, others: Sequence[str]) -> str:
+    """Metrics and methods x win rate and mean difference, and the difference in each category of several."""
+    topics, categories = topics_of(rows), sorted({row.category for row in rows})
+    parts = {category: [row for row in rows if row.category == category] for category in categories}
+    parts = {"mean difference": rows} | (parts if len(parts) > 1 else {})
+    body = []
+    for name in selected.metrics:
+        scores = [pool(group_means(part, name)) for part in parts.values()]
+        for other in others:
+            results = [compare(of_part, selected.first, other, topics) for of_part in scores]
+            counted = [LABELS[name], other, str(results[0].groups), cell(results[0].win_rate)]
+            body.append([*counted, *(cell(result.difference) for result in results)])
+    return table(["metric", "against", "common groups", "win rate", *parts], body)
 
 
 def _latency(results: Path, selected: Selection) -> list[str]:

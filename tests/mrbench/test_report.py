@@ -128,10 +128,24 @@ def test_the_papers_numbers_are_complete() -> None:
 
 
 def test_win_rates_and_differences(text: str) -> None:
-    body = table_lines(text, "## Win rates of easyref\n")[2:]
     win_rate, difference = "1.000 [1.000, 1.000]", "0.100 [0.100, 0.100]"
-    assert body[0] == ["CLIP-I, target", "easyref-2-references", "8", win_rate, difference]
-    assert len(body) == len(METRICS) * (len(METHODS) - 1)
+    for split in ("held-in", "held-out"):
+        head, _, *body = table_lines(text, f"### {split}, easyref against the others\n")
+        assert head[2:] == ["common groups", "win rate", "mean difference", "identity", "style"]
+        assert body[0][:5] == ["CLIP-I, target", "easyref-2-references", "4", win_rate, difference]
+        assert len(body) == len(METRICS) * (len(METHODS) - 1)
+
+
+def test_differences_of_a_category_are_over_its_groups(tmp_path: Path) -> None:
+    lower = [
+        replace(row, clip_score=0.0) if (row.method, row.category) == ("plain", "style") else row
+        for row in rows()
+    ]
+    report = write_report(write_results(tmp_path, lower)).read_text(encoding="utf-8")
+    head, _, *body = table_lines(report, "### held-out, easyref against the others\n")
+    (line,) = (line for line in body if line[:2] == ["CLIP-T, CLIPScore", "plain"])
+    assert [float(text.split()[0]) for text in line[4:]] == [0.405, 0.300, 0.510]  # all, identity, style
+    assert [head[2], line[2]] == ["common groups", "4"]
 
 
 def test_comparison_is_over_common_groups() -> None:
