@@ -1,8 +1,8 @@
 """Digests of what pictures were made from, recorded when they are made, so that a test finds stale ones.
 
-The pictures are thumbnails of workflows, and on help pages the nodes and the results of workflows' runs.
-tools/thumbnails.py and tools/node_pictures.py call `record`; tests/core/test_pictures.py compares `digest`
-with the records.
+The pictures are thumbnails of workflows, on help pages the nodes and the results of workflows' runs, and the
+README's screenshot. tools/thumbnails.py, node_pictures.py and screenshots.py call `record`;
+tests/core/test_pictures.py compares `digest` with the records.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from devkit.hosts import ROOT
 RECORDS = ROOT / "tools" / "pictures.json"
 SCHEMAS = ROOT / "tests" / "host" / "object_info.json"
 WORKFLOWS, HELP = ROOT / "workflows", ROOT / "web" / "docs" / "pictures"
+SCREENSHOT = ROOT / "docs" / "try_it_now.png"  # the workflow of that name after a run
 RESULT = "_result"  # after the node's name, in the names of the pictures of results
 # the workflow whose run each help page shows
 RUNS = {
@@ -59,9 +60,8 @@ def record(made: Iterable[Path]) -> None:
     """Record that these pictures show today's sources, and forget those that are gone."""
     known = records() if RECORDS.exists() else {}
     known |= {key(picture): digest(picture) for picture in made}
-    known = {
-        name: known[name] for name in sorted(known.keys() & set(map(key, thumbnails() + help_pictures())))
-    }
+    present = map(key, [*thumbnails(), *help_pictures(), SCREENSHOT])
+    known = {name: known[name] for name in sorted(known.keys() & set(present))}
     RECORDS.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
@@ -73,6 +73,8 @@ def key(picture: Path) -> str:
 def _sources(picture: Path) -> list[Any]:
     """The workflow and the schemas of its nodes, or the schema of the one node that is drawn."""
     schemas = json.loads(SCHEMAS.read_text(encoding="utf-8"))
+    if picture == SCREENSHOT:
+        return _of_workflow(WORKFLOWS / f"{picture.stem}.json", schemas)
     if picture.suffix == ".png":
         return [schemas[picture.stem]]
     if picture.stem.endswith(RESULT):

@@ -13,12 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
+from devkit import pictures
 from devkit.host import browser
 from devkit.host.server import ComfyServer
 from devkit.hosts import ROOT, find_hosts
 from tools.workflow_layout import extent
 
-WORKFLOW = ROOT / "workflows" / "try_it_now.json"
+WORKFLOW = ROOT / "workflows" / f"{pictures.SCREENSHOT.stem}.json"
 VIEW = (2300, 1000)  # pixels
 TOP, EDGE = 60, 20  # pixels: of the frontend's bars, and left free around the workflow
 WIDTH = 1494  # pixels, of the file
@@ -37,7 +38,8 @@ def main() -> None:
     size = int(scale * (right - left)) + 2 * EDGE, int(scale * (bottom - top)) + 2 * EDGE
     shown = ran.crop((TOP, TOP, TOP + size[0], TOP + size[1]))
     shown = shown.resize((WIDTH, WIDTH * size[1] // size[0]), Image.Resampling.LANCZOS)
-    shown.save(ROOT / "docs" / "try_it_now.png", optimize=True)
+    shown.save(pictures.SCREENSHOT, optimize=True)
+    pictures.record([pictures.SCREENSHOT])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The thumbnails and the pictures of help pages were made from today's workflows and nodes."""
+"""Thumbnails, pictures of help pages and the screenshot were made from today's workflows and nodes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,19 @@ def test_help_page_shows_todays_node(picture: Path) -> None:
     assert RECORDS.get(pictures.key(picture)) == pictures.digest(picture), remedy
 
 
+def test_screenshot_shows_todays_workflow() -> None:
+    remedy = f"{pictures.SCREENSHOT.name} is stale: run python tools/screenshots.py"
+    assert RECORDS.get(pictures.key(pictures.SCREENSHOT)) == pictures.digest(pictures.SCREENSHOT), remedy
+
+
 def test_help_pages_have_the_results_of_their_runs() -> None:
     results = {picture for picture in pictures.help_pictures() if picture.suffix == ".jpg"}
     assert results == set(map(pictures.result_picture, pictures.RUNS))
 
 
 def test_records_name_pictures_that_exist() -> None:
-    assert set(RECORDS) == set(map(pictures.key, pictures.thumbnails() + pictures.help_pictures()))
+    known = [*pictures.thumbnails(), *pictures.help_pictures(), pictures.SCREENSHOT]
+    assert set(RECORDS) == set(map(pictures.key, known))
 
 
 @pytest.fixture
