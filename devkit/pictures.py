@@ -41,6 +41,10 @@ def help_pictures() -> list[Path]:
     return sorted(HELP.glob("*.png")) + sorted(HELP.glob("*.jpg"))
 
 
+def all_pictures() -> list[Path]:
+    return [*thumbnails(), *help_pictures(), SCREENSHOT]
+
+
 def result_picture(node: str) -> Path:
     """The picture of a result on a node's help page."""
     return HELP / f"{node}{RESULT}.jpg"
@@ -60,8 +64,7 @@ def record(made: Iterable[Path]) -> None:
     """Record that these pictures show today's sources, and forget those that are gone."""
     known = records() if RECORDS.exists() else {}
     known |= {key(picture): digest(picture) for picture in made}
-    present = map(key, [*thumbnails(), *help_pictures(), SCREENSHOT])
-    known = {name: known[name] for name in sorted(known.keys() & set(present))}
+    known = {name: known[name] for name in sorted(known.keys() & set(map(key, all_pictures())))}
     RECORDS.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 

@@ -176,8 +176,9 @@ def _wins(selected: Selection, others: Sequence[str]) -> str:
 def _wins_table(rows: Sequence[Row], selected: Selection, others: Sequence[str]) -> str:
     """Metrics and methods x win rate and mean difference, and the difference in each category of several."""
     topics, categories = topics_of(rows), sorted({row.category for row in rows})
-    parts = {category: [row for row in rows if row.category == category] for category in categories}
-    parts = {"mean difference": rows} | (parts if len(parts) > 1 else {})
+    parts = {"mean difference": rows}
+    if len(categories) > 1:
+        parts |= {category: [row for row in rows if row.category == category] for category in categories}
     body = []
     for name in selected.metrics:
         scores = [pool(group_means(part, name)) for part in parts.values()]

@@ -39,8 +39,7 @@ def test_help_pages_have_the_results_of_their_runs() -> None:
 
 
 def test_records_name_pictures_that_exist() -> None:
-    known = [*pictures.thumbnails(), *pictures.help_pictures(), pictures.SCREENSHOT]
-    assert set(RECORDS) == set(map(pictures.key, known))
+    assert set(RECORDS) == set(map(pictures.key, pictures.all_pictures()))
 
 
 @pytest.fixture

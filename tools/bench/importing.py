@@ -5,12 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
+from devkit.hosts import ROOT
 from tools.bench.report import Limit, Options, Row
 from tools.bench.timing import Say, interleaved
 
-ROOT = Path(__file__).parents[2]
 WANTED = Limit("<=", 1.1)
 
 
