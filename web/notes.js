@@ -32,7 +32,7 @@ function nodeOf(id) {
 }
 
 app.registerExtension({
-    name: 'EasyRef.notes',
+    name: 'easyref.notes',
     setup() {
         // a node that comes from the cache keeps its note
         api.addEventListener('executing', ({ detail }) => {
