@@ -3,7 +3,7 @@
 pytest-xdist spreads the files over the cores; each worker computes with one thread. Without a ComfyUI, the
 tests in tests/host are skipped. `--all` also runs the tests marked one_host in every ComfyUI. `--quick` runs
 the fast tests of tests/core alone, for each commit. Other arguments go to pytest: `-p randomly` shuffles the
-tests and prints the seed, which `--randomly-seed` repeats.
+tests and prints the seed, which `--randomly-seed` repeats. At the end it prints the slowest files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import argparse
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,6 +37,17 @@ def run(title: str, *command: str, host: Path | None = None) -> bool:
     return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env).returncode == 0
 
 
+def print_slowest(reports: Path, count: int = 20) -> None:
+    """Print the seconds of the slowest files, from the JUnit reports in a folder."""
+    seconds: Counter[str] = Counter()
+    for report in reports.glob("*.xml"):
+        for case in ElementTree.parse(report).iter("testcase"):
+            seconds[f"{report.stem}  {case.get('classname')}"] += float(case.get("time", 0))
+    print(f"\nthe slowest files, of {seconds.total():.0f} s of tests")
+    for name, value in seconds.most_common(count):
+        print(f"{value:7.1f} s  {name}")
+
+
 def main() -> None:
     """Run every check, also after one has failed, and exit with 1 if any failed."""
     parser = argparse.ArgumentParser(
@@ -42,24 +56,36 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="run every host test in every ComfyUI")
     parser.add_argument("--quick", action="store_true", help="run the fast tests of tests/core alone")
     parsed, options = parser.parse_known_args()
-    pytest = ["pytest", "--numprocesses=auto", "--dist=loadfile", "--no-loadscope-reorder", "-q", *options]
+    pytest = ["pytest", "--numprocesses=auto", "--dist=loadfile", "--no-loadscope-reorder", "-q"]
     passed = [
         run("ruff check", "ruff", "check", "."),
         run("ruff format", "ruff", "format", "--check", "."),
         run("types", "pyrefly", "check", "--python-interpreter-path", sys.executable),
     ]
     if parsed.quick:
-        passed.append(run("the fast tests of tests/core", *pytest, *QUICK))
+        passed.append(run("the fast tests of tests/core", *pytest, *options, *QUICK))
         sys.exit(not all(passed))
 
-    first, *others = find_hosts() or [None]
-    name = f"ComfyUI {host_version(first)}" if first else "no ComfyUI found: host tests are skipped"
-    passed.append(run(f"all tests, {name}", *pytest, "tests", host=first))
-    chosen = [] if parsed.all else ["-m", "not one_host"]
-    for host in others:
-        title = f"tests/host, ComfyUI {host_version(host)}" + ("" if parsed.all else ", without one_host")
-        passed.append(run(title, *pytest, *chosen, "tests/host", host=host))
+    with TemporaryDirectory() as reports:
+        passed += run_in_hosts([*pytest, *options], Path(reports), everything=parsed.all)
+        print_slowest(Path(reports))
     sys.exit(not all(passed))
+
+
+def run_in_hosts(pytest: list[str], reports: Path, everything: bool) -> list[bool]:
+    """Run the tests in each ComfyUI found, and write a JUnit report of each; return which passed."""
+    hosts, passed = find_hosts() or [None], []
+    for host in hosts:
+        version = f"ComfyUI {host_version(host)}" if host else "no ComfyUI, so host tests are skipped"
+        if host is hosts[0]:
+            title, tests = "all tests", ["tests"]
+        elif everything:
+            title, tests = "tests/host", ["tests/host"]
+        else:
+            title, tests = "tests/host without one_host", ["tests/host", "-m", "not one_host"]
+        report = f"--junitxml={reports / version}.xml"
+        passed.append(run(f"{title}, {version}", *pytest, report, *tests, host=host))
+    return passed
 
 
 if __name__ == "__main__":
