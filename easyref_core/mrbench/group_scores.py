@@ -155,9 +155,17 @@ def score_bundle(bundle: Sequence[GroupJob], extractors: Extractors, batch: int)
 def fraction_right(
     predicted: Mapping[str, Sequence[str]], expected: Mapping[str, str], images: int
 ) -> Floats:
-    """Fraction of the expected attributes that were predicted for each image (N,); NaN if there are none."""
+    """Fraction of the expected attributes that were predicted for each image (N,); NaN if there are none.
+
+    Raises ValueError for an attribute that is not among the predicted ones.
+    """
     if not expected:
         return np.full(images, math.nan)
+    if unknown := expected.keys() - predicted.keys():
+        raise ValueError(
+            f"The manifest has the attributes {', '.join(sorted(unknown))}, which the classifier does not "
+            f"predict; it predicts {', '.join(predicted)}. Name the one of these images by --classifier."
+        )
     return np.mean(
         [[value == wanted for value in predicted[name]] for name, wanted in expected.items()], axis=0
     )

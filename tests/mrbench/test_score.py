@@ -111,6 +111,12 @@ def test_fraction_of_attributes_by_hand() -> None:
     assert np.isnan(fraction_right(predicted, {}, 2)).all()
 
 
+def test_classifier_of_other_attributes_is_refused() -> None:
+    """As that of the shapes is for the creatures."""
+    with pytest.raises(ValueError, match=r"attributes ground, which .*; it predicts hue, tone"):
+        fraction_right({"hue": ["red"], "tone": ["dark"]}, {"ground": "sand", "tone": "dark"}, 1)
+
+
 def test_without_a_prompt_clip_t_is_not_measured(run) -> None:
     row = row_of(run().rows, "plain", "g2", 0)
     assert math.isnan(row.clip_t_cosine)
