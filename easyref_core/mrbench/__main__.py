@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from .captions import NO_CATEGORY
 from .images import describe
-from .manifest import read_manifest, usable, write_manifest
+from .manifest import SPLITS, read_manifest, usable, write_manifest
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -67,8 +67,8 @@ def generate(parsed: argparse.Namespace) -> None:
     """Generate the images of the methods of a config."""
     from .generate import read_config, run
 
-    counts = parsed.references, parsed.groups
-    for name, done in run(read_config(parsed.config), parsed.methods, *counts).items():
+    limits = parsed.references, parsed.groups, parsed.split
+    for name, done in run(read_config(parsed.config), parsed.methods, *limits).items():
         _print(f"{name}: {done.new} images generated, {done.existing} existed already")
         _print(describe(done.exclusions))
 
@@ -152,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--methods", nargs="+", default=(), help="only these methods of the config")
     option("--references", type=int, help="use only the first so many references of each group")
     option("--groups", type=int, help="use only the first so many groups of each split")
+    option("--split", choices=SPLITS, help="use only the groups of this split")
     option = add(score)
     option("manifest", type=Path)
     option("out", type=Path, help="folder with <method>/<group id>/<seed>.png")

@@ -100,7 +100,11 @@ def read_config(path: Path | str) -> Config:
 
 
 def run(
-    config: Config, names: Sequence[str] = (), references: int | None = None, groups: int | None = None
+    config: Config,
+    names: Sequence[str] = (),
+    references: int | None = None,
+    groups: int | None = None,
+    split: str | None = None,
 ) -> dict[str, Generated]:
     """Generate the images of the methods in `names`, or of all methods of the config.
 
@@ -109,13 +113,14 @@ def run(
     references: number of each group's references to use, from the first; those images are written to
     <method>-<n>-references.
     groups: number of groups of each split to use, from the first; None uses all. More can be added later.
+    split: the split of the groups; None uses both.
     """
     import torch
 
     from ..training.base_model import BaseModel
 
     names = select(names, config.methods)
-    manifest = limit_groups(read_manifest(config.manifest), groups)
+    manifest = limit_groups(read_manifest(config.manifest), groups, split)
     options = {"device": this_process().device, "dtype": getattr(torch, config.dtype)}
     base = BaseModel.load(config.base, **options, config=config.base_config)
     results = {}
@@ -195,17 +200,15 @@ def _generate_batch(
         yield Timing(len(task.references), seconds, each, name, is_first=False)
 
 
-def limit_groups(manifest: Manifest, count: int | None) -> Manifest:
-    """Return the manifest with the first `count` groups of each split; None keeps all."""
-    if count is None:
-        return manifest
-    if count < 1:
+def limit_groups(manifest: Manifest, count: int | None, split: str | None = None) -> Manifest:
+    """Return the manifest with the first `count` groups of each split, or of one; None keeps all."""
+    if count is not None and count < 1:
         raise ValueError(f"groups is {count}; wanted 1 or more, or none at all to use every group.")
     seen: Counter[str] = Counter()
     kept = []
     for group in manifest.groups:
         seen[group.split] += 1
-        if seen[group.split] <= count:
+        if split in (None, group.split) and (count is None or seen[group.split] <= count):
             kept.append(group)
     return replace(manifest, groups=tuple(kept))
 
