@@ -17,7 +17,7 @@ from typing import Any
 from .checks import check_dataclass
 from .images import Exclusion, load_image, save_image
 from .latency import Timing, append_timings, clock, device_name
-from .manifest import Group, Manifest, read_manifest, usable
+from .manifest import SPLITS, Group, Manifest, read_manifest, usable
 from .methods import Method, NotFiniteError, Sampling, Task, build, check
 from .processes import this_process
 from .record import base_fingerprint, group_digest, merge, read_record, write_record
@@ -201,7 +201,9 @@ def _generate_batch(
 
 
 def limit_groups(manifest: Manifest, count: int | None, split: str | None = None) -> Manifest:
-    """Return the manifest with the first `count` groups of each split, or of one; None keeps all."""
+    """Return the manifest with the first `count` groups (None: all) of one split (None: of each)."""
+    if split not in (None, *SPLITS):
+        raise ValueError(f"split is {split!r}; wanted {' or '.join(map(repr, SPLITS))}.")
     if count is not None and count < 1:
         raise ValueError(f"groups is {count}; wanted 1 or more, or none at all to use every group.")
     seen: Counter[str] = Counter()

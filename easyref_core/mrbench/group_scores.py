@@ -164,7 +164,8 @@ def fraction_right(
     if unknown := expected.keys() - predicted.keys():
         raise ValueError(
             f"The manifest has the attributes {', '.join(sorted(unknown))}, which the classifier does not "
-            f"predict; it predicts {', '.join(predicted)}. Name the one of these images by --classifier."
+            f"predict; it predicts {', '.join(predicted)}. Choose a classifier of the "
+            "manifest's attributes (--classifier of score), or none."
         )
     return np.mean(
         [[value == wanted for value in predicted[name]] for name, wanted in expected.items()], axis=0

@@ -236,6 +236,10 @@ def test_fewer_groups_can_be_used(manifest: Manifest) -> None:
     assert limit_groups(manifest, None) == manifest
     only = limit_groups(dataclasses.replace(manifest, groups=tuple(groups)), 1, SPLITS[1]).groups
     assert [(group.id, group.split) for group in only] == [(first.id, SPLITS[1])]
+    only = limit_groups(dataclasses.replace(manifest, groups=tuple(groups)), None, SPLITS[0]).groups
+    assert [(group.id, group.split) for group in only] == [(group.id, SPLITS[0]) for group in (first, second)]
+    with pytest.raises(ValueError, match="split is 'heldout'; wanted 'held-in' or 'held-out'"):
+        limit_groups(manifest, None, "heldout")
     mixed = dataclasses.replace(manifest, groups=tuple(groups[i] for i in (2, 0, 3, 1)))
     assert limit_groups(mixed, 2) == mixed
     with pytest.raises(ValueError, match="groups is 0; wanted 1 or more"):

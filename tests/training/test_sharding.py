@@ -122,5 +122,5 @@ def test_fsdp2_in_bfloat16_rounds_no_more_than_one_process(
     target, single, sharded = moves
     # Adam's first updates have the signs of gradients, so rounding turns those of the smallest ones
     similarity = [torch.cosine_similarity(move, target, dim=0).item() for move in (single, sharded)]
-    assert similarity[1] > similarity[0] - 0.1
+    assert similarity[1] > max(0.5, similarity[0] - 0.1)
     assert sharded.norm().item() == pytest.approx(target.norm().item(), rel=0.1)
