@@ -3,7 +3,7 @@
 pytest-xdist spreads the files over the cores; each worker computes with one thread. Without a ComfyUI, the
 tests in tests/host are skipped. `--all` also runs the tests marked one_host in every ComfyUI. `--quick` runs
 the fast tests of tests/core alone, for each commit. Other arguments go to pytest: `-p randomly` shuffles the
-tests and prints the seed, which `--randomly-seed` repeats. At the end it prints the slowest files.
+tests and prints the seed, which `--randomly-seed` repeats. A whole run ends with the slowest files.
 """
 
 from __future__ import annotations

@@ -108,17 +108,18 @@ def in_bfloat16(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_fsdp2_in_bfloat16_rounds_no_more_than_one_process(
     one: Callable[[str], Path], in_bfloat16: list[Path]
 ) -> None:
-    """Losses are within 2 % of float64, and weights move as one process moves them, but for rounding."""
+    """Losses are within 1 % of float64, and weights move as one process moves them, but for rounding."""
     exact = one("launched")
     expected, actual = (read_metrics(folder / "metrics.csv") for folder in (exact, in_bfloat16[1]))
     for column in ("loss", "validation_loss"):
         values = [row[column] for row in expected]
-        assert [row[column] for row in actual] == pytest.approx(values, rel=2e-2), column
+        assert [row[column] for row in actual] == pytest.approx(values, rel=1e-2), column
     start = load_file(tiny.GOLDEN_START["start"])
     moves = []
     for folder in (exact, *in_bfloat16):
         tensors = load_file(folder / "easyref.safetensors")
         moves.append(torch.cat([(tensors[key] - start[key].float()).flatten() for key in start]))
+    assert all(move.isfinite().all() for move in moves)
     target, single, sharded = moves
     # Adam's first updates have the signs of gradients, so rounding turns those of the smallest ones
     similarity = [torch.cosine_similarity(move, target, dim=0).item() for move in (single, sharded)]
