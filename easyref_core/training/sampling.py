@@ -56,15 +56,16 @@ def generate_latents(
     schedule = sampler(base.schedule)
     schedule.set_timesteps(steps, device=base.device)
     text = Text.cat([base.encode_text([negative] * len(prompts)), base.encode_text(prompts)])
+    dtype = base.unet.dtype  # diffusers searches all modules for it
     size = size or tuple(side * base.vae_scale_factor for side in noise.shape[-2:])
     sizes = {
-        "text_embeds": text.pooled.to(base.unet.dtype),
+        "text_embeds": text.pooled.to(dtype),
         "time_ids": base.time_ids(size, (0, 0), size, batch=2 * len(prompts)),
     }
-    states = text.states.to(base.unet.dtype)
+    states = text.states.to(dtype)
     latents = noise.to(base.device, torch.float32) * schedule.init_noise_sigma
     for timestep in schedule.timesteps:
-        inputs = schedule.scale_model_input(torch.cat([latents, latents]), timestep).to(base.unet.dtype)
+        inputs = schedule.scale_model_input(torch.cat([latents, latents]), timestep).to(dtype)
         predicted = base.unet(inputs, timestep, states, added_cond_kwargs=sizes, return_dict=False)[0]
         unconditional, conditional = predicted.float().chunk(2)
         predicted = unconditional + guidance * (conditional - unconditional)

@@ -143,9 +143,8 @@ def apply(
     rows = torch.cat(branches)  # a copy: an inference tensor could not be used where gradients are recorded
     lora = {}
     if lora_strength:
-        lora = low_rank_updates(
-            {name: t.to(unet.device, unet.dtype) for name, t in model.checkpoint.lora().items()}
-        )
+        place = unet.device, unet.dtype  # diffusers searches all modules for each of them
+        lora = low_rank_updates({name: t.to(*place) for name, t in model.checkpoint.lora().items()})
     key_values = model.key_values(rows)
     attachment = attach(unet, lora, weight, lora_strength)
     try:
