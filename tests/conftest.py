@@ -1,5 +1,7 @@
 """Setup before any test is imported: paths, and torchvision on a CPU-only torch."""
 
+import gc
+import logging
 import sys
 from importlib.util import find_spec
 
@@ -14,6 +16,9 @@ sys.path.append(str(ROOT))  # last: this pack's `nodes` must not hide ComfyUI's 
 if find_spec("torchvision"):
     complete_cpu_torch()
 
+# torch's trace of a compilation is slow to format, and pytest's handler requests it
+logging.getLogger("torch.__trace").disabled = True
+
 # The longest files, started first, so that the workers of pytest-xdist end together.
 LONGEST = "test_compiled test_workflows test_loading test_server test_resume test_distributed".split()
 
@@ -21,3 +26,10 @@ LONGEST = "test_compiled test_workflows test_loading test_server test_resume tes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_heap() -> None:
+    """Exclude modules and collected tests from garbage collections, which take up to a second else."""
+    gc.collect()
+    gc.freeze()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -90,6 +91,18 @@ def golden_easy(pack: ModuleType, **options: Any) -> Easy:
     """options: of golden.load."""
     easyref = golden.load(pack, **options)
     return Easy(pack, easyref, golden.tokens(pack, easyref))
+
+
+def easy_of_sites(easy: Easy, widths: Mapping[Any, int], path: Path) -> Easy:
+    """An EasyRef with the MLLM of `easy` and random projections for these sites, saved and loaded."""
+    model, random, stored = easy.easyref.model, torch.Generator().manual_seed(0), {}
+    for number, width in enumerate(widths.values()):
+        for kind in ("to_k_ip", "to_v_ip"):
+            values = torch.randn(width, model.config.token_width, generator=random)
+            stored[f"kv.{kind}.{number}.weight"] = values
+    save = golden.part(easy.pack, "easyref_core.checkpoint.checkpoint").save
+    save(path, model.config, list(widths), model.mllm.state_dict() | stored)
+    return golden_easy(easy.pack, checkpoint=path)
 
 
 def sampling_options(model: ModelPatcher) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .frozen_heap import frozen_heap
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -38,13 +40,8 @@ def count(call: Callable[[], Any]) -> Cost:
     Existing weights and inputs are not part of the peak. Gradients of weights are, unless the call frees
     them.
     """
-    gc.collect()
-    gc.freeze()  # garbage collections during the call then see only its own objects
-    try:
-        with flash_attention(), FlopCounterMode(display=False) as counter, LiveBytes() as live:
-            call()
-    finally:
-        gc.unfreeze()
+    with frozen_heap(), flash_attention(), FlopCounterMode(display=False) as counter, LiveBytes() as live:
+        call()
     return Cost(counter.get_total_flops(), live.peak)
 
 

@@ -32,6 +32,7 @@ from devkit.host.sampling import (
     SITES,
     Attended,
     Easy,
+    easy_of_sites,
     golden_easy,
     in_float64,
     predict,
@@ -514,17 +515,12 @@ def test_nothing_of_the_lora_runs_while_sampling(easy, model) -> None:
 def full_depth(pack, easy, tmp_path_factory) -> tuple[Easy, dict[str, Tensor]]:
     """An EasyRef for SDXL's depths (narrow), saved and loaded, and its file's projections by name."""
     released = json.loads((golden.GOLDEN / "released_layout.json").read_text())["keys"]
-    model, random = easy.easyref.model, torch.Generator().manual_seed(0)
-    sites = golden.part(pack, "easyref_core.unet.layout").sdxl_sites()
-    stored = {}
-    for i, site in enumerate(sites):
-        width = released[f"unet.{site.diffusers}.attn2.processor.to_k_ip.weight"][0] // NARROWER
-        for kind in ("to_k_ip", "to_v_ip"):
-            stored[f"kv.{kind}.{i}.weight"] = torch.randn(width, model.config.token_width, generator=random)
+    widths = {
+        site: released[f"unet.{site.diffusers}.attn2.processor.to_k_ip.weight"][0] // NARROWER
+        for site in golden.part(pack, "easyref_core.unet.layout").sdxl_sites()
+    }
     path = tmp_path_factory.mktemp("full_depth") / "seventy.safetensors"
-    save = golden.part(pack, "easyref_core.checkpoint.checkpoint").save
-    save(path, model.config, sites, model.mllm.state_dict() | stored)
-    return golden_easy(pack, checkpoint=path), comfy.utils.load_torch_file(str(path))
+    return easy_of_sites(easy, widths, path), comfy.utils.load_torch_file(str(path))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ WORKER = Path(__file__).with_name("worker.py")
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def run_worker(launcher: list[object], command: str, *arguments: object, **variables: str) -> None:
+def run_worker(launcher: list[object], base: Path, *steps: object, **variables: str) -> None:
+    """Run the worker's commands; steps: the name of each, its output folder and its argument."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | variables
-    arguments = [sys.executable, *launcher, WORKER, command, *arguments]
+    arguments = [sys.executable, *launcher, WORKER, base, *steps]
     done = subprocess.run(
         list(map(str, arguments)), env=environment, text=True, capture_output=True, timeout=600
     )
@@ -24,11 +26,28 @@ def run_worker(launcher: list[object], command: str, *arguments: object, **varia
 
 
 @pytest.fixture(scope="module")
-def gradients(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    folder = tmp_path_factory.mktemp("gradients")
-    for launcher, batch in ((TWO, 2), ([], 4)):
-        run_worker(launcher, "gradients", base_folder, folder, batch)
-    return {path.stem: torch.load(path) for path in folder.glob("gradients-*.pt")}
+def two(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Output folders of what two processes do one after the other."""
+    steps = {"broken 1": ("broken", 1), "broken 2": ("broken", 2), "refused": ("broken", 2)}
+    steps |= {"stopped": ("stop", 1), "gradients": ("gradients", 2)}  # the last one changes the precision
+    folders = {name: tmp_path_factory.mktemp(command) for name, (command, _) in steps.items()}
+    other = folders["refused"] / "run"
+    (other / "state-1").mkdir(parents=True)
+    (other / "settings.json").write_text('{"seed": 5}')
+    words = [(command, folders[name], argument) for name, (command, argument) in steps.items()]
+    run_worker(TWO, base_folder, *chain.from_iterable(words))
+    return folders
+
+
+def ends(folder: Path) -> tuple[str, str]:
+    """Ends of the two processes, as each wrote it."""
+    return (folder / "0.txt").read_text(), (folder / "1.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def gradients(two: dict[str, Path], base_folder: Path) -> dict[str, dict]:
+    run_worker([], base_folder, "gradients", two["gradients"], 4)
+    return {path.stem: torch.load(path) for path in two["gradients"].glob("gradients-*.pt")}
 
 
 def test_both_processes_have_the_same_gradients(gradients: dict[str, dict]) -> None:
@@ -45,11 +64,11 @@ def test_two_processes_have_the_gradients_of_one_with_double_the_batch(gradients
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_broken_rows_of_one_process_stop_both_or_none(base_folder: Path, tmp_path: Path, limit: int) -> None:
-    run_worker(TWO, "broken", base_folder, tmp_path, limit)
-    first, second = ((tmp_path / f"{limit}-{rank}.txt").read_text() for rank in (0, 1))
+def test_broken_rows_of_one_process_stop_both_or_none(two: dict[str, Path], limit: int) -> None:
+    folder = two[f"broken {limit}"]
+    first, second = ends(folder)
     assert first == second
-    assert (tmp_path / f"{limit}" / "easyref.safetensors").is_file() == (limit == 2)
+    assert (folder / "run" / "easyref.safetensors").is_file() == (limit == 2)
     if limit == 2:
         assert first == "finished"
         return
@@ -59,18 +78,14 @@ def test_broken_rows_of_one_process_stop_both_or_none(base_folder: Path, tmp_pat
     )
 
 
-def test_folder_of_another_run_is_refused_by_both(base_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "2" / "state-1").mkdir(parents=True)
-    (tmp_path / "2" / "settings.json").write_text('{"seed": 5}')
-    run_worker(TWO, "broken", base_folder, tmp_path, 2)
-    first, second = ((tmp_path / f"2-{rank}.txt").read_text() for rank in (0, 1))
+def test_folder_of_another_run_is_refused_by_both(two: dict[str, Path]) -> None:
+    first, second = ends(two["refused"])
     assert first == second
     assert "contains a run with other settings" in first
 
 
-def test_signal_to_one_process_stops_both_after_the_same_update(base_folder: Path, tmp_path: Path) -> None:
-    run_worker(TWO, "stop", base_folder, tmp_path, 1)
-    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+def test_signal_to_one_process_stops_both_after_the_same_update(two: dict[str, Path]) -> None:
+    first, second = ends(two["stopped"])
     assert first == second
     assert first.startswith("A signal stopped alignment after update 2 of 4")
-    assert [path.name for path in (tmp_path / "run").glob("state-*")] == ["state-2"]
+    assert [path.name for path in (two["stopped"] / "run").glob("state-*")] == ["state-2"]

@@ -15,6 +15,8 @@ import easyref_core.training
 from devkit.documents import readme_commands
 from devkit.hosts import ROOT
 
+from . import tiny
+
 LAUNCH = Path(easyref_core.training.__file__).parent / "launch"
 YAMLS = sorted(LAUNCH.glob("*.yaml"))
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -65,10 +67,22 @@ def test_script_is_valid(script: Path) -> None:
 
 @needs_bash
 def test_torchrun_script_trains(base_folder: Path, tmp_path: Path) -> None:
-    """The command of the README, with one update."""
+    """The command of the README, with one update, on two images because encoding its own takes long."""
     [documented] = [words for words in readme_commands(LAUNCH.parent / "README.md") if "bash" in words]
     start = documented.index("bash")
-    settings = ["updates=1", "samples.every=0", "batch_size=1", f"output={tmp_path}/run"]
+    rows = tmp_path / "rows.json"
+    images = [f"{number}.png" for number in range(2)]
+    for number, name in enumerate(images):
+        tiny.random_image(number).save(tmp_path / name)
+    lines = [f'{{"target": "{name}", "image_file": "{name}", "text": "a"}}\n' for name in images]
+    rows.write_text("".join(lines), encoding="utf-8")
+    settings = ["updates=1", "samples.every=0", "batch_size=1", "data.augmentation.resolution=64"]
+    settings += [
+        "data.procedural=null",
+        f"data.rows={rows}",
+        f"data.root={tmp_path}",
+        f"output={tmp_path}/run",
+    ]
     command = [*documented[start:], *settings]
     variables = dict(word.split("=", 1) for word in documented[:start])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -32,10 +32,17 @@ def models(settings: Settings, parked: tuple[str, ...] = ()) -> tuple[BaseModel,
 
 
 @pytest.fixture
+def known_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations of 1000 bytes in bfloat16, whose count takes seconds."""
+    monkeypatch.setattr(memory, "step_cost", lambda *_: Cost(0, 1000))
+
+
+@pytest.fixture
 def groups(settings: MakeSettings) -> Settings:
     return settings(**tiny.GOLDEN_START, batch_size=1)
 
 
+@pytest.mark.usefixtures("known_activations")
 def test_weights_are_counted_exactly(groups: Settings) -> None:
     base, weights = models(groups)
     actual = memory.count_memory(groups, base, weights, 1)
@@ -46,8 +53,8 @@ def test_weights_are_counted_exactly(groups: Settings) -> None:
     assert actual.total == actual.frozen + actual.trained + actual.activations + memory.RESERVE_BYTES
 
 
-def test_each_lever_lowers_its_part(groups: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "step_cost", lambda *_: Cost(0, 1000))
+@pytest.mark.usefixtures("known_activations")
+def test_each_lever_lowers_its_part(groups: Settings) -> None:
     plain = count(groups)
     body = sum(t.numel() for name, t in models(groups)[1].tensors.items() if name.startswith("encoder."))
     lora = count(groups, mllm_lora_rank=2)
@@ -65,6 +72,7 @@ def test_each_lever_lowers_its_part(groups: Settings, monkeypatch: pytest.Monkey
     assert stored.activations == 2 * 1000 < plain.activations  # float32, and no VAE
 
 
+@pytest.mark.thorough
 def test_activations_follow_from_batch_and_checkpointing(groups: Settings) -> None:
     base, weights = models(groups, parked=("vae",))
 
@@ -76,7 +84,7 @@ def test_activations_follow_from_batch_and_checkpointing(groups: Settings) -> No
 
 
 @pytest.fixture
-def on_a_card(monkeypatch: pytest.MonkeyPatch, groups: Settings) -> Any:
+def on_a_card(monkeypatch: pytest.MonkeyPatch, groups: Settings, known_activations: None) -> Any:
     """Check the run as if its base were on a device with this many bytes."""
     base, weights = models(groups)
     base = dataclasses.replace(base, device=torch.device("cuda", 0))

@@ -52,7 +52,7 @@ def resumed(base_folder: Path, tmp_path_factory: pytest.TempPathFactory, example
     """Output folder of a run that was killed in its sixth update, after saving the fourth, and resumed."""
     output = tmp_path_factory.mktemp("resumed")
     last = 5 * SAMPLES_PER_UPDATE + 1  # in the first micro-batch
-    command = [sys.executable, WORKER, "die", base_folder, output, last]
+    command = [sys.executable, WORKER, base_folder, "die", output, last]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert list(saved_states(output)) == [2, 4]

@@ -22,6 +22,8 @@ from . import tiny
 from .test_distributed import run_worker
 from .test_launch import LAUNCH
 
+pytestmark = pytest.mark.thorough
+
 UPDATES = [1, 2, 3]
 
 # Relative differences of two processes from one. ZeRO-3 computes in float32, the others in float64.
@@ -35,7 +37,7 @@ def one(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     @cache
     def run(command: str) -> Path:
         output = tmp_path_factory.mktemp(command)
-        run_worker([], command, base_folder, output, 2)
+        run_worker([], base_folder, command, output, 2)
         return output
 
     return run
@@ -63,7 +65,7 @@ def two(name: str, command: str, base_folder: Path, tmp_path_factory: pytest.Tem
     launcher = ["-m", launch.__name__, "--config_file", LAUNCH / f"{name}.yaml", *options]
     # accelerate has no DeepSpeed where it is told to use the CPU, but takes the device that it is given
     variables = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu"}
-    run_worker(launcher, command, base_folder, output, 1, **variables if name.startswith("zero") else {})
+    run_worker(launcher, base_folder, command, output, 1, **variables if name.startswith("zero") else {})
     return output
 
 
@@ -99,9 +101,9 @@ def test_sheets_and_states_are_written(two: Path) -> None:
 def in_bfloat16(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Output folders of one process and of two under FSDP2, both in bfloat16."""
     outputs = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
-    run_worker([], "launched", base_folder, outputs[0], 2, ACCELERATE_MIXED_PRECISION="bf16")
+    run_worker([], base_folder, "launched", outputs[0], 2, ACCELERATE_MIXED_PRECISION="bf16")
     launcher = ["-m", launch.__name__, "--config_file", LAUNCH / "fsdp2.yaml", "--num_processes", "2"]
-    run_worker([*launcher, "--main_process_port", "29413"], "launched", base_folder, outputs[1], 1)
+    run_worker([*launcher, "--main_process_port", "29413"], base_folder, "launched", outputs[1], 1)
     return outputs
 
 

@@ -377,7 +377,7 @@ def test_killed_run_resumes_bit_for_bit(base_folder: Path, shards: ParquetShards
     """Killed between two micro-batches, in the middle of a block of each partition."""
     complete, resumed = tmp_path / "complete", tmp_path / "resumed"
     train(tiny.resumable_stream(base_folder, complete, shards.url))
-    command = [sys.executable, WORKER, "die_in_stream", base_folder, resumed, shards.url]
+    command = [sys.executable, WORKER, base_folder, "die_in_stream", resumed, shards.url]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert list(saved_states(resumed)) == [2, 4]
@@ -396,11 +396,12 @@ def test_shared_partitions_are_a_warning(
     assert "Set it to 4" in caplog.text
 
 
+@pytest.mark.thorough
 def test_two_processes_take_the_samples_of_one(
     base_folder: Path, shards: ParquetShards, tmp_path: Path
 ) -> None:
     for launcher in (TWO, []):
-        run_worker(launcher, "stream", base_folder, tmp_path, shards.url)
+        run_worker(launcher, base_folder, "stream", tmp_path, shards.url)
     ranks = [(tmp_path / f"{rank}-of-2.txt").read_text().splitlines() for rank in (0, 1)]
     together = [line for step in zip(*ranks, strict=True) for line in step]
     assert together == (tmp_path / "0-of-1.txt").read_text().splitlines()

@@ -1,4 +1,7 @@
-"""Subprocess of tests that kill it or need two: python worker.py <command> <base> <output> <argument>."""
+"""Subprocess of tests that kill it or need two: python worker.py <base> (<command> <output> <argument>) ...
+
+Starting one takes longer than most commands, so tests run several of them in turn.
+"""
 
 from __future__ import annotations
 
@@ -69,13 +72,13 @@ def gradients(base: Path, output: Path, batch_size: str) -> None:
 def broken(base: Path, output: Path, limit: str) -> None:
     """Train two updates on broken rows and write how each process ended."""
     data = Data(procedural={}, augmentation=Augmentation(size=tiny.REFERENCE), max_broken=int(limit))
-    settings = tiny.settings(base, output=output / limit, updates=2, data=data)
+    settings = tiny.settings(base, output=output / "run", updates=2, data=data)
     try:
         train(settings, tiny.BrokenExamples(tiny.config()))
         end = "finished"
     except ValueError as error:
         end = str(error)
-    (output / f"{limit}-{os.environ['RANK']}.txt").write_text(end)
+    (output / f"{os.environ['RANK']}.txt").write_text(end)
 
 
 def stop(base: Path, output: Path, rank: str) -> None:
@@ -161,8 +164,9 @@ def _compute_in_float64() -> None:
 if __name__ == "__main__":
     complete_cpu_torch()  # before diffusers and transformers are imported
     torch.set_num_threads(1)
-    command, base, output, argument = sys.argv[1:]
     commands = {"die": die, "die_in_stream": die_in_stream, "gradients": gradients, "broken": broken}
     commands |= {"stop": stop, "stream": stream, "launched": launched}
     commands["launched_without_ema"] = partial(launched, ema=None)
-    commands[command](Path(base), Path(output), argument)
+    base, *words = sys.argv[1:]
+    for command, output, argument in zip(words[::3], words[1::3], words[2::3], strict=True):
+        commands[command](Path(base), Path(output), argument)

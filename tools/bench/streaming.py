@@ -94,10 +94,10 @@ class Clock:
         return f"{elapsed:,.0f} samples per second, {processor:,.0f} per processor second"
 
 
-def megabytes() -> list[int]:
-    """Private memory of this process and of each of its children."""
-    processes = [psutil.Process(), *psutil.Process().children()]
-    return [round(process.memory_full_info().uss / 1e6) for process in processes]
+def megabytes(others: set[psutil.Process]) -> list[int]:
+    """Private memory of this process and of each of its children but `others`."""
+    children = [child for child in psutil.Process().children() if child not in others]
+    return [round(process.memory_full_info().uss / 1e6) for process in (psutil.Process(), *children)]
 
 
 def measure(rows: int, samples: int, workers: int, folder: Path) -> Iterator[str]:
@@ -109,10 +109,10 @@ def measure(rows: int, samples: int, workers: int, folder: Path) -> Iterator[str
     clock = Clock()
     count = sum(len(batch.prompts) for batch in islice(plain_batches(shards, examples), steps))
     yield f"plain loop: {clock.rates(count)}"
-    memory, clock = [], Clock()
+    memory, others, clock = [], set(psutil.Process().children()), Clock()
     for step, _ in enumerate(loader(MicroBatches(examples, BATCH), range(steps), workers), 1):
         if step % max(1, steps // POINTS) == 0:
-            memory.append(megabytes())
+            memory.append(megabytes(others))
     yield f"stream: {clock.rates(steps * BATCH)}"
     for number, column in enumerate(zip(*memory, strict=True)):
         yield f"megabytes of process {number} along the stream: {', '.join(map(str, column))}"

@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch.utils.benchmark import timer  # waits for the accelerator
 
+from easyref_core.training.frozen_heap import frozen_heap
 from tools.bench.report import Limit, Row
 
 SAMPLE_SECONDS = 0.005  # between two looks at the memory
@@ -56,17 +57,13 @@ def interleaved(
     """
     clock = clock or seconds
     ways, times = (first, second), ([], [])
-    gc.collect()
-    gc.freeze()  # existing objects need not be traversed again between the calls
-    try:
+    with frozen_heap():
         for way in ways:
             clock(way)
         for pair in range(pairs):
             for i in (0, 1) if pair % 2 == 0 else (1, 0):
                 times[i].append(clock(ways[i]))
             say(f"  pair {pair + 1} of {pairs}: {times[0][-1]:.3f} s, {times[1][-1]:.3f} s")
-    finally:
-        gc.unfreeze()
     return Pairs(*map(tuple, times))
 
 

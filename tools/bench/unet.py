@@ -36,9 +36,11 @@ NOTHING = Limit("<=", 0)
 COUNTED = (256, 512, 1024)  # pixels
 ON_GPU = 1024  # pixels
 SMALL: dict[str, Any] = {  # in place of SDXL's sizes, for --quick
-    "block_out_channels": (32, 64, 128),
-    "transformer_layers_per_block": (1, 1, 2),
-    "attention_head_dim": (1, 1, 2),
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1),
+    "attention_head_dim": (1, 2),
 }
 TOKENS = 64
 BILLION = 1e9
