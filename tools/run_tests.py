@@ -1,9 +1,10 @@
 """Run ruff, pyrefly, all tests in the first ComfyUI found, and the version-dependent ones in each further.
 
 pytest-xdist spreads the files over the cores; each worker computes with one thread. Without a ComfyUI, the
-tests in tests/host are skipped. `--all` also runs the tests marked one_host in every ComfyUI. `--quick` runs
-the fast tests of tests/core alone, for each commit. Other arguments go to pytest: `-p randomly` shuffles the
-tests and prints the seed, which `--randomly-seed` repeats. A whole run ends with the slowest files.
+tests in tests/host are skipped. `--all` also runs the tests marked thorough, and those marked one_host in
+every ComfyUI. `--quick` runs the fast tests of tests/core alone, for each commit. Other arguments go to
+pytest: `-p randomly` shuffles the tests and prints the seed, which `--randomly-seed` repeats. A whole run
+ends with the slowest files.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--all", action="store_true", help="run every host test in every ComfyUI")
+    parser.add_argument(
+        "--all", action="store_true", help="run every test, and every host test in every ComfyUI"
+    )
     parser.add_argument("--quick", action="store_true", help="run the fast tests of tests/core alone")
     parsed, options = parser.parse_known_args()
     pytest = ["pytest", "--numprocesses=auto", "--dist=loadfile", "--no-loadscope-reorder", "-q"]
@@ -77,12 +80,12 @@ def run_in_hosts(pytest: list[str], reports: Path, everything: bool) -> list[boo
     hosts, passed = find_hosts() or [None], []
     for host in hosts:
         version = f"ComfyUI {host_version(host)}" if host else "no ComfyUI, so host tests are skipped"
-        if host is hosts[0]:
-            title, tests = "all tests", ["tests"]
-        elif everything:
-            title, tests = "tests/host", ["tests/host"]
-        else:
-            title, tests = "tests/host without one_host", ["tests/host", "-m", "not one_host"]
+        title = "all tests" if host is hosts[0] else "tests/host"
+        tests = ["tests" if host is hosts[0] else "tests/host"]
+        if not everything:
+            left_out = ["thorough"] if host is hosts[0] else ["thorough", "one_host"]
+            title += f" without {' and '.join(left_out)}"
+            tests += ["-m", " and ".join(f"not {marker}" for marker in left_out)]
         report = f"--junitxml={reports / version}.xml"
         passed.append(run(f"{title}, {version}", *pytest, report, *tests, host=host))
     return passed

@@ -67,6 +67,7 @@ def test_step_adds_no_synchronization() -> None:
     assert row.met
 
 
+@pytest.mark.thorough
 def test_compiled_step_is_the_eager_one() -> None:
     (row,) = [row for row in rows_of(compiled) if "distance from the eager" in row.name]
     assert row.value <= 1e-5

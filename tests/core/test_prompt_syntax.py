@@ -44,6 +44,7 @@ plain_text(f"{'(' * 100_000}x{')' * 100_000}")
 """
 
 
+@pytest.mark.thorough
 def test_long_prompts_do_not_hang() -> None:
     """Time that grows with the square of the length would take many minutes."""
     subprocess.run([sys.executable, "-c", LONG_PROMPTS], cwd=ROOT, check=True, timeout=240)

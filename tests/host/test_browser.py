@@ -18,9 +18,19 @@ pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on
 
 WORKFLOW = ROOT / "workflows" / "easyref_basic.json"
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+USUAL = "easyref_basic", "try_it_now", "two_regions_tiny"
 TINY = [file for file in WORKFLOWS if tiny_workflow.is_tiny(graphs.from_file(file))]
 TRY_IT_NOW = ROOT / "workflows" / "try_it_now.json"
 WITH_ALL_WIRES = Path(__file__).with_name("saved") / "with_all_wires.json"  # of version 0.1.0
+
+
+def each(workflows: list[Path]) -> pytest.MarkDecorator:
+    """Parametrize by these workflows, all but a few of them thorough: the page takes seconds for each."""
+    marks = [() if file.stem in USUAL else pytest.mark.thorough for file in workflows]
+    params = [
+        pytest.param(file, id=file.stem, marks=mark) for file, mark in zip(workflows, marks, strict=True)
+    ]
+    return pytest.mark.parametrize("workflow", params)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +53,7 @@ def renderer(request, page):
 
 
 @pytest.mark.one_host  # Vue nodes have other sizes in ComfyUI 0.20
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+@each(WORKFLOWS)
 def test_no_node_is_drawn_over_another(page, renderer, workflow) -> None:
     """tests/core/test_workflow_layout.py checks the saved sizes; this, the sizes that are drawn."""
     browser.open_workflow(page, workflow)
@@ -52,7 +62,7 @@ def test_no_node_is_drawn_over_another(page, renderer, workflow) -> None:
 
 
 @pytest.mark.one_host
-@pytest.mark.parametrize("workflow", TINY, ids=lambda path: path.stem)
+@each(TINY)
 def test_no_node_grows_over_another_in_a_run(server, page, renderer, workflow) -> None:
     """Previews, charts and notes take room that nodes do not have before a run."""
     browser.open_workflow(page, workflow)
@@ -75,7 +85,7 @@ def drawn_over(page, workflow: Path) -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+@each(WORKFLOWS)
 def test_workflow_opens_and_is_in_the_template_browser(server, page, workflow) -> None:
     assert browser.open_workflow(page, workflow) == []
     templates = json.loads(server.get("/workflow_templates"))
@@ -101,7 +111,7 @@ def test_links_survive_loading_and_defaults_are_the_authors(page) -> None:
     assert (by_type["EasyRefApply"]["weight"], by_type["EasyRefApply"]["lora_strength"]) == (1, 1)
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+@each(WORKFLOWS)
 def test_second_run_executes_nothing_and_another_seed_the_sampling(server, page, workflow) -> None:
     browser.open_workflow(page, workflow)
     if tiny_workflow.is_tiny(graphs.from_file(workflow)):

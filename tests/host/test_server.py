@@ -82,6 +82,7 @@ def test_folder_of_checkpoints_exists_after_the_start():
         assert "could not be created" not in server.log
 
 
+@pytest.mark.thorough
 def test_folder_that_cannot_be_created_is_a_warning():
     with ComfyServer(prepare=lambda base: (base / "models" / "easyref").touch()) as server:
         options = server.object_info()["EasyRefLoader"]["input"]["required"]["checkpoint"][1]["options"]
@@ -93,6 +94,7 @@ def test_folder_that_cannot_be_created_is_a_warning():
         assert f"EasyRef: the folder {server.base / 'models' / 'easyref'} could not be created" in server.log
 
 
+@pytest.mark.thorough
 def test_pack_that_cannot_be_imported_is_an_error(tmp_path):
     (tmp_path / "__init__.py").write_text("raise ImportError('broken on purpose')")
     with pytest.raises(RuntimeError, match="broken on purpose"), ComfyServer(packs={"broken": tmp_path}):

@@ -295,6 +295,7 @@ sys.exit({{call}})
 """
 
 
+@pytest.mark.thorough
 def test_two_processes_share_the_work(
     run, tmp_path: Path, results: Path, clip_folder: Path, dino_folder: Path
 ) -> None:

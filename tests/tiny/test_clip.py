@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -29,6 +30,7 @@ def test_the_loss_is_clips_if_every_image_has_one_caption() -> None:
     torch.testing.assert_close(contrastive_loss(logits, torch.eye(5, dtype=torch.bool)), expected)
 
 
+@pytest.mark.thorough
 def test_it_learns_and_loads_as_clip_and_as_image_encoder(dataset: Dataset, tmp_path: Path) -> None:
     lines: list[str] = []
     training = Training(steps=12, batch=16, lr=2e-3, seed=0)

@@ -274,6 +274,7 @@ def test_an_error_of_one_knows_nothing() -> None:
     assert set(part_errors(identities, identities).values()) == {0.0}
 
 
+@pytest.mark.thorough
 def test_the_mllm_learns_and_is_a_qwen2_vl_folder(creatures: Dataset, tmp_path: Path) -> None:
     train_mllm_tokenizer(tmp_path, recipe.corpus())
     lines: list[str] = []
@@ -294,6 +295,7 @@ def test_the_image_encoder_loads_as_one_of_an_ip_adapter(creatures: Dataset, tmp
     assert load_image_encoder(tmp_path).config.projection_dim == CONFIG["projection_dim"]
 
 
+@pytest.mark.thorough
 def test_the_judge_learns_and_names_ground_and_place(tmp_path: Path) -> None:
     file = tmp_path / "judge.safetensors"
     training = Training(steps=40, batch=32, lr=3e-3, seed=0)

@@ -91,7 +91,7 @@ def test_the_classifier_is_right_about_new_images() -> None:
 
 
 def test_images_of_held_out_groups_show_the_references() -> None:
-    groups = render_groups(list(evaluation_groups(77, 50)), 77)
+    groups = render_groups(list(evaluation_groups(77, 25)), 77)
     assert all(held_out(group.plan.target) for group in groups)
     classify = load_classifier()
     without, with_references = (
@@ -119,7 +119,7 @@ def test_the_judge_measures_new_creatures() -> None:
 
 
 def test_images_of_new_creatures_show_what_the_references_share() -> None:
-    groups = creatures.render_groups(draw_identities(np.random.default_rng(77), 48), 77)
+    groups = creatures.render_groups(draw_identities(np.random.default_rng(77), 24), 77)
     without, with_references = (
         creatures.summary(method, groups, load_judge())
         for method in creatures.creature_methods(CREATURES.weights).values()

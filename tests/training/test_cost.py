@@ -136,6 +136,7 @@ def alignment() -> full_size.MicroBatchCost:
     return full_size.micro_batch_cost(workload)
 
 
+@pytest.mark.thorough
 def test_document_has_the_counts(alignment: full_size.MicroBatchCost) -> None:
     assert cost.parameter_table() in DOCUMENT
     costs = (alignment.step, alignment.body, alignment.vae, alignment.text)
@@ -147,6 +148,7 @@ def test_document_has_the_counts(alignment: full_size.MicroBatchCost) -> None:
     assert line.endswith(f"| {body} | {vae} | {text} |")
 
 
+@pytest.mark.thorough
 def test_body_takes_two_flops_per_parameter_and_token(alignment: full_size.MicroBatchCost) -> None:
     embedding = full_size.EASYREF.vocab_size * full_size.EASYREF.hidden_size
     layers = full_size.parameters()["body"] - embedding
@@ -156,6 +158,7 @@ def test_body_takes_two_flops_per_parameter_and_token(alignment: full_size.Micro
     assert alignment.body.flops == pytest.approx(products, rel=0.08)
 
 
+@pytest.mark.thorough
 def test_memory_is_the_sum_of_its_parts(alignment: full_size.MicroBatchCost) -> None:
     plan = cost.Plan(STAGES["alignment"], 1, 256, updates=1, references=1, zero2=True)
     one, many = (cost.Estimate(plan, gpus, checkpointing=False) for gpus in (1, 32))
