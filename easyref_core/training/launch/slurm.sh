@@ -17,8 +17,8 @@
 set -euo pipefail
 export LAUNCH=$1 GPUS=${SLURM_GPUS_ON_NODE:-8}
 shift
-MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MAIN
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MAIN=${hosts%%$'\n'*} # not through head, which ends scontrol by SIGPIPE, and pipefail then the job
 # seconds for saving a state after SIGTERM; torch 2.13 reads it, older ones may wait for 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-570}
 # SLURM_NODEID differs on every node, so it is read there
