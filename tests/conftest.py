@@ -20,7 +20,10 @@ if find_spec("torchvision"):
 logging.getLogger("torch.__trace").disabled = True
 
 # The longest files, started first, so that the workers of pytest-xdist end together.
-LONGEST = "test_compiled test_workflows test_loading test_server test_resume test_distributed".split()
+LONGEST = (
+    "test_browser test_compiled test_workflows test_smoke test_blueprint test_distributed test_batch_layout "
+    "test_faults test_server_easyref test_loop test_together test_stream test_methods test_shipped"
+).split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
