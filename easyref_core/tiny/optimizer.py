@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,17 @@ class OneCycleMuon:
                 momentum.lerp_(matrix.grad, 1 - self.MOMENTUM)
                 update = self._orthogonal(matrix.grad.lerp(momentum, self.MOMENTUM).flatten(1))
                 matrix.mul_(1 - lr * self.weight_decay).add_(update.reshape(matrix.shape), alpha=-lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The momenta, and the states of AdamW and of its schedule."""
+        adam = {"adam": self.others.optimizer.state_dict(), "schedule": self.others.schedule.state_dict()}
+        return {"momenta": self.momenta, **adam}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self.momenta = state["momenta"]
+        self.others.optimizer.load_state_dict(state["adam"])
+        self.others.schedule.load_state_dict(state["schedule"])
 
     def _orthogonal(self, matrix: Tensor) -> Tensor:
         """Bring the singular values of a matrix near 1, and scale by its shape."""

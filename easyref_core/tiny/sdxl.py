@@ -20,6 +20,7 @@ from ..training.objective import target
 from .dataset import Dataset
 from .images import IMAGE_SIZE, NAMES, caption
 from .optimizer import Log, OneCycleAdamW, OneCycleMuon, Training
+from .resume import TrainingState
 from .tokenizer import CLIP_TOKEN_IDS, PROMPT_TOKENS, VOCABULARY, train_clip_tokenizer
 
 CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -87,15 +88,18 @@ def pretrain_sdxl(
 ) -> None:
     """Train the text encoders, then the UNet on latents (M, C, 8, 8), and save.
 
-    draw_caption: draws a caption of the latents of an index.
+    draw_caption: draws a caption of the latents of an index. A training of the UNet that was interrupted
+    continues, bit for bit, from <folder>/unet.state.
     """
-    base = BaseModel.load(folder)
-    _pretrain_text_encoders(base, latents, draw_caption, text_training, log)
-    _pretrain_unet(base, latents, draw_caption, training, log)
+    base, state = BaseModel.load(folder), folder / "unet.state"
+    if not state.is_file():
+        _pretrain_text_encoders(base, latents, draw_caption, text_training, log)
+    _pretrain_unet(base, latents, draw_caption, training, file=state, log=log)
     base.unet.register_to_config(_name_or_path="")  # diffusers would write the folder's path
     for part in ("unet", "text_encoder", "text_encoder_2"):
         getattr(base, part).eval().half().save_pretrained(folder / part)
     _prefix(folder / "text_encoder" / "model.safetensors")
+    state.unlink()
 
 
 def _pretrain_text_encoders(
@@ -123,7 +127,7 @@ def _pretrain_text_encoders(
 
 
 def _pretrain_unet(
-    base: BaseModel, latents: Tensor, draw_caption: DrawCaption, training: Training, log: Log
+    base: BaseModel, latents: Tensor, draw_caption: DrawCaption, training: Training, file: Path, log: Log
 ) -> None:
     """Train the UNet, and set it to the average of its weights."""
     from diffusers.training_utils import EMAModel
@@ -134,7 +138,11 @@ def _pretrain_unet(
     optimizer = OneCycleMuon([unet], training, MUON_LR, weight_decay=MUON_WEIGHT_DECAY)
     average = EMAModel(unet.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
     sizes = base.time_ids((IMAGE_SIZE, IMAGE_SIZE), (0, 0), (IMAGE_SIZE, IMAGE_SIZE), batch)
-    for step in range(training.steps):
+    encoders = {"text_encoder": base.text_encoder, "text_encoder_2": base.text_encoder_2}
+    state = TrainingState(file, {**encoders, "unet": unet, "optimizer": optimizer, "average": average}, rng)
+    for step in range(state.restore(), training.steps):
+        if training.logs(step):
+            state.save(step)
         picked = torch.randint(len(latents), (batch,))
         text = base.encode_text([draw_caption(i, rng) for i in picked.tolist()])
         noise = torch.randn(batch, *latents.shape[1:])
