@@ -1,4 +1,4 @@
-"""Run ruff, pyrefly, all tests in the first ComfyUI found, and the version-dependent ones in each further.
+"""Run ruff, pyrefly, the tests in the first ComfyUI found, and the version-dependent ones in each further.
 
 pytest-xdist spreads the files over the cores; each worker computes with one thread. Without a ComfyUI, the
 tests in tests/host are skipped. `--all` also runs the tests marked thorough, and those marked one_host in
@@ -80,8 +80,8 @@ def run_in_hosts(pytest: list[str], reports: Path, everything: bool) -> list[boo
     hosts, passed = find_hosts() or [None], []
     for host in hosts:
         version = f"ComfyUI {host_version(host)}" if host else "no ComfyUI, so host tests are skipped"
-        title = "all tests" if host is hosts[0] else "tests/host"
-        tests = ["tests" if host is hosts[0] else "tests/host"]
+        title = "tests" if host is hosts[0] else "tests/host"
+        tests = [title]
         if not everything:
             left_out = ["thorough"] if host is hosts[0] else ["thorough", "one_host"]
             title += f" without {' and '.join(left_out)}"

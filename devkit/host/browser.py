@@ -105,6 +105,14 @@ def use_tiny_models(page: Page, side: int = 128, steps: int = 2) -> None:
     set_widgets(page, values)
 
 
+def shorten(page: Page) -> None:
+    """Make the open workflow sample in two steps, with tiny models if it has a checkpoint's."""
+    if page.evaluate("() => app.graph._nodes.some(node => node.type === 'CheckpointLoaderSimple')"):
+        use_tiny_models(page)
+    else:
+        set_widgets(page, {"KSampler": {"steps": 2}})
+
+
 def set_widgets(page: Page, values: dict[str, dict[str, Any]]) -> None:
     """Set widgets. values: {node type: {widget: value, or one value for each node of the type}}."""
     run_script(page, "set_widgets", values)

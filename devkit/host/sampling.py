@@ -94,14 +94,14 @@ def golden_easy(pack: ModuleType, **options: Any) -> Easy:
 
 
 def easy_of_sites(easy: Easy, widths: Mapping[Any, int], path: Path) -> Easy:
-    """An EasyRef with the MLLM of `easy` and random projections for these sites, saved and loaded."""
-    model, random, stored = easy.easyref.model, torch.Generator().manual_seed(0), {}
-    for number, width in enumerate(widths.values()):
-        for kind in ("to_k_ip", "to_v_ip"):
-            values = torch.randn(width, model.config.token_width, generator=random)
-            stored[f"kv.{kind}.{number}.weight"] = values
-    save = golden.part(easy.pack, "easyref_core.checkpoint.checkpoint").save
-    save(path, model.config, list(widths), model.mllm.state_dict() | stored)
+    """An EasyRef with the MLLM of `easy`, random projections and LoRA for these sites, saved and loaded."""
+    checkpoint = golden.part(easy.pack, "easyref_core.checkpoint.checkpoint")
+    model, random = easy.easyref.model, torch.Generator().manual_seed(0)
+    tensors = model.mllm.state_dict()
+    for name, shape in checkpoint.expected_shapes(model.config, widths).items():
+        if name not in tensors:
+            tensors[name] = torch.randn(shape, generator=random) / shape[-1] ** 0.5
+    checkpoint.save(path, model.config, list(widths), tensors)
     return golden_easy(easy.pack, checkpoint=path)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def frozen_heap() -> Iterator[None]:
-    """Exclude existing objects from garbage collections in the block; later too, if some were before."""
+    """Exclude existing objects from garbage collections in the block, and after it if some were."""
     frozen = gc.get_freeze_count()
     gc.collect()
     gc.freeze()

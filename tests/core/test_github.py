@@ -55,7 +55,7 @@ def test_tests_run_on_three_systems_by_the_commands_of_make_test_all() -> None:
     assert systems == {"ubuntu", "windows", "macos"}
     scripts = {re.search(r"python (tools/\w+\.py(?: --all)?)$", command)[1] for command in commands()}
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert all(script in makefile for script in scripts)
+    assert all((ROOT / script.split()[0]).is_file() and script in makefile for script in scripts)
     assert scripts == {"tools/setup_env.py", "tools/run_tests.py --all"}
 
 

@@ -122,6 +122,18 @@ def torch_attention(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callab
     return replace
 
 
+@pytest.fixture(scope="module")
+def opened(server: Any) -> Iterator[Any]:
+    """The real frontend's page on the server, for all tests of a file."""
+    from devkit.host import browser
+
+    from . import tiny_workflow
+
+    tiny_workflow.install(server)
+    with browser.frontend(server) as page:
+        yield page
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[object]:
     """A running ComfyServer that all tests of the session share, with the golden model and references."""

@@ -12,8 +12,6 @@ from devkit.host import browser, graphs
 from devkit.hosts import ROOT
 from tools.workflow_plans import BLUEPRINTS, PLANS
 
-from . import tiny_workflow
-
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
@@ -33,13 +31,6 @@ SET_OUTSIDE = """([name, value]) => {
     app.graph._nodes.find(node => node.subgraph).widgets.find(widget => widget.name === name).value = value
 }"""
 BYPASS = "() => { app.graph._nodes.find(node => node.subgraph).mode = 4 }"
-
-
-@pytest.fixture(scope="module")
-def opened(server) -> Iterator[Page]:
-    tiny_workflow.install(server)
-    with browser.frontend(server) as page:
-        yield page
 
 
 @pytest.fixture(params=["LiteGraph", "Vue"])

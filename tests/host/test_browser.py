@@ -26,18 +26,16 @@ WITH_ALL_WIRES = Path(__file__).with_name("saved") / "with_all_wires.json"  # of
 
 def each(workflows: list[Path]) -> pytest.MarkDecorator:
     """Parametrize by these workflows, all but a few of them thorough: the page takes seconds for each."""
-    marks = [() if file.stem in USUAL else pytest.mark.thorough for file in workflows]
     params = [
-        pytest.param(file, id=file.stem, marks=mark) for file, mark in zip(workflows, marks, strict=True)
+        pytest.param(file, id=file.stem, marks=[] if file.stem in USUAL else [pytest.mark.thorough])
+        for file in workflows
     ]
     return pytest.mark.parametrize("workflow", params)
 
 
-@pytest.fixture(scope="module")
-def page(server):
-    tiny_workflow.install(server)
-    with browser.frontend(server) as page:
-        yield page
+@pytest.fixture
+def page(opened):
+    return opened
 
 
 def prompt_of(page) -> graphs.Graph:
@@ -114,10 +112,7 @@ def test_links_survive_loading_and_defaults_are_the_authors(page) -> None:
 @each(WORKFLOWS)
 def test_second_run_executes_nothing_and_another_seed_the_sampling(server, page, workflow) -> None:
     browser.open_workflow(page, workflow)
-    if tiny_workflow.is_tiny(graphs.from_file(workflow)):
-        browser.set_widgets(page, {"KSampler": {"steps": 2}})
-    else:
-        browser.use_tiny_models(page)
+    browser.shorten(page)
     first = browser.queue(server, page)
     assert first["status"]["status_str"] == "success", first["status"]
     assert server.images(first)

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 
 from devkit.host import golden
 from devkit.host.sampling import LEFT, Easy, easy_of_sites, golden_easy, sample_cfg
-from devkit.host.tiny_nodes.tiny_sdxl import UNET_CONFIG, random_sdxl
+from devkit.host.tiny_nodes.tiny_sdxl import random_sdxl
 
 from .other_packs import with_term
 
@@ -59,15 +59,17 @@ def compiled(model: ModelPatcher, backend: str = "eager", keys: Sequence[str] = 
 @pytest.fixture(scope="module")
 def unet_with_easy(pack: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Function (config) -> such a tiny SDXL with random weights, and an EasyRef for it."""
-    layout, whole = golden.part(pack, "easyref_core.unet.layout"), golden_easy(pack)
+    condition, layout = (
+        golden.part(pack, name) for name in ("nodes.unet_patch.condition", "easyref_core.unet.layout")
+    )
+    whole = golden_easy(pack)
 
     def make(config: Mapping[str, Any]) -> tuple[ModelPatcher, Easy]:
         unet = random_sdxl(seed=0, **config)
-        modules = unet.model.diffusion_model.named_modules()
-        paths = [name for name, _ in modules if name.endswith(".attn2")]
-        sites = layout.in_processor_order(map(layout.parse_comfy, paths))
+        found = condition.cross_attention_widths(unet)
+        widths = {site: found[site] for site in layout.in_processor_order(found)}
         file = tmp_path_factory.mktemp("compiled") / "easyref.safetensors"
-        return unet, easy_of_sites(whole, dict.fromkeys(sites, UNET_CONFIG["model_channels"]), file)
+        return unet, easy_of_sites(whole, widths, file)
 
     return make
 
@@ -136,7 +138,7 @@ def test_weight_types_share_a_graph_where_all_branches_have_their_tokens(unet_wi
 @pytest.mark.one_host
 def test_structure_changes_from_prompt_to_prompt(easy, model) -> None:
     """References, a mask, a second node: each has its own graph."""
-    applied = easy.apply(model)
+    applied = easy.apply(model, lora=0.0)
     models = [
         model,
         applied,
@@ -147,7 +149,7 @@ def test_structure_changes_from_prompt_to_prompt(easy, model) -> None:
     again = [
         applied,
         model,
-        easy.apply(model, 0.0),
+        easy.apply(model, 0.0, lora=0.0),
         easy.apply(model, mask=1 - LEFT),
         easy.apply(easy.apply(model, 0.2, start=0.6), tokens=easy.other_tokens(1)),
     ]
@@ -202,10 +204,10 @@ def test_unet_of_several_graphs(easy, model, log, torch_attention: Callable) -> 
         return plain_attention(*args, **kwargs)
 
     torch_attention(breaking)
-    assert_runs_eagerly(easy.apply(model, end=0.5))
+    assert_runs_eagerly(easy.apply(model, end=0.5, lora=0.0))
     assert "several graphs" in log.text
     before = graphs()
-    assert_runs_eagerly(easy.apply(model, 0.5, mask=LEFT))
+    assert_runs_eagerly(easy.apply(model, 0.5, mask=LEFT, lora=0.0))
     assert graphs() == before, "the decision is cached, so nothing is traced again"
     # shares nothing with the graphs that were compiled with references
     assert_runs_eagerly(model)
