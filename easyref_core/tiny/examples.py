@@ -27,8 +27,8 @@ from .classifier import to_tensor
 from .dataset import Dataset, draw_dataset
 from .groups import plan_group
 from .images import COUNTS, IMAGE_SIZE, NAMES, caption, held_out
+from .latents import DatasetLatents, encode_dataset
 from .qwen2_vl import MAX_REFERENCES, body_config, resize_all
-from .sdxl import encode_dataset
 from .worlds import SHAPES
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class ProceduralExamples(abc.ABC):
         config: sizes of the MLLM.
         size: pixels of a reference for the MLLM; images of 64 pixels must not be resized by it.
         images: possible references (M, 64, 64, 3).
-        latents: of the possible targets (N, C, 8, 8).
+        latents: of the possible targets.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ProceduralExamples(abc.ABC):
         config: EasyRefConfig,
         size: int,
         images: NDArray[np.uint8],
-        latents: Tensor,
+        latents: DatasetLatents,
     ) -> None:
         self.settings, self.seed = settings, seed
         self.tokenizer, self.config, self.images, self.latents = tokenizer, config, images, latents

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -32,8 +30,6 @@ MUON_WEIGHT_DECAY = 0.5
 # every position, is larger; then captions differ by a few percent, and their rarer words are not learned.
 EMBEDDING_DEVIATION = 0.7
 EMA_DECAY = 0.999  # the averaged weights are saved
-# Images that the VAE encodes together. Larger batches leave a CPU's cache and take twice as long.
-ENCODED = 16
 
 DrawCaption = Callable[[int, np.random.Generator], str]
 
@@ -167,27 +163,6 @@ def _prefix(file: Path) -> None:
     named = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in tensors.items()}
     with atomic_write(file) as partial:
         save_file(named, partial, {"format": "pt"})
-
-
-_latents_cache: dict[str, Tensor] = {}
-
-
-@torch.no_grad()
-def encode_dataset(base: BaseModel, images: NDArray[np.uint8]) -> Tensor:
-    """Scaled latents (M, C, 8, 8) of images (M, 64, 64, 3).
-
-    Caches the last result, because encoding takes a minute and every stage of a training needs the same.
-    """
-    digest = hashlib.sha256(images)
-    for weight in base.vae.state_dict().values():
-        digest.update(weight.cpu().contiguous().numpy())
-    key = digest.hexdigest()
-    if key not in _latents_cache:
-        pixels = torch.from_numpy(images).movedim(-1, 1)
-        _latents_cache.clear()
-        parts = [base.encode_images(part / 127.5 - 1) for part in pixels.split(ENCODED)]
-        _latents_cache[key] = torch.cat(parts)
-    return _latents_cache[key]
 
 
 def shapes_caption(dataset: Dataset, index: int, rng: np.random.Generator) -> str:

@@ -14,7 +14,7 @@ from ...training.batches import generator, new_seed
 from ...training.examples import choose
 from ..classifier import to_tensor
 from ..examples import ProceduralExamples, ProceduralSettings, SingleBatch, time_ids
-from ..sdxl import encode_dataset
+from ..latents import encode_dataset
 from ..worlds import CREATURES
 from .captions import caption
 from .dataset import Dataset, draw_dataset
