@@ -12,6 +12,8 @@ from devkit.host import golden, graphs
 from devkit.host.graphs import Graph, node, run
 from devkit.host.server import ComfyServer, PromptFailed
 
+pytestmark = pytest.mark.one_host
+
 GROUP = graphs.group(["image", 0], ["image", 0])
 IN_FACES = {"folder": "faces", "limit": 2, "start": 0}
 TEXT = {"prompt": "a cat", "instruction": golden.SETTINGS["instruction"], "size": golden.SIZE}

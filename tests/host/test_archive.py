@@ -15,6 +15,8 @@ from devkit.project import archive_files
 
 from .conftest import HOST
 
+pytestmark = pytest.mark.one_host
+
 if not (ROOT / ".git").exists():
     pytest.skip("the archive is made of git's files", allow_module_level=True)
 

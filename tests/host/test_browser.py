@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on
 
 WORKFLOW = ROOT / "workflows" / "easyref_basic.json"
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-USUAL = "easyref_basic", "try_it_now", "two_regions_tiny"
+USUAL = "easyref_basic", "try_it_now"
 TINY = [file for file in WORKFLOWS if tiny_workflow.is_tiny(graphs.from_file(file))]
 TRY_IT_NOW = ROOT / "workflows" / "try_it_now.json"
 WITH_ALL_WIRES = Path(__file__).with_name("saved") / "with_all_wires.json"  # of version 0.1.0

@@ -194,6 +194,7 @@ def test_blocks_compiled_one_by_one(easy, model, log) -> None:
     assert_runs_eagerly(easy.apply(model, 0.5), keys=BLOCKS)
 
 
+@pytest.mark.thorough
 @pytest.mark.one_host
 def test_unet_of_several_graphs(easy, model, log, torch_attention: Callable) -> None:
     """As with the attention that the host selects for a CPU, which reads the free memory."""

@@ -36,13 +36,28 @@ def undisturbed(server) -> bytes:
 
 @pytest.mark.parametrize(
     ("stage", "call"),
-    [(PREPROCESSING, 1), (VISION, 1), (DECODER, 2), (AGGREGATION, 1), (KEY_VALUES, 1), (SAMPLING, 1)],
+    [
+        (DECODER, 2),
+        (KEY_VALUES, 1),
+        (SAMPLING, 1),
+        *(
+            pytest.param(stage, 1, marks=pytest.mark.thorough)
+            for stage in (PREPROCESSING, VISION, AGGREGATION)
+        ),
+    ],
 )
 def test_interruption_leaves_nothing_behind(server, undisturbed, stage: Stage, call: int) -> None:
     assert check_interruption(server, graphs.easyref(), undisturbed, stage, call)
 
 
-@pytest.mark.parametrize("stage", [LOADING, AGGREGATION, KEY_VALUES, SAMPLING])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        LOADING,
+        SAMPLING,
+        *(pytest.param(stage, marks=pytest.mark.thorough) for stage in (AGGREGATION, KEY_VALUES)),
+    ],
+)
 def test_out_of_memory_is_one_error_and_leaves_nothing_behind(server, undisturbed, stage: Stage) -> None:
     empty_caches(server)
     error = run_with_fault(server, graphs.easyref(), stage, 1, MEMORY)

@@ -126,6 +126,7 @@ def test_patches_of_a_model_say_why_not(pack: ModuleType, easy, model) -> None:
         pickle.dumps(attachment)
 
 
+@pytest.mark.one_host
 def test_another_process_aggregates_a_context(easy, context) -> None:
     sent = pickle.dumps((context, easy.tokens))
     run = subprocess.run([sys.executable, "-c", OTHER_PROCESS], input=sent, capture_output=True, cwd=ROOT)

@@ -103,6 +103,7 @@ json.dump(result, sys.__stdout__)
 """
 
 
+@pytest.mark.one_host
 def test_import_prints_nothing_and_imports_no_other_package() -> None:
     """In a process with the host imported."""
     script = IMPORT.format(root=str(ROOT), host=str(HOST))

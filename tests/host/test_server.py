@@ -75,6 +75,7 @@ def test_freeing_memory_empties_the_cache(server: ComfyServer):
     assert any("tiny" in graphs.run(server, workflow(seed=seed))[0] for seed in (6, 7))
 
 
+@pytest.mark.one_host
 def test_folder_of_checkpoints_exists_after_the_start():
     with ComfyServer() as server:
         assert list((server.base / "models").iterdir()) == [server.base / "models" / "easyref"]

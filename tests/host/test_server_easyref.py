@@ -52,6 +52,7 @@ def test_three_uncached_runs_give_the_same_pixels(server):
     assert len({graphs.uncached_image(server, graphs.easyref()) for _ in range(3)}) == 1
 
 
+@pytest.mark.one_host
 def test_settings_come_back_to_the_first_image():
     """Apply runs again on the same MODEL, because this cache only holds outputs of the last workflow."""
     with ComfyServer(HOST, args=["--cache-classic"]) as server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,18 @@ def files(server):
     tiny_workflow.install(server)
 
 
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda file: file.stem)
+def is_variant(file: Path) -> bool:
+    """True for the tiny variant of another workflow, which has the same nodes."""
+    return file.stem != "try_it_now" and tiny_workflow.is_tiny(graphs.from_file(file))
+
+
+@pytest.mark.parametrize(
+    "workflow",
+    [
+        pytest.param(file, id=file.stem, marks=[pytest.mark.one_host] if is_variant(file) else [])
+        for file in WORKFLOWS
+    ],
+)
 def test_workflow_gives_images(server, workflow):
     graph = graphs.from_file(workflow)
     if not tiny_workflow.is_tiny(graph):
