@@ -66,7 +66,11 @@ def open_procedural(settings: Settings) -> LoadExamples:
     procedural = build(ProceduralSettings, settings.data.procedural, "data.procedural.")
 
     def load(base: BaseModel, config: EasyRefConfig) -> ProceduralExamples:
-        return pkgutil.resolve_name(WORLDS[procedural.world])(base, settings.mllm, procedural, settings.seed)
+        factory = pkgutil.resolve_name(WORLDS[procedural.world])
+        examples = factory(base, settings.mllm, procedural, settings.seed)
+        if settings.workers:  # data loading processes have no VAE: one on a GPU cannot be used there
+            examples.latents = examples.latents[range(len(examples))]
+        return examples
 
     return load
 
@@ -94,7 +98,8 @@ class ProceduralExamples(abc.ABC):
         latents: DatasetLatents,
     ) -> None:
         self.settings, self.seed = settings, seed
-        self.tokenizer, self.config, self.images, self.latents = tokenizer, config, images, latents
+        self.tokenizer, self.config, self.images = tokenizer, config, images
+        self.latents: DatasetLatents | Tensor = latents
         side = IMAGE_SIZE // config.patch_size
         self.grid = torch.tensor([(1, side, side)])
         self.image_tokens = (side // config.merge_size) ** 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -29,7 +28,6 @@ class DatasetLatents:
     def __init__(self, encode: Callable[[Tensor], Tensor], images: NDArray[np.uint8]) -> None:
         self.encode, self.images = encode, images
         self._blocks: dict[int, Tensor] = {}
-        self._lock = threading.Lock()  # batches are made in a thread, validation is not
 
     def __len__(self) -> int:
         return len(self.images)
@@ -40,12 +38,11 @@ class DatasetLatents:
 
     @torch.no_grad()
     def _block(self, block: int) -> Tensor:
-        with self._lock:
-            if block not in self._blocks:
-                images = self.images[block * ENCODED :][:ENCODED]
-                pixels = torch.from_numpy(images).movedim(-1, 1)
-                self._blocks[block] = self.encode(pixels / 127.5 - 1)
-            return self._blocks[block]
+        if block not in self._blocks:
+            images = self.images[block * ENCODED :][:ENCODED]
+            pixels = torch.from_numpy(images).movedim(-1, 1)
+            self._blocks[block] = self.encode(pixels / 127.5 - 1)
+        return self._blocks[block]
 
 
 _latest: dict[str, DatasetLatents] = {}

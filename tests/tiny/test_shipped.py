@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from devkit.hosts import ROOT
 from easyref_core.mllm.preprocess import preprocess
 from easyref_core.tiny.classifier import load_classifier
 from easyref_core.tiny.creatures import evaluate as creatures
@@ -21,13 +24,15 @@ from easyref_core.tiny.evaluate import (
     summary,
     tiny_methods,
 )
-from easyref_core.tiny.examples import ProceduralSettings, ShapeExamples
+from easyref_core.tiny.examples import ProceduralSettings, ShapeExamples, open_procedural
 from easyref_core.tiny.groups import evaluation_groups
 from easyref_core.tiny.images import ATTRIBUTES, NAMES, all_combinations, held_out, render
-from easyref_core.tiny.qwen2_vl import IMAGE_TOKENS
+from easyref_core.tiny.qwen2_vl import IMAGE_TOKENS, body_config
 from easyref_core.tiny.worlds import CREATURES, SHAPES
+from easyref_core.training.config import load
 
 WEIGHTS = SHAPES.weights
+SMOKE = ROOT / "easyref_core" / "training" / "configs" / "smoke.yaml"
 
 
 class MeanColours:
@@ -62,6 +67,17 @@ def test_a_position_gives_the_same_sample_in_any_batch(examples: ShapeExamples) 
     assert batch.prompts[1] == alone.prompts[0]
     assert torch.equal(batch.input_ids[1][batch.padding_mask[1]], alone.input_ids[0])
     assert torch.equal(batch.latents[1], alone.latents[0])
+
+
+def test_data_loading_processes_receive_latents_and_no_vae() -> None:
+    batches = []
+    for workers in (0, 2):
+        [settings] = load(SMOKE, [f"workers={workers}"])
+        examples = open_procedural(settings)(MeanColours(), body_config())
+        assert isinstance(examples.latents, torch.Tensor) == bool(workers)
+        batches.append(examples.batch([0, 1]))
+    assert torch.equal(batches[0].latents, batches[1].latents)
+    assert pickle.loads(pickle.dumps(examples)).batch([0, 1]).prompts == batches[0].prompts
 
 
 def test_patches_are_those_of_the_core(examples: ShapeExamples) -> None:
